@@ -1,0 +1,119 @@
+"""The one tolerance of this test suite: errors in units of unavoidable rounding.
+
+A result that is stored in some dtype, and made from fp32 logits, cannot be nearer to the truth than
+two roundings allow: that of the exact result to its dtype, and what the last bit of the logits, and
+of the entries made from them, does to it. Errors are counted in their sum, the *unit*; the truth is
+the float64 oracle.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opsd_kernels import reference_jsd_loss
+from opsd_kernels.divergence import divergence_rows_, value_and_score
+
+# What fp32 products and stable forms reach on a CPU; see test_accuracy.py for the measured maxima.
+LOSS_UNITS = 3.0
+GRAD_UNITS = 2.0
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Root-mean-square errors over all tokens, in units."""
+
+    loss: float
+    grad: float
+
+
+def errors(
+    loss: Tensor, grad: Tensor, h_S: Tensor, h_T: Tensor, W: Tensor, **divergence: Any
+) -> Errors:
+    """Errors of per-token losses [N] and of the gradient [N, D] of their sum.
+
+    Args:
+        loss, grad: what the op returned with reduction "sum" or "none".
+        h_S, h_T, W: its inputs, [N, D], [N, D_T], [V, D].
+        divergence: beta, temperature, entry_clip, W_teacher.
+    """
+    exact_loss, exact_grad = exact(h_S, h_T, W, **divergence)
+    loss_noise, grad_noise = _rounding(h_S, h_T, W, **divergence)
+    loss_unit = (exact_loss.float().double() - exact_loss).norm() + loss_noise
+    grad_unit = (exact_grad.to(grad.dtype).double() - exact_grad).norm() + grad_noise
+    # With a vocabulary of one everything is 0, and so is the unit.
+    floor = torch.finfo(torch.float64).tiny
+    return Errors(
+        float((loss.double() - exact_loss).norm() / (loss_unit + floor)),
+        float((grad.double() - exact_grad).norm() / (grad_unit + floor)),
+    )
+
+
+def exact(h_S: Tensor, h_T: Tensor, W: Tensor, **divergence: Any) -> tuple[Tensor, Tensor]:
+    """The oracle's per-token losses [N] and the gradient [N, D] of their sum, both float64."""
+    W_T = divergence.pop("W_teacher", None)
+    h = h_S.detach().double().requires_grad_()
+    loss = reference_jsd_loss(
+        h,
+        h_T.double(),
+        W.double(),
+        W_teacher=None if W_T is None else W_T.double(),
+        reduction="none",
+        **divergence,
+    )
+    loss.sum().backward()
+    assert h.grad is not None
+    return loss.detach(), h.grad
+
+
+def _rounding(
+    h_S: Tensor,
+    h_T: Tensor,
+    W: Tensor,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    entry_clip: float | None = None,
+    W_teacher: Tensor | None = None,
+    draws: int = 4,
+) -> tuple[float, float]:
+    """RMS change of losses and gradient when the last fp32 bit is noise: of every logit, and of
+    every entry's value and score."""
+    W, W_T = W.double(), (W if W_teacher is None else W_teacher).double()
+
+    def logits(h: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+        h = h.detach().double()
+        # The size that is rounded: of the products summed into a logit, and of its log-sum-exp.
+        size = h.norm(dim=1)[:, None] * head.norm(dim=1) / temperature
+        return h @ head.t() / temperature, size + 1 + torch.tensor(head.shape[0]).log()
+
+    (z_S, size_S), (z_T, size_T) = logits(h_S, W), logits(h_T, W_T)
+    log_p, log_q = z_S.log_softmax(-1), z_T.log_softmax(-1)
+    p, q, x = log_p.exp(), log_q.exp(), log_q - log_p
+    size_f = (p + q) * x.abs()  # of the terms whose difference a value is
+    _, a = value_and_score(p, q, x.clone(), beta, entry_clip)
+    assert a is not None
+    top = p.argmax(-1, keepdim=True)
+    c = a.gather(-1, top) / p.gather(-1, top)
+    size_a = (a.abs() + c.abs() * p).scatter_(-1, top, 0)  # the top entry's score is exactly 0
+
+    def evaluate(z_S: Tensor, z_T: Tensor) -> tuple[Tensor, Tensor]:
+        loss = divergence_rows_(z_S, z_T, beta, entry_clip, needs_score=True)
+        return loss, z_S @ W / temperature
+
+    generator = torch.Generator().manual_seed(0)
+
+    def last_bits() -> Tensor:
+        return 2.0**-24 * torch.randn(z_S.shape, generator=generator, dtype=torch.float64)
+
+    loss, grad = evaluate(z_S.clone(), z_T.clone())
+    changes = []
+    for _ in range(draws):
+        moved_loss, moved_grad = evaluate(
+            z_S + last_bits() * size_S, z_T + last_bits() * size_T
+        )
+        moved_loss += (last_bits() * size_f).sum(-1)
+        moved_grad += (last_bits() * size_a) @ W / temperature
+        changes.append([(moved_loss - loss).norm(), (moved_grad - grad).norm()])
+    rms = torch.tensor(changes).square().mean(0).sqrt()
+    return float(rms[0]), float(rms[1])
