@@ -4,6 +4,7 @@ Tokens are independent: token n's loss depends on row n of h_S alone. So the gra
 Σ_n g_n ℓ_n is g_n times the gradient that forward made, for whatever upstream weights g_n arrive.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class TokenDivergence(torch.autograd.Function):
         loss = h_S.new_zeros(N, dtype=torch.float32)
         dh_S = h_S.new_zeros(N, D, dtype=torch.float32) if needs_gradient else None
         workspace = h_S.new_empty(2 * p.rows, V, dtype=torch.float32)
-        with torch.autocast(h_S.device.type, enabled=False):
+        with _no_autocast(h_S.device.type):
             fill_row_workspace(
                 loss,
                 dh_S,
@@ -86,3 +87,15 @@ class TokenDivergence(torch.autograd.Function):
         grad = torch.empty_like(dh_S, dtype=ctx.dtype)
         torch.mul(dh_S, grad_loss[:, None], out=grad)
         return grad, *(None,) * 10
+
+
+def autocast_enabled(device_type: str) -> bool:
+    # Devices without autocast (meta, say) raise when asked whether it is on.
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager:
+    # The operands are rounded by hand, tile by tile; autocast would round the fp32 workspace too.
+    if autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -36,8 +36,8 @@ which leaves it as it is):
 
 The KLs, with u = −|x|, t = expm1(u) and base = max(p, q):
 
-    forward KL   base ((1 + t) u − t)  where x ≤ 0,  base (t − u)          elsewhere   = q x + p − q
-    reverse KL   base (t − u)          where x ≤ 0,  base ((1 + t) u − t)  elsewhere   = −p x + q − p
+    forward KL   base ((1 + t) u − t)  where x ≤ 0, else  base (t − u)           = q x + p − q
+    reverse KL   base (t − u)          where x ≤ 0, else  base ((1 + t) u − t)   = −p x + q − p
 
 Their null term ±(p − q) sums to zero over the vocabulary. A clipped entry carries it too, so the
 clipped sum keeps the accuracy of the others.

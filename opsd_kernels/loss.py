@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opsd_kernels.autograd import TokenDivergence
+from opsd_kernels.autograd import TokenDivergence, autocast_enabled
 from opsd_kernels.row_workspace import MIB, default_workspace_mib
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -149,7 +149,7 @@ def check_tensors(
                 "all tensors must be on one device"
             )
     device_type = h_student.device.type
-    if torch.is_autocast_enabled(device_type):
+    if autocast_enabled(device_type):
         operand_dtype = torch.get_autocast_dtype(device_type)
     else:
         operand_dtype = h_student.dtype
@@ -213,9 +213,7 @@ def check_weights(
     if token_weights is None:
         return None
     if not isinstance(token_weights, Tensor):
-        raise TypeError(
-            f"token_weights must be a torch.Tensor, got {type(token_weights).__name__}"
-        )
+        raise TypeError(f"token_weights must be a torch.Tensor, got {type(token_weights).__name__}")
     if token_weights.is_complex():
         raise TypeError(f"token_weights must be float, int or bool, got {token_weights.dtype}")
     if token_weights.shape != leading:

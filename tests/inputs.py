@@ -1,0 +1,37 @@
+"""Inputs for the tests: hidden states and heads, random and like the real thing."""
+
+import torch
+from torch import Tensor
+
+
+def random_inputs(
+    N: int,
+    V: int,
+    D: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    size: float = 1.0,
+    distance: float = 0.1,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h_S, h_T [N, D] and W [V, D]: logits of standard deviation about `size`, the teacher's hidden
+    states a relative `distance` from the student's."""
+    g = torch.Generator().manual_seed(seed)
+    h_S = (size * torch.randn(N, D, generator=g)).to(dtype)
+    h_T = (h_S.float() + distance * size * torch.randn(N, D, generator=g)).to(dtype)
+    W = (torch.randn(V, D, generator=g) / D**0.5).to(dtype)
+    return h_S, h_T, W
+
+
+def language_like_inputs(
+    N: int, V: int, D: int, dtype: torch.dtype, distance: float, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Peaked next-token distributions: each token's hidden state points at an entry of its own,
+    more or less confidently (entropy from 1e-4 nats to that of a flat distribution)."""
+    g = torch.Generator().manual_seed(seed)
+    W = torch.randn(V, D, generator=g) / D**0.5
+    likely = torch.randint(V, (N,), generator=g)
+    confidence = torch.linspace(0, 25, N)[:, None]
+    h_S = torch.randn(N, D, generator=g) + confidence * W[likely]
+    h_T = h_S + distance * torch.randn(N, D, generator=g)
+    return h_S.to(dtype), h_T.to(dtype), W.to(dtype)

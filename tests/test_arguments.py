@@ -1,0 +1,103 @@
+"""Bad input: an error that names the argument, what came and what is wanted."""
+
+import math
+
+import pytest
+import torch
+from inputs import random_inputs
+
+from opsd_kernels import fused_jsd_loss, reference_jsd_loss
+
+H_S, H_T, HEAD = random_inputs(6, 20, 5)
+
+
+@pytest.mark.parametrize("loss", [fused_jsd_loss, reference_jsd_loss])
+@pytest.mark.parametrize(
+    ("error", "message", "changed"),
+    [
+        (ValueError, r"beta must lie in \[0, 1\], got 1.5", {"beta": 1.5}),
+        (ValueError, "beta .* got -0.1", {"beta": -0.1}),
+        (ValueError, "beta .* got nan", {"beta": math.nan}),
+        (TypeError, "beta must be a number, got str", {"beta": "0.5"}),
+        (TypeError, "beta must be a number, got Tensor", {"beta": torch.full((6,), 0.5)}),
+        (TypeError, "beta must be a number, got bool", {"beta": True}),
+        (ValueError, "temperature must be positive and finite, got 0", {"temperature": 0}),
+        (ValueError, "temperature .* got -1", {"temperature": -1.0}),
+        (ValueError, "temperature .* got nan", {"temperature": math.nan}),
+        (ValueError, "temperature .* got inf", {"temperature": math.inf}),
+        (ValueError, "entry_clip must be positive or None, got 0", {"entry_clip": 0}),
+        (ValueError, "entry_clip .* got -0.05", {"entry_clip": -0.05}),
+        (ValueError, "entry_clip .* got nan", {"entry_clip": math.nan}),
+        (
+            ValueError,
+            'reduction must be "mean", "sum" or "none", got \'avg\'',
+            {"reduction": "avg"},
+        ),
+        (ValueError, "reduction .* got None", {"reduction": None}),
+        (TypeError, "h_student must be a torch.Tensor, got list", {"h_student": [[1.0]]}),
+        (TypeError, "W must be a torch.Tensor, got Linear", {"W": torch.nn.Linear(5, 20)}),
+        (TypeError, "h_student must be one of .*, got torch.int64", {"h_student": H_S.long()}),
+        (TypeError, "h_teacher is torch.bfloat16, h_student", {"h_teacher": H_T.bfloat16()}),
+        (TypeError, "W is torch.float16, h_student torch.float32", {"W": HEAD.half()}),
+        (ValueError, "h_teacher is on meta, h_student on cpu", {"h_teacher": H_T.to("meta")}),
+        (ValueError, r"W must be \[V, D\], got shape \[100\]; .*FSDP", {"W": HEAD.flatten()}),
+        (ValueError, r"W must be \[V, D\]", {"W": HEAD[None]}),
+        (ValueError, r"W must have at least one row.*got shape \[0, 5\]", {"W": HEAD[:0]}),
+        (ValueError, r"h_student must be \[..., D\], got a scalar", {"h_student": H_S[0, 0]}),
+        (ValueError, "same leading shape", {"h_teacher": H_T[:5]}),
+        (ValueError, "same leading shape", {"h_teacher": H_T.view(2, 3, 5)}),
+        (ValueError, "h_student has 4 features, W 5", {"h_student": H_S[:, :4]}),
+        (ValueError, "h_teacher has 4 features, W 5", {"h_teacher": H_T[:, :4]}),
+        (ValueError, "h_teacher has 5 features, W_teacher 4", {"W_teacher": HEAD[:, :4]}),
+        (ValueError, "W_teacher has 19 rows, W 20", {"W_teacher": HEAD[:19]}),
+        (ValueError, r"W requires grad.*W\.detach\(\)", {"W": HEAD.clone().requires_grad_()}),
+        (
+            ValueError,
+            r"W_teacher requires grad.*W_teacher\.detach\(\)",
+            {"W_teacher": HEAD.clone().requires_grad_()},
+        ),
+        (TypeError, "token_weights must be a torch.Tensor, got list", {"token_weights": [1] * 6}),
+        (TypeError, "token_weights must be float, int", {"token_weights": torch.ones(6) * 1j}),
+        (
+            ValueError,
+            r"token_weights .* \[6\] .* got \[3, 2\]",
+            {"token_weights": torch.ones(3, 2)},
+        ),
+        (ValueError, "token_weights is on meta", {"token_weights": torch.ones(6, device="meta")}),
+        (ValueError, "token_weights must be finite and not", {"token_weights": -torch.ones(6)}),
+        (ValueError, "token_weights must be finite", {"token_weights": torch.full((6,), math.nan)}),
+    ],
+)
+def test_refused(loss, error, message, changed):
+    tensors = {"h_student": H_S, "h_teacher": H_T, "W": HEAD}
+    tensors.update((k, changed[k]) for k in changed if k in tensors)
+    options = {k: v for k, v in changed.items() if k not in tensors}
+    with pytest.raises(error, match=message):
+        loss(tensors["h_student"], tensors["h_teacher"], tensors["W"], **options)
+
+
+@pytest.mark.parametrize(
+    ("error", "workspace_mib"),
+    [(ValueError, -1), (ValueError, math.nan), (ValueError, math.inf), (TypeError, "128")],
+)
+def test_workspace_refused(error, workspace_mib):
+    with pytest.raises(error, match="workspace_mib must be"):
+        fused_jsd_loss(H_S, H_T, HEAD, workspace_mib=workspace_mib)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_least_workspace_is_the_least(dtype):
+    h_S, h_T, W = random_inputs(6, 30011, 40, dtype)
+    with pytest.raises(ValueError, match="cannot hold one row of V=30011") as refusal:
+        fused_jsd_loss(h_S, h_T, W, workspace_mib=0)
+    least = float(str(refusal.value).rpartition("=")[2])
+    loss = fused_jsd_loss(h_S, h_T, W, workspace_mib=least)
+    torch.testing.assert_close(loss, fused_jsd_loss(h_S, h_T, W))
+    with pytest.raises(ValueError, match=f"workspace_mib={least:g}"):
+        fused_jsd_loss(h_S, h_T, W, workspace_mib=least - 0.01)
+
+
+def test_float64_is_for_the_oracle():
+    with pytest.raises(TypeError, match=r"got torch\.float64"):
+        fused_jsd_loss(H_S.double(), H_T.double(), HEAD.double())
+    assert reference_jsd_loss(H_S.double(), H_T.double(), HEAD.double()).dtype == torch.float64

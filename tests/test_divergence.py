@@ -1,0 +1,129 @@
+"""The family and the oracle, proven against autograd through the formulas as they are written."""
+
+import itertools
+import math
+
+import pytest
+import textbook
+import torch
+from accuracy import exact
+from inputs import random_inputs
+
+from opsd_kernels import divergence_name, reference_jsd_loss
+from opsd_kernels.divergence import divergence_rows_
+
+BETAS = [0.0, 1e-3, 0.3, 0.5, 0.8, 1.0]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+@pytest.mark.parametrize("entry_clip", [None, 1e-3, 0.05])
+@pytest.mark.parametrize("beta", BETAS)
+def test_oracle_is_the_formula(beta, entry_clip, temperature):
+    h_S, h_T, W = (t.double() for t in random_inputs(7, 50, 6, size=2.0, distance=0.5))
+    loss, grad = exact(h_S, h_T, W, beta=beta, entry_clip=entry_clip, temperature=temperature)
+    h = h_S.clone().requires_grad_()
+    expected = textbook.divergence(h @ W.T / temperature, h_T @ W.T / temperature, beta, entry_clip)
+    expected.sum().backward()
+    assert (loss - expected).abs().max() < 1e-14
+    assert (grad - h.grad).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_oracle_gradcheck(beta):
+    h_S, h_T, W = (t.double() for t in random_inputs(3, 11, 4, distance=0.5))
+    assert torch.autograd.gradcheck(
+        lambda h: reference_jsd_loss(
+            h, h_T, W, beta=beta, temperature=1.3, token_weights=torch.tensor([1.0, 0.0, 2.0])
+        ),
+        h_S.requires_grad_(),
+    )
+
+
+def test_beta_weighs_the_teacher():
+    """β → 1 makes the mixture the teacher: JSD_β / (1 − β) tends to KL(student‖teacher)."""
+    h_S, h_T, W = (t.double() for t in random_inputs(5, 20, 4, distance=0.5))
+
+    def loss(beta: float) -> float:
+        return reference_jsd_loss(h_S, h_T, W, beta=beta).item()
+
+    assert loss(1 - 1e-6) / 1e-6 == pytest.approx(loss(1.0), rel=1e-4)
+    assert loss(1e-6) / 1e-6 == pytest.approx(loss(0.0), rel=1e-4)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("distance", [1e-3, 1e-2, 0.1, 1.0])
+def test_fp32_values_keep_their_digits(beta, distance):
+    """Where student and teacher agree, the textbook forms return noise, even negative sums. Given
+    the same fp32 logits, the stable forms are right to 1e-3 of the smallest divergence here."""
+    h_S, h_T, W = random_inputs(32, 4096, 64, distance=distance)
+    z_S, z_T = h_S @ W.T, h_T @ W.T
+    expected = divergence_rows_(z_S.double(), z_T.double(), beta, None, needs_score=False)
+    loss = divergence_rows_(z_S.clone(), z_T.clone(), beta, None, needs_score=False)
+    error = ((loss - expected) / expected).abs().max()
+    assert error < 1e-6 / distance, f"mean divergence {expected.mean():.1e}"
+    if distance == 1e-3:
+        naive = textbook.divergence(z_S, z_T, beta)
+        assert ((naive - expected) / expected).abs().max() > 100 * error
+
+
+@pytest.mark.parametrize("entry_clip", [None, 0.05])
+@pytest.mark.parametrize("beta", BETAS)
+def test_infinite_logits(beta, entry_clip):
+    """−∞ on both sides counts for nothing, on one side for what the formula's limit says."""
+    inf = math.inf
+    both = torch.tensor([[1.0, 2.0, -inf, 0.5]]), torch.tensor([[0.5, 2.0, -inf, 1.0]])
+    student_only = torch.tensor([[1.0, 2.0, -inf, 0.5]]), torch.tensor([[0.5, 2.0, -1.0, 1.0]])
+    teacher_only = student_only[1], student_only[0]
+    far = torch.tensor([[0.0, -500.0, -600.0]]), torch.tensor([[0.0, -600.0, -500.0]])
+    opposite = torch.tensor([[0.0, -500.0]]), torch.tensor([[-500.0, 0.0]])
+    for (z_S, z_T), name in [
+        (both, "both"),
+        (student_only, "student_only"),
+        (teacher_only, "teacher_only"),
+        (far, "far"),
+        (opposite, "opposite"),
+    ]:
+        grad = z_S.clone()
+        loss = divergence_rows_(grad, z_T.clone(), beta, entry_clip, needs_score=True)
+        assert not loss.isnan().any(), name
+        assert not grad.isnan().any(), name
+        divergent = {"student_only": 0, "teacher_only": 1}.get(name)
+        if beta == divergent and entry_clip is None:
+            assert loss.item() == inf
+            assert (grad == 0).all()
+        else:
+            # −∞ stands for a probability that float64 rounds away.
+            finite_S, finite_T = z_S.double().clamp(min=-700), z_T.double().clamp(min=-700)
+            finite_S.requires_grad_()
+            expected = textbook.divergence(finite_S, finite_T, beta, entry_clip)
+            expected.sum().backward()
+            assert loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-12), name
+            assert (grad - finite_S.grad).abs().max() < 1e-6, name
+
+
+@pytest.mark.parametrize("entry_clip", [None, 0.05])
+@pytest.mark.parametrize("beta", BETAS)
+def test_nan_stays_in_its_row(beta, entry_clip):
+    z_S, z_T = torch.randn(4, 9), torch.randn(4, 9)
+    z_S[1, 3], z_T[2, 5] = math.nan, math.nan
+    loss = divergence_rows_(z_S, z_T, beta, entry_clip, needs_score=True)
+    assert loss.isnan().tolist() == [False, True, True, False]
+    assert z_S.isnan().any(-1).tolist() == [False, True, True, False]
+
+
+def test_confident_tokens_keep_their_gradient():
+    """1 − p of a millionth: unless shifted, the gradient is a difference of numbers near 1."""
+    z_S, z_T = torch.full((1, 1000), -21.0), torch.full((1, 1000), -20.0)
+    z_S[0, 7] = z_T[0, 7] = 0.0
+    for beta, entry_clip in itertools.product(BETAS, [None, 0.05]):
+        expected, grad = z_S.double(), z_S.clone()
+        divergence_rows_(expected, z_T.double(), beta, entry_clip, needs_score=True)
+        divergence_rows_(grad, z_T.clone(), beta, entry_clip, needs_score=True)
+        assert (grad - expected).norm() < 1e-5 * expected.norm(), (beta, entry_clip)
+
+
+def test_names():
+    assert divergence_name(0.0) == "forward KL(teacher‖student)"
+    assert divergence_name(1.0) == "reverse KL(student‖teacher)"
+    assert divergence_name(0.5) == "JSD(β=0.5 on the teacher)"
+    assert divergence_name(0.0, 0.05).endswith("entries clipped at 0.05")

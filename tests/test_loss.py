@@ -1,0 +1,253 @@
+"""The whole op against the oracle, and what its face promises."""
+
+import math
+
+import pytest
+import torch
+from accuracy import GRAD_UNITS, LOSS_UNITS, errors, exact
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from inputs import language_like_inputs, random_inputs
+from textbook import entries
+from torch import Tensor
+
+from opsd_kernels import fused_jsd_loss, reference_jsd_loss
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LOW_DTYPES = [torch.bfloat16, torch.float16]
+
+
+def loss_and_grad(h_S: Tensor, h_T: Tensor, W: Tensor, **options) -> tuple[Tensor, Tensor]:
+    """Per-token losses and the gradient of their sum."""
+    h = h_S.detach().clone().requires_grad_()
+    loss = fused_jsd_loss(h, h_T, W, reduction="none", **options)
+    loss.sum().backward()
+    return loss.detach(), h.grad
+
+
+def clip_is_clear(h_S: Tensor, h_T: Tensor, W: Tensor, W_T: Tensor, beta: float, **options) -> bool:
+    """No entry sits so near the clip that rounding decides whether it is clipped."""
+    T, clip = options["temperature"], options["entry_clip"]
+    log_p = (h_S.double() @ W.double().T / T).log_softmax(-1)
+    log_q = (h_T.double() @ W_T.double().T / T).log_softmax(-1)
+    f = entries(log_p, log_q, beta)
+    return bool(((f / clip - 1).abs() > 1e-4).all())
+
+
+@given(
+    N=st.integers(1, 9),
+    V=st.sampled_from([1, 2, 3, 17, 64, 300, 1000]),
+    D=st.sampled_from([1, 3, 8, 33, 64]),
+    dtype=st.sampled_from(DTYPES),
+    beta=st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(1e-4, 1 - 1e-4)),
+    temperature=st.sampled_from([1.0, 0.5, 1.7]),
+    entry_clip=st.sampled_from([None, None, 0.05, 1e-3]),
+    log_size=st.floats(-2, 1.5),
+    log_distance=st.floats(-4, 0),
+    own_head=st.booleans(),
+    workspace_mib=st.sampled_from([0.25, 2, 128]),
+    seed=st.integers(0, 2**16),
+)
+@example(1, 1, 1, torch.float32, 0.5, 1.0, None, 0.0, 0.0, False, 128, 0)
+def test_op_against_oracle(
+    N,
+    V,
+    D,
+    dtype,
+    beta,
+    temperature,
+    entry_clip,
+    log_size,
+    log_distance,
+    own_head,
+    workspace_mib,
+    seed,
+):
+    h_S, h_T, W = random_inputs(
+        N, V, D, dtype, size=10**log_size, distance=10**log_distance, seed=seed
+    )
+    options = {"beta": beta, "temperature": temperature, "entry_clip": entry_clip}
+    if own_head:  # the teacher has one feature more, and a head of its own
+        h_T = torch.cat([h_T, torch.ones(N, 1, dtype=dtype)], dim=1)
+        options["W_teacher"] = torch.cat([W, 0.1 * torch.ones(V, 1, dtype=dtype)], dim=1)
+    if entry_clip is not None:
+        assume(clip_is_clear(h_S, h_T, W, options.get("W_teacher", W), **options))
+    loss, grad = loss_and_grad(h_S, h_T, W, workspace_mib=workspace_mib, **options)
+    assert loss.dtype == torch.float32
+    assert grad.dtype == dtype
+    error = errors(loss, grad, h_S, h_T, W, **options)
+    assert error.loss < LOSS_UNITS
+    assert error.grad < GRAD_UNITS[dtype]
+
+
+@pytest.mark.parametrize("distance", [3e-3, 3e-2, 0.3, 3.0])
+@pytest.mark.parametrize("divergence", [(0.5, None), (0.1, None), (0, None), (1, None), (0, 0.05)])
+def test_gradient_is_rounded_once(distance, divergence):
+    """In units of nothing but the rounding of the exact gradient to bf16, on peaked distributions,
+    from JSD 1e-7 to 0.6: there is no other error to see. A second rounding would make it 1.4."""
+    beta, entry_clip = divergence
+    h_S, h_T, W = language_like_inputs(64, 8192, 128, torch.bfloat16, distance)
+    _, grad = loss_and_grad(h_S, h_T, W, beta=beta, entry_clip=entry_clip)
+    _, exact_grad = exact(h_S, h_T, W, beta=beta, entry_clip=entry_clip)
+    rounding = (exact_grad.to(grad.dtype).double() - exact_grad).norm()
+    assert (grad.double() - exact_grad).norm() < 1.05 * rounding
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_workspace_does_not_change_the_result(dtype):
+    h_S, h_T, W = random_inputs(50, 2000, 40, dtype)
+    h_S, h_T = h_S.view(5, 10, 40), h_T.view(5, 10, 40)
+    whole = loss_and_grad(h_S, h_T, W, workspace_mib=256)
+    for workspace_mib in (0.11, 0.2, 1):
+        loss, grad = loss_and_grad(h_S, h_T, W, workspace_mib=workspace_mib)
+        assert (loss - whole[0]).abs().max() < 1e-5 * whole[0].abs().max()
+        ulp = torch.finfo(dtype).eps
+        assert (grad - whole[1]).abs().max() <= max(1e-5, ulp) * whole[1].abs().max()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bool])
+def test_weights_and_reductions(reduction, dtype):
+    h_S, h_T, W = random_inputs(12, 30, 8)
+    h_S, h_T = h_S.view(3, 4, 8), h_T.view(3, 4, 8)
+    w = torch.arange(12).view(3, 4).remainder(4).to(dtype)
+    per_token = fused_jsd_loss(h_S, h_T, W, reduction="none")
+    assert per_token.shape == (3, 4)
+    expected = {
+        "none": w * per_token,
+        "sum": (w * per_token).sum(),
+        "mean": (w * per_token).sum() / w.sum(),
+    }[reduction]
+    h = h_S.clone().requires_grad_()
+    loss = fused_jsd_loss(h, h_T, W, token_weights=w, reduction=reduction)
+    torch.testing.assert_close(loss.detach(), expected.float())
+    loss.sum().backward()
+    oracle = h_S.double().requires_grad_()
+    reference_jsd_loss(
+        oracle, h_T.double(), W.double(), token_weights=w, reduction=reduction
+    ).sum().backward()
+    assert (h.grad - oracle.grad).norm() < 1e-5 * oracle.grad.norm()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_dropped_tokens_may_hold_nan(reduction):
+    h_S, h_T, W = random_inputs(6, 20, 5)
+    w = torch.tensor([1.0, 0.0, 2.0, 0.0, 0.5, 1.0])
+    expected_loss = fused_jsd_loss(h_S, h_T, W, token_weights=w, reduction=reduction)
+    h_S[1], h_T[3] = math.nan, math.inf
+    h_S.requires_grad_()
+    loss = fused_jsd_loss(h_S, h_T, W, token_weights=w, reduction=reduction)
+    assert torch.equal(loss.detach(), expected_loss)
+    loss.sum().backward()
+    assert (h_S.grad[[1, 3]] == 0).all()
+    assert h_S.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("N", [0, 4])
+def test_no_tokens_give_zero_and_a_graph(reduction, N):
+    """A rank whose tokens are all masked must get through backward like the others."""
+    h_S, h_T, W = random_inputs(N, 20, 5)
+    h_S.requires_grad_()
+    loss = fused_jsd_loss(h_S, h_T, W, token_weights=torch.zeros(N), reduction=reduction)
+    loss.sum().backward()
+    assert (loss == 0).all()
+    assert h_S.grad.shape == (N, 5)
+    assert (h_S.grad == 0).all()
+    if N == 0:
+        assert fused_jsd_loss(h_S, h_T, W) == 0
+
+
+def test_nan_token_spoils_only_itself():
+    h_S, h_T, W = random_inputs(4, 20, 5)
+    h_S[2] = math.nan
+    loss, grad = loss_and_grad(h_S, h_T, W)
+    assert loss.isnan().tolist() == [False, False, True, False]
+    assert grad.isnan().any(-1).tolist() == [False, False, True, False]
+
+
+def test_second_backward_and_any_upstream_gradient():
+    h_S, h_T, W = random_inputs(6, 20, 5)
+    h = h_S.clone().requires_grad_()
+    loss = fused_jsd_loss(h, h_T, W, reduction="none")
+    upstream = torch.tensor([1.0, -2.0, 0.0, 3.0, 0.5, 1e-3])
+    (first,) = torch.autograd.grad(loss, h, upstream, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, h, upstream, retain_graph=True)
+    (ones,) = torch.autograd.grad(loss, h, torch.ones(6))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, upstream[:, None] * ones)
+
+
+def test_gradient_reaches_the_student_alone():
+    h_S, h_T, W = random_inputs(6, 20, 5)
+    h_S.requires_grad_()
+    h_T.requires_grad_()
+    fused_jsd_loss(h_S, h_T, W).backward()
+    assert h_S.grad is not None
+    assert h_T.grad is None
+
+
+def test_leading_shapes_and_strides():
+    h_S, h_T, W = random_inputs(24, 50, 16)
+    loss, grad = loss_and_grad(h_S, h_T, W)
+    for shape in [(24,), (1, 24), (2, 3, 4)]:
+        got = loss_and_grad(h_S.view(*shape, 16), h_T.view(*shape, 16), W)
+        assert torch.equal(got[0], loss.view(shape))
+        assert torch.equal(got[1], grad.view(*shape, 16))
+    one = loss_and_grad(h_S[0], h_T[0], W)
+    assert one[0].shape == ()
+    torch.testing.assert_close(one[0], loss[0])
+
+    def strided(t: Tensor) -> Tensor:
+        wide = torch.full((2 * t.shape[0], 3 * t.shape[1]), math.nan, dtype=t.dtype)
+        wide[::2, ::3] = t
+        return wide[::2, ::3]
+
+    for weight in (W, W.t().contiguous().t(), strided(W), W.flip(0).flip(0)):
+        for h_Si, h_Ti in ((h_S, h_T), (strided(h_S), strided(h_T)), (h_S, strided(h_T))):
+            got = loss_and_grad(h_Si, h_Ti, weight)
+            torch.testing.assert_close(got[0], loss)
+            torch.testing.assert_close(got[1], grad)
+    every_other = loss_and_grad(h_S.view(12, 2, 16)[:, 1], h_T.view(12, 2, 16)[:, 1], W)
+    torch.testing.assert_close(every_other[0], loss.view(12, 2)[:, 1])
+
+
+@pytest.mark.parametrize("dtype", LOW_DTYPES)
+def test_autocast_rounds_like_a_linear_layer(dtype):
+    h_S, h_T, W = random_inputs(6, 700, 32)
+    expected_loss, expected_grad = loss_and_grad(h_S.to(dtype), h_T.to(dtype), W.to(dtype))
+    with torch.autocast("cpu", dtype=dtype):
+        h = h_S.clone().requires_grad_()
+        loss = fused_jsd_loss(h, h_T.to(dtype), W, reduction="none", workspace_mib=0.2)
+    loss.sum().backward()
+    assert h.grad.dtype == torch.float32
+    torch.testing.assert_close(loss.detach(), expected_loss, rtol=1e-4, atol=1e-7)
+    assert (h.grad.to(dtype) - expected_grad).norm() < 1e-2 * expected_grad.norm()
+
+
+def test_no_grad_and_inference_mode():
+    h_S, h_T, W = random_inputs(6, 20, 5)
+    expected = fused_jsd_loss(h_S, h_T, W)
+    h_S.requires_grad_()
+    W.requires_grad_()  # as a head in evaluation does: without gradients nothing is lost
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            loss = fused_jsd_loss(h_S, h_T, W)
+        assert not loss.requires_grad
+        assert torch.equal(loss, expected)
+
+
+def test_a_token_with_infinite_divergence():
+    """Logits that overflow to −∞ on one side: the loss says so, the others' gradient survives."""
+    W = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-3e38, 0.0]])
+    h_S = torch.tensor([[2.0, 0.5], [0.0, 0.5]])
+    h_T = torch.tensor([[-0.0, 0.5], [0.0, 0.1]])
+    loss, grad = loss_and_grad(h_S, h_T, W, beta=0)
+    assert loss[0] == math.inf
+    assert loss[1].isfinite()
+    assert (grad[0] == 0).all()
+    assert (grad[1] != 0).any()
+    for beta in (0.3, 0.5, 1.0):
+        loss, grad = loss_and_grad(h_S, h_T, W, beta=beta)
+        assert loss.isfinite().all()
+        assert grad.isfinite().all()
