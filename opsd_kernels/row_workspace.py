@@ -23,7 +23,7 @@ from opsd_kernels.divergence import divergence_rows_
 MIB = 2**20
 
 # [block, V] fp32 temporaries alive at once inside `divergence_rows_`, at most.
-BLOCK_TEMPORARIES = 10
+BLOCK_TEMPORARIES = 8
 # Entries of a row block on a CPU: 1 MiB of fp32 for each temporary, to stay in the cache.
 CPU_BLOCK_ENTRIES = 2**18
 

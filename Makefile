@@ -1,0 +1,31 @@
+# Each target sets up what it needs on a fresh machine: a virtual environment in .venv, installed
+# through constraints.txt. A second call installs nothing.
+
+BASE_PYTHON ?= python3
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.installed-train
+	$(PYTHON) -m opsd_train $(ARGS)
+
+test: lint
+	$(PYTHON) -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.installed-test
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+format: $(VENV)/.installed-test
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt
+	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
