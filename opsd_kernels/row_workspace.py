@@ -35,6 +35,7 @@ class Plan:
     rows: int  # of a chunk; the workspace is [2 rows, V] fp32
     block: int  # rows handled at once in step 2
     tile: int  # columns (rows of W) of one matrix product; V where W is used as it stands
+    bytes: int  # of all temporaries with a vocabulary-sized dimension together
 
 
 def default_workspace_mib(device: torch.device) -> int:
@@ -81,7 +82,9 @@ def plan(N: int, heads: tuple[Tensor, ...], operand_dtype: torch.dtype, budget: 
     rows = int((rest - block * block_row_bytes) // row_bytes)
     chunks = max(1, math.ceil(N / rows))
     rows = max(1, math.ceil(N / chunks))
-    return Plan(rows, min(block, rows), tile)
+    block = min(block, rows)
+    used = rows * row_bytes + block * block_row_bytes + tile * tile_row_bytes
+    return Plan(rows, block, tile, used)
 
 
 def fill_row_workspace(

@@ -1,0 +1,1 @@
+"""On-policy self-distillation with `opsd_kernels`, from a problem to a trained adapter."""

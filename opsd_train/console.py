@@ -1,0 +1,59 @@
+"""What a run says: a progress bar in a terminal, plain lines elsewhere."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from opsd_train.evaluate import Completion
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def say(text: str = "") -> None:
+    console.print(text, markup=False)
+
+
+def fail(message: str) -> None:
+    """End the program with a message."""
+    sys.exit(f"opsd_train: {message}")
+
+
+class Bar:
+    """Progress of one stage; `advance` also takes figures to show."""
+
+    def __init__(self, progress: Progress | None, name: str, total: int):
+        self.progress, self.name, self.total = progress, name, total
+        self.done = 0
+        self.task = progress.add_task(name, total=total, figures="") if progress else None
+
+    def advance_to(self, done: int, **figures: Any) -> None:
+        shown = "  ".join(f"{name} {value}" for name, value in figures.items())
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, completed=done, figures=shown)
+        elif done * 10 // self.total > self.done * 10 // self.total:
+            say(f"{self.name}: {done}/{self.total}  {shown}")
+        self.done = done
+
+
+@contextmanager
+def progress_bar(name: str, total: int) -> Iterator[Bar]:
+    if not console.is_terminal:
+        yield Bar(None, name, total)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield Bar(progress, name, total)
+
+
+def show_attempt(who: str, attempt: Completion) -> None:
+    say(f"  {who}  {attempt.completion}  {'right' if attempt.correct else 'WRONG'}")

@@ -1,0 +1,38 @@
+"""What is handed from one stage of a training step to the next. Token ids all the way: nothing that
+was sampled is ever decoded and encoded again."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """x, and what only the teacher sees of it, y*."""
+
+    question: str
+    solution: str  # the reference solution, worked out
+    answer: str  # what a right solution ends with
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """ŷ: what the student sampled for a batch of problems."""
+
+    problems: list[Problem]
+    prompts: list[list[int]]  # the token ids the student saw
+    completions: list[list[int]]  # the token ids it sampled; up to and including the end of text
+    finished: list[bool]  # whether the end of text was reached
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Both contexts' hidden states at the positions that predict ŷ, all rollouts' tokens packed.
+
+    Row n of both predicts the same token: it is taken at the position BEFORE ŷ_n in each sequence.
+    """
+
+    h_student: Tensor  # [N, D], with graph
+    h_teacher: Tensor  # [N, D], without
+    tokens: Tensor  # [N] the ids ŷ_n
+    weights: Tensor  # [N] 1 / (rollouts · tokens of the rollout): Algorithm 1's average

@@ -1,0 +1,321 @@
+"""The training harness: rows aligned, teacher unmoved, run folder complete, and that it learns."""
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from opsd_train import tiny_world
+from opsd_train.config import Config, parse
+from opsd_train.evaluate import Accuracy, grade
+from opsd_train.model import add_adapter, base_model, base_weights_sha256, lm_head
+from opsd_train.objective import opsd_loss
+from opsd_train.prompts import encode, student_prompt, teacher_prompt
+from opsd_train.records import Problem, Rollout
+from opsd_train.report import RunFolder
+from opsd_train.rollout import sample
+from opsd_train.score import score
+from opsd_train.tiny_world import build_model, build_tokenizer, is_correct, make_problem, work_out
+
+
+@pytest.fixture
+def tiny():
+    """A randomly initialised model with an adapter that does something, its tokenizer, problems of
+    different lengths."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    model = add_adapter(build_model(tokenizer), rank=4)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    model.eval()
+    problems = [make_problem(a, b) for a, b in [(1234, 5), (7, 6), (98, 3), (31415, 9)]]
+    return model, tokenizer, problems
+
+
+# The world
+
+
+def test_worked_solutions_are_right():
+    problem = make_problem(3847, 6)
+    assert problem.question == "3847*6=?"
+    assert problem.solution == "7*6+0=42 4*6+4=28 8*6+2=50 3*6+5=23 <answer>23082"
+    for a, b in [(1000, 2), (9999, 9), (1005, 4)]:
+        problem = make_problem(a, b)
+        assert int(problem.solution.partition("<answer>")[2]) == a * b
+        assert is_correct(problem, problem.solution + "<end>")
+
+
+def test_slips_are_marked_and_carried_on():
+    rng = random.Random(0)
+    wrong = 0
+    for _ in range(300):
+        text, slips = work_out(3847, 6, rng, slip_rate=0.3)
+        tokens = text.replace("<answer>", "A")
+        assert len(tokens) == len(slips)
+        answer = text.partition("<answer>")[2]
+        if not any(slips):
+            assert int(answer) == 3847 * 6
+        wrong += int(answer) != 3847 * 6
+        steps = tokens.partition("A")[0].split()
+        for step, later in itertools.pairwise(steps):
+            carried = later.partition("+")[2][0] == step[-2]
+            position = tokens.index(later) + later.index("+") + 1
+            assert carried or slips[position]
+    assert 100 < wrong < 280
+
+
+def test_grading():
+    problem = make_problem(3847, 6)
+    assert is_correct(problem, "anything<answer>23082<end>")
+    for text in [
+        "",
+        "<answer>23082",
+        "23082<end>",
+        "<answer>23083<end>",
+        "<answer>23082<end>7<end>",
+    ]:
+        assert not is_correct(problem, text)
+
+
+def test_problems_are_disjoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    seen = []
+    monkeypatch.setattr(
+        tiny_world, "warm_start", lambda model, tokenizer, numbers, *_: seen.extend(numbers)
+    )
+    world = tiny_world.load_world(seed=3)
+    questions = [{p.question for p in part} for part in (world.held_out, world.train)]
+    questions.append({f"{a}*{b}=?" for a, b in seen})
+    assert [len(q) for q in questions] == [512, 8000, 63488]
+    assert len(set.union(*questions)) == 72000
+
+
+def test_world_is_cached_and_loaded_from_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls = []
+    monkeypatch.setattr(tiny_world, "warm_start", lambda *_: calls.append(1))
+    first = tiny_world.load_world(seed=0)
+    again = tiny_world.load_world(seed=0)
+    assert calls == [1]
+    assert list((tmp_path / "opsd_train").iterdir()) == [tiny_world.cache_path(0)]
+    for name, weight in first.model.state_dict().items():
+        assert torch.equal(weight, again.model.state_dict()[name])
+    assert (
+        again.tokenizer("<problem>12*3=?")["input_ids"]
+        == first.tokenizer("<problem>12*3=?")["input_ids"]
+    )
+    tiny_world.load_world(seed=1)
+    assert calls == [1, 1]
+
+
+# A step
+
+
+def test_row_n_predicts_token_n(tiny):
+    """Off by one here trains nonsense quietly. Recomputed sequence by sequence, without padding,
+    from the model's full logits."""
+    model, tokenizer, problems = tiny
+    torch.manual_seed(1)
+    rollout = sample(model, tokenizer, problems, temperature=1.2, max_new_tokens=20)
+    assert len({len(c) for c in rollout.completions}) > 1, "the test wants ragged completions"
+    assert len({len(p) for p in rollout.prompts}) > 1, "the test wants ragged prompts"
+    scores = score(model, tokenizer, rollout)
+    W = lm_head(model)
+
+    expected = {"student": [], "teacher": []}
+    for problem, completion in zip(rollout.problems, rollout.completions, strict=True):
+        for who, prompt in (("student", student_prompt), ("teacher", teacher_prompt)):
+            (prompt_ids,) = encode(tokenizer, [prompt(problem)])
+            ids = torch.tensor([prompt_ids + completion])
+            with torch.no_grad():
+                if who == "teacher":
+                    with model.disable_adapter():
+                        logits = model(input_ids=ids).logits
+                else:
+                    logits = model(input_ids=ids).logits
+            log_probs = logits[0, :-1].log_softmax(-1)
+            predicted = log_probs[torch.arange(ids.shape[1] - 1), ids[0, 1:]]
+            expected[who].append(predicted[-len(completion) :])
+    for h, who in ((scores.h_student, "student"), (scores.h_teacher, "teacher")):
+        log_probs = (h @ W.T).log_softmax(-1).gather(1, scores.tokens[:, None]).squeeze(1)
+        torch.testing.assert_close(log_probs, torch.cat(expected[who]), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(scores.h_student, scores.h_teacher, atol=1e-2)
+
+
+def test_token_ids_are_never_re_encoded(tiny, monkeypatch):
+    """A completion whose text would be read back differently keeps the ids that were sampled."""
+    model, tokenizer, problems = tiny
+    odd = [tokenizer.pad_token_id, 9, tokenizer.pad_token_id, 8, tokenizer.eos_token_id]
+    prompts = encode(tokenizer, [student_prompt(problems[0])])
+    rollout = Rollout(problems[:1], prompts, [odd], [True])
+    monkeypatch.setattr(type(tokenizer), "decode", None)
+    monkeypatch.setattr(type(tokenizer), "batch_decode", None)
+    assert score(model, tokenizer, rollout).tokens.tolist() == odd
+
+
+def test_objective_is_the_mean_over_tokens_then_rollouts(tiny):
+    model, tokenizer, problems = tiny
+    torch.manual_seed(1)
+    rollout = sample(model, tokenizer, problems, temperature=1.2, max_new_tokens=20)
+    scores = score(model, tokenizer, rollout)
+    config = Config(temperature=1.2)
+    W = lm_head(model)
+    log_p = (scores.h_student @ W.T / 1.2).log_softmax(-1)
+    log_q = (scores.h_teacher @ W.T / 1.2).log_softmax(-1)
+    log_m = (0.5 * log_p.exp() + 0.5 * log_q.exp()).log()
+    jsd = 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1)
+    rollouts = jsd.split([len(c) for c in rollout.completions])
+    expected = torch.stack([r.mean() for r in rollouts]).mean()
+    torch.testing.assert_close(opsd_loss(scores, W, config), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_gradient_reaches_the_adapter_and_nothing_else(tiny):
+    model, tokenizer, problems = tiny
+    before = base_weights_sha256(model)
+    rollout = sample(model, tokenizer, problems, temperature=1.0, max_new_tokens=8)
+    scores = score(model, tokenizer, rollout)
+    assert not scores.h_teacher.requires_grad
+    opsd_loss(scores, lm_head(model), Config()).backward()
+    for name, weight in model.named_parameters():
+        assert (weight.grad is not None and weight.grad.any()) == ("lora_" in name), name
+    torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1.0).step()
+    assert base_weights_sha256(model) == before
+    with torch.no_grad():
+        next(w for n, w in base_model(model).named_parameters() if "base_layer" in n)[0, 0] += 1e-6
+    assert base_weights_sha256(model) != before
+
+
+def test_completions_stop_at_the_end_of_text(tiny):
+    model, tokenizer, problems = tiny
+    torch.manual_seed(1)
+    rollout = sample(model, tokenizer, problems * 4, temperature=1.2, max_new_tokens=12)
+    for completion, finished in zip(rollout.completions, rollout.finished, strict=True):
+        assert (completion[-1] == tokenizer.eos_token_id) == finished
+        assert tokenizer.eos_token_id not in completion[:-1]
+        assert finished or len(completion) == 12
+    graded = grade(tokenizer, rollout, is_correct)
+    assert [g.prompt for g in graded] == [student_prompt(p) for p in problems * 4]
+
+
+# Around the run
+
+
+def test_wilson_interval():
+    low, high = Accuracy(50, 100).interval
+    assert low == pytest.approx(0.4038, abs=1e-4)
+    assert high == pytest.approx(0.5962, abs=1e-4)
+    assert Accuracy(0, 10).interval[0] < 1e-12
+    assert Accuracy(10, 10).interval[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--beta", "1.5"], "beta must lie in [0, 1], got 1.5"),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--temperature", "0"], "temperature must be positive"),
+        (["--learning-rate", "-1"], "learning_rate must be positive, got -1.0"),
+        (["--entry-clip", "0"], "entry_clip must be positive"),
+        (["--unknown"], "unrecognized arguments: --unknown"),
+    ],
+)
+def test_bad_options_end_with_a_message(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(arguments)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_is_not_overwritten_unasked(tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    RunFolder(tmp_path).write_metrics(step=1)
+    with pytest.raises(FileExistsError, match=r"holds a run already \(metrics.jsonl\)"):
+        RunFolder(tmp_path)
+    RunFolder(tmp_path, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(NotADirectoryError, match="not a folder"):
+        RunFolder(tmp_path / "mine.txt")
+
+
+def opsd_train(*arguments: str, cache: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "opsd_train", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        check=False,
+    )
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    result = opsd_train("--dry-run", "--output-dir", str(tmp_path / "run"), cache=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "<reference>" in result.stdout
+    assert "One step: JSD(β=0.5 on the teacher)" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_learns(tmp_path):
+    """`python -m opsd_train` as a newcomer starts it, whole: what it shows, and what it leaves."""
+    run = tmp_path / "run"
+    result = opsd_train("--output-dir", str(run), cache=tmp_path / "cache")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["student_before"]["accuracy"] <= 0.30
+    assert summary["student_after"]["accuracy"] >= 0.75
+    assert summary["teacher"]["accuracy"] >= 0.85
+    low, high = summary["student_after"]["interval_95"]
+    assert low < summary["student_after"]["accuracy"] < high
+    assert set(summary["seconds"]) >= {"warm_start", "rollout", "score", "loss", "step", "total"}
+
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["divergence"] == "JSD(β=0.5 on the teacher)"
+    assert config["seed"] == 0
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics if "loss" in m] == list(range(1, 61))
+    completions = [
+        json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()
+    ]
+    after = [c for c in completions if c["phase"] == "after"]
+    assert sum(c["correct"] for c in after) == summary["student_after"]["correct"]
+    assert {"prompt", "completion", "correct"} <= set(after[0])
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    # The adapter, loaded as PEFT loads one, is the trained student.
+    (world,) = (tmp_path / "cache" / "opsd_train").iterdir()
+    tokenizer = AutoTokenizer.from_pretrained(world)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world), run / "adapter")
+    problems = [
+        Problem(c["prompt"].removeprefix("<problem>").removesuffix("<solution>"), "", "")
+        for c in after[:100]
+    ]
+    torch.manual_seed(0)
+    rollout = sample(model, tokenizer, problems, temperature=1.0, max_new_tokens=56)
+    right = 0
+    for problem, text in zip(problems, tokenizer.batch_decode(rollout.completions), strict=True):
+        a, b = problem.question.removesuffix("=?").split("*")
+        right += is_correct(make_problem(int(a), int(b)), text)
+    assert right >= 75
+
+    # A second run in the same folder is refused, and loses nothing.
+    refused = opsd_train("--output-dir", str(run), cache=tmp_path / "cache")
+    assert refused.returncode == 1
+    assert "holds a run already" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert json.loads((run / "summary.json").read_text()) == summary
