@@ -80,11 +80,12 @@ def test_op_against_oracle(
     assert error.grad < GRAD_UNITS[dtype]
 
 
-@pytest.mark.parametrize("distance", [3e-3, 3e-2, 0.3, 3.0])
+@pytest.mark.parametrize("distance", [1e-3, 3e-2, 0.3, 3.0, 10.0])
 @pytest.mark.parametrize("divergence", [(0.5, None), (0.1, None), (0, None), (1, None), (0, 0.05)])
 def test_gradient_is_rounded_once(distance, divergence):
     """In units of nothing but the rounding of the exact gradient to bf16, on peaked distributions,
-    from JSD 1e-7 to 0.6: there is no other error to see. A second rounding would make it 1.4."""
+    at a mean JSD from 2.5e-7 to 0.69: there is no other error to see. A second rounding would make
+    it 1.4."""
     beta, entry_clip = divergence
     h_S, h_T, W = language_like_inputs(64, 8192, 128, torch.bfloat16, distance)
     _, grad = loss_and_grad(h_S, h_T, W, beta=beta, entry_clip=entry_clip)
