@@ -19,7 +19,7 @@ class TokenDivergence(torch.autograd.Function):
 
     Args of `apply`:
         h_S, h_T: [N, D], [N, D_T] hidden states.
-        W, W_T: [V, D], [V, D_T] LM heads; the same tensor if shared.
+        W, W_T: [V, D], [V, D_T] LM heads; W_T is None if W serves both.
         keep: [N] bool, the tokens that count, or None for all. The others get loss and gradient
             exactly 0, whatever their inputs hold.
         needs_gradient: False under no_grad; then no gradient work is done.
@@ -34,7 +34,7 @@ class TokenDivergence(torch.autograd.Function):
         h_S: Tensor,
         h_T: Tensor,
         W: Tensor,
-        W_T: Tensor,
+        W_T: Tensor | None,
         keep: Tensor | None,
         needs_gradient: bool,
         operand_dtype: torch.dtype,
@@ -49,7 +49,7 @@ class TokenDivergence(torch.autograd.Function):
         if keep is not None and h_S.device.type == "cpu":
             # On a CPU reading the mask costs nothing; elsewhere it would stall the queue.
             rows = keep.nonzero().squeeze(-1)
-        heads = (W,) if W is W_T else (W, W_T)
+        heads = (W,) if W_T is None else (W, W_T)
         p = plan(N if rows is None else rows.shape[0], heads, operand_dtype, workspace_bytes)
         loss = h_S.new_zeros(N, dtype=torch.float32)
         dh_S = h_S.new_zeros(N, D, dtype=torch.float32) if needs_gradient else None

@@ -81,7 +81,7 @@ def fused_jsd_loss(
         h_student.reshape(-1, h_student.shape[-1]),
         h_teacher.detach().reshape(-1, h_teacher.shape[-1]),
         W.detach(),
-        (W if W_teacher is None else W_teacher).detach(),
+        None if W_teacher is None else W_teacher.detach(),
         None if weights is None else weights.reshape(-1) != 0,
         torch.is_grad_enabled() and h_student.requires_grad,
         operand_dtype,

@@ -94,7 +94,7 @@ def fill_row_workspace(
     h_S: Tensor,
     h_T: Tensor,
     W: Tensor,
-    W_T: Tensor,
+    W_T: Tensor | None,
     *,
     rows: Tensor | None,
     plan: Plan,
@@ -110,7 +110,7 @@ def fill_row_workspace(
         dh_S: [N, D] fp32, filled with ∂ℓ/∂h_S; None where no gradient is wanted.
         workspace: [2 plan.rows, V] fp32 scratch.
         h_S, h_T: [N, D], [N, D_T] hidden states of student and teacher.
-        W, W_T: [V, D], [V, D_T] their LM heads; one tensor if shared.
+        W, W_T: [V, D], [V, D_T] their LM heads; W_T is None if W serves both.
         rows: indices of the tokens to compute, the others are left alone; None for all.
         operand_dtype: the dtype whose rounding the operands of the matrix products have.
         beta, temperature, entry_clip: the divergence.
@@ -120,7 +120,7 @@ def fill_row_workspace(
         R = h_Sn.shape[0]
         z = workspace[: 2 * R]
         z_S, z_T = z[:R], z[R:]
-        if W is W_T:
+        if W_T is None:
             _project(z, torch.cat([h_Sn, h_Tn]), W, temperature, operand_dtype, plan.tile)
         else:
             _project(z_S, h_Sn, W, temperature, operand_dtype, plan.tile)

@@ -139,6 +139,15 @@ def test_no_host_synchronisation(divergence):
         assert h_S.grad.shape == h_S.shape
 
 
+def test_a_shared_head_is_read_once_for_both_sides():
+    """[h_S; h_T] Wᵀ is one product: on a long head that is bound by reading W, half the time."""
+    h_S, h_T, W = random_inputs(40, 3000, 16)
+    for options, products in (({}, 1), ({"W_teacher": W.clone()}, 2)):
+        with Allocations() as allocations:
+            fused_jsd_loss(h_S, h_T, W, **options)
+        assert allocations.ops.count("aten::mm.out") == products
+
+
 def test_the_function_keeps_one_tensor_for_backward():
     """dh_S in fp32 is all that waits between forward and backward."""
     h_S, h_T, W = random_inputs(40, 3000, 16, torch.bfloat16)
