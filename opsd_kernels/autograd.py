@@ -4,7 +4,6 @@ Tokens are independent: token n's loss depends on row n of h_S alone. So the gra
 Σ_n g_n ℓ_n is g_n times the gradient that forward made, for whatever upstream weights g_n arrive.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -54,22 +53,21 @@ class TokenDivergence(torch.autograd.Function):
         loss = h_S.new_zeros(N, dtype=torch.float32)
         dh_S = h_S.new_zeros(N, D, dtype=torch.float32) if needs_gradient else None
         workspace = h_S.new_empty(2 * p.rows, V, dtype=torch.float32)
-        with _no_autocast(h_S.device.type):
-            fill_row_workspace(
-                loss,
-                dh_S,
-                workspace,
-                h_S,
-                h_T,
-                W,
-                W_T,
-                rows=rows,
-                plan=p,
-                operand_dtype=operand_dtype,
-                beta=beta,
-                temperature=temperature,
-                entry_clip=entry_clip,
-            )
+        fill_row_workspace(
+            loss,
+            dh_S,
+            workspace,
+            h_S,
+            h_T,
+            W,
+            W_T,
+            rows=rows,
+            plan=p,
+            operand_dtype=operand_dtype,
+            beta=beta,
+            temperature=temperature,
+            entry_clip=entry_clip,
+        )
         if keep is not None and rows is None:
             loss.masked_fill_(~keep, 0)
             if dh_S is not None:
@@ -87,15 +85,3 @@ class TokenDivergence(torch.autograd.Function):
         grad = torch.empty_like(dh_S, dtype=ctx.dtype)
         torch.mul(dh_S, grad_loss[:, None], out=grad)
         return grad, *(None,) * 10
-
-
-def autocast_enabled(device_type: str) -> bool:
-    # Devices without autocast (meta, say) raise when asked whether it is on.
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager:
-    # The operands are rounded by hand, tile by tile; autocast would round the fp32 workspace too.
-    if autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

@@ -39,8 +39,8 @@ The KLs, with u = −|x|, t = expm1(u) and base = max(p, q):
     forward KL   base ((1 + t) u − t)  where x ≤ 0, else  base (t − u)           = q x + p − q
     reverse KL   base (t − u)          where x ≤ 0, else  base ((1 + t) u − t)   = −p x + q − p
 
-Their null term ±(p − q) sums to zero over the vocabulary. A clipped entry carries it too, so the
-clipped sum keeps the accuracy of the others.
+Their null term ±(p − q) sums to zero over the vocabulary. A clipped entry carries it too, so that
+the clipped sum keeps the accuracy of the others, unless most of the row's mass is clipped.
 
 Scores. a ← a − c p, G ← G − c leaves a − G p as it is for any c. With c = a/p at the student's top
 entry the score of that entry is exactly 0; otherwise, for a confident token, a − G p would be the
@@ -141,9 +141,7 @@ def value_and_score(
     if needs_score:
         a = q.neg() if beta == 0 else (1 - x).mul_(p)
     if entry_clip is not None:
-        textbook, null = (x.mul_(q), p - q) if beta == 0 else (x.mul_(p).neg_(), q - p)
-        clipped = textbook > entry_clip
-        f = torch.where(clipped, null.add_(entry_clip), f)
+        f, clipped = _clip_kullback_leibler(f, p, q, x, beta, entry_clip)
         if a is not None:
             a.masked_fill_(clipped, 0)
     return f, a
@@ -179,14 +177,25 @@ def _kullback_leibler(p: Tensor, q: Tensor, x: Tensor, beta: float) -> Tensor:
     return f.mul_(torch.maximum(p, q)).clamp_(min=0)
 
 
-def _softmax(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax [R, V] of rows of logits and the two parts of L = top + rest, [R, 1] each.
+def _clip_kullback_leibler(
+    f: Tensor, p: Tensor, q: Tensor, x: Tensor, beta: float, entry_clip: float
+) -> tuple[Tensor, Tensor]:
+    """Values clipped, and which entries are. Overwrites x."""
+    if beta == 0:
+        weight, textbook, null = q, x.mul_(q), p - q
+    else:
+        weight, textbook, null = p, x.mul_(p).neg_(), q - p
+    clipped = textbook > entry_clip
+    f = torch.where(clipped, null.add_(entry_clip), f)
+    # The null term trades the rounding of the unclipped mass for that of the clipped: where the
+    # clip takes most of a row, the row is better off without.
+    mostly_clipped = (weight * clipped).sum(-1, keepdim=True) > 0.5
+    return torch.where(mostly_clipped, textbook.clamp_(max=entry_clip), f), clipped
 
-    The top entry contributes exactly 1 to the sum; counted in float64, what the others add to it is
-    not rounded away where they are a millionth.
-    """
+
+def _softmax(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax [R, V] of rows of logits, and the two parts of L = top + rest, [R, 1] each."""
     top = z.amax(-1, keepdim=True)
     p = (z - top).exp_()
-    # Apple's GPUs have no float64.
-    total = p.sum(-1, keepdim=True, dtype=z.dtype if z.device.type == "mps" else torch.float64)
-    return p.div_(total.to(z.dtype)), top, total.sub_(1).log1p_().to(z.dtype)
+    total = p.sum(-1, keepdim=True)
+    return p.div_(total), top, total.log_()

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opsd_kernels.autograd import TokenDivergence, autocast_enabled
+from opsd_kernels.autograd import TokenDivergence
 from opsd_kernels.row_workspace import MIB, default_workspace_mib
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -149,7 +149,8 @@ def check_tensors(
                 "all tensors must be on one device"
             )
     device_type = h_student.device.type
-    if autocast_enabled(device_type):
+    # Devices without autocast (meta, say) raise when asked whether it is on.
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         operand_dtype = torch.get_autocast_dtype(device_type)
     else:
         operand_dtype = h_student.dtype

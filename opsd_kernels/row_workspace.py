@@ -8,7 +8,8 @@ With U = 2 N D V, one pass of N tokens through the LM head, a chunk of R rows at
 
 The head is frozen, so the gradient is made during forward, from logits that exist only once.
 Products of bf16 and fp16 operands are accumulated, and kept, in fp32: on CUDA by the tensor cores,
-elsewhere by widening a tile of W at a time.
+elsewhere by widening a tile of W at a time. They are written with `out=`, which autocast leaves
+alone: operands are rounded here, tile by tile, and nothing else is.
 """
 
 import math

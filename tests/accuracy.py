@@ -43,8 +43,8 @@ def errors(
     loss_noise, grad_noise = _rounding(h_S, h_T, W, **divergence)
     loss_unit = (exact_loss.float().double() - exact_loss).norm() + loss_noise
     grad_unit = (exact_grad.to(grad.dtype).double() - exact_grad).norm() + grad_noise
-    # With a vocabulary of one everything is 0, and so is the unit.
-    floor = torch.finfo(torch.float64).tiny
+    # With a vocabulary of one everything is 0, and so is the unit; below this fp32 has no digits.
+    floor = torch.finfo(torch.float32).tiny
     return Errors(
         float((loss.double() - exact_loss).norm() / (loss_unit + floor)),
         float((grad.double() - exact_grad).norm() / (grad_unit + floor)),
