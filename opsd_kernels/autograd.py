@@ -19,8 +19,8 @@ class TokenDivergence(torch.autograd.Function):
     Args of `apply`:
         h_S, h_T: [N, D], [N, D_T] hidden states.
         W, W_T: [V, D], [V, D_T] LM heads; W_T is None if W serves both.
-        keep: [N] bool, the tokens that count, or None for all. The others get loss and gradient
-            exactly 0, whatever their inputs hold.
+        keep: [N] bool, the tokens that will count, or None for all. On a CPU the others are skipped
+            and get loss 0; elsewhere they are computed, and it is for the caller to select.
         needs_gradient: False under no_grad; then no gradient work is done.
         operand_dtype: the dtype whose rounding the operands of the matrix products have.
         workspace_bytes: bound on all temporaries with a vocabulary-sized dimension together.
@@ -68,10 +68,6 @@ class TokenDivergence(torch.autograd.Function):
             temperature=temperature,
             entry_clip=entry_clip,
         )
-        if keep is not None and rows is None:
-            loss.masked_fill_(~keep, 0)
-            if dh_S is not None:
-                dh_S.masked_fill_(~keep[:, None], 0)
         if dh_S is not None:
             ctx.save_for_backward(dh_S)
             ctx.dtype = h_S.dtype
@@ -84,4 +80,6 @@ class TokenDivergence(torch.autograd.Function):
         # A new tensor: scaling dh_S in place would make a second backward wrong. Rounded once.
         grad = torch.empty_like(dh_S, dtype=ctx.dtype)
         torch.mul(dh_S, grad_loss[:, None], out=grad)
+        # Selected, not multiplied: a token that does not count may have a gradient of NaN.
+        grad.masked_fill_((grad_loss == 0)[:, None], 0)
         return grad, *(None,) * 10

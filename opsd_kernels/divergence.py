@@ -42,9 +42,10 @@ The KLs, with u = −|x|, t = expm1(u) and base = max(p, q):
 Their null term ±(p − q) sums to zero over the vocabulary. A clipped entry carries it too, so that
 the clipped sum keeps the accuracy of the others, unless most of the row's mass is clipped.
 
-Scores. a ← a − c p, G ← G − c leaves a − G p as it is for any c. With c = a/p at the student's top
-entry the score of that entry is exactly 0; otherwise, for a confident token, a − G p would be the
-difference of two numbers near 1.
+Scores. a ← a − c p, G ← G − c leaves a − G p as it is for any c. The null term shifts the scores of
+the KLs so, to p − q and −p x, and that of a clipped entry to ±p: none is then a small difference of
+large numbers. With c = a/p at the student's top entry besides, the score of that entry is exactly
+0; otherwise, for a confident token, a − G p would be such a difference.
 """
 
 import math
@@ -52,7 +53,7 @@ import math
 import torch
 from torch import Tensor
 
-# A log-ratio of ±∞ (one side −∞, the other not) is held at ±HUGE, so that 0 · x stays 0.
+# Log-ratios are held within ±HUGE, so that 0 · x stays 0 where one side is −∞ and the other not.
 HUGE = 1e30
 # Above this log-ratio the JSD of an entry no longer depends on it, and eˣ still fits fp32.
 SATURATED = 80.0
@@ -93,11 +94,11 @@ def divergence_rows_(
     # x = (z_T − z_S) − (L_T − L_S), not log q − log p: nearly equal logits subtract without
     # rounding. The two parts of L are subtracted one by one: beside a large top logit the other,
     # which is all that tells two confident tokens apart, would be rounded away.
-    x = z_T.sub_(z_S).nan_to_num_(nan=0.0, posinf=HUGE, neginf=-HUGE)
-    x.sub_(top_T - top_S).sub_(rest_T - rest_S)
+    x = z_T.sub_(z_S).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
     infinite = None
     if entry_clip is None and beta in (0, 1):
-        infinite = (x.amax(-1, True) >= HUGE) if beta == 0 else (x.amin(-1, True) <= -HUGE)
+        infinite = (x.amax(-1, True) if beta == 0 else -x.amin(-1, True)) == math.inf
+    x.clamp_(-HUGE, HUGE).sub_(top_T - top_S).sub_(rest_T - rest_S)
 
     f, a = value_and_score(p, q, x, beta, entry_clip, needs_score)
     loss = f.sum(-1, keepdim=True)
@@ -126,7 +127,7 @@ def value_and_score(
         needs_score: without it a is None and costs nothing.
 
     Returns:
-        f and a, each [R, V].
+        f and a, each [R, V]; for the KLs both carry the null term.
     """
     if 0 < beta < 1:
         f, a = _jensen_shannon(p, q, x, beta, needs_score)
@@ -136,14 +137,11 @@ def value_and_score(
             f.clamp_(max=entry_clip)
         return f, a
 
-    f = _kullback_leibler(p, q, x, beta)
-    a = None
-    if needs_score:
-        a = q.neg() if beta == 0 else (1 - x).mul_(p)
+    f, a = _kullback_leibler(p, q, x, beta, needs_score)
     if entry_clip is not None:
         f, clipped = _clip_kullback_leibler(f, p, q, x, beta, entry_clip)
         if a is not None:
-            a.masked_fill_(clipped, 0)
+            a = torch.where(clipped, p if beta == 0 else -p, a)
     return f, a
 
 
@@ -166,15 +164,22 @@ def _jensen_shannon(
     return f.mul_(scale).clamp_(min=0), a
 
 
-def _kullback_leibler(p: Tensor, q: Tensor, x: Tensor, beta: float) -> Tensor:
-    u = x.abs().neg_()
-    t = torch.expm1(u)
-    near = (t + 1).mul_(u).sub_(t)
-    far = t.sub_(u)
+def _kullback_leibler(
+    p: Tensor, q: Tensor, x: Tensor, beta: float, needs_score: bool
+) -> tuple[Tensor, Tensor | None]:
+    base = torch.maximum(p, q)
     # Selecting by lerp with a float mask is many times faster on a CPU than torch.where.
     positive = torch.gt(x, 0, out=torch.empty_like(x))
-    f = torch.lerp(near, far, positive) if beta == 0 else torch.lerp(far, near, positive)
-    return f.mul_(torch.maximum(p, q)).clamp_(min=0)
+    u = x.abs().neg_()
+    t = torch.expm1(u)
+    a = None
+    if needs_score:
+        # p − q = −base t where x ≤ 0, else base t
+        a = (base * t).mul_(positive.mul(2).sub_(1)) if beta == 0 else (p * x).neg_()
+    near = (t + 1).mul_(u).sub_(t)
+    far = t.sub_(u)
+    f = near.lerp_(far, positive) if beta == 0 else far.lerp_(near, positive)
+    return f.mul_(base).clamp_(min=0), a
 
 
 def _clip_kullback_leibler(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels.autograd import TokenDivergence
+from opsd_kernels.divergence import HUGE
 from opsd_kernels.row_workspace import MIB, default_workspace_mib
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -121,8 +122,11 @@ def check_divergence(
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if entry_clip is not None:
         entry_clip = _number("entry_clip", entry_clip)
-        if not entry_clip > 0:
-            raise ValueError(f"entry_clip must be positive or None, got {entry_clip}")
+        if not 0 < entry_clip < HUGE:
+            raise ValueError(
+                f"entry_clip must be positive and below {HUGE:g}, or None for no clip, "
+                f"got {entry_clip}"
+            )
     return beta, temperature, entry_clip
 
 
@@ -140,6 +144,8 @@ def check_tensors(
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got {t.layout}")
         if t.dtype not in dtypes:
             wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise TypeError(f"{name} must be one of {wanted}, got {t.dtype}")
@@ -242,4 +248,7 @@ def _workspace_bytes(workspace_mib: float | None, device: torch.device) -> float
 def _number(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is too large: {value}") from None

@@ -25,6 +25,10 @@ MIB = 2**20
 
 # [block, V] fp32 temporaries alive at once inside `divergence_rows_`, at most.
 BLOCK_TEMPORARIES = 8
+# Rows of a chunk at most: hidden states are copied a chunk at a time, and V may be small.
+MAX_ROWS = 4096
+# Rows of W widened at once at least: below, Python's overhead for each shows.
+LEAST_TILE = 64
 # Entries of a row block on a CPU: 1 MiB of fp32 for each temporary, to stay in the cache.
 CPU_BLOCK_ENTRIES = 2**18
 
@@ -40,7 +44,7 @@ class Plan:
 
 
 def default_workspace_mib(device: torch.device) -> int:
-    """128 MiB on a CPU; elsewhere 320, which holds about 128 rows of a Qwen3 vocabulary."""
+    """128 MiB on a CPU, 320 elsewhere: chunks of about 100 rows with a Qwen3 vocabulary."""
     return 128 if device.type == "cpu" else 320
 
 
@@ -63,10 +67,10 @@ def plan(N: int, heads: tuple[Tensor, ...], operand_dtype: torch.dtype, budget: 
     row_bytes = 8 * V + (0 if product_dtype == torch.float32 else product_dtype.itemsize * V)
     block_row_bytes = 4 * BLOCK_TEMPORARIES * V
     # A tile of W is at most copied twice: rounded to the operand dtype, then widened.
-    tile_row_bytes = max(
-        (8 * W.shape[1] for W in heads if not _usable_as_is(W, operand_dtype)), default=0
-    )
-    least = row_bytes + block_row_bytes + tile_row_bytes
+    copied = [8 * W.shape[1] for W in heads if not _usable_as_is(W, operand_dtype)]
+    tile_row_bytes = max(copied) if copied else 0
+    least_tile = min(V, LEAST_TILE)
+    least = row_bytes + block_row_bytes + least_tile * tile_row_bytes
     if budget < least:
         raise ValueError(
             f"workspace_mib={budget / MIB:g} cannot hold one row of V={V} logits; "
@@ -74,15 +78,15 @@ def plan(N: int, heads: tuple[Tensor, ...], operand_dtype: torch.dtype, budget: 
         )
     tile = V
     if tile_row_bytes:
-        tile_budget = min(budget / 8, budget - least + tile_row_bytes)
-        tile = min(V, max(1, int(tile_budget // tile_row_bytes)))
+        tile = int(min(budget / 8, budget - row_bytes - block_row_bytes) // tile_row_bytes)
+        tile = min(V, max(least_tile, tile))
     rest = budget - tile * tile_row_bytes
     block = max(1, int(rest / 2 // block_row_bytes))
     if device.type == "cpu":
         block = min(block, max(1, CPU_BLOCK_ENTRIES // V))
     rows = int((rest - block * block_row_bytes) // row_bytes)
-    chunks = max(1, math.ceil(N / rows))
-    rows = max(1, math.ceil(N / chunks))
+    chunks = max(1, math.ceil(N / min(rows, MAX_ROWS)))
+    rows = max(1, math.ceil(N / chunks))  # chunks of equal size
     block = min(block, rows)
     used = rows * row_bytes + block * block_row_bytes + tile * tile_row_bytes
     return Plan(rows, block, tile, used)

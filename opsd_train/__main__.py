@@ -63,6 +63,7 @@ def train(config: Config, model: PeftModelForCausalLM, world: World, run: RunFol
             with run.phase("step"):
                 loss.backward()
                 grad_norm = torch.nn.utils.clip_grad_norm_(adapter, 1.0)
+                (learning_rate,) = schedule.get_last_lr()
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
@@ -71,7 +72,7 @@ def train(config: Config, model: PeftModelForCausalLM, world: World, run: RunFol
                 "step": step,
                 "loss": loss.item(),
                 "grad_norm": grad_norm.item(),
-                "learning_rate": optimizer.param_groups[0]["lr"],
+                "learning_rate": learning_rate,
                 "tokens": len(scores.tokens),
                 "finished": sum(rollout.finished) / len(problems),
             }
@@ -102,19 +103,21 @@ def main() -> None:
         run = RunFolder(path, config.overwrite)
     except OSError as error:
         fail(str(error))
-    run.write_config({**config.as_dict(), "output_dir": str(path), "divergence": divergence})
-    try:
-        run_in(run, config, divergence)
-    except KeyboardInterrupt:
-        fail(f"interrupted; {run.path} holds what was written so far, without an adapter")
+    run_in(run, config, divergence)
 
 
 def run_in(run: RunFolder, config: Config, divergence: str) -> None:
     say(f"Loss: {divergence}, temperature {config.temperature}.")
     cached = cache_path(config.seed).exists()
     say(f"{'Cached' if cached else 'Building the'} warm-started model: {cache_path(config.seed)}")
-    with run.phase("warm_start"), progress_bar("warm start", 100) as bar:
-        world = load_world(config.seed, lambda fraction: bar.advance_to(int(100 * fraction)))
+    try:
+        with run.phase("warm_start"), progress_bar("warm start", 100) as bar:
+            world = load_world(config.seed, lambda fraction: bar.advance_to(int(100 * fraction)))
+    except OSError as error:
+        fail(
+            f"{error}; delete {cache_path(config.seed)} or set XDG_CACHE_HOME to a writable folder"
+        )
+    run.begin({**config.as_dict(), "output_dir": str(run.path), "divergence": divergence})
     parameters = sum(w.numel() for w in world.model.parameters())
     say(f"Qwen3 with {parameters:,} parameters; {len(world.train):,} problems to learn from.")
 
@@ -130,7 +133,12 @@ def run_in(run: RunFolder, config: Config, divergence: str) -> None:
     say(f"student, before:            {before}\n")
     run.write_metrics(step=0, teacher_accuracy=teacher.mean, **accuracy_record(before))
 
-    train(config, model, world, run)
+    try:
+        train(config, model, world, run)
+    except KeyboardInterrupt:
+        run.save_adapter(model)
+        say(f"\n{run.path} holds the run so far, and the adapter as it stands.")
+        raise
 
     after, attempts_after = solve(config, model, world, run, "after", config.steps, held_out)
     run.write_metrics(step=config.steps, **accuracy_record(after))
@@ -168,7 +176,9 @@ def solve(
     problems: list[Problem],
 ) -> tuple[Accuracy, list[Completion]]:
     """Sampled accuracy, its completions written to the run folder."""
-    with run.phase("evaluate"):
+    with run.phase("evaluate"), torch.random.fork_rng():
+        # Draws of its own: how often a run is evaluated does not change how it trains.
+        torch.manual_seed(config.seed + 1000 * step)
         accuracy, completions = evaluate(
             model,
             world.tokenizer,
@@ -203,4 +213,7 @@ def shuffled_batches(total: int, config: Config) -> Iterator[list[int]]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted", status=130)

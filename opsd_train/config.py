@@ -2,11 +2,13 @@
 
 import argparse
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from opsd_kernels.loss import check_divergence
+from opsd_train.tiny_world import HELD_OUT
 
 
 def option(default: Any, help: str) -> Any:
@@ -21,12 +23,12 @@ class Config:
     batch_size: int = option(24, "problems, and rollouts, a step")
     learning_rate: float = option(5e-4, "peak learning rate of AdamW on the adapter")
     lora_rank: int = option(16, "rank of the adapter; alpha is twice the rank")
-    beta: float = option(0.5, "JSD_β, β on the teacher; 0 and 1 name forward and reverse KL")
+    beta: float = option(0.5, "teacher's weight in the JSD; 0 and 1 name forward and reverse KL")
     entry_clip: float | None = option(None, "clip of each vocabulary entry's value")
     temperature: float = option(1.1, "of sampling and of the loss")
     max_new_tokens: int = option(56, "longest solution")
     eval_every: int = option(10, "steps between evaluations on held-out problems")
-    eval_problems: int = option(512, "held-out problems before and after training, at most 512")
+    eval_problems: int = option(HELD_OUT, "held-out problems before and after training")
     overwrite: bool = option(False, "replace the run that the run folder holds")
     dry_run: bool = option(False, "show prompts, lengths and memory, do one step, write nothing")
 
@@ -41,8 +43,10 @@ class Config:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.eval_problems > HELD_OUT:
+            raise ValueError(f"eval_problems must be at most {HELD_OUT}, got {self.eval_problems}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
         check_divergence(self.beta, self.temperature, self.entry_clip)
 
     def as_dict(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -17,9 +17,10 @@ def say(text: str = "") -> None:
     console.print(text, markup=False)
 
 
-def fail(message: str) -> None:
+def fail(message: str, status: int = 1) -> NoReturn:
     """End the program with a message."""
-    sys.exit(f"opsd_train: {message}")
+    print(f"opsd_train: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 class Bar:

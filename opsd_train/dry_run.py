@@ -37,9 +37,9 @@ def dry_run(config: Config, world: World, divergence: str) -> None:
     )
     N = config.batch_size * config.max_new_tokens
     say(f"\nMemory of the loss for up to {N:,} tokens:")
-    say_memory("this model", N, W)
-    with torch.device("meta"):
-        say_memory("the same tokens with a Qwen3-8B head", N, torch.empty(151936, 4096))
+    budget = default_workspace_mib(W.device) * MIB
+    say_memory(f"this model, V = {W.shape[0]}", plan(N, (W,), W.dtype, budget).bytes, N, W.shape[0])
+    say_memory("with the vocabulary of Qwen3, V = 151,936", budget, N, 151936)
 
     scores = score(model, world.tokenizer, rollout)
     loss = opsd_loss(scores, W, config)
@@ -48,13 +48,9 @@ def dry_run(config: Config, world: World, divergence: str) -> None:
     say(f"\nOne step: {divergence} {loss.item():.5f}, gradient norm {norm.item():.5f}. Not saved.")
 
 
-def say_memory(name: str, N: int, W: torch.Tensor) -> None:
-    V, D = W.shape
-    budget = default_workspace_mib(torch.device("cpu")) * MIB
-    workspace = plan(N, (W,), W.dtype, budget).bytes
-    logits, gradient = 2 * 4 * N * V, 4 * N * D
+def say_memory(what: str, workspace: float, N: int, V: int) -> None:
+    logits = 2 * 4 * N * V
     say(
-        f"  {name} (V = {V:,}, D = {D:,}): {workspace / MIB:,.1f} MiB of workspace and "
-        f"{gradient / MIB:,.1f} MiB of gradient; fp32 logits of both sides would be "
-        f"{logits / MIB:,.1f} MiB, before any softmax"
+        f"  {what}: at most {workspace / MIB:,.1f} MiB of vocabulary-sized tensors "
+        f"(fp32 logits of both sides: {logits / MIB:,.1f} MiB, before any softmax)"
     )

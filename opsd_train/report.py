@@ -46,12 +46,8 @@ class RunFolder:
                 f"{path} holds a run already ({', '.join(found)}); "
                 "name another folder with --output-dir, or replace the run with --overwrite"
             )
-        for name in found:
-            if name == ADAPTER:
-                shutil.rmtree(path / name)
-            else:
-                (path / name).unlink()
         path.mkdir(parents=True, exist_ok=True)
+        self.replaced = found
         self.start = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.metrics: list[dict[str, Any]] = []
@@ -65,7 +61,14 @@ class RunFolder:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def write_config(self, config: dict[str, Any]) -> None:
+    def begin(self, config: dict[str, Any]) -> None:
+        """Remove the run that is replaced, if any, and write config.yaml. Until then the folder is
+        as it was: a run that fails before it begins costs nothing."""
+        for name in self.replaced:
+            if name == ADAPTER:
+                shutil.rmtree(self.path / name)
+            else:
+                (self.path / name).unlink()
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         (self.path / "config.yaml").write_text(text, encoding="utf-8")
 

@@ -14,7 +14,6 @@ import hashlib
 import os
 import random
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,12 +68,15 @@ def is_correct(problem: Problem, completion: str) -> bool:
 def load_world(
     seed: int, on_progress: Callable[[float], None] = lambda fraction: None, warm: bool = True
 ) -> World:
-    """The world of a seed, from the cache or built anew (about a minute).
+    """The world of a seed, from the cache or built anew (a minute or two).
 
     Args:
         seed: decides the model's initial weights, its warm start and the split of the problems.
         on_progress: called with the part of the warm start that is done.
         warm: without it an uncached world is not trained, and not cached.
+
+    Raises:
+        OSError: the cache cannot be written, or what it holds cannot be loaded.
     """
     numbers = [(a, b) for a in range(1000, 10000) for b in range(2, 10)]
     random.Random(seed).shuffle(numbers)
@@ -87,6 +89,8 @@ def load_world(
     tokenizer: PreTrainedTokenizerBase
     path = cache_path(seed)
     if not path.exists():
+        if warm:  # before the minute of training, not after it
+            path.parent.mkdir(parents=True, exist_ok=True)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             tokenizer = build_tokenizer()
@@ -117,16 +121,14 @@ def cache_path(seed: int) -> Path:
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     # Written beside and moved into place, so that an interrupted run leaves no half of a world.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=path.parent))
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        unfinished.rename(path)
-    except OSError:
-        shutil.rmtree(unfinished, ignore_errors=True)
         if not path.exists():  # else another run was faster, with the same world
-            raise
+            unfinished.rename(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 # Problems and worked solutions

@@ -25,9 +25,12 @@ H_S, H_T, HEAD = random_inputs(6, 20, 5)
         (ValueError, "temperature .* got -1", {"temperature": -1.0}),
         (ValueError, "temperature .* got nan", {"temperature": math.nan}),
         (ValueError, "temperature .* got inf", {"temperature": math.inf}),
-        (ValueError, "entry_clip must be positive or None, got 0", {"entry_clip": 0}),
+        (ValueError, "entry_clip must be positive and below .*, got 0", {"entry_clip": 0}),
         (ValueError, "entry_clip .* got -0.05", {"entry_clip": -0.05}),
         (ValueError, "entry_clip .* got nan", {"entry_clip": math.nan}),
+        (ValueError, "entry_clip .* got inf", {"entry_clip": math.inf}),
+        (ValueError, "temperature is too large", {"temperature": 10**400}),
+        (TypeError, "W must be a dense tensor", {"W": HEAD.to_sparse()}),
         (
             ValueError,
             'reduction must be "mean", "sum" or "none", got \'avg\'',

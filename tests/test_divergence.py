@@ -75,12 +75,14 @@ def test_infinite_logits(beta, entry_clip):
     teacher_only = student_only[1], student_only[0]
     far = torch.tensor([[0.0, -500.0, -600.0]]), torch.tensor([[0.0, -600.0, -500.0]])
     opposite = torch.tensor([[0.0, -500.0]]), torch.tensor([[-500.0, 0.0]])
+    beyond = torch.tensor([[0.0, -3e7]]), torch.tensor([[-3e7, 0.0]])
     for (z_S, z_T), name in [
         (both, "both"),
         (student_only, "student_only"),
         (teacher_only, "teacher_only"),
         (far, "far"),
         (opposite, "opposite"),
+        (beyond, "beyond"),
     ]:
         grad = z_S.clone()
         loss = divergence_rows_(grad, z_T.clone(), beta, entry_clip, needs_score=True)
@@ -92,12 +94,24 @@ def test_infinite_logits(beta, entry_clip):
             assert (grad == 0).all()
         else:
             # −∞ stands for a probability that float64 rounds away.
-            finite_S, finite_T = z_S.double().clamp(min=-700), z_T.double().clamp(min=-700)
+            finite_S, finite_T = (z.double().nan_to_num(neginf=-700) for z in (z_S, z_T))
             finite_S.requires_grad_()
             expected = textbook.divergence(finite_S, finite_T, beta, entry_clip)
             expected.sum().backward()
             assert loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-12), name
             assert (grad - finite_S.grad).abs().max() < 1e-6, name
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_saturation(beta):
+    """Student and teacher on different entries: the divergence no longer depends on how far."""
+    z_S, z_T = torch.tensor([[0.0, -60.0]]), torch.tensor([[-60.0, 0.0]])
+    for b in (beta, 1e-6, 1 - 1e-6):
+        if b in (0, 1):
+            continue
+        loss = divergence_rows_(z_S.clone(), z_T.clone(), b, None, needs_score=False)
+        expected = textbook.divergence(z_S.double(), z_T.double(), b)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("entry_clip", [None, 0.05])

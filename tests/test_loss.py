@@ -12,6 +12,7 @@ from textbook import entries
 from torch import Tensor
 
 from opsd_kernels import fused_jsd_loss, reference_jsd_loss
+from opsd_kernels.loss import reduce_tokens
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LOW_DTYPES = [torch.bfloat16, torch.float16]
@@ -165,6 +166,23 @@ def test_nan_token_spoils_only_itself():
     loss, grad = loss_and_grad(h_S, h_T, W)
     assert loss.isnan().tolist() == [False, False, True, False]
     assert grad.isnan().any(-1).tolist() == [False, False, True, False]
+
+
+def test_a_nan_token_may_be_left_out_afterwards():
+    """Selected in backward as well, which is what weights of 0 rely on where no token is skipped."""
+    h_S, h_T, W = random_inputs(4, 20, 5)
+    h_S[2] = math.nan
+    h_S.requires_grad_()
+    fused_jsd_loss(h_S, h_T, W, reduction="none")[torch.tensor([0, 1, 3])].sum().backward()
+    assert (h_S.grad[2] == 0).all()
+    assert h_S.grad.isfinite().all()
+    weights = torch.tensor([1.0, 1.0, 0.0, 1.0])
+    for reduction in ("mean", "sum", "none"):
+        h_S.grad = None
+        loss = fused_jsd_loss(h_S, h_T, W, reduction="none")
+        reduce_tokens(loss, weights, reduction).sum().backward()
+        assert (h_S.grad[2] == 0).all()
+        assert h_S.grad.isfinite().all()
 
 
 def test_second_backward_and_any_upstream_gradient():

@@ -4,8 +4,10 @@ import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -228,7 +230,8 @@ def test_wilson_interval():
         (["--beta", "1.5"], "beta must lie in [0, 1], got 1.5"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--temperature", "0"], "temperature must be positive"),
-        (["--learning-rate", "-1"], "learning_rate must be positive, got -1.0"),
+        (["--learning-rate", "-1"], "learning_rate must be positive and finite, got -1.0"),
+        (["--eval-problems", "513"], "eval_problems must be at most 512, got 513"),
         (["--entry-clip", "0"], "entry_clip must be positive"),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],
@@ -242,25 +245,38 @@ def test_bad_options_end_with_a_message(arguments, message, capsys):
 
 def test_a_run_is_not_overwritten_unasked(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
-    RunFolder(tmp_path).write_metrics(step=1)
-    with pytest.raises(FileExistsError, match=r"holds a run already \(metrics.jsonl\)"):
+    first = RunFolder(tmp_path)
+    RunFolder(tmp_path)  # one that never began is in nobody's way
+    first.begin({"seed": 0})
+    first.write_metrics(step=1)
+    with pytest.raises(
+        FileExistsError, match=r"holds a run already \(config.yaml, metrics.jsonl\)"
+    ):
         RunFolder(tmp_path)
-    RunFolder(tmp_path, overwrite=True)
+    second = RunFolder(tmp_path, overwrite=True)
+    assert (tmp_path / "metrics.jsonl").exists(), "nothing is lost before the new run begins"
+    second.begin({"seed": 1})
+    (tmp_path / "config.yaml").unlink()
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(NotADirectoryError, match="not a folder"):
         RunFolder(tmp_path / "mine.txt")
 
 
-def opsd_train(*arguments: str, cache: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
+def start_opsd_train(*arguments: str, cache: Path) -> subprocess.Popen:
+    return subprocess.Popen(
         [sys.executable, "-m", "opsd_train", *arguments],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env={**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parents[1],
-        check=False,
     )
+
+
+def opsd_train(*arguments: str, cache: Path) -> subprocess.CompletedProcess:
+    process = start_opsd_train(*arguments, cache=cache)
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def test_dry_run_writes_nothing(tmp_path):
@@ -269,6 +285,15 @@ def test_dry_run_writes_nothing(tmp_path):
     assert "<reference>" in result.stdout
     assert "One step: JSD(β=0.5 on the teacher)" in result.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_cache_is_noticed_at_once(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    result = opsd_train("--output-dir", str(tmp_path / "run"), cache=tmp_path / "cache")
+    assert result.returncode == 1
+    assert "set XDG_CACHE_HOME" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_the_demo_learns(tmp_path):
@@ -289,6 +314,10 @@ def test_the_demo_learns(tmp_path):
     assert config["seed"] == 0
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if "loss" in m] == list(range(1, 61))
+    rates = [m["learning_rate"] for m in metrics if "loss" in m]
+    assert rates[0] == pytest.approx(1e-4)
+    assert max(rates) == pytest.approx(5e-4)
+    assert 0 < rates[-1] < 2e-5
     completions = [
         json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()
     ]
@@ -312,6 +341,23 @@ def test_the_demo_learns(tmp_path):
         a, b = problem.question.removesuffix("=?").split("*")
         right += is_correct(make_problem(int(a), int(b)), text)
     assert right >= 75
+
+    # Interrupted, a run keeps what it has.
+    long = tmp_path / "long"
+    process = start_opsd_train(
+        "--steps", "9999", "--output-dir", str(long), cache=tmp_path / "cache"
+    )
+    deadline = time.monotonic() + 60
+    while not (long / "metrics.jsonl").exists() or len((long / "metrics.jsonl").read_text()) < 500:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert (long / "adapter" / "adapter_model.safetensors").exists()
+    for line in (long / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
 
     # A second run in the same folder is refused, and loses nothing.
     refused = opsd_train("--output-dir", str(run), cache=tmp_path / "cache")
