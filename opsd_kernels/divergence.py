@@ -148,7 +148,7 @@ def value_and_score(
 def _jensen_shannon(
     p: Tensor, q: Tensor, x: Tensor, beta: float, needs_score: bool
 ) -> tuple[Tensor, Tensor | None]:
-    # Exchanged, β ≤ ½ always: the textbook's other form cancels by 1/(1 − β) more.
+    # Exchanging keeps β ≤ ½; beyond, the form below would cancel by another 1/(1 − β).
     exchanged = beta > 0.5
     P, Q, b, y = (q, p, 1 - beta, x.neg_()) if exchanged else (p, q, beta, x)
     y.clamp_(max=SATURATED)
