@@ -138,6 +138,15 @@ def test_confident_tokens_keep_their_digits(beta, entry_clip, gap):
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-4)
 
 
+def test_mostly_clipped_rows_keep_their_digits():
+    """Nearly all the mass in one clipped entry: the null term would cost more than it saves."""
+    z_S = torch.tensor([[-7.5078, -4.5514, -0.011164]])
+    z_T = torch.tensor([[-7.7128, -6.1914, -0.0024971]])
+    expected = textbook.divergence(z_S.double(), z_T.double(), 0, 1e-3)
+    loss = divergence_rows_(z_S, z_T, 0, 1e-3, needs_score=False)
+    assert loss.item() == pytest.approx(expected.item(), rel=5e-6)
+
+
 def test_names():
     assert divergence_name(0.0) == "forward KL(teacher‖student)"
     assert divergence_name(1.0) == "reverse KL(student‖teacher)"
