@@ -224,7 +224,7 @@ def warm_start(
     on_progress: Callable[[float], None],
     steps: int = 600,
     learning_rate: float = 4e-3,
-    slip_rate: float = 0.37,
+    slip_rate: float = 0.41,
 ) -> None:
     """Teach the model to slip alone and to follow a reference: next-token training on solutions
     with slips without a reference, and without slips behind one."""
