@@ -24,7 +24,7 @@ def fail(message: str, status: int = 1) -> NoReturn:
 
 
 class Bar:
-    """Progress of one stage; `advance` also takes figures to show."""
+    """Progress of one stage; `advance_to` also takes figures to show."""
 
     def __init__(self, progress: Progress | None, name: str, total: int):
         self.progress, self.name, self.total = progress, name, total
