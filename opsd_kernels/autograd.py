@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opsd_kernels.row_workspace import fill_row_workspace, plan
+from opsd_kernels.problem import Problem
+from opsd_kernels.row_workspace import fill_row_workspace, make_plan
 
 
 class TokenDivergence(torch.autograd.Function):
@@ -19,11 +20,12 @@ class TokenDivergence(torch.autograd.Function):
     Args of `apply`:
         h_S, h_T: [N, D], [N, D_T] hidden states.
         W, W_T: [V, D], [V, D_T] LM heads; W_T is None if W serves both.
-        keep: [N] bool, the tokens that will count, or None for all. On a CPU the others are skipped
-            and get loss 0; elsewhere they are computed, and it is for the caller to select.
+        keep: [N] bool, the tokens that will count, or None for all. The others may be skipped, and
+            it is for the caller to select.
         needs_gradient: False under no_grad; then no gradient work is done.
         operand_dtype: the dtype whose rounding the operands of the matrix products have.
-        workspace_bytes: bound on all temporaries with a vocabulary-sized dimension together.
+        workspace_bytes: bound on all temporaries with a vocabulary-sized dimension together; 0
+            for none.
         beta, temperature, entry_clip: the divergence.
     """
 
@@ -43,31 +45,24 @@ class TokenDivergence(torch.autograd.Function):
         entry_clip: float | None,
     ) -> Tensor:
         N, D = h_S.shape
-        V = W.shape[0]
-        rows = None
-        if keep is not None and h_S.device.type == "cpu":
-            # On a CPU reading the mask costs nothing; elsewhere it would stall the queue.
-            rows = keep.nonzero().squeeze(-1)
-        heads = (W,) if W_T is None else (W, W_T)
-        p = plan(N if rows is None else rows.shape[0], heads, operand_dtype, workspace_bytes)
+        problem = Problem(h_S, h_T, W, W_T, keep, operand_dtype, beta, temperature, entry_clip)
         loss = h_S.new_zeros(N, dtype=torch.float32)
         dh_S = h_S.new_zeros(N, D, dtype=torch.float32) if needs_gradient else None
-        workspace = h_S.new_empty(2 * p.rows, V, dtype=torch.float32)
-        fill_row_workspace(
-            loss,
-            dh_S,
-            workspace,
-            h_S,
-            h_T,
-            W,
-            W_T,
-            rows=rows,
-            plan=p,
-            operand_dtype=operand_dtype,
-            beta=beta,
-            temperature=temperature,
-            entry_clip=entry_clip,
-        )
+        if workspace_bytes == 0:
+            from opsd_kernels import logit_free  # needs Triton
+
+            logit_free.fill_logit_free(
+                loss, dh_S, logit_free.allocate(problem, needs_gradient), problem
+            )
+        else:
+            rows = None
+            if keep is not None and h_S.device.type == "cpu":
+                # On a CPU reading the mask costs nothing; elsewhere it would stall the queue.
+                rows = keep.nonzero().squeeze(-1)
+            kept = N if rows is None else rows.shape[0]
+            plan = make_plan(kept, problem.heads, operand_dtype, workspace_bytes)
+            workspace = h_S.new_empty(2 * plan.rows, W.shape[0], dtype=torch.float32)
+            fill_row_workspace(loss, dh_S, workspace, problem, rows, plan)
         if dh_S is not None:
             ctx.save_for_backward(dh_S)
             ctx.dtype = h_S.dtype

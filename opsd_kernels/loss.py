@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from opsd_kernels import kernels
 from opsd_kernels.autograd import TokenDivergence
 from opsd_kernels.divergence import HUGE
 from opsd_kernels.row_workspace import MIB, default_workspace_mib
@@ -56,8 +57,9 @@ def fused_jsd_loss(
             or with all weights 0, the loss and its gradient are 0.
         W_teacher: [V, D_T] the teacher's own LM head; by default `W` serves both.
         workspace_mib: MiB that all temporaries with a vocabulary-sized dimension may take together,
-            whatever the number of tokens. Default: 128 on a CPU, 320 elsewhere. The result does not
-            depend on it beyond rounding.
+            whatever the number of tokens. 0, the default on a GPU, allocates none: logits exist in
+            registers only, and are computed twice. 320 or so is faster on a GPU. On a CPU the
+            default is 128. The result does not depend on it beyond rounding.
 
     Returns:
         fp32 scalar, or [...] with reduction "none". Where a KL is infinite it is +inf, with
@@ -237,11 +239,20 @@ def check_weights(
 
 
 def _workspace_bytes(workspace_mib: float | None, device: torch.device) -> float:
+    runs = kernels.available(device)
     if workspace_mib is None:
+        if device.type != "cpu" and runs:
+            return 0
         return default_workspace_mib(device) * MIB
     workspace_mib = _number("workspace_mib", workspace_mib)
     if not (workspace_mib >= 0 and math.isfinite(workspace_mib)):
         raise ValueError(f"workspace_mib must be finite and not negative, got {workspace_mib}")
+    if workspace_mib == 0 and not runs:
+        raise ValueError(
+            f"workspace_mib=0 keeps logits in the registers of a GPU; the tensors are on {device}. "
+            "On a CPU it runs under TRITON_INTERPRET=1 only, for tests: leave workspace_mib out, "
+            "or give what may be used"
+        )
     return workspace_mib * MIB
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from opsd_kernels.row_workspace import MIB, default_workspace_mib, plan
+from opsd_kernels.row_workspace import MIB, default_workspace_mib, make_plan
 from opsd_train.config import Config
 from opsd_train.console import say
 from opsd_train.model import add_adapter, lm_head
@@ -38,7 +38,8 @@ def dry_run(config: Config, world: World, divergence: str) -> None:
     N = config.batch_size * config.max_new_tokens
     say(f"\nMemory of the loss for up to {N:,} tokens:")
     budget = default_workspace_mib(W.device) * MIB
-    say_memory(f"this model, V = {W.shape[0]}", plan(N, (W,), W.dtype, budget).bytes, N, W.shape[0])
+    used = make_plan(N, (W,), W.dtype, budget).bytes
+    say_memory(f"this model, V = {W.shape[0]}", used, N, W.shape[0])
     say_memory("with the vocabulary of Qwen3, V = 151,936", budget, N, 151936)
 
     scores = score(model, world.tokenizer, rollout)

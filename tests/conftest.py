@@ -1,5 +1,15 @@
+import os
+
+import pytest
 import torch
 from hypothesis import settings
+
+# Without a GPU the Triton kernels run in Triton's interpreter, which must be known before the first
+# of them is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from schedules import SCHEDULES, Schedule
 
 # The same examples on every machine: what CI sees is what a contributor sees.
 settings.register_profile("opsd", deadline=None, derandomize=True, print_blob=True)
@@ -8,3 +18,9 @@ settings.load_profile("opsd")
 # The tensors are small, and on a busy machine threads that wait for each other are far slower than
 # one; pytest-xdist uses the cores.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", params=SCHEDULES, ids=str)
+def op(request: pytest.FixtureRequest) -> Schedule:
+    """`fused_jsd_loss` in each schedule, and on each device, that this machine can run."""
+    return request.param

@@ -1,6 +1,7 @@
 """Inputs for the tests: hidden states and heads, random and like the real thing."""
 
 import torch
+from textbook import entries
 from torch import Tensor
 
 
@@ -35,3 +36,12 @@ def language_like_inputs(
     h_S = torch.randn(N, D, generator=g) + confidence * W[likely]
     h_T = h_S + distance * torch.randn(N, D, generator=g)
     return h_S.to(dtype), h_T.to(dtype), W.to(dtype)
+
+
+def clip_is_clear(h_S: Tensor, h_T: Tensor, W: Tensor, W_T: Tensor, beta: float, **options) -> bool:
+    """No entry sits so near the clip that rounding decides whether it is clipped."""
+    T, clip = options["temperature"], options["entry_clip"]
+    log_p = (h_S.double() @ W.double().T / T).log_softmax(-1)
+    log_q = (h_T.double() @ W_T.double().T / T).log_softmax(-1)
+    f = entries(log_p, log_q, beta)
+    return bool(((f / clip - 1).abs() > 1e-4).all())

@@ -1,0 +1,217 @@
+"""What every kernel of the tile table takes of a multiprocessor, by compiling it. No GPU is needed.
+
+    python benchmarks/resources.py [--arch sm_90 ...] [--dtype bfloat16 ...] [--output FOLDER]
+
+For each architecture: registers and spilled bytes a thread, shared memory, and which matrix
+instructions the code uses. Kernels are compiled for a contiguous head that both sides share, with D
+a multiple of every BK, as language models have it.
+"""
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from opsd_kernels.kernels import finish, lse, pair, rows, tiles
+from opsd_kernels.kernels.pointwise import family, knows_G, mean_limit
+from opsd_kernels.kernels.tiles import Row, Tile
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TRITON_DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
+POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+# The members of the family as a user names them: β and whether entries are clipped.
+DIVERGENCES = {
+    "JSD": (0.5, False),
+    "JSD exchanged": (0.9, False),
+    "forward KL": (0.0, False),
+    "reverse KL": (1.0, False),
+    "JSD, clip": (0.5, True),
+    "JSD exchanged, clip": (0.9, True),
+    "forward KL, clip": (0.0, True),
+    "reverse KL, clip": (1.0, True),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel, compiled for one case."""
+
+    arch: str
+    dtype: str
+    kernel: str
+    divergence: str
+
+
+@dataclass(frozen=True)
+class Usage:
+    registers: int
+    spilled: int  # bytes a thread
+    shared: int  # bytes a program
+    matrix: str  # matrix instructions, "-" if none
+
+
+def variants(archs: list[str], dtypes: list[str]) -> Iterator[Variant]:
+    """Everything the table may be asked for."""
+    for arch in archs:
+        for dtype in dtypes:
+            for divergence in DIVERGENCES:
+                yield Variant(arch, dtype, "pair", divergence)
+            for divergence in ("JSD", "forward KL"):
+                yield Variant(arch, dtype, "lse", divergence)
+            for divergence in DIVERGENCES:
+                yield Variant(arch, dtype, "rows", divergence)
+            yield Variant(arch, dtype, "merge", "JSD")
+            yield Variant(arch, dtype, "finish", "JSD")
+
+
+def compile_variant(variant: Variant, row: Row | None = None) -> Usage:
+    """Compile one variant with the tiles of the table, or of another row."""
+    row = row or tiles.TABLE[variant.arch, variant.dtype]
+    kernel, constants, options = _specialized(variant, row)
+    names = kernel.arg_names
+    signature, attributes = {}, {}
+    for i, name in enumerate(names):
+        signature[name] = "constexpr" if name in constants else _type(name, variant.dtype)
+        divisible = signature[name].startswith("*") or name in DIVISIBLE
+        if divisible and name not in constants:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(
+        kernel, signature, {(names.index(name),): value for name, value in constants.items()},
+        attributes,
+    )  # fmt: skip
+    return _usage(triton.compile(source, target=_target(variant.arch), options=options))
+
+
+# Integers that a language model has as multiples of 16, which Triton specializes for.
+DIVISIBLE = {
+    "V", "D", "D_T", "span", "v_begin", "stride_tile", "stride_h_S", "stride_h_T", "stride_Wv",
+    "stride_W_Tv", "stride_z", "stride_g",
+}  # fmt: skip
+
+
+def _type(name: str, dtype: str) -> str:
+    if name in ("index_ptr", "top_ptr"):
+        return "*i32"
+    if name == "keep_ptr":
+        return "*i1"
+    if name.startswith(("h_", "W_")) and name.endswith("_ptr"):
+        return POINTERS[dtype]
+    if name in ("s_ptr", "p_ptr", "g_ptr"):
+        return POINTERS["float32" if dtype == "float16" else dtype]
+    if name.endswith("_ptr"):
+        return "*fp32"
+    return "fp32" if name in ("beta", "entry_clip", "inverse_temperature") else "i32"
+
+
+def _specialized(variant: Variant, row: Row) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    """The kernel, its compile-time constants, and its options."""
+    beta, clipped = DIVERGENCES[variant.divergence]
+    limit = {"LIMIT": mean_limit(beta)}
+    divergence = {"FAMILY": family(beta), "CLIPPED": clipped}
+    operand = {"OPERAND": TRITON_DTYPES[variant.dtype]}
+    logits = {
+        **operand, "keep_ptr": None, "stride_Wd": 1, "stride_W_Td": 1, "SHARED": True,
+        "MASKED": False, "EVEN_D": True, "PRECISION": "ieee",
+    }  # fmt: skip
+    small = {"num_warps": 4}
+    if variant.kernel == "lse":
+        return lse.lse_kernel, {**logits, **limit, **_shape(row.lse)}, _options(row.lse)
+    if variant.kernel == "pair":
+        constants = {**logits, **divergence, "NEEDS_SCORE": True, **_shape(row.pair)}
+        if knows_G(beta, 1.0 if clipped else None):
+            constants["p_ptr"] = None
+        return pair.pair_kernel, constants, _options(row.pair)
+    if variant.kernel == "rows":
+        block, num_warps = row.rows
+        constants = {**divergence, "NEEDS_SCORE": True, **limit, "BLOCK": block}
+        return rows.rows_kernel, constants, {"num_warps": num_warps}
+    if variant.kernel == "merge":
+        constants = {**divergence, **limit, "BM": lse.MERGE_BM, "SPANS": row.spans}
+        return lse.merge_kernel, constants, small
+    slots = row.columns // row.pair.BV
+    constants = {
+        **divergence, **operand, "keep_ptr": None, "stride_Wd": 1, "NEEDS_SCORE": True,
+        "MASKED": False, "BM": finish.BM, "BD": finish.BD, "SLOTS": slots,
+    }  # fmt: skip
+    return finish.finish_kernel, constants, small
+
+
+def _shape(tile: Tile) -> dict[str, int]:
+    return {"BM": tile.BM, "BV": tile.BV, "BK": tile.BK, "PARTS": tile.PARTS}
+
+
+def _options(tile: Tile) -> dict[str, int]:
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
+def _target(arch: str) -> GPUTarget:
+    if arch.startswith("sm_"):
+        return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    return GPUTarget("hip", arch, 64)
+
+
+def _usage(compiled: Any) -> Usage:
+    if "cubin" not in compiled.asm:
+        code = compiled.asm["amdgcn"]
+
+        def number(field: str) -> int:
+            found = re.search(rf"\.{field}:\s+(\d+)", code)
+            assert found, field
+            return int(found[1])
+
+        return Usage(
+            number("vgpr_count"), 4 * number("vgpr_spill_count"), compiled.metadata.shared,
+            "mfma" if "v_mfma" in code else "-",
+        )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        Path(path).write_bytes(compiled.asm["cubin"])
+        command = [str(CUOBJDUMP), "--dump-resource-usage", path]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    assert found, report
+    instructions = ["wgmma", "tcgen05.mma", "mma.sync"]
+    matrix = next((m for m in instructions if m in compiled.asm["ptx"]), "-")
+    return Usage(int(found[1]), int(found[2]), compiled.metadata.shared, matrix)
+
+
+def main() -> None:
+    archs = list(dict.fromkeys(arch for arch, _ in tiles.TABLE))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", nargs="+", choices=archs, default=archs)
+    parser.add_argument("--dtype", nargs="+", choices=list(POINTERS), default=list(POINTERS))
+    parser.add_argument("--output", type=Path, help="folder for resources.csv")
+    args = parser.parse_args()
+    found: list[tuple[Variant, Usage]] = []
+    print(f"triton {triton.__version__}")
+    print(f"{'arch':<8}{'dtype':<10}{'kernel':<8}{'divergence':<22}{'registers':>10}"
+          f"{'spilled':>9}{'shared':>9}  matrix")  # fmt: skip
+    for variant in variants(args.arch, args.dtype):
+        usage = compile_variant(variant)
+        found.append((variant, usage))
+        print(f"{variant.arch:<8}{variant.dtype:<10}{variant.kernel:<8}{variant.divergence:<22}"
+              f"{usage.registers:>10}{usage.spilled:>9}{usage.shared:>9}  {usage.matrix}",
+              flush=True)  # fmt: skip
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        with (args.output / "resources.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([f.name for f in (*fields(Variant), *fields(Usage))])
+            writer.writerows((*astuple(v), *astuple(u)) for v, u in found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""finish: a chunk's sums and accumulators into ℓ and dh_S.
+
+    ℓ = Σ f,   G − c = Σ s,   dh_S = (A − (G − c) P + g_top W_top) / T
+
+A and P were summed without the student's top entry (see `pair`), whose gradient is
+
+    g_top = s_top − (G − c) p_top = s_top (1 − p_top) − p_top Σ_{v≠top} s
+
+It multiplies W_top in fp32: the entry with the most mass is never rounded. Where c = G, which makes
+P superfluous, g_top = −Σ_{v≠top} s, for the gradient sums to zero over the vocabulary. Where ℓ is
++∞ (an unclipped KL) the gradient is 0.
+"""
+
+import triton
+import triton.language as tl
+
+from opsd_kernels.kernels.logits_tile import round_to
+from opsd_kernels.kernels.lse import P_MAX, S_TOP
+from opsd_kernels.kernels.pair import SCORE, VALUE
+from opsd_kernels.kernels.pointwise import FORWARD_KL, REVERSE_KL
+
+# Rows of a program, and features at a time.
+BM = 16
+BD = 256
+
+
+# What depends on the batch is no reason to compile again.
+@triton.jit(do_not_specialize=["R", "slots", "stride_sums"])
+def finish_kernel(
+    loss_ptr,
+    dh_ptr,
+    P_ptr,
+    W_ptr,
+    sums_ptr,
+    stats_ptr,
+    top_ptr,
+    keep_ptr,
+    R,
+    D,
+    slots,
+    stride_sums,
+    stride_Wv,
+    stride_Wd,
+    inverse_temperature,
+    FAMILY: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    NEEDS_SCORE: tl.constexpr,
+    MASKED: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+    SLOTS: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """Grid (row tiles).
+
+    Writes:
+        loss_ptr: [R] fp32; 0 for rows that are not kept.
+        dh_ptr: [R, D] fp32, holds A, becomes dh_S, if NEEDS_SCORE; 0 for rows that are not kept.
+
+    Reads:
+        P_ptr: [R, D] fp32, unless G is known beforehand.
+        W_ptr: [V, D], any strides.
+        sums_ptr, stats_ptr, top_ptr: what `pair` and `lse` wrote.
+        keep_ptr: [R] bool if MASKED.
+        SLOTS: a power of two, at least `slots`.
+    """
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    exists = row < R
+    keep = exists
+    if MASKED:
+        keep = exists & (tl.load(keep_ptr + row, mask=exists, other=0) != 0)
+    slot = tl.arange(0, SLOTS)
+    at = slot[:, None] * stride_sums + row[None, :]
+    present = (slot[:, None] < slots) & keep[None, :]
+    field = slots * stride_sums
+    loss = tl.sum(tl.load(sums_ptr + VALUE * field + at, mask=present, other=0.0), 0)
+    tl.store(loss_ptr + row, loss, mask=exists)
+
+    if NEEDS_SCORE:
+        others = tl.sum(tl.load(sums_ptr + SCORE * field + at, mask=present, other=0.0), 0)
+        KNOWS_G: tl.constexpr = not CLIPPED and (FAMILY == FORWARD_KL or FAMILY == REVERSE_KL)
+        p_top = tl.load(stats_ptr + P_MAX * stride_sums + row, mask=keep, other=0.0)
+        s_top = tl.load(stats_ptr + S_TOP * stride_sums + row, mask=keep, other=0.0)
+        g_top = top_gradient(s_top, others, p_top, KNOWS_G)
+        missed = s_top + others  # G − c
+        top = tl.load(top_ptr + row, mask=keep, other=0).to(tl.int64)
+        kept = keep & (loss != float("inf"))
+        for d in range(0, D, BD):
+            k = d + tl.arange(0, BD)
+            inside = exists[:, None] & (k < D)[None, :]
+            used = kept[:, None] & (k < D)[None, :]
+            at_D = row[:, None].to(tl.int64) * D + k[None, :]
+            at_W = top[:, None] * stride_Wv + k[None, :].to(tl.int64) * stride_Wd
+            W_top = tl.load(W_ptr + at_W, mask=used, other=0.0).to(tl.float32)
+            W_top = round_to(W_top, OPERAND).to(tl.float32)
+            dh = tl.load(dh_ptr + at_D, mask=used, other=0.0) + g_top[:, None] * W_top
+            if not KNOWS_G:
+                dh -= missed[:, None] * tl.load(P_ptr + at_D, mask=used, other=0.0)
+            tl.store(dh_ptr + at_D, tl.where(used, dh * inverse_temperature, 0.0), mask=inside)
+
+
+@triton.jit
+def top_gradient(s_top, others, p_top, KNOWS_G: tl.constexpr):
+    """g_top of rows from s_top, Σ_{v≠top} s and p_top."""
+    if KNOWS_G:
+        g_top = -others
+    else:
+        g_top = s_top * (1.0 - p_top) - p_top * others
+    return g_top

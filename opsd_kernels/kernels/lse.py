@@ -1,0 +1,275 @@
+"""lse: the normalizers of both sides of every token, and the student's most likely entry.
+
+    top_S = max_v z_S,   sum_S = Σ_v exp(z_S − top_S),   L_S = top_S + log sum_S   (z_T likewise)
+
+They are kept as p = exp(z_S − top_S) p_max and L_T − L_S = (top_T − top_S) + log_sums need them:
+p_max = 1 / sum_S, the largest probability, and log_sums = log(sum_T / sum_S), each rounded once.
+
+A matrix product with an online log-sum-exp for an epilogue: logits exist in registers only. The
+vocabulary is split into spans, so that a few tokens fill a GPU too; a program takes one tile of
+rows and one span, tile by tile of the vocabulary, and writes what it found:
+
+    top_S, sum_S = Σ exp(z_S − top_S), top_T, sum_T over the span,
+    the column where z_S is largest, and d_top = z_T − z_S there,
+    E = Σ exp(z_S − top_S) (d − d_top),  d = z_T − z_S
+
+`merge` then puts the spans together, in their order, and finds the shift c of the row's scores. How
+the vocabulary is split depends on its size alone, never on the number of tokens: a token's numbers
+are the same in any batch.
+
+E / sum_S is the student's mean of d − d_top. From it follows the reverse KL's G, to the last digit
+because only differences to the top entry enter it, and for the others a guess of G (see `shift`).
+"""
+
+import triton
+import triton.language as tl
+
+from opsd_kernels.kernels.logits_tile import halves, logits_tiles
+from opsd_kernels.kernels.pointwise import difference, log_quotient, shift
+
+# Fields of `partials` [6, spans, R] fp32 …
+TOP_S, SUM_S, TOP_T, SUM_T, D_TOP, E_SUM = (tl.constexpr(i) for i in range(6))
+PARTIALS = 6
+# … and of `stats` [8, R] fp32, what is known of a row: top_S, p_max, top_T, q_max, log_sums, the
+# shift c of its scores, whether it is plain, and the score of its top entry after the shift.
+P_MAX, S_TOP = tl.constexpr(1), tl.constexpr(7)
+STATS = 8
+# Rows of a program of `merge`.
+MERGE_BM = 16
+
+
+# What depends on the batch is no reason to compile again.
+@triton.jit(do_not_specialize=["R", "stride_partials"])
+def lse_kernel(
+    partials_ptr,
+    index_ptr,
+    h_S_ptr,
+    h_T_ptr,
+    W_ptr,
+    W_T_ptr,
+    keep_ptr,
+    R,
+    V,
+    D,
+    D_T,
+    span,
+    stride_partials,
+    stride_h_S,
+    stride_h_T,
+    stride_Wv,
+    stride_Wd,
+    stride_W_Tv,
+    stride_W_Td,
+    inverse_temperature,
+    SHARED: tl.constexpr,
+    MASKED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BM: tl.constexpr,
+    BV: tl.constexpr,
+    BK: tl.constexpr,
+    PARTS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (row tiles, spans).
+
+    Writes:
+        partials_ptr: [PARTIALS, spans, stride_partials] fp32.
+        index_ptr: [spans, stride_partials] int32, the column of the span's top_S.
+
+    Reads:
+        h_S_ptr, h_T_ptr, W_ptr, W_T_ptr, D, D_T, strides: see `logits_tiles`.
+        keep_ptr: [R] bool if MASKED: a tile of rows none of which is kept is left out.
+        span: columns of a program, a multiple of BV.
+    """
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    exists = row < R
+    if MASKED:
+        keep = tl.load(keep_ptr + row, mask=exists, other=0)
+        if tl.max(keep.to(tl.int32), 0) == 0:
+            return
+    rows = tl.minimum(row, R - 1).to(tl.int64)
+    s = tl.program_id(1)
+    state = nothing(BM)
+    for v in range(s * span, tl.minimum(s * span + span, V), BV):
+        col = v + tl.arange(0, BV)
+        z_S, z_T = logits_tiles(
+            h_S_ptr,
+            h_T_ptr,
+            W_ptr,
+            W_T_ptr,
+            rows,
+            tl.minimum(col, V - 1).to(tl.int64),
+            D,
+            D_T,
+            stride_h_S,
+            stride_h_T,
+            stride_Wv,
+            stride_Wd,
+            stride_W_Tv,
+            stride_W_Td,
+            SHARED,
+            EVEN_D,
+            BK,
+            OPERAND,
+            PRECISION,
+        )
+        state = _columns(
+            z_S * inverse_temperature, z_T * inverse_temperature, v, V, state, LIMIT, PARTS
+        )
+    top_S, sum_S, top_T, sum_T, d_top, E, index = state
+    at = s * stride_partials + row
+    field = tl.num_programs(1) * stride_partials
+    tl.store(partials_ptr + TOP_S * field + at, top_S, mask=exists)
+    tl.store(partials_ptr + SUM_S * field + at, sum_S, mask=exists)
+    tl.store(partials_ptr + TOP_T * field + at, top_T, mask=exists)
+    tl.store(partials_ptr + SUM_T * field + at, sum_T, mask=exists)
+    tl.store(partials_ptr + D_TOP * field + at, d_top, mask=exists)
+    if LIMIT > 0:
+        tl.store(partials_ptr + E_SUM * field + at, E, mask=exists)
+    tl.store(index_ptr + at, index, mask=exists)
+
+
+@triton.jit
+def _columns(z_S, z_T, begin, V, state, LIMIT: tl.constexpr, PARTS: tl.constexpr):
+    """The columns `begin` … into the state of their rows, in PARTS parts one after the other."""
+    if PARTS > 1:
+        z_S0, z_S1 = halves(z_S)
+        z_T0, z_T1 = halves(z_T)
+        state = _columns(z_S0, z_T0, begin, V, state, LIMIT, PARTS // 2)
+        return _columns(z_S1, z_T1, begin + z_S0.shape[1], V, state, LIMIT, PARTS // 2)
+    else:
+        return absorb(z_S, z_T, tl.arange(0, z_S.shape[1]) + begin, V, state, LIMIT)
+
+
+@triton.jit
+def nothing(BM: tl.constexpr):
+    """The state of BM rows of which no logit was seen yet: top_S, sum_S, top_T, sum_T, d_top, E
+    and the column of top_S."""
+    zeros = tl.zeros((BM,), tl.float32)
+    low = tl.full((BM,), float("-inf"), tl.float32)
+    return low, zeros, low, zeros, zeros, zeros, tl.zeros((BM,), tl.int32)
+
+
+@triton.jit
+def absorb(z_S, z_T, col, V, state, LIMIT: tl.constexpr):
+    """A tile of logits [BM, BV] into the state [BM] of its rows; columns ≥ V count for nothing."""
+    top_S, sum_S, top_T, sum_T, d_top, E, index = state
+    z_S = tl.where(col[None, :] < V, z_S, float("-inf"))
+    z_T = tl.where(col[None, :] < V, z_T, float("-inf"))
+    tile_top = tl.max(z_S, 1)
+    # The first column with the tile's maximum; where there is none (all NaN), any.
+    at_top = tl.min(tl.where(z_S == tile_top[:, None], col[None, :], V), 1)
+    d = difference(z_S, z_T)
+    tile_d = tl.sum(tl.where(col[None, :] == at_top[:, None], d, 0.0), 1)
+
+    higher = tile_top > top_S
+    new_d = tl.where(higher, tile_d, d_top)
+    new_top = tl.where(higher, tile_top, top_S)
+    safe = finite_or_zero(new_top)
+    scale = tl.exp(top_S - safe)
+    e = tl.exp(z_S - safe[:, None])
+    if LIMIT > 0:
+        # The reference moves with the top: what was summed is told.
+        moved = tl.minimum(tl.maximum(d_top - new_d, -LIMIT), LIMIT)
+        d = tl.minimum(tl.maximum(d - new_d[:, None], -LIMIT), LIMIT)
+        E = (E + sum_S * moved) * scale + tl.sum(e * d, 1)
+    sum_S = sum_S * scale + tl.sum(e, 1)
+    index = tl.where(higher, at_top, index)
+
+    new_top_T = tl.maximum(top_T, tl.max(z_T, 1))
+    safe = finite_or_zero(new_top_T)
+    sum_T = sum_T * tl.exp(top_T - safe) + tl.sum(tl.exp(z_T - safe[:, None]), 1)
+    return new_top, sum_S, new_top_T, sum_T, new_d, E, index
+
+
+@triton.jit
+def finite_or_zero(top):
+    """What to subtract from logits before exp: −∞ − (−∞) would be NaN."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+# What depends on the batch is no reason to compile again.
+@triton.jit(do_not_specialize=["R", "spans", "stride_partials"])
+def merge_kernel(
+    stats_ptr,
+    top_ptr,
+    partials_ptr,
+    index_ptr,
+    R,
+    spans,
+    stride_partials,
+    beta,
+    entry_clip,
+    FAMILY: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    BM: tl.constexpr,
+    SPANS: tl.constexpr,
+):
+    """Grid (row tiles). Put the spans together.
+
+    Writes:
+        stats_ptr: [STATS, stride_partials] fp32.
+        top_ptr: [stride_partials] int32, the student's most likely entry.
+
+    Reads:
+        partials_ptr, index_ptr: what `lse_kernel` wrote.
+        SPANS: a power of two, at least `spans`.
+    """
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    s = tl.arange(0, SPANS)
+    exists = (s[:, None] < spans) & (row[None, :] < R)
+    at = s[:, None] * stride_partials + row[None, :]
+    field = spans * stride_partials
+    low = float("-inf")
+    top_Ss = tl.load(partials_ptr + TOP_S * field + at, mask=exists, other=low)
+    sum_Ss = tl.load(partials_ptr + SUM_S * field + at, mask=exists, other=0.0)
+    top_Ts = tl.load(partials_ptr + TOP_T * field + at, mask=exists, other=low)
+    sum_Ts = tl.load(partials_ptr + SUM_T * field + at, mask=exists, other=0.0)
+    d_tops = tl.load(partials_ptr + D_TOP * field + at, mask=exists, other=0.0)
+    indices = tl.load(index_ptr + at, mask=exists, other=0)
+
+    top_S = tl.max(top_Ss, 0)
+    first = tl.min(tl.where(top_Ss == top_S[None, :], s[:, None], SPANS), 0)
+    first = tl.where(first == SPANS, 0, first)
+    winner = s[:, None] == first[None, :]
+    d_top = tl.sum(tl.where(winner, d_tops, 0.0), 0)
+    index = tl.sum(tl.where(winner, indices, 0), 0)
+    scale = tl.exp(top_Ss - finite_or_zero(top_S)[None, :])
+    sum_S = tl.sum(scale * sum_Ss, 0)
+    top_T = tl.max(top_Ts, 0)
+    sum_T = tl.sum(tl.exp(top_Ts - finite_or_zero(top_T)[None, :]) * sum_Ts, 0)
+    E = tl.zeros((BM,), tl.float32)
+    if LIMIT > 0:
+        Es = tl.load(partials_ptr + E_SUM * field + at, mask=exists, other=0.0)
+        moved = tl.minimum(tl.maximum(d_tops - d_top[None, :], -LIMIT), LIMIT)
+        E = tl.sum(scale * (Es + sum_Ss * moved), 0)
+
+    stats = statistics(top_S, sum_S, top_T, sum_T, d_top, E, beta, entry_clip, FAMILY, CLIPPED)
+    exists_row = row < R
+    for i in tl.static_range(8):
+        tl.store(stats_ptr + i * stride_partials + row, stats[i], mask=exists_row)
+    tl.store(top_ptr + row, index, mask=exists_row)
+
+
+@triton.jit
+def statistics(
+    top_S,
+    sum_S,
+    top_T,
+    sum_T,
+    d_top,
+    E,
+    beta,
+    entry_clip,
+    FAMILY: tl.constexpr,
+    CLIPPED: tl.constexpr,
+):
+    """The fields of `stats` [BM] from the state of rows of which every logit was seen."""
+    p_max, q_max, log_sums = 1.0 / sum_S, 1.0 / sum_T, log_quotient(sum_S, sum_T)
+    c, s_top, plain = shift(
+        top_S, p_max, top_T, q_max, log_sums, d_top, E / sum_S, beta, entry_clip, FAMILY, CLIPPED
+    )
+    return top_S, p_max, top_T, q_max, log_sums, c, plain, s_top

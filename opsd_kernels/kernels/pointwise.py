@@ -1,0 +1,236 @@
+"""The family of divergences, entry by entry, in Triton: what `divergence.py` is for PyTorch.
+
+Notation and formulas are those of `opsd_kernels/divergence.py`; this file says how they are
+computed, in fp32, on tiles of any shape, compiled and interpreted alike. Triton itself has neither
+expm1 nor log1p (libdevice has, but not in the interpreter), so near 0 they are series here, which
+pays twice: a series gives eʸ − 1 − y and log(1 + w) − w without subtracting anything, and in these
+the values of entries on which the two sides agree are sums of second-order terms:
+
+    with e = eʸ − 1 − y, t = y + e, w = b t, o = log(1 + w) − w, lm = w + o, d = y − lm
+    JSD         b q d − (1 − b) p lm   =   p (w d − b e − o)     for b ≤ ½, y = x, or all exchanged
+    forward KL  q y − (q − p)          =   p (y t − e)
+    reverse KL  (q − p) − p y          =   p e
+
+The right sides are used where |y| < ½; elsewhere the left sides, which do not cancel there.
+"""
+
+import triton
+import triton.language as tl
+
+from opsd_kernels import divergence
+
+# Which member of the family: a compile-time constant, so that a kernel holds one formula.
+FORWARD_KL = tl.constexpr(0)
+REVERSE_KL = tl.constexpr(1)
+JENSEN_SHANNON = tl.constexpr(2)
+# JSD_β for β > ½, computed as JSD_{1−β} with student and teacher exchanged.
+JENSEN_SHANNON_EXCHANGED = tl.constexpr(3)
+
+HUGE = tl.constexpr(divergence.HUGE)
+SATURATED = tl.constexpr(divergence.SATURATED)
+
+
+def family(beta: float) -> int:
+    """The member of the family that β selects, as the kernels know it."""
+    if beta in (0, 1):
+        return (FORWARD_KL if beta == 0 else REVERSE_KL).value
+    return (JENSEN_SHANNON if beta <= 0.5 else JENSEN_SHANNON_EXCHANGED).value
+
+
+def knows_G(beta: float, entry_clip: float | None) -> bool:
+    """Whether G follows from sums that need no second look at the vocabulary: the unclipped KLs."""
+    return beta in (0, 1) and entry_clip is None
+
+
+def mean_limit(beta: float) -> float:
+    """Bound on |d − d_top| in its mean over the student's distribution; 0 if it is not needed.
+
+    The reverse KL's G is that mean. The JSDs guess from it, and no more than e³² tells them.
+    """
+    if beta in (0, 1):
+        return 0.0 if beta == 0 else divergence.HUGE
+    return 32.0
+
+
+@triton.jit
+def difference(z_S, z_T):
+    """d = z_T − z_S within ±HUGE; 0 where both are −∞, an entry that counts for nothing."""
+    d = z_T - z_S
+    d = tl.where(d != d, 0.0, d)
+    return tl.minimum(tl.maximum(d, -HUGE), HUGE)
+
+
+@triton.jit
+def log_ratio(d, top_S, top_T, log_sums):
+    """x = log q − log p from d = z_T − z_S.
+
+    L_T − L_S is subtracted in its two parts, the largest logits and log Σ e^(z − top) of either
+    side: beside a large top the other, which is all that tells two confident tokens apart, would be
+    rounded away.
+    """
+    return (d - (top_T - top_S)) - log_sums
+
+
+@triton.jit
+def log_quotient(sum_S, sum_T):
+    """log(sum_T / sum_S), of which nothing is lost where the two are nearly equal."""
+    w = (sum_T - sum_S) / sum_S
+    o, small = _log1p_beyond(w)
+    return tl.where(small, w + o, tl.log(sum_T / sum_S))
+
+
+@triton.jit
+def shift(
+    top_S,
+    p_max,
+    top_T,
+    q_max,
+    log_sums,
+    d_top,
+    mean_d,
+    beta,
+    entry_clip,
+    FAMILY: tl.constexpr,
+    CLIPPED: tl.constexpr,
+):
+    """The shift c of a row's scores, the top entry's score after it, and whether the row is plain.
+
+    c is what is known of G = Σ a before the vocabulary is seen a second time: the top entry's
+    score, and for all others together a guess from their mean log-ratio, which is right to first
+    order where student and teacher agree. For the unclipped KLs it is no guess: c = G.
+
+    The null term of a clipped KL trades the rounding of the unclipped mass for that of the clipped.
+    Where the top entry is clipped and has most of the mass, the row is better off without.
+
+    Args:
+        top_S, p_max, top_T, q_max, log_sums: [BM] the normalizers, see `lse`.
+        d_top: [BM] z_T − z_S at the student's top entry.
+        mean_d: [BM] Σ p (d − d_top), within ±`mean_limit` entry by entry.
+
+    Returns:
+        c, a_top − c p_top, plain (1 or 0), [BM] each.
+    """
+    x = log_ratio(d_top, top_S, top_T, log_sums)
+    p, q = p_max, tl.exp(d_top + (top_S - top_T)) * q_max
+    p_others = 1.0 - p
+    no = tl.zeros(p.shape, tl.float32)
+    plain = no
+    a = value_and_score(p, q, x, no, beta, entry_clip, FAMILY, CLIPPED)[1]
+    if FAMILY == FORWARD_KL:
+        # Σ (p − q) over the others
+        a_others = -value_and_score(p, q, x, no, beta, entry_clip, FAMILY, False)[1]
+        if CLIPPED:
+            plain = tl.where((q * x > entry_clip) & (q > 0.5), 1.0, 0.0)
+    elif FAMILY == REVERSE_KL:
+        a_others = -(p_others * x + mean_d)
+        if CLIPPED:
+            plain = tl.where((-p * x > entry_clip) & (p > 0.5), 1.0, 0.0)
+    else:
+        x_others = x + mean_d / tl.maximum(p_others, 1e-30)
+        one = no + 1.0
+        a_others = p_others * value_and_score(one, one, x_others, no, beta, 0.0, FAMILY, False)[1]
+        if CLIPPED:
+            # Where the top entry is clipped all may be, and scores of 0 are to stay 0.
+            a_others = tl.where(a == 0, 0.0, a_others)
+    c, s_top = a + a_others, p_others * a - p * a_others
+    if CLIPPED or (FAMILY != FORWARD_KL and FAMILY != REVERSE_KL):
+        # Where the top entry has nearly all the mass, 1 − p_top has few digits left, and
+        # c = a_top / p_top, which needs none of them, is as near to G.
+        confident = p > 0.9
+        c = tl.where(confident, a / p, c)
+        s_top = tl.where(confident, 0.0, s_top)
+    return c, s_top, plain
+
+
+@triton.jit
+def value_and_score(p, q, x, plain, beta, entry_clip, FAMILY: tl.constexpr, CLIPPED: tl.constexpr):
+    """Value f and score a of entries; for the KLs both carry the null term, ±(p − q).
+
+    Args:
+        p, q, x: fp32 tiles: student, teacher and log-ratio.
+        plain: 1 for rows whose clipped KL is better summed without the null term, else 0.
+        beta: β, fp32; read for the JSDs alone.
+        entry_clip: τ, fp32; read if CLIPPED.
+    """
+    if FAMILY == FORWARD_KL or FAMILY == REVERSE_KL:
+        f, a = _kullback_leibler(p, q, x, FAMILY)
+        if CLIPPED:
+            if FAMILY == FORWARD_KL:
+                textbook, null, clipped_score = q * x, a, p
+            else:
+                textbook, null, clipped_score = a, q - p, -p
+            clipped = textbook > entry_clip
+            f = tl.where(plain > 0, textbook, f)
+            f = tl.where(clipped, entry_clip + (1.0 - plain) * null, f)
+            a = tl.where(clipped, clipped_score, a)
+    else:
+        f, a = _jensen_shannon(p, q, x, beta, FAMILY == JENSEN_SHANNON_EXCHANGED)
+        if CLIPPED:
+            clipped = f > entry_clip
+            f = tl.where(clipped, entry_clip, f)
+            a = tl.where(clipped, 0.0, a)
+    return f, a
+
+
+@triton.jit
+def _jensen_shannon(p, q, x, beta, EXCHANGED: tl.constexpr):
+    if EXCHANGED:
+        P, Q, b, y = q, p, 1.0 - beta, -x
+    else:
+        P, Q, b, y = p, q, beta, x
+    y = tl.minimum(y, SATURATED)
+    e, near = _expm1_beyond(y)
+    t = tl.where(near, y + e, tl.exp(y) - 1.0)
+    w = b * t
+    o, small = _log1p_beyond(w)
+    lm = tl.where(small, w + o, tl.log(1.0 + w))  # log(m/P)
+    d = y - lm  # log(Q/m)
+    if EXCHANGED:
+        a = b * p * d
+    else:
+        a = (b - 1.0) * p * lm
+    f = tl.where(near, P * (w * d - b * e - o), b * Q * d - (1.0 - b) * P * lm)
+    return _at_least_zero(f), a
+
+
+@triton.jit
+def _kullback_leibler(p, q, x, FAMILY: tl.constexpr):
+    e, near = _expm1_beyond(x)
+    difference = tl.where(near, p * (x + e), q - p)
+    if FAMILY == FORWARD_KL:
+        f = tl.where(near, p * (x * (x + e) - e), q * x - difference)
+        a = -difference
+    else:
+        f = tl.where(near, p * e, difference - p * x)
+        a = -p * x
+    return _at_least_zero(f), a
+
+
+@triton.jit
+def _at_least_zero(f):
+    return tl.where(f < 0, 0.0, f)  # not tl.maximum, which would hide a NaN
+
+
+@triton.jit
+def _expm1_beyond(y):
+    """eʸ − 1 − y where y is near 0, and where that is."""
+    # y² (1/2! + y/3! + … + y⁶/8!): what is left out is below 2⁻²⁵ of the sum.
+    series = 1 / 5040 + y * (1 / 40320)
+    series = 1 / 720 + y * series
+    series = 1 / 120 + y * series
+    series = 1 / 24 + y * series
+    series = 1 / 6 + y * series
+    series = 1 / 2 + y * series
+    return y * y * series, tl.abs(y) < 0.5
+
+
+@triton.jit
+def _log1p_beyond(w):
+    """log(1 + w) − w where w is near 0, and where that is."""
+    # log(1 + w) = 2 atanh(r) = 2 (r + r³/3 + … + r⁹/9) with r = w / (2 + w), and 2 r − w = −w r.
+    r = w / (2.0 + w)
+    r2 = r * r
+    series = 1 / 7 + r2 * (1 / 9)
+    series = 1 / 5 + r2 * series
+    series = 1 / 3 + r2 * series
+    return 2.0 * r * r2 * series - w * r, tl.abs(w) < 0.35

@@ -1,0 +1,86 @@
+"""Tile sizes and warp counts, in one frozen table by architecture and dtype.
+
+Nothing is tuned when the package is imported or a kernel first called. `benchmarks/tune.py`
+measures candidates on a GPU and prints rows for this table; `benchmarks/resources.py` compiles
+every row and prints what it takes of a multiprocessor, and a test holds the rows to that.
+
+Nothing here depends on the number of tokens: a token's value is the same in any batch.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BM rows by BV columns of logits, of each side, in steps of BK features; then PARTS parts of
+    the columns one after the other, for what is made of the logits."""
+
+    BM: int
+    BV: int
+    BK: int
+    PARTS: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the launchers need to know about an architecture and a dtype."""
+
+    lse: Tile
+    pair: Tile
+    rows: tuple[int, int] = (4096, 8)  # BLOCK and num_warps of `rows`
+    chunk: int = 1024  # rows in flight, a multiple of each BM
+    columns: int = 8192  # of the vocabulary in flight, a power of two times `pair.BV`
+    spans: int = 128  # parts of the vocabulary in `lse` at most, a power of two
+
+
+# Architectures by the name that code is generated for. sm_89 stands for all with 99 KiB of shared
+# memory a block (sm_86, sm_89, sm_120).
+_NARROW = {
+    "sm_80": Row(lse=Tile(64, 256, 64, 8, 8, 3), pair=Tile(64, 256, 64, 8, 8, 3)),
+    "sm_89": Row(lse=Tile(64, 256, 32, 8, 8, 3), pair=Tile(64, 256, 32, 8, 8, 3)),
+    "sm_90": Row(lse=Tile(128, 128, 64, 8, 8, 3), pair=Tile(128, 128, 64, 8, 8, 3)),
+    "sm_100": Row(lse=Tile(128, 128, 64, 8, 8, 3), pair=Tile(128, 64, 64, 8, 8, 4)),
+    "gfx942": Row(lse=Tile(128, 128, 32, 4, 8, 2), pair=Tile(128, 128, 32, 4, 8, 2)),
+}
+# Without tensor cores (TF32 is for PyTorch's switch to allow) small tiles do; scores take twice the
+# room, in fp16 too.
+_FP32 = Row(lse=Tile(64, 64, 16, 1, 4, 2), pair=Tile(64, 64, 16, 1, 4, 2), columns=4096)
+TABLE: dict[tuple[str, str], Row] = {
+    **{(arch, "bfloat16"): row for arch, row in _NARROW.items()},
+    **{(arch, "float16"): replace(row, columns=4096) for arch, row in _NARROW.items()},
+    **{(arch, "float32"): _FP32 for arch in _NARROW},
+    ("sm_100", "float32"): replace(
+        _FP32, lse=Tile(32, 64, 32, 1, 4, 2), pair=Tile(32, 64, 32, 1, 4, 2)
+    ),
+}
+
+# The interpreter's time goes by operations, not by entries.
+INTERPRETER = Row(
+    lse=Tile(32, 256, 64, 2, 1, 1),
+    pair=Tile(32, 256, 64, 2, 1, 1),
+    rows=(512, 1),
+    chunk=64,
+    columns=512,
+    spans=4,
+)
+
+
+def lookup(device: torch.device, dtype: torch.dtype) -> Row:
+    """The row for a device, and the operands of its matrix products."""
+    if device.type != "cuda":
+        return INTERPRETER
+    return TABLE[architecture(device), str(dtype).removeprefix("torch.")]
+
+
+def architecture(device: torch.device) -> str:
+    """The architecture of the table that a GPU is nearest to."""
+    if torch.version.hip is not None:
+        return "gfx942"
+    capability = torch.cuda.get_device_capability(device)
+    return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get(
+        capability, "sm_89"
+    )

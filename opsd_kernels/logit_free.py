@@ -1,0 +1,257 @@
+"""Schedule: logits in registers only. 6 U of matrix products, on a GPU, nothing vocabulary-sized.
+
+With U = 2 N D V, one pass of N tokens through the LM head, a chunk of R rows at a time:
+
+    1. L_S, L_T, top entry, c       `lse`: logits and their log-sum-exp in one kernel      2 U
+    2. Σ f, Σ s; tiles s and p      `pair`: logits again, a tile of the vocabulary         2 U
+    3. dh_S += s W, P += p W        library product over the tile, accumulated in fp32     2 U
+       dh_S ← (dh_S − (G − c) P + g_top W_top) / T   `finish`, after the last tile
+
+G is known when step 2 has seen the whole vocabulary; because the gradient is linear in it, no third
+pass over the logits is needed. The unclipped KLs know it from step 1 and store one tile: 5 U.
+Without gradient step 3 falls away: 4 U.
+
+The tiles are scratch of a bounded size, used again and again; beside them there are dh_S in fp32
+and a few numbers a row.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from opsd_kernels import kernels
+from opsd_kernels.kernels import finish, lse, pair, tiles
+from opsd_kernels.kernels.pointwise import family, knows_G, mean_limit
+from opsd_kernels.problem import Problem
+from opsd_kernels.products import copied_bytes, project_back, score_dtype
+
+MIB = 2**20
+# All scratch together where D ≤ 4096, in proportion to D above; the tiles of the table keep to it.
+SCRATCH_MIB = 64
+# Of which copies of W, where the product of step 3 cannot read it in place.
+COPIES_MIB = 8
+
+TRITON_DTYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+}
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """What a chunk of R rows needs beside its part of dh_S. Nothing here grows with N or V."""
+
+    row: tiles.Row  # of the table
+    rows: int  # R
+    columns: int  # of the vocabulary at a time
+    copied_rows: int  # of W at a time, where the product of step 3 cannot read it in place
+    partials: Tensor  # [PARTIALS, spans, R] fp32
+    index: Tensor  # [spans, R] int32
+    stats: Tensor  # [STATS, R] fp32
+    top: Tensor  # [R] int32
+    sums: Tensor  # [SUMS, slots, R] fp32
+    s: Tensor | None  # [R, columns] in score_dtype, if a gradient is wanted
+    p: Tensor | None  # likewise, unless G is known beforehand
+    P: Tensor | None  # [R, D] fp32, likewise
+
+
+def allocate(problem: Problem, needs_gradient: bool) -> Scratch:
+    """The scratch of `fill_logit_free`."""
+    h_S = problem.h_S
+    (N, D), V = h_S.shape, problem.W.shape[0]
+    row = tiles.lookup(h_S.device, problem.operand_dtype)
+    R = min(row.chunk, max(N, 1))
+    columns = min(row.columns, triton.cdiv(V, row.pair.BV) * row.pair.BV)
+    spans = triton.cdiv(V, _span(V, row))
+    two = needs_gradient and not knows_G(problem.beta, problem.entry_clip)
+    # One tile of W is made while the last is still alive; a narrow tile of scores may be widened.
+    copied = copied_bytes(problem.W, problem.operand_dtype)
+    tile = (R, columns)
+    dtype = score_dtype(problem.operand_dtype)
+    return Scratch(
+        row=row,
+        rows=R,
+        columns=columns,
+        copied_rows=max(1, int(COPIES_MIB * MIB * max(1, D / 4096)) // (2 * copied + 4 * R)),
+        partials=h_S.new_empty(lse.PARTIALS, spans, R, dtype=torch.float32),
+        index=h_S.new_empty(spans, R, dtype=torch.int32),
+        stats=h_S.new_empty(lse.STATS, R, dtype=torch.float32),
+        top=h_S.new_empty(R, dtype=torch.int32),
+        sums=h_S.new_empty(pair.SUMS, columns // row.pair.BV, R, dtype=torch.float32),
+        s=h_S.new_empty(tile, dtype=dtype) if needs_gradient else None,
+        p=h_S.new_empty(tile, dtype=dtype) if two else None,
+        P=h_S.new_empty(R, D, dtype=torch.float32) if two else None,
+    )
+
+
+def fill_logit_free(loss: Tensor, dh_S: Tensor | None, scratch: Scratch, problem: Problem) -> None:
+    """Fill the divergence of every token and its gradient with respect to h_S.
+
+    Args:
+        loss: [N] fp32, filled with ℓ; 0 for tokens that are not kept.
+        dh_S: [N, D] fp32 zeros, filled with ∂ℓ/∂h_S; None where no gradient is wanted.
+        scratch: see `allocate`.
+        problem: the tokens.
+    """
+    V = problem.W.shape[0]
+    # Made contiguous once, for all kernels: rows of hidden states are read whole.
+    problem = replace(problem, h_S=_rows_contiguous(problem.h_S), h_T=_rows_contiguous(problem.h_T))
+    with kernels.current(loss.device):
+        for n in range(0, loss.shape[0], scratch.rows):
+            rows = slice(n, n + scratch.rows)
+            chunk = problem.tokens(rows)
+            dh_Sn = None if dh_S is None else dh_S[rows]
+            P = None if scratch.P is None else scratch.P[: chunk.h_S.shape[0]].zero_()
+            launch_lse(scratch, chunk)
+            for v in range(0, V, scratch.columns):
+                v_end = min(v + scratch.columns, V)
+                launch_pair(scratch, chunk, v, v_end)
+                accumulate(dh_Sn, scratch.s, scratch, chunk, v, v_end)
+                accumulate(P, scratch.p, scratch, chunk, v, v_end)
+            launch_finish(loss[rows], dh_Sn, scratch, chunk)
+
+
+def launch_lse(scratch: Scratch, chunk: Problem) -> None:
+    """stats, top ← L_S, L_T, c and the top entry of a chunk's tokens."""
+    R, V = chunk.h_S.shape[0], chunk.W.shape[0]
+    spans, stride = scratch.index.shape
+    lse.lse_kernel[(triton.cdiv(R, scratch.row.lse.BM), spans)](
+        partials_ptr=scratch.partials,
+        index_ptr=scratch.index,
+        stride_partials=stride,
+        span=_span(V, scratch.row),
+        LIMIT=mean_limit(chunk.beta),
+        **_logits(chunk, scratch.row.lse),
+    )
+    lse.merge_kernel[(triton.cdiv(R, lse.MERGE_BM),)](
+        stats_ptr=scratch.stats,
+        top_ptr=scratch.top,
+        partials_ptr=scratch.partials,
+        index_ptr=scratch.index,
+        R=R,
+        spans=spans,
+        stride_partials=stride,
+        LIMIT=mean_limit(chunk.beta),
+        BM=lse.MERGE_BM,
+        SPANS=triton.next_power_of_2(spans),
+        **_divergence(chunk),
+    )
+
+
+def launch_pair(scratch: Scratch, chunk: Problem, v_begin: int, v_end: int) -> None:
+    """sums, s, p ← those of the columns v_begin … v_end of the vocabulary."""
+    tile = scratch.row.pair
+    slots = scratch.sums.shape[1]
+    pair.pair_kernel[(triton.cdiv(chunk.h_S.shape[0], tile.BM), slots)](
+        sums_ptr=scratch.sums,
+        s_ptr=scratch.s,
+        p_ptr=scratch.p,
+        stats_ptr=scratch.stats,
+        top_ptr=scratch.top,
+        v_begin=v_begin,
+        v_end=v_end,
+        stride_sums=scratch.top.shape[0],
+        stride_tile=scratch.columns,
+        NEEDS_SCORE=scratch.s is not None,
+        **_logits(chunk, tile),
+        **_divergence(chunk),
+    )
+
+
+def accumulate(
+    out: Tensor | None, g: Tensor | None, scratch: Scratch, chunk: Problem, v_begin: int, v_end: int
+) -> None:
+    """out ← out + g W over the columns v_begin … v_end of the vocabulary."""
+    if out is None or g is None:
+        return
+    W_v = chunk.W[v_begin:v_end]
+    project_back(
+        out, g[: out.shape[0], : v_end - v_begin], W_v, chunk.operand_dtype, scratch.copied_rows
+    )
+
+
+def launch_finish(loss: Tensor, dh_S: Tensor | None, scratch: Scratch, chunk: Problem) -> None:
+    """loss, dh_S ← ℓ and ∂ℓ/∂h_S from sums and accumulators."""
+    R, D = chunk.h_S.shape
+    _terms, slots, stride = scratch.sums.shape
+    divergence = _divergence(chunk)
+    finish.finish_kernel[(triton.cdiv(R, finish.BM),)](
+        loss_ptr=loss,
+        dh_ptr=dh_S,
+        P_ptr=scratch.P,
+        W_ptr=chunk.W,
+        sums_ptr=scratch.sums,
+        stats_ptr=scratch.stats,
+        top_ptr=scratch.top,
+        keep_ptr=chunk.keep,
+        R=R,
+        D=D,
+        slots=slots,
+        stride_sums=stride,
+        stride_Wv=chunk.W.stride(0),
+        stride_Wd=chunk.W.stride(1),
+        inverse_temperature=1 / chunk.temperature,
+        FAMILY=divergence["FAMILY"],
+        CLIPPED=divergence["CLIPPED"],
+        NEEDS_SCORE=dh_S is not None,
+        MASKED=chunk.keep is not None,
+        BM=finish.BM,
+        BD=finish.BD,
+        SLOTS=triton.next_power_of_2(slots),
+        OPERAND=TRITON_DTYPES[chunk.operand_dtype],
+    )
+
+
+def _logits(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
+    """The arguments of `logits_tiles`, and what goes with them in every kernel that calls it."""
+    h_S, h_T, W = chunk.h_S, chunk.h_T, chunk.W
+    W_T = W if chunk.W_T is None else chunk.W_T
+    D, D_T = h_S.shape[1], h_T.shape[1]
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return {
+        "h_S_ptr": h_S,
+        "h_T_ptr": h_T,
+        "W_ptr": W,
+        "W_T_ptr": W_T,
+        "keep_ptr": chunk.keep,
+        "R": h_S.shape[0],
+        "V": W.shape[0],
+        "D": D,
+        "D_T": D_T,
+        "stride_h_S": h_S.stride(0),
+        "stride_h_T": h_T.stride(0),
+        "stride_Wv": W.stride(0),
+        "stride_Wd": W.stride(1),
+        "stride_W_Tv": W_T.stride(0),
+        "stride_W_Td": W_T.stride(1),
+        "inverse_temperature": 1 / chunk.temperature,
+        "SHARED": chunk.W_T is None,
+        "MASKED": chunk.keep is not None,
+        "EVEN_D": D % tile.BK == 0 and D_T % tile.BK == 0,
+        "OPERAND": TRITON_DTYPES[chunk.operand_dtype],
+        "PRECISION": "tf32" if tf32 else "ieee",
+        **asdict(tile),
+    }
+
+
+def _divergence(chunk: Problem) -> dict[str, Any]:
+    return {
+        "beta": chunk.beta,
+        "entry_clip": chunk.entry_clip or 0.0,
+        "FAMILY": family(chunk.beta),
+        "CLIPPED": chunk.entry_clip is not None,
+    }
+
+
+def _span(V: int, row: tiles.Row) -> int:
+    """Columns of one program of `lse`: tiles of the vocabulary, shared out evenly."""
+    return triton.cdiv(triton.cdiv(V, row.lse.BV), row.spans) * row.lse.BV
+
+
+def _rows_contiguous(h: Tensor) -> Tensor:
+    return h if h.stride(1) == 1 else h.contiguous()

@@ -1,0 +1,80 @@
+"""Matrix products with fp32 accumulation and result, whatever the dtype of hidden states and heads.
+
+CUDA multiplies bf16 and fp16 into fp32; elsewhere operands are widened, a tile of the head at a
+time. Everything is written with `out=`, which autocast leaves alone: operands are rounded here,
+tile by tile, and nothing else is.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def project(z: Tensor, h: Tensor, W: Tensor, operand_dtype: torch.dtype, tile: int) -> None:
+    """z ← h Wᵀ in fp32: [R, V] from [R, D] and [V, D]."""
+    dtype = multiplied_dtype(W.device, operand_dtype)
+    h = h.to(operand_dtype).to(dtype)
+    for v, W_v in _tiles(W, operand_dtype, dtype, tile):
+        if dtype == torch.float32:
+            torch.mm(h, W_v.t(), out=z[:, v])
+        else:
+            torch.mm(h, W_v.t(), out_dtype=torch.float32, out=z[:, v])
+
+
+def project_back(out: Tensor, g: Tensor, W: Tensor, operand_dtype: torch.dtype, tile: int) -> None:
+    """out ← out + g W in fp32: [R, D] from [R, V] in `score_dtype` (or fp32) and [V, D]."""
+    dtype = multiplied_dtype(W.device, score_dtype(operand_dtype))
+    for v, W_v in _tiles(W, operand_dtype, dtype, tile):
+        if dtype == torch.float32:
+            torch.addmm(out, g[:, v].float(), W_v, out=out)
+        else:
+            torch.addmm(out, g[:, v].to(dtype), W_v, out_dtype=torch.float32, out=out)
+
+
+def score_dtype(operand_dtype: torch.dtype) -> torch.dtype:
+    """What the gradient with respect to logits is rounded to before it is multiplied.
+
+    fp16 holds too few exponents for it: what an unlikely token has, 1e-8 and below, underflows.
+    """
+    return torch.float32 if operand_dtype == torch.float16 else operand_dtype
+
+
+def multiplied_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a device multiplies operands of `dtype` with an fp32 result."""
+    return dtype if device.type == "cuda" else torch.float32
+
+
+def copied_bytes(W: Tensor, operand_dtype: torch.dtype) -> int:
+    """Bytes of the copies that the two products make of a row of W; 0 if they read it in place."""
+    return max(
+        _copied_bytes(W, operand_dtype, multiplied_dtype(W.device, dtype))
+        for dtype in (operand_dtype, score_dtype(operand_dtype))
+    )
+
+
+def _copied_bytes(W: Tensor, operand_dtype: torch.dtype, dtype: torch.dtype) -> int:
+    rounded = operand_dtype.itemsize if W.dtype != operand_dtype else 0
+    widened = dtype.itemsize if dtype != operand_dtype else 0
+    compacted = 0 if _has_blas_strides(W) else dtype.itemsize
+    return (rounded + widened + compacted) * W.shape[1]
+
+
+def _tiles(
+    W: Tensor, operand_dtype: torch.dtype, dtype: torch.dtype, tile: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """W in the dtype it is multiplied in: all of it, or `tile` rows at a time if it is copied."""
+    if _copied_bytes(W, operand_dtype, dtype) == 0:
+        yield slice(None), W
+        return
+    for i in range(0, W.shape[0], tile):
+        v = slice(i, min(i + tile, W.shape[0]))
+        W_v = W[v].to(operand_dtype).to(dtype)
+        yield v, W_v if _has_blas_strides(W_v) else W_v.contiguous()
+
+
+def _has_blas_strides(W: Tensor) -> bool:
+    """Whether a matrix product reads W as it lies."""
+    return (W.stride(1) == 1 and W.stride(0) >= W.shape[1]) or (
+        W.stride(0) == 1 and W.stride(1) >= W.shape[0]
+    )

@@ -1,0 +1,149 @@
+"""What only a GPU can tell: compiled code at real sizes, streams, devices, waiting for the host.
+
+The other tests run there too, compiled; `make gpu` runs these first.
+"""
+
+import pytest
+import torch
+from accuracy import ROUNDED_TILES
+from inputs import random_inputs
+from torch import Tensor
+
+from opsd_kernels import fused_jsd_loss
+from opsd_kernels.divergence import divergence_rows_
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+QWEN3 = 151936
+DIVERGENCES = [(0.5, None), (0.9, None), (0.0, None), (1.0, None), (0.0, 0.05), (0.5, 0.05)]
+
+
+def real_inputs(N: int, D: int, dtype: torch.dtype, distance: float) -> list[Tensor]:
+    """Peaked distributions over the vocabulary of Qwen3, made on the GPU."""
+    g = torch.Generator("cuda").manual_seed(0)
+    W = torch.randn(QWEN3, D, generator=g, device="cuda") / D**0.5
+    likely = torch.randint(QWEN3, (N,), generator=g, device="cuda")
+    h_S = torch.randn(N, D, generator=g, device="cuda")
+    h_S += torch.linspace(0, 25, N, device="cuda")[:, None] * W[likely]
+    h_T = h_S + distance * torch.randn(N, D, generator=g, device="cuda")
+    return [t.to(dtype) for t in (h_S, h_T, W)]
+
+
+def exact_in_blocks(h_S, h_T, W, beta, entry_clip):
+    """The oracle, a few tokens at a time."""
+    losses, grads = [], []
+    W = W.double()
+    for n in range(0, h_S.shape[0], 64):
+        z_S, z_T = (h[n : n + 64].double() @ W.t() for h in (h_S, h_T))
+        losses.append(divergence_rows_(z_S, z_T, beta, entry_clip, needs_score=True))
+        grads.append(z_S @ W)
+    return torch.cat(losses), torch.cat(grads)
+
+
+@pytest.mark.parametrize("workspace_mib", [0, 320])
+@pytest.mark.parametrize(
+    ("D", "dtype", "distance"),
+    [
+        (2048, torch.bfloat16, 1e-3),
+        (2048, torch.bfloat16, 0.03),
+        (4096, torch.bfloat16, 0.3),
+        (4096, torch.bfloat16, 3.0),
+        (2048, torch.float16, 0.1),
+        (2048, torch.float32, 0.1),
+    ],
+)
+@pytest.mark.parametrize(("beta", "entry_clip"), DIVERGENCES)
+def test_real_sizes(beta, entry_clip, D, dtype, distance, workspace_mib):
+    h_S, h_T, W = real_inputs(300, D, dtype, distance)
+    expected, exact_grad = exact_in_blocks(h_S, h_T, W, beta, entry_clip)
+    h_S.requires_grad_()
+    loss = fused_jsd_loss(
+        h_S, h_T, W, beta=beta, entry_clip=entry_clip, reduction="none", workspace_mib=workspace_mib
+    )
+    (grad,) = torch.autograd.grad(loss.sum(), h_S)
+    # The last fp32 bit of logits moves a log-ratio by 1e-6 or so.
+    assert ((loss - expected).norm() / expected.norm()) < 1e-5 + 2e-6 / distance
+    rounding = (exact_grad.to(dtype).double() - exact_grad).norm()
+    noise = 2e-6 * exact_grad.norm() * (1 + 1 / distance)
+    assert (grad.double() - exact_grad).norm() < ROUNDED_TILES * rounding + noise
+
+
+def test_64k_tokens_of_memory():
+    """1.1 GiB above the inputs and the returned gradient, of which dh_S in fp32 is 1 GiB."""
+    N, D = 65536, 4096
+    h_S = torch.randn(N, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    h_T = torch.randn(N, D, device="cuda", dtype=torch.bfloat16)
+    W = torch.randn(32768, D, device="cuda", dtype=torch.bfloat16) / 64
+    fused_jsd_loss(h_S[:256], h_T[:256], W).backward()
+    h_S.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fused_jsd_loss(h_S, h_T, W).backward()
+    above = torch.cuda.max_memory_allocated() - before - h_S.grad.nbytes
+    assert above < 1.1 * 2**30
+
+
+@pytest.mark.parametrize("workspace_mib", [0, 64])
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_host_synchronisation(workspace_mib, masked):
+    h_S, h_T, W = (t.cuda() for t in random_inputs(300, 3000, 64, torch.bfloat16))
+    h_S.requires_grad_()
+    weights = torch.ones(300, device="cuda") if masked else None
+
+    def step() -> None:
+        fused_jsd_loss(h_S, h_T, W, token_weights=weights, workspace_mib=workspace_mib).backward()
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@pytest.mark.parametrize("workspace_mib", [0, 64])
+def test_on_another_stream(workspace_mib):
+    h_S, h_T, W = (t.cuda() for t in random_inputs(2000, 3000, 256, torch.bfloat16))
+
+    def gradient() -> Tensor:
+        h = h_S.clone().requires_grad_()
+        fused_jsd_loss(h, h_T, W, workspace_mib=workspace_mib).backward()
+        return h.grad
+
+    expected = gradient()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)  # the default stream is long done by then
+        got = gradient()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("workspace_mib", [0, 64])
+def test_on_a_device_that_is_not_the_current_one(workspace_mib):
+    h_S, h_T, W = (t.to("cuda:1") for t in random_inputs(50, 1000, 64, torch.bfloat16))
+    h_S.requires_grad_()
+    with torch.cuda.device(0):
+        loss = fused_jsd_loss(h_S, h_T, W, workspace_mib=workspace_mib)
+        loss.backward()
+    expected = fused_jsd_loss(h_S.cpu(), h_T.cpu(), W.cpu())
+    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_head_beyond_32_bits():
+    """The vocabulary of Gemma times 8192 features: 2³¹ entries and more."""
+    W = torch.randn(262400, 8192, device="cuda", dtype=torch.bfloat16) / 90
+    h_S = torch.randn(70, 8192, device="cuda", dtype=torch.bfloat16)
+    h_T = (h_S + 0.1 * torch.randn_like(h_S)).requires_grad_(False)
+    h_S.requires_grad_()
+    losses, grads = [], []
+    for workspace_mib in (0, 320):
+        losses.append(fused_jsd_loss(h_S, h_T, W, workspace_mib=workspace_mib))
+        grads.append(torch.autograd.grad(losses[-1], h_S)[0].float())
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+    assert (grads[0] - grads[1]).norm() < 5e-3 * grads[1].norm()

@@ -1,0 +1,263 @@
+"""Each kernel alone against float64, interpreted without a GPU and compiled on one."""
+
+import math
+from unittest import mock
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from accuracy import GRAD_UNITS, LOSS_UNITS, TILED_GRAD_UNITS, errors
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from inputs import clip_is_clear, language_like_inputs, random_inputs
+from schedules import DEVICE, ROW_WORKSPACE
+
+from opsd_kernels import divergence, logit_free, row_workspace
+from opsd_kernels.kernels import pointwise
+from opsd_kernels.kernels.logits_tile import round_to
+from opsd_kernels.problem import Problem
+
+BETAS = [0.0, 1e-3, 0.3, 0.5, 0.8, 0.999, 1.0]
+DIVERGENCES = [(beta, clip) for beta in (0.0, 0.3, 0.5, 0.8, 1.0) for clip in (None, 0.01)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+# --- pointwise
+
+
+@triton.jit
+def pointwise_kernel(
+    f_ptr, a_ptr, p_ptr, q_ptr, x_ptr, beta, FAMILY: tl.constexpr, BLOCK: tl.constexpr
+):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    p, q, x = tl.load(p_ptr + i), tl.load(q_ptr + i), tl.load(x_ptr + i)
+    f, a = pointwise.value_and_score(p, q, x, 0.0, beta, 0.0, FAMILY, False)
+    tl.store(f_ptr + i, f)
+    tl.store(a_ptr + i, a)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_pointwise_is_the_family(beta):
+    """Entry by entry, for log-ratios from 1e-6 to 60 of either sign. The KLs' f tends to x²/2 p: no
+    digit is lost however small x is, which PyTorch's form cannot say."""
+    g = torch.Generator().manual_seed(0)
+    x = 10 ** (torch.rand(4096, generator=g) * 7.8 - 6)
+    x = torch.where(torch.rand(4096, generator=g) < 0.5, x, -x).float()
+    smaller = torch.rand(4096, generator=g) + 1e-3
+    p = torch.where(x > 0, smaller * torch.exp(-x), smaller)
+    q = torch.where(x > 0, smaller, smaller * torch.exp(x))
+    f, a = torch.empty_like(x, device=DEVICE), torch.empty_like(x, device=DEVICE)
+    pointwise_kernel[(1,)](
+        f, a, p.to(DEVICE), q.to(DEVICE), x.to(DEVICE), beta,
+        FAMILY=pointwise.family(beta), BLOCK=4096,
+    )  # fmt: skip
+    expected_f, expected_a = divergence.value_and_score(
+        p.double(), q.double(), x.double(), beta, None
+    )
+    assert expected_a is not None
+    # p and q are rounded apart from x: what that does to an entry is not the formula's error.
+    size = (p + q).double() * x.double().abs().clamp(max=1) * x.double().abs()
+    close = x.abs() < 1
+    assert ((f.cpu() - expected_f).abs() < 2e-6 * expected_f.abs() + 1e-7 * size)[close].all()
+    assert ((f.cpu() - expected_f).abs() < 1e-5 * (expected_f.abs() + size))[~close].all()
+    assert ((a.cpu() - expected_a).abs() < 1e-5 * expected_a.abs() + 1e-30).all()
+
+
+@triton.jit
+def round_kernel(out_ptr, t_ptr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, round_to(tl.load(t_ptr + i), DTYPE))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "triton_dtype"),
+    [(torch.bfloat16, tl.bfloat16), (torch.float16, tl.float16), (torch.float32, tl.float32)],
+)
+def test_rounding_is_to_nearest_even(dtype, triton_dtype):
+    """Peculiar to the interpreter, which truncates fp32 to bf16 when left alone."""
+    t = torch.randn(1024)
+    t[:6] = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1 + 2**-8])
+    out = torch.empty(1024, dtype=dtype, device=DEVICE)
+    round_kernel[(1,)](out, t.to(DEVICE), triton_dtype, BLOCK=1024)
+    assert torch.equal(out.cpu().nan_to_num(7), t.to(dtype).nan_to_num(7))
+
+
+# --- lse, pair, finish
+
+
+def problem_of(h_S, h_T, W, *, keep=None, W_T=None, beta=0.5, temperature=1.0, entry_clip=None):
+    moved = [None if t is None else t.to(DEVICE) for t in (h_S, h_T, W, W_T, keep)]
+    return Problem(*moved, h_S.dtype, beta, temperature, entry_clip)
+
+
+CASES = {
+    "ragged": lambda dtype: random_inputs(37, 517, 40, dtype),
+    "one token": lambda dtype: random_inputs(1, 700, 33, dtype),
+    "one feature": lambda dtype: random_inputs(5, 300, 1, dtype),
+    "one entry": lambda dtype: random_inputs(5, 1, 16, dtype),
+    "peaked": lambda dtype: language_like_inputs(40, 900, 48, dtype, 0.3),
+    "identical": lambda dtype: (lambda h_S, _, W: (h_S, h_S.clone(), W))(
+        *language_like_inputs(20, 600, 32, dtype, 0.0)
+    ),
+    "huge logits": lambda dtype: random_inputs(9, 600, 32, dtype, size=300.0),
+    "tiny logits": lambda dtype: random_inputs(9, 600, 32, dtype, size=1e-4),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_lse(case, dtype):
+    h_S, h_T, W = CASES[case](dtype)
+    problem = problem_of(h_S, h_T, W, temperature=0.7, beta=1.0)
+    scratch = logit_free.allocate(problem, needs_gradient=True)
+    logit_free.launch_lse(scratch, problem)
+    N = h_S.shape[0]
+    top_S, p_max, top_T, q_max, log_sums, c, _plain, _s_top = scratch.stats[:, :N].cpu().double()
+    z_S, z_T = (h.double() @ W.double().T / 0.7 for h in (h_S, h_T))
+    size = 1 + z_S.abs().max()
+    assert (top_S - z_S.amax(-1)).abs().max() < 1e-6 * size
+    assert (top_T - z_T.amax(-1)).abs().max() < 1e-6 * size
+    assert (top_S - p_max.log() - z_S.logsumexp(-1)).abs().max() < 1e-6 * size
+    assert (top_T - q_max.log() - z_T.logsumexp(-1)).abs().max() < 1e-6 * size
+    assert (log_sums - (p_max / q_max).log()).abs().max() < 3e-7
+    top = scratch.top[:N].cpu().long()
+    assert (z_S.gather(1, top[:, None])[:, 0] - z_S.amax(-1)).abs().max() < 1e-6 * size
+    # What c is for the reverse KL: its G.
+    p, x = z_S.softmax(-1), z_T.log_softmax(-1) - z_S.log_softmax(-1)
+    assert (c + (p * x).sum(-1)).abs().max() < 3e-6 * size
+
+
+def test_the_first_of_equal_entries_is_the_top():
+    h_S, h_T, W = random_inputs(3, 1000, 8)
+    W[::7] = 10 * h_S[0] / h_S[0].norm()
+    problem = problem_of(h_S, h_T, W)
+    scratch = logit_free.allocate(problem, needs_gradient=True)
+    logit_free.launch_lse(scratch, problem)
+    assert scratch.top[0] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("beta", "entry_clip"), DIVERGENCES)
+def test_pair(beta, entry_clip, dtype):
+    """The tiles are those of the formula, in the dtype that a GPU multiplies; c is free to be
+    anything, and cancels in s − (G − c) p."""
+    h_S, h_T, W = language_like_inputs(37, 200, 40, dtype, 0.3)
+    problem = problem_of(h_S, h_T, W, beta=beta, entry_clip=entry_clip)
+    scratch = logit_free.allocate(problem, needs_gradient=True)
+    logit_free.launch_lse(scratch, problem)
+    logit_free.launch_pair(scratch, problem, 0, 200)
+    N, top = 37, scratch.top[:37].cpu().long()[:, None]
+    s_dtype = torch.float32 if dtype == torch.float16 else dtype
+    assert scratch.s.dtype == s_dtype
+
+    z_S, z_T = (h.double() @ W.double().T for h in (h_S, h_T))
+    p, q = z_S.softmax(-1), z_T.softmax(-1)
+    x = z_T.log_softmax(-1) - z_S.log_softmax(-1)
+    _f, a = divergence.value_and_score(p, q, x, beta, entry_clip)
+    c = scratch.stats[5, :N].cpu().double()[:, None]
+    s = (a - c * p).scatter(1, top, 0)
+    unit = torch.finfo(s_dtype).eps + 3e-5
+    # The last fp32 bit of a logit of 40 or so, and of its log-sum-exp, moves an entry that much.
+    tolerance = unit * s.abs() + 2e-5 * (a.abs() + c.abs() * p + p)
+    assert ((scratch.s[:N, :200].cpu() - s).abs() < tolerance).all()
+    if scratch.p is not None:
+        stored = scratch.p[:N, :200].cpu().double()
+        assert (stored.gather(1, top) == 0).all()
+        assert ((stored - p.scatter(1, top, 0)).abs() < unit * p).all()
+    assert (scratch.p is None) == (beta in (0, 1) and entry_clip is None)
+
+
+def test_s_vanishes_with_the_divergence():
+    """c is near G unless the top entry has nearly all the mass: what it misses is second order."""
+    h_S, h_T, W = language_like_inputs(20, 600, 32, torch.float32, 1e-3)
+    for beta in (0.3, 0.5, 0.9, 1.0):
+        problem = problem_of(h_S, h_T, W, beta=beta)
+        scratch = logit_free.allocate(problem, needs_gradient=True)
+        logit_free.launch_lse(scratch, problem)
+        logit_free.launch_pair(scratch, problem, 0, 512)
+        logit_free.launch_pair(scratch, problem, 512, 600)
+        missed = scratch.sums[1, :, :20].sum(0) + scratch.stats[7, :20]
+        scale = scratch.s[:20].abs().sum(1)
+        spread = scratch.stats[1, :20] < 0.9  # p_top
+        assert spread.sum() > 5
+        assert (missed.abs() < 0.01 * scale + 1e-7)[spread].all()
+
+
+# --- rows
+
+
+@pytest.mark.parametrize("g_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("beta", "entry_clip"), DIVERGENCES)
+def test_rows(beta, entry_clip, g_dtype):
+    z_S = torch.randn(5, 1300, generator=torch.Generator().manual_seed(0)) * 3
+    z_T = z_S + 0.3 * torch.randn(5, 1300, generator=torch.Generator().manual_seed(1))
+    exact_g = z_S.double() / 0.7
+    exact_loss = divergence.divergence_rows_(
+        exact_g, z_T.double() / 0.7, beta, entry_clip, needs_score=True
+    )
+    workspace = torch.cat([z_S, z_T]).to(DEVICE)
+    problem = problem_of(
+        torch.empty(5, 1, dtype=g_dtype), torch.empty(5, 1), torch.empty(1300, 1),
+        beta=beta, temperature=0.7, entry_clip=entry_clip,
+    )  # fmt: skip
+    g = workspace[:5].view(g_dtype)[:, :1300]
+    for needs_score in (False, True):
+        loss = torch.empty(5, device=DEVICE)
+        row_workspace._launch_rows(loss, g, workspace[:5], workspace[5:], problem, needs_score)
+        assert ((loss.cpu() - exact_loss) / exact_loss).abs().max() < 2e-5
+    unit = torch.finfo(g_dtype).eps
+    assert ((g.cpu() - exact_g).norm() / exact_g.norm()) < 0.5 * unit + 1e-5
+    assert g.float().sum(1).abs().max() < 2 * unit * exact_g.abs().sum(1).max() + 1e-6
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_rows_of_infinite_divergence(beta):
+    """−∞ on one side, and on both: see tests/test_divergence.py, of which this is the kernel."""
+    z_S, z_T = torch.randn(3, 9), torch.randn(3, 9)
+    z_S[0, 4], z_T[1, 5], z_S[2, 6], z_T[2, 6] = (-math.inf,) * 4
+    expected_g = z_S.clone()
+    expected = divergence.divergence_rows_(expected_g, z_T.clone(), beta, None, needs_score=True)
+    loss, workspace = torch.empty(3, device=DEVICE), torch.cat([z_S, z_T]).to(DEVICE)
+    problem = problem_of(torch.empty(3, 1), torch.empty(3, 1), torch.empty(9, 1), beta=beta)
+    row_workspace._launch_rows(loss, workspace[:3], workspace[:3], workspace[3:], problem, True)
+    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(workspace[:3].cpu(), expected_g, rtol=1e-4, atol=1e-6)
+
+
+@given(
+    N=st.integers(1, 9),
+    V=st.sampled_from([1, 2, 17, 300, 1100]),
+    D=st.sampled_from([1, 8, 33]),
+    dtype=st.sampled_from(DTYPES),
+    beta=st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(1e-4, 1 - 1e-4)),
+    temperature=st.sampled_from([1.0, 1.7]),
+    entry_clip=st.sampled_from([None, None, 1e-3]),
+    log_size=st.floats(-2, 1.5),
+    log_distance=st.floats(-4, 0),
+    seed=st.integers(0, 2**16),
+)
+def test_row_workspace_with_the_kernel(
+    N,
+    V,
+    D,
+    dtype,
+    beta,
+    temperature,
+    entry_clip,
+    log_size,
+    log_distance,
+    seed,
+):
+    """The whole op as it runs on a GPU, where `rows` takes the place of PyTorch."""
+    h_S, h_T, W = random_inputs(
+        N, V, D, dtype, size=10**log_size, distance=10**log_distance, seed=seed
+    )
+    options = {"beta": beta, "temperature": temperature, "entry_clip": entry_clip}
+    assume(entry_clip is None or clip_is_clear(h_S, h_T, W, W, **options))
+    with mock.patch.object(row_workspace, "uses_kernel", return_value=True):
+        loss, grad = ROW_WORKSPACE.loss_and_grad(h_S, h_T, W, workspace_mib=1, **options)
+    tiles = dtype == torch.bfloat16
+    error = errors(loss, grad, h_S, h_T, W, tiles=tiles, **options)
+    assert error.loss < LOSS_UNITS
+    assert error.grad < (TILED_GRAD_UNITS if tiles else GRAD_UNITS[dtype])

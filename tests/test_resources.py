@@ -1,0 +1,110 @@
+"""The tile table, compiled for every architecture without a GPU: what it takes, and what must not
+be in it. In processes without the interpreter, since what is decorated under it cannot be compiled."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opsd_kernels.kernels import tiles
+
+ROOT = Path(__file__).parents[1]
+RECORDED = ROOT / "benchmarks" / "results" / "resources.csv"
+# Shared memory (LDS) that one program may have, in bytes.
+SHARED = {
+    "sm_80": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
+# Compiling all of the table takes ten minutes; of the rest the recorded figures must hold.
+COMPILED = {
+    ("bfloat16", "pair", "JSD"),
+    ("bfloat16", "pair", "forward KL, clip"),
+    ("bfloat16", "lse", "JSD"),
+    ("bfloat16", "rows", "JSD"),
+    ("bfloat16", "finish", "JSD"),
+    ("float32", "pair", "JSD"),
+}
+SCRIPT = """
+import json, sys
+from dataclasses import asdict
+from benchmarks.resources import Variant, compile_variant
+for arguments in json.loads(sys.argv[1]):
+    print(json.dumps(asdict(compile_variant(Variant(*arguments)))), flush=True)
+"""
+
+
+def recorded() -> list[dict[str, str]]:
+    with RECORDED.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def outside_the_interpreter(*arguments: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+@pytest.mark.parametrize("arch", SHARED)
+def test_compiled_as_recorded(arch):
+    rows = [
+        row
+        for row in recorded()
+        if row["arch"] == arch and (row["dtype"], row["kernel"], row["divergence"]) in COMPILED
+    ]
+    assert len(rows) == len(COMPILED)
+    variants = [[row[k] for k in ("arch", "dtype", "kernel", "divergence")] for row in rows]
+    lines = outside_the_interpreter("-c", SCRIPT, json.dumps(variants)).splitlines()
+    for row, line in zip(rows, lines, strict=True):
+        usage = json.loads(line)
+        assert usage["spilled"] <= int(row["spilled"]), row
+        assert usage["shared"] <= SHARED[arch], row
+        assert usage["matrix"] == row["matrix"], row
+
+
+def test_nothing_in_the_table_spills_much_or_does_not_fit():
+    rows = recorded()
+    assert {(row["arch"], row["dtype"]) for row in rows} == set(tiles.TABLE)
+    for row in rows:
+        assert int(row["spilled"]) <= 64, row
+        assert int(row["shared"]) <= SHARED[row["arch"]], row
+        if row["kernel"] in ("lse", "pair") and row["dtype"] != "float32":
+            assert row["matrix"] != "-", row
+
+
+def test_no_atomics():
+    """Sums have one order, whatever runs first: no kernel's code updates memory atomically."""
+    code = """
+import triton
+from benchmarks import resources
+compiled, compile = [], triton.compile
+def keep(*a, **k):
+    compiled.append(compile(*a, **k))
+    return compiled[-1]
+triton.compile = keep
+for kernel in ("lse", "merge", "pair", "finish", "rows"):
+    resources.compile_variant(resources.Variant("sm_90", "bfloat16", kernel, "JSD"))
+print(len(compiled), sum("atom." in c.asm["ptx"] or "red." in c.asm["ptx"] for c in compiled))
+"""
+    assert outside_the_interpreter("-c", code).split() == ["5", "0"]
+
+
+def test_tiles_divide():
+    """What the launchers take for granted of a row."""
+    for row in [*tiles.TABLE.values(), tiles.INTERPRETER]:
+        assert row.chunk % row.lse.BM == row.chunk % row.pair.BM == 0
+        assert row.columns % row.pair.BV == 0
+        for number in (row.columns // row.pair.BV, row.spans, row.rows[0]):
+            assert number & (number - 1) == 0
