@@ -5,7 +5,7 @@ BASE_PYTHON ?= python3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format gpu clean
 
 demo: $(VENV)/.installed-train
 	$(PYTHON) -m opsd_train $(ARGS)
@@ -21,6 +21,11 @@ lint: $(VENV)/.installed-test
 format: $(VENV)/.installed-test
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
+
+# On a machine with a GPU, in an environment that is there: make gpu PYTHON=python3 OUT=folder
+OUT ?= gpu-results
+gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --output "$(OUT)"
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)

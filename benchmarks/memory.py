@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.peers import PEERS, Loss
+from benchmarks.peers import PEERS, Loss, methods
 
 MIB = 2**20
 
@@ -28,19 +28,22 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--features", type=int, default=256)
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--methods", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--methods", nargs="+", help="of " + ", ".join(PEERS))
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    known = methods(torch.device(args.device))
+    if unknown := set(args.methods or []) - set(known):
+        parser.error(f"no method {', '.join(unknown)}; there are {', '.join(known)}")
     if args.here:  # the process of one figure
-        print(peak_mib(PEERS[args.methods[0]], args.tokens[0], args))
+        print(peak_mib(known[args.methods[0]], args.tokens[0], args))
         return
     print(
         f"torch {torch.__version__}, {args.device}, {args.dtype}, V = {args.vocabulary}, ", end=""
     )
     print(f"D = {args.features}; MiB above the inputs")
-    print(f"{'method':<8}" + "".join(f"{f'N = {N}':>14}" for N in args.tokens))
-    for name in args.methods:
-        print(f"{name:<8}" + "".join(f"{measure(name, N, args):>14}" for N in args.tokens))
+    print(f"{'method':<14}" + "".join(f"{f'N = {N}':>14}" for N in args.tokens))
+    for name in args.methods or known:
+        print(f"{name:<14}" + "".join(f"{measure(name, N, args):>14}" for N in args.tokens))
 
 
 def measure(name: str, N: int, args: argparse.Namespace) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import fused_jsd_loss
+from opsd_kernels.row_workspace import default_workspace_mib
 
 
 class Loss(Protocol):
@@ -22,6 +23,16 @@ def ours(
     h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: float = 1.0
 ) -> Tensor:
     return fused_jsd_loss(h_S, h_T, W, beta=beta, temperature=temperature)
+
+
+def row_workspace(
+    h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: float = 1.0
+) -> Tensor:
+    """Ours with a workspace of logit rows, which is the default on a CPU alone."""
+    workspace_mib = default_workspace_mib(h_S.device)
+    return fused_jsd_loss(
+        h_S, h_T, W, beta=beta, temperature=temperature, workspace_mib=workspace_mib
+    )
 
 
 def eager(
@@ -70,3 +81,8 @@ def liger(
 
 
 PEERS: dict[str, Loss] = {"ours": ours, "eager": eager, "trl": trl, "liger": liger}
+
+
+def methods(device: torch.device) -> dict[str, Loss]:
+    """What there is to compare on a device: on a GPU ours has two schedules."""
+    return PEERS if device.type == "cpu" else {**PEERS, "ours, 320 MiB": row_workspace}

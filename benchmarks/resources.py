@@ -211,6 +211,21 @@ def main() -> None:
             writer = csv.writer(file)
             writer.writerow([f.name for f in (*fields(Variant), *fields(Usage))])
             writer.writerows((*astuple(v), *astuple(u)) for v, u in found)
+        print(summary(args.output / "resources.csv"))
+
+
+def summary(path: Path) -> str:
+    """The rows of a resources.csv that the README shows, as Markdown."""
+    lines = ["| | kernel | registers | spilled bytes | shared KiB | matrix instructions |"]
+    lines.append("|---|---|---|---|---|---|")
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            shown = row["kernel"] in ("lse", "pair") and row["divergence"] == "JSD"
+            if shown and row["dtype"] == "bfloat16":
+                cells = [row[k] for k in ("arch", "kernel", "registers", "spilled")]
+                cells += [f"{int(row['shared']) / 1024:.0f}", row["matrix"]]
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The tile table, compiled for every architecture without a GPU: what it takes, and what must not
-be in it. In processes without the interpreter, since what is decorated under it cannot be compiled."""
+"""The tile table, compiled for every architecture without a GPU: what it takes of each, and what
+must not be in the code. In processes of their own: what is decorated under the interpreter cannot
+be compiled."""
 
 import csv
 import json
@@ -84,10 +85,18 @@ def test_nothing_in_the_table_spills_much_or_does_not_fit():
             assert row["matrix"] != "-", row
 
 
+def test_the_readme_shows_what_is_recorded():
+    code = "from benchmarks import resources; from pathlib import Path; import sys\n"
+    table = outside_the_interpreter(
+        "-c", code + "print(resources.summary(Path(sys.argv[1])))", str(RECORDED)
+    )
+    assert table in (ROOT / "README.md").read_text()
+
+
 def test_no_atomics():
     """Sums have one order, whatever runs first: no kernel's code updates memory atomically."""
     code = """
-import triton
+import re, triton
 from benchmarks import resources
 compiled, compile = [], triton.compile
 def keep(*a, **k):
@@ -96,9 +105,10 @@ def keep(*a, **k):
 triton.compile = keep
 for kernel in ("lse", "merge", "pair", "finish", "rows"):
     resources.compile_variant(resources.Variant("sm_90", "bfloat16", kernel, "JSD"))
-print(len(compiled), sum("atom." in c.asm["ptx"] or "red." in c.asm["ptx"] for c in compiled))
+atomics = [re.findall(r"\\b(?:atom|red)\\.", c.asm["ptx"]) for c in compiled]
+print(len(compiled), sum(map(len, atomics)), sum("st.global" in c.asm["ptx"] for c in compiled))
 """
-    assert outside_the_interpreter("-c", code).split() == ["5", "0"]
+    assert outside_the_interpreter("-c", code).split() == ["5", "0", "5"]
 
 
 def test_tiles_divide():
