@@ -77,14 +77,20 @@ def variants(archs: list[str], dtypes: list[str]) -> Iterator[Variant]:
             yield Variant(arch, dtype, "finish", "JSD")
 
 
-def compile_variant(variant: Variant, row: Row | None = None) -> Usage:
-    """Compile one variant with the tiles of the table, or of another row."""
+def compile_variant(variant: Variant, row: Row | None = None, stored: str | None = None) -> Usage:
+    """Compile one variant with the tiles of the table, or of another row; `stored` is the dtype of
+    hidden states and head, where autocast rounds them on the way."""
+    return _usage(compiled(variant, row, stored))
+
+
+def compiled(variant: Variant, row: Row | None = None, stored: str | None = None) -> Any:
+    """What Triton makes of a variant: see `compile_variant`."""
     row = row or tiles.TABLE[variant.arch, variant.dtype]
     kernel, constants, options = _specialized(variant, row)
     names = kernel.arg_names
     signature, attributes = {}, {}
     for i, name in enumerate(names):
-        signature[name] = "constexpr" if name in constants else _type(name, variant.dtype)
+        signature[name] = "constexpr" if name in constants else _type(name, variant.dtype, stored)
         divisible = signature[name].startswith("*") or name in DIVISIBLE
         if divisible and name not in constants:
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -92,7 +98,9 @@ def compile_variant(variant: Variant, row: Row | None = None) -> Usage:
         kernel, signature, {(names.index(name),): value for name, value in constants.items()},
         attributes,
     )  # fmt: skip
-    return _usage(triton.compile(source, target=_target(variant.arch), options=options))
+    if stored is not None and "num_stages" in options:
+        options["num_stages"] = 2  # as the launchers do
+    return triton.compile(source, target=_target(variant.arch), options=options)
 
 
 # Integers that a language model has as multiples of 16, which Triton specializes for.
@@ -102,13 +110,13 @@ DIVISIBLE = {
 }  # fmt: skip
 
 
-def _type(name: str, dtype: str) -> str:
+def _type(name: str, dtype: str, stored: str | None) -> str:
     if name in ("index_ptr", "top_ptr"):
         return "*i32"
     if name == "keep_ptr":
         return "*i1"
     if name.startswith(("h_", "W_")) and name.endswith("_ptr"):
-        return POINTERS[dtype]
+        return POINTERS[stored or dtype]
     if name in ("s_ptr", "p_ptr", "g_ptr"):
         return POINTERS["float32" if dtype == "float16" else dtype]
     if name.endswith("_ptr"):
@@ -139,7 +147,12 @@ def _specialized(variant: Variant, row: Row) -> tuple[Any, dict[str, Any], dict[
         constants = {**divergence, "NEEDS_SCORE": True, **limit, "BLOCK": block}
         return rows.rows_kernel, constants, {"num_warps": num_warps}
     if variant.kernel == "merge":
-        constants = {**divergence, **limit, "BM": lse.MERGE_BM, "SPANS": row.spans}
+        constants = {
+            **divergence,
+            **limit,
+            "BM": lse.MERGE_BM,
+            "SPANS": triton.next_power_of_2(row.spans),
+        }
         return lse.merge_kernel, constants, small
     slots = row.columns // row.pair.BV
     constants = {

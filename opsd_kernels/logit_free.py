@@ -80,7 +80,7 @@ def allocate(problem: Problem, needs_gradient: bool) -> Scratch:
         copied_rows=max(1, int(COPIES_MIB * MIB * max(1, D / 4096)) // (2 * copied + 4 * R)),
         partials=h_S.new_empty(lse.PARTIALS, spans, R, dtype=torch.float32),
         index=h_S.new_empty(spans, R, dtype=torch.int32),
-        stats=h_S.new_empty(lse.STATS, R, dtype=torch.float32),
+        stats=h_S.new_empty(lse.STATS.value, R, dtype=torch.float32),
         top=h_S.new_empty(R, dtype=torch.int32),
         sums=h_S.new_empty(pair.SUMS, columns // row.pair.BV, R, dtype=torch.float32),
         s=h_S.new_empty(tile, dtype=dtype) if needs_gradient else None,
@@ -111,8 +111,7 @@ def fill_logit_free(loss: Tensor, dh_S: Tensor | None, scratch: Scratch, problem
             for v in range(0, V, scratch.columns):
                 v_end = min(v + scratch.columns, V)
                 launch_pair(scratch, chunk, v, v_end)
-                accumulate(dh_Sn, scratch.s, scratch, chunk, v, v_end)
-                accumulate(P, scratch.p, scratch, chunk, v, v_end)
+                accumulate(dh_Sn, P, scratch, chunk, v, v_end)
             launch_finish(loss[rows], dh_Sn, scratch, chunk)
 
 
@@ -146,8 +145,8 @@ def launch_lse(scratch: Scratch, chunk: Problem) -> None:
 def launch_pair(scratch: Scratch, chunk: Problem, v_begin: int, v_end: int) -> None:
     """sums, s, p ← those of the columns v_begin … v_end of the vocabulary."""
     tile = scratch.row.pair
-    slots = scratch.sums.shape[1]
-    pair.pair_kernel[(triton.cdiv(chunk.h_S.shape[0], tile.BM), slots)](
+    grid = (triton.cdiv(chunk.h_S.shape[0], tile.BM), triton.cdiv(v_end - v_begin, tile.BV))
+    pair.pair_kernel[grid](
         sums_ptr=scratch.sums,
         s_ptr=scratch.s,
         p_ptr=scratch.p,
@@ -155,6 +154,7 @@ def launch_pair(scratch: Scratch, chunk: Problem, v_begin: int, v_end: int) -> N
         top_ptr=scratch.top,
         v_begin=v_begin,
         v_end=v_end,
+        slots=scratch.sums.shape[1],
         stride_sums=scratch.top.shape[0],
         stride_tile=scratch.columns,
         NEEDS_SCORE=scratch.s is not None,
@@ -164,15 +164,16 @@ def launch_pair(scratch: Scratch, chunk: Problem, v_begin: int, v_end: int) -> N
 
 
 def accumulate(
-    out: Tensor | None, g: Tensor | None, scratch: Scratch, chunk: Problem, v_begin: int, v_end: int
+    dh_S: Tensor | None, P: Tensor | None, scratch: Scratch, chunk: Problem, v: int, v_end: int
 ) -> None:
-    """out ← out + g W over the columns v_begin … v_end of the vocabulary."""
-    if out is None or g is None:
-        return
-    W_v = chunk.W[v_begin:v_end]
-    project_back(
-        out, g[: out.shape[0], : v_end - v_begin], W_v, chunk.operand_dtype, scratch.copied_rows
-    )
+    """dh_S ← dh_S + s W,  P ← P + p W  over the columns v … v_end of the vocabulary."""
+    R = chunk.h_S.shape[0]
+    terms = [
+        (out, g[:R, : v_end - v])
+        for out, g in ((dh_S, scratch.s), (P, scratch.p))
+        if out is not None and g is not None
+    ]
+    project_back(terms, chunk.W[v:v_end], chunk.operand_dtype, scratch.copied_rows)
 
 
 def launch_finish(loss: Tensor, dh_S: Tensor | None, scratch: Scratch, chunk: Problem) -> None:
@@ -212,6 +213,8 @@ def _logits(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
     h_S, h_T, W = chunk.h_S, chunk.h_T, chunk.W
     W_T = W if chunk.W_T is None else chunk.W_T
     D, D_T = h_S.shape[1], h_T.shape[1]
+    # Under autocast tiles are staged as they are stored, and fewer wide ones fit.
+    widened = any(t.dtype != chunk.operand_dtype for t in (h_S, h_T, W, W_T))
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
         "h_S_ptr": h_S,
@@ -235,7 +238,7 @@ def _logits(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
         "EVEN_D": D % tile.BK == 0 and D_T % tile.BK == 0,
         "OPERAND": TRITON_DTYPES[chunk.operand_dtype],
         "PRECISION": "tf32" if tf32 else "ieee",
-        **asdict(tile),
+        **asdict(replace(tile, num_stages=2) if widened else tile),
     }
 
 

@@ -239,15 +239,14 @@ def check_weights(
 
 
 def _workspace_bytes(workspace_mib: float | None, device: torch.device) -> float:
-    runs = kernels.available(device)
     if workspace_mib is None:
-        if device.type != "cpu" and runs:
+        if device.type != "cpu" and kernels.available(device):
             return 0
         return default_workspace_mib(device) * MIB
     workspace_mib = _number("workspace_mib", workspace_mib)
     if not (workspace_mib >= 0 and math.isfinite(workspace_mib)):
         raise ValueError(f"workspace_mib must be finite and not negative, got {workspace_mib}")
-    if workspace_mib == 0 and not runs:
+    if workspace_mib == 0 and not kernels.available(device):
         raise ValueError(
             f"workspace_mib=0 keeps logits in the registers of a GPU; the tensors are on {device}. "
             "On a CPU it runs under TRITON_INTERPRET=1 only, for tests: leave workspace_mib out, "

@@ -22,20 +22,25 @@ def project(z: Tensor, h: Tensor, W: Tensor, operand_dtype: torch.dtype, tile: i
             torch.mm(h, W_v.t(), out_dtype=torch.float32, out=z[:, v])
 
 
-def project_back(out: Tensor, g: Tensor, W: Tensor, operand_dtype: torch.dtype, tile: int) -> None:
-    """out ← out + g W in fp32: [R, D] from [R, V] in `score_dtype` (or fp32) and [V, D]."""
+def project_back(
+    terms: list[tuple[Tensor, Tensor]], W: Tensor, operand_dtype: torch.dtype, tile: int
+) -> None:
+    """out ← out + g W in fp32 for every (out, g): [R, D], and [R, V] in `score_dtype` (or fp32)."""
     dtype = multiplied_dtype(W.device, score_dtype(operand_dtype))
-    for v, W_v in _tiles(W, operand_dtype, dtype, tile):
-        if dtype == torch.float32:
-            torch.addmm(out, g[:, v].float(), W_v, out=out)
-        else:
-            torch.addmm(out, g[:, v].to(dtype), W_v, out_dtype=torch.float32, out=out)
+    for v, W_v in _tiles(W, operand_dtype, dtype, tile) if terms else ():
+        for out, g in terms:
+            if dtype == torch.float32:
+                torch.addmm(out, g[:, v].float(), W_v, out=out)
+            else:
+                torch.addmm(out, g[:, v].to(dtype), W_v, out_dtype=torch.float32, out=out)
 
 
 def score_dtype(operand_dtype: torch.dtype) -> torch.dtype:
     """What the gradient with respect to logits is rounded to before it is multiplied.
 
     fp16 holds too few exponents for it: what an unlikely token has, 1e-8 and below, underflows.
+    That product is then one of fp32: right, but on a GPU several times slower than with bf16 hidden
+    states, unless PyTorch is allowed TF32.
     """
     return torch.float32 if operand_dtype == torch.float16 else operand_dtype
 

@@ -141,7 +141,7 @@ def fill_row_workspace(
         loss[n], g = _step_2(z_S, z_T, problem, plan, dh_S is not None)
         if dh_S is not None:
             dh_Sn = dh_S.new_zeros(R, dh_S.shape[1])
-            project_back(dh_Sn, g, W, dtype, plan.tile)
+            project_back([(dh_Sn, g)], W, dtype, plan.tile)
             dh_S[n] = dh_Sn.div_(T)
 
 

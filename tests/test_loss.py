@@ -150,10 +150,13 @@ def test_no_tokens_give_zero_and_a_graph(op, reduction, N):
         assert op(h_S, h_T, W) == 0
 
 
-def test_nan_token_spoils_only_itself(op):
+@pytest.mark.parametrize("divergence", [(0.5, None), (0.9, None), (0, None), (1, None), (0.5, 0.1)])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_nan_token_spoils_only_itself(op, side, divergence):
+    beta, entry_clip = divergence
     h_S, h_T, W = random_inputs(4, 20, 5)
-    h_S[2] = math.nan
-    loss, grad = op.loss_and_grad(h_S, h_T, W)
+    (h_S if side == "student" else h_T)[2] = math.nan
+    loss, grad = op.loss_and_grad(h_S, h_T, W, beta=beta, entry_clip=entry_clip)
     assert loss.isnan().tolist() == [False, False, True, False]
     assert grad.isnan().any(-1).tolist() == [False, False, True, False]
 

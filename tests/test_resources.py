@@ -96,19 +96,57 @@ def test_the_readme_shows_what_is_recorded():
 def test_no_atomics():
     """Sums have one order, whatever runs first: no kernel's code updates memory atomically."""
     code = """
-import re, triton
-from benchmarks import resources
-compiled, compile = [], triton.compile
-def keep(*a, **k):
-    compiled.append(compile(*a, **k))
-    return compiled[-1]
-triton.compile = keep
-for kernel in ("lse", "merge", "pair", "finish", "rows"):
-    resources.compile_variant(resources.Variant("sm_90", "bfloat16", kernel, "JSD"))
+import re
+from benchmarks.resources import Variant, compiled
+kernels = ("lse", "merge", "pair", "finish", "rows")
+compiled = [compiled(Variant("sm_90", "bfloat16", kernel, "JSD")) for kernel in kernels]
 atomics = [re.findall(r"\\b(?:atom|red)\\.", c.asm["ptx"]) for c in compiled]
 print(len(compiled), sum(map(len, atomics)), sum("st.global" in c.asm["ptx"] for c in compiled))
 """
     assert outside_the_interpreter("-c", code).split() == ["5", "0", "5"]
+
+
+@pytest.mark.parametrize("arch", SHARED)
+def test_fits_under_autocast(arch):
+    """Hidden states and head in fp32, rounded to bf16 on the way: they take twice the room."""
+    code = f"""
+from benchmarks.resources import Variant, compile_variant
+for kernel in ("lse", "pair"):
+    print(compile_variant(Variant("{arch}", "bfloat16", kernel, "JSD"), stored="float32").shared)
+"""
+    shared = [int(n) for n in outside_the_interpreter("-c", code).split()]
+    assert len(shared) == 2
+    assert max(shared) <= SHARED[arch]
+
+
+@pytest.mark.parametrize("divergence", ["JSD", "reverse KL", "forward KL, clip"])
+def test_rows_keeps_its_blocks_in_registers(divergence):
+    """A block passes through shared memory once on loading, for the layout, and not again."""
+    code = f"""
+from benchmarks.resources import Variant, compiled
+kernel = compiled(Variant("sm_90", "float32", "rows", "{divergence}"))
+print(kernel.asm["ptx"].count("st.shared"), kernel.asm["ptx"].count("ld.global"))
+"""
+    stores, loads = map(int, outside_the_interpreter("-c", code).split())
+    assert loads > 10
+    assert stores < 150
+
+
+def test_equal_logits_stay_equal():
+    """In `rows`: no product with 1/T is fused into the difference of the two sides."""
+    code = """
+import re
+from benchmarks.resources import Variant, compiled
+ptx = compiled(Variant("sm_90", "float32", "rows", "JSD")).asm["ptx"]
+# 1/T is the first fp32 parameter.
+number = re.search(r"\\.f32 rows_kernel_param_(\\d+)", ptx)[1]
+(scale,) = re.findall(rf"(%r\\d+), \\[rows_kernel_param_{number}\\]", ptx)
+for operation in ("mul", "fma"):
+    print(len(re.findall(rf"{operation}\\.[a-z0-9.]*f32[^;]*{scale}\\b", ptx)))
+"""
+    products, fused = map(int, outside_the_interpreter("-c", code).split())
+    assert products > 0
+    assert fused == 0
 
 
 def test_tiles_divide():
@@ -116,5 +154,4 @@ def test_tiles_divide():
     for row in [*tiles.TABLE.values(), tiles.INTERPRETER]:
         assert row.chunk % row.lse.BM == row.chunk % row.pair.BM == 0
         assert row.columns % row.pair.BV == 0
-        for number in (row.columns // row.pair.BV, row.spans, row.rows[0]):
-            assert number & (number - 1) == 0
+        assert row.rows[0] & (row.rows[0] - 1) == 0  # of tl.arange

@@ -13,19 +13,23 @@ how they are tested without a GPU.
 """
 
 import importlib.util
-import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 
 def available(device: torch.device) -> bool:
-    """Whether the kernels run on a device: a GPU, or a CPU where Triton interprets."""
+    """Whether the kernels run on a device: a GPU of compute capability 8.0 or above (or AMD's), or
+    a CPU where Triton interprets."""
+    if importlib.util.find_spec("triton") is None:
+        return False
     if device.type == "cpu":
-        runs = os.environ.get("TRITON_INTERPRET", "0") == "1"
-    else:
-        runs = device.type == "cuda"
-    return runs and importlib.util.find_spec("triton") is not None
+        from opsd_kernels.kernels.logits_tile import INTERPRETED
+
+        return bool(INTERPRETED.value)
+    if device.type != "cuda":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:

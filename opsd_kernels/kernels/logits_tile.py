@@ -1,8 +1,9 @@
 """A tile of logits of both sides, in registers: z = h[rows] · W[cols]ᵀ, fp32.
 
-Every kernel that needs logits makes them here, so that they are the same numbers everywhere.
-Rows and columns beyond the last are loaded from the last, which needs no mask in the inner loop;
-what they give is for the caller to leave out. Only a D that BK does not divide is masked.
+Every kernel that needs logits makes them here. Rows and columns beyond the last are loaded from
+the last, which needs no mask in the inner loop; what they give is for the caller to leave out. Only
+a D that BK does not divide is masked. Any strides of the head are right; contiguous features, and
+a D divisible by 16 as language models have it, are fast.
 """
 
 import triton

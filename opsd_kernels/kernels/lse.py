@@ -33,9 +33,9 @@ PARTIALS = 6
 # … and of `stats` [8, R] fp32, what is known of a row: top_S, p_max, top_T, q_max, log_sums, the
 # shift c of its scores, whether it is plain, and the score of its top entry after the shift.
 P_MAX, S_TOP = tl.constexpr(1), tl.constexpr(7)
-STATS = 8
+STATS = tl.constexpr(8)
 # Rows of a program of `merge`.
-MERGE_BM = 16
+MERGE_BM = 8
 
 
 # What depends on the batch is no reason to compile again.
@@ -173,7 +173,11 @@ def absorb(z_S, z_T, col, V, state, LIMIT: tl.constexpr):
     if LIMIT > 0:
         # The reference moves with the top: what was summed is told.
         moved = tl.minimum(tl.maximum(d_top - new_d, -LIMIT), LIMIT)
-        d = tl.minimum(tl.maximum(d - new_d[:, None], -LIMIT), LIMIT)
+        if d.shape[0] == 1:
+            d -= tl.sum(new_d, 0)  # Triton would take a broadcast of [1, 1] through shared memory
+        else:
+            d -= new_d[:, None]
+        d = tl.minimum(tl.maximum(d, -LIMIT), LIMIT)
         E = (E + sum_S * moved) * scale + tl.sum(e * d, 1)
     sum_S = sum_S * scale + tl.sum(e, 1)
     index = tl.where(higher, at_top, index)
@@ -249,7 +253,7 @@ def merge_kernel(
 
     stats = statistics(top_S, sum_S, top_T, sum_T, d_top, E, beta, entry_clip, FAMILY, CLIPPED)
     exists_row = row < R
-    for i in tl.static_range(8):
+    for i in tl.static_range(STATS):
         tl.store(stats_ptr + i * stride_partials + row, stats[i], mask=exists_row)
     tl.store(top_ptr + row, index, mask=exists_row)
 

@@ -39,7 +39,7 @@ SUMS = 2
 
 
 # What depends on the batch is no reason to compile again.
-@triton.jit(do_not_specialize=["R", "v_end", "stride_sums"])
+@triton.jit(do_not_specialize=["R", "v_end", "slots", "stride_sums"])
 def pair_kernel(
     sums_ptr,
     s_ptr,
@@ -53,6 +53,7 @@ def pair_kernel(
     keep_ptr,
     v_begin,
     v_end,
+    slots,
     R,
     V,
     D,
@@ -143,7 +144,6 @@ def pair_kernel(
         CLIPPED,
         PARTS,
     )
-    slots = tl.num_programs(1)
     at = slot * stride_sums + row
     field = slots * stride_sums
     earlier = exists & (v_begin > 0)

@@ -178,7 +178,7 @@ def _jensen_shannon(p, q, x, beta, EXCHANGED: tl.constexpr):
         P, Q, b, y = q, p, 1.0 - beta, -x
     else:
         P, Q, b, y = p, q, beta, x
-    y = tl.minimum(y, SATURATED)
+    y = tl.where(y > SATURATED, SATURATED, y)  # not tl.minimum, which would hide a NaN
     e, near = _expm1_beyond(y)
     t = tl.where(near, y + e, tl.exp(y) - 1.0)
     w = b * t

@@ -114,9 +114,12 @@ def rows_kernel(
 
 @triton.jit
 def _load(z_S_ptr, z_T_ptr, col, V, inverse_temperature):
-    z_S = tl.load(z_S_ptr + col, mask=col < V, other=float("-inf"))
-    z_T = tl.load(z_T_ptr + col, mask=col < V, other=float("-inf"))
-    return (z_S * inverse_temperature)[None, :], (z_T * inverse_temperature)[None, :]
+    # Selected after the product, so that no compiler fuses it with the subtraction to come: equal
+    # logits must stay equal, and the same in every sweep.
+    z_S = tl.load(z_S_ptr + col, mask=col < V, other=0.0) * inverse_temperature
+    z_T = tl.load(z_T_ptr + col, mask=col < V, other=0.0) * inverse_temperature
+    z_S, z_T = tl.where(col < V, z_S, float("-inf")), tl.where(col < V, z_T, float("-inf"))
+    return z_S[None, :], z_T[None, :]
 
 
 @triton.jit

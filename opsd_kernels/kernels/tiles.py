@@ -34,17 +34,17 @@ class Row:
     rows: tuple[int, int] = (4096, 8)  # BLOCK and num_warps of `rows`
     chunk: int = 1024  # rows in flight, a multiple of each BM
     columns: int = 8192  # of the vocabulary in flight, a power of two times `pair.BV`
-    spans: int = 128  # parts of the vocabulary in `lse` at most, a power of two
+    spans: int = 128  # parts of the vocabulary in `lse` at most; best as many as multiprocessors
 
 
 # Architectures by the name that code is generated for. sm_89 stands for all with 99 KiB of shared
 # memory a block (sm_86, sm_89, sm_120).
 _NARROW = {
-    "sm_80": Row(lse=Tile(64, 256, 64, 8, 8, 3), pair=Tile(64, 256, 64, 8, 8, 3)),
+    "sm_80": Row(lse=Tile(64, 256, 64, 8, 8, 3), pair=Tile(64, 256, 64, 8, 8, 3), spans=108),
     "sm_89": Row(lse=Tile(64, 256, 32, 8, 8, 3), pair=Tile(64, 256, 32, 8, 8, 3)),
-    "sm_90": Row(lse=Tile(128, 128, 64, 8, 8, 3), pair=Tile(128, 128, 64, 8, 8, 3)),
-    "sm_100": Row(lse=Tile(128, 128, 64, 8, 8, 3), pair=Tile(128, 64, 64, 8, 8, 4)),
-    "gfx942": Row(lse=Tile(128, 128, 32, 4, 8, 2), pair=Tile(128, 128, 32, 4, 8, 2)),
+    "sm_90": Row(lse=Tile(128, 128, 64, 8, 8, 3), pair=Tile(128, 128, 64, 8, 8, 3), spans=132),
+    "sm_100": Row(lse=Tile(128, 128, 64, 8, 8, 3), pair=Tile(128, 64, 64, 16, 8, 4), spans=148),
+    "gfx942": Row(lse=Tile(128, 128, 32, 4, 8, 2), pair=Tile(128, 128, 32, 4, 8, 2), spans=152),
 }
 # Without tensor cores (TF32 is for PyTorch's switch to allow) small tiles do; scores take twice the
 # room, in fp16 too.
@@ -77,7 +77,7 @@ def lookup(device: torch.device, dtype: torch.dtype) -> Row:
 
 
 def architecture(device: torch.device) -> str:
-    """The architecture of the table that a GPU is nearest to."""
+    """The architecture of the table that a GPU is nearest to, of those with bf16 matrix units."""
     if torch.version.hip is not None:
         return "gfx942"
     capability = torch.cuda.get_device_capability(device)
