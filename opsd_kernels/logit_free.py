@@ -119,12 +119,13 @@ def launch_lse(scratch: Scratch, chunk: Problem) -> None:
     """stats, top ← L_S, L_T, c and the top entry of a chunk's tokens."""
     R, V = chunk.h_S.shape[0], chunk.W.shape[0]
     spans, stride = scratch.index.shape
+    limit = 0.0 if scratch.s is None else mean_limit(chunk.beta)  # scores alone need the mean
     lse.lse_kernel[(triton.cdiv(R, scratch.row.lse.BM), spans)](
         partials_ptr=scratch.partials,
         index_ptr=scratch.index,
         stride_partials=stride,
         span=_span(V, scratch.row),
-        LIMIT=mean_limit(chunk.beta),
+        LIMIT=limit,
         **_logits(chunk, scratch.row.lse),
     )
     lse.merge_kernel[(triton.cdiv(R, lse.MERGE_BM),)](
@@ -135,7 +136,7 @@ def launch_lse(scratch: Scratch, chunk: Problem) -> None:
         R=R,
         spans=spans,
         stride_partials=stride,
-        LIMIT=mean_limit(chunk.beta),
+        LIMIT=limit,
         BM=lse.MERGE_BM,
         SPANS=triton.next_power_of_2(spans),
         **_divergence(chunk),

@@ -240,8 +240,6 @@ def check_weights(
 
 def _workspace_bytes(workspace_mib: float | None, device: torch.device) -> float:
     if workspace_mib is None:
-        if device.type != "cpu" and kernels.available(device):
-            return 0
         return default_workspace_mib(device) * MIB
     workspace_mib = _number("workspace_mib", workspace_mib)
     if not (workspace_mib >= 0 and math.isfinite(workspace_mib)):

@@ -52,8 +52,11 @@ class Plan:
 
 
 def default_workspace_mib(device: torch.device) -> int:
-    """128 MiB on a CPU, 320 elsewhere: 100 and 256 rows at a time with a Qwen3 vocabulary."""
-    return 128 if device.type == "cpu" else 320
+    """128 on a CPU, about 100 rows at a time with a Qwen3 vocabulary; 0 on a GPU, where logits need
+    no memory; 320, 256 rows, where that is not to be had."""
+    if device.type == "cpu":
+        return 128
+    return 0 if kernels.available(device) else 320
 
 
 def uses_kernel(device: torch.device) -> bool:
@@ -188,7 +191,7 @@ def _launch_rows(
             FAMILY=family(problem.beta),
             CLIPPED=problem.entry_clip is not None,
             NEEDS_SCORE=needs_score,
-            LIMIT=mean_limit(problem.beta),
+            LIMIT=mean_limit(problem.beta) if needs_score else 0.0,
             BLOCK=block,
             num_warps=num_warps,
         )

@@ -38,7 +38,7 @@ def dry_run(config: Config, world: World, divergence: str) -> None:
     N = config.batch_size * config.max_new_tokens
     say(f"\nMemory of the loss for up to {N:,} tokens:")
     budget = default_workspace_mib(W.device) * MIB
-    used = make_plan(N, (W,), W.dtype, budget).bytes
+    used = make_plan(N, (W,), W.dtype, budget).bytes if budget else 0
     say_memory(f"this model, V = {W.shape[0]}", used, N, W.shape[0])
     say_memory("with the vocabulary of Qwen3, V = 151,936", budget, N, 151936)
 
