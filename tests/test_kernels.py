@@ -11,7 +11,7 @@ from accuracy import GRAD_UNITS, LOSS_UNITS, TILED_GRAD_UNITS, errors
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from inputs import clip_is_clear, language_like_inputs, random_inputs
-from schedules import DEVICE, ROW_WORKSPACE
+from schedules import DEVICE, LOGIT_FREE, ROW_WORKSPACE
 
 from opsd_kernels import divergence, logit_free, row_workspace
 from opsd_kernels.kernels import pointwise
@@ -182,6 +182,19 @@ def test_s_vanishes_with_the_divergence():
         spread = scratch.stats[1, :20] < 0.9  # p_top
         assert spread.sum() > 5
         assert (missed.abs() < 0.01 * scale + 1e-7)[spread].all()
+
+
+@pytest.mark.parametrize("distance", [0.1, 0.3, 1.0])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_a_clip_that_takes_much_leaves_the_shift_small(beta, distance):
+    """Where entries are far above the clip, what their log-ratios say of G is wrong by as much; the
+    tiles must not be rounded at that size."""
+    h_S, h_T, W = random_inputs(6, 1000, 64, torch.bfloat16, size=20.0, distance=distance)
+    options = {"beta": beta, "entry_clip": 0.01}
+    loss, grad = LOGIT_FREE.loss_and_grad(h_S, h_T, W, **options)
+    error = errors(loss, grad, h_S, h_T, W, tiles=True, **options)
+    assert error.loss < LOSS_UNITS
+    assert error.grad < TILED_GRAD_UNITS
 
 
 # --- rows

@@ -82,6 +82,7 @@ def lse_kernel(
         h_S_ptr, h_T_ptr, W_ptr, W_T_ptr, D, D_T, strides: see `logits_tiles`.
         keep_ptr: [R] bool if MASKED: a tile of rows none of which is kept is left out.
         span: columns of a program, a multiple of BV.
+        LIMIT: `mean_limit` of β, or 0: E is not wanted.
     """
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     exists = row < R

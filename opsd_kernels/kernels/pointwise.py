@@ -115,30 +115,35 @@ def shift(
     p_others = 1.0 - p
     no = tl.zeros(p.shape, tl.float32)
     plain = no
+    # Where the top entry has nearly all the mass, 1 − p_top has few digits left, and
+    # c = a_top / p_top, which needs none of them, is as near to G.
+    guessed = p <= 0.9
     a = value_and_score(p, q, x, no, beta, entry_clip, FAMILY, CLIPPED)[1]
     if FAMILY == FORWARD_KL:
-        # Σ (p − q) over the others
+        # Σ (p − q) over the others; with a clip, besides, how much of q the clip may have taken,
+        # which is what G then is: all that the student's top entry does not account for.
         a_others = -value_and_score(p, q, x, no, beta, entry_clip, FAMILY, False)[1]
         if CLIPPED:
-            plain = tl.where((q * x > entry_clip) & (q > 0.5), 1.0, 0.0)
+            clipped = q * x > entry_clip
+            plain = tl.where(clipped & (q > 0.5), 1.0, 0.0)
+            a_others += tl.where(clipped, 0.0, tl.maximum(1.0 - q / p, 0.0))
     elif FAMILY == REVERSE_KL:
         a_others = -(p_others * x + mean_d)
         if CLIPPED:
             plain = tl.where((-p * x > entry_clip) & (p > 0.5), 1.0, 0.0)
+            # The mean knows nothing of the clip: of no use where that must have taken something.
+            guessed = guessed & (-p * x <= entry_clip) & (a_others <= entry_clip)
     else:
         x_others = x + mean_d / tl.maximum(p_others, 1e-30)
         one = no + 1.0
         a_others = p_others * value_and_score(one, one, x_others, no, beta, 0.0, FAMILY, False)[1]
         if CLIPPED:
             # Where the top entry is clipped all may be, and scores of 0 are to stay 0.
-            a_others = tl.where(a == 0, 0.0, a_others)
+            guessed = guessed & (a != 0)
     c, s_top = a + a_others, p_others * a - p * a_others
     if CLIPPED or (FAMILY != FORWARD_KL and FAMILY != REVERSE_KL):
-        # Where the top entry has nearly all the mass, 1 − p_top has few digits left, and
-        # c = a_top / p_top, which needs none of them, is as near to G.
-        confident = p > 0.9
-        c = tl.where(confident, a / p, c)
-        s_top = tl.where(confident, 0.0, s_top)
+        c = tl.where(guessed, c, a / p)
+        s_top = tl.where(guessed, s_top, 0.0)
     return c, s_top, plain
 
 
@@ -196,12 +201,12 @@ def _jensen_shannon(p, q, x, beta, EXCHANGED: tl.constexpr):
 @triton.jit
 def _kullback_leibler(p, q, x, FAMILY: tl.constexpr):
     e, near = _expm1_beyond(x)
-    difference = tl.where(near, p * (x + e), q - p)
+    q_minus_p = tl.where(near, p * (x + e), q - p)
     if FAMILY == FORWARD_KL:
-        f = tl.where(near, p * (x * (x + e) - e), q * x - difference)
-        a = -difference
+        f = tl.where(near, p * (x * (x + e) - e), q * x - q_minus_p)
+        a = -q_minus_p
     else:
-        f = tl.where(near, p * e, difference - p * x)
+        f = tl.where(near, p * e, q_minus_p - p * x)
         a = -p * x
     return _at_least_zero(f), a
 
