@@ -270,6 +270,8 @@ def start_opsd_train(*arguments: str, cache: Path) -> subprocess.Popen:
         text=True,
         env={**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parents[1],
+        # A suite started in the background of a shell would hand on that interrupts are ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
