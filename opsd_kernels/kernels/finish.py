@@ -7,9 +7,9 @@ A and P were summed without the student's top entry (see `pair`), whose gradient
     g_top = s_top − (G − c) p_top = s_top (1 − p_top) − p_top Σ_{v≠top} s
 
 It multiplies W_top in fp32: the entry with the most mass is never rounded. Where c = G, which makes
-P superfluous, that is s_top; or −Σ_{v≠top} s, for the gradient sums to zero over the vocabulary. The
-latter is right for a confident token, whose s_top is a difference of numbers near 1. Otherwise it
-would put the common rounding error of all other entries on this one. Where ℓ is +∞ (an unclipped
+P superfluous, that is s_top; or −Σ_{v≠top} s, for the gradient sums to zero over the vocabulary.
+The latter is right for a confident token, whose s_top is a difference of numbers near 1. Otherwise
+it would put the common rounding error of all other entries on this one. Where ℓ is +∞ (an unclipped
 KL) the gradient is 0.
 """
 
