@@ -35,6 +35,18 @@ def eager(
     h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: float = 1.0
 ) -> Tensor:
     """What a trainer does with logits: `lm_head`, upcast, log-softmax, the textbook formula."""
+    return eager_clipped(h_S, h_T, W, beta, None, temperature)
+
+
+def eager_clipped(
+    h_S: Tensor,
+    h_T: Tensor,
+    W: Tensor,
+    beta: float,
+    entry_clip: float | None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The same with a clip of the entries, as OPSD's authors train now."""
     log_p = (torch.nn.functional.linear(h_S, W).float() / temperature).log_softmax(-1)
     with torch.no_grad():
         log_q = (torch.nn.functional.linear(h_T, W).float() / temperature).log_softmax(-1)
@@ -48,6 +60,8 @@ def eager(
         log_m = torch.logsumexp(torch.stack([log_p + weights[0], log_q + weights[1]]), dim=0)
         f = beta * kl_div(log_m, log_q, reduction="none", log_target=True)
         f = f + (1 - beta) * kl_div(log_m, log_p, reduction="none", log_target=True)
+    if entry_clip is not None:
+        f = f.clamp(max=entry_clip)
     return f.sum(-1).mean()
 
 

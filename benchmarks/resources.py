@@ -19,29 +19,53 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from opsd_kernels.kernels import finish, lse, pair, rows, tiles
-from opsd_kernels.kernels.pointwise import family, knows_G, mean_limit
+from opsd_kernels.kernels.pointwise import family, is_wide, knows_G, mean_limit
 from opsd_kernels.kernels.tiles import Row, Tile
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TRITON_DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
 POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
-# The members of the family as a user names them: β and whether entries are clipped.
-DIVERGENCES = {
-    "JSD": (0.5, False),
-    "JSD exchanged": (0.9, False),
-    "forward KL": (0.0, False),
-    "reverse KL": (1.0, False),
-    "JSD, clip": (0.5, True),
-    "JSD exchanged, clip": (0.9, True),
-    "forward KL, clip": (0.0, True),
-    "reverse KL, clip": (1.0, True),
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a kernel is compiled for, as a user asks for it."""
+
+    beta: float | Tensor | None
+    clipped: bool = False
+    statistics: bool = False  # those of sampled tokens among them
+
+
+PER_TOKEN = torch.tensor([0.5])
+CASES = {
+    "JSD": Case(0.5),
+    "JSD exchanged": Case(0.9),
+    "forward KL": Case(0.0),
+    "reverse KL": Case(1.0),
+    "JSD, clip": Case(0.5, clipped=True),
+    "JSD exchanged, clip": Case(0.9, clipped=True),
+    "forward KL, clip": Case(0.0, clipped=True),
+    "reverse KL, clip": Case(1.0, clipped=True),
+    "JSD, statistics": Case(0.5, statistics=True),
+    "forward KL, clip, statistics": Case(0.0, clipped=True, statistics=True),
+    "any": Case(PER_TOKEN),
+    "any, clip, statistics": Case(PER_TOKEN, clipped=True, statistics=True),
+    "log p": Case(None, statistics=True),
+}
+# The kernels that do not look at entries one by one.
+FEWER = {
+    "lse": ("JSD", "forward KL", "JSD, statistics", "log p"),
+    "merge": ("JSD", "any, clip, statistics"),
+    "finish": ("JSD", "any, clip, statistics", "log p"),
 }
 
 
@@ -67,14 +91,9 @@ def variants(archs: list[str], dtypes: list[str]) -> Iterator[Variant]:
     """Everything the table may be asked for."""
     for arch in archs:
         for dtype in dtypes:
-            for divergence in DIVERGENCES:
-                yield Variant(arch, dtype, "pair", divergence)
-            for divergence in ("JSD", "forward KL"):
-                yield Variant(arch, dtype, "lse", divergence)
-            for divergence in DIVERGENCES:
-                yield Variant(arch, dtype, "rows", divergence)
-            yield Variant(arch, dtype, "merge", "JSD")
-            yield Variant(arch, dtype, "finish", "JSD")
+            for kernel in ("pair", "lse", "rows", "merge", "finish"):
+                for case in FEWER.get(kernel, CASES):
+                    yield Variant(arch, dtype, kernel, case)
 
 
 def compile_variant(variant: Variant, row: Row | None = None, stored: str | None = None) -> Usage:
@@ -90,7 +109,7 @@ def compiled(variant: Variant, row: Row | None = None, stored: str | None = None
     names = kernel.arg_names
     signature, attributes = {}, {}
     for i, name in enumerate(names):
-        signature[name] = "constexpr" if name in constants else _type(name, variant.dtype, stored)
+        signature[name] = "constexpr" if name in constants else _type(name, variant, stored)
         divisible = signature[name].startswith("*") or name in DIVISIBLE
         if divisible and name not in constants:
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -110,9 +129,12 @@ DIVISIBLE = {
 }  # fmt: skip
 
 
-def _type(name: str, dtype: str, stored: str | None) -> str:
-    if name in ("index_ptr", "top_ptr"):
+def _type(name: str, variant: Variant, stored: str | None) -> str:
+    dtype = variant.dtype
+    if name in ("index_ptr", "top_ptr", "targets_ptr"):
         return "*i32"
+    if name == "beta" and CASES[variant.divergence].beta is PER_TOKEN:
+        return "*fp32"
     if name == "keep_ptr":
         return "*i1"
     if name.startswith(("h_", "W_")) and name.endswith("_ptr"):
@@ -126,9 +148,13 @@ def _type(name: str, dtype: str, stored: str | None) -> str:
 
 def _specialized(variant: Variant, row: Row) -> tuple[Any, dict[str, Any], dict[str, int]]:
     """The kernel, its compile-time constants, and its options."""
-    beta, clipped = DIVERGENCES[variant.divergence]
-    limit = {"LIMIT": mean_limit(beta)}
-    divergence = {"FAMILY": family(beta), "CLIPPED": clipped}
+    case = CASES[variant.divergence]
+    limit = {"LIMIT": mean_limit(case.beta)}
+    divergence = {"FAMILY": family(case.beta), "CLIPPED": case.clipped}
+    wide = is_wide(case.beta, case.statistics)
+    no_P = knows_G(case.beta, 1.0 if case.clipped else None)
+    no_targets = {} if case.statistics else {"targets_ptr": None}
+    no_statistics = {} if case.statistics else {"statistics_ptr": None}
     operand = {"OPERAND": TRITON_DTYPES[variant.dtype]}
     logits = {
         **operand, "keep_ptr": None, "stride_Wd": 1, "stride_W_Td": 1, "SHARED": True,
@@ -136,29 +162,49 @@ def _specialized(variant: Variant, row: Row) -> tuple[Any, dict[str, Any], dict[
     }  # fmt: skip
     small = {"num_warps": 4}
     if variant.kernel == "lse":
-        return lse.lse_kernel, {**logits, **limit, **_shape(row.lse)}, _options(row.lse)
+        return (
+            lse.lse_kernel,
+            {
+                **logits,
+                **no_targets,
+                **limit,
+                **_shape(row.lse),
+            },
+            _options(row.lse),
+        )
     if variant.kernel == "pair":
-        constants = {**logits, **divergence, "NEEDS_SCORE": True, **_shape(row.pair)}
-        if knows_G(beta, 1.0 if clipped else None):
+        statistics = case.statistics and case.beta is not None
+        tile = row.pair_wide if wide else row.pair
+        constants = {**logits, **divergence, "STATISTICS": statistics, **_shape(tile)}
+        if no_P:
             constants["p_ptr"] = None
-        return pair.pair_kernel, constants, _options(row.pair)
+        if case.beta is None:
+            constants |= {"h_T_ptr": None, "W_T_ptr": None}
+        return pair.pair_kernel, constants, _options(tile)
     if variant.kernel == "rows":
-        block, num_warps = row.rows
-        constants = {**divergence, "NEEDS_SCORE": True, **limit, "BLOCK": block}
+        block, num_warps = row.rows_wide if wide else row.rows
+        constants = {
+            **divergence, **no_targets, **no_statistics, "NEEDS_SCORE": True, **limit,
+            "BLOCK": block,
+        }  # fmt: skip
         return rows.rows_kernel, constants, {"num_warps": num_warps}
     if variant.kernel == "merge":
         constants = {
             **divergence,
             **limit,
+            "TARGETS": case.statistics,
             "BM": lse.MERGE_BM,
             "SPANS": triton.next_power_of_2(row.spans),
         }
         return lse.merge_kernel, constants, small
     slots = row.columns // row.pair.BV
     constants = {
-        **divergence, **operand, "keep_ptr": None, "stride_Wd": 1, "NEEDS_SCORE": True,
-        "MASKED": False, "BM": finish.BM, "BD": finish.BD, "SLOTS": slots,
+        **divergence, **operand, **no_statistics, "keep_ptr": None, "stride_Wd": 1,
+        "TARGETS": case.statistics, "MASKED": False, "BM": finish.BM, "BD": finish.BD,
+        "SLOTS": slots,
     }  # fmt: skip
+    if no_P:
+        constants["P_ptr"] = None
     return finish.finish_kernel, constants, small
 
 
@@ -210,12 +256,12 @@ def main() -> None:
     args = parser.parse_args()
     found: list[tuple[Variant, Usage]] = []
     print(f"triton {triton.__version__}")
-    print(f"{'arch':<8}{'dtype':<10}{'kernel':<8}{'divergence':<22}{'registers':>10}"
+    print(f"{'arch':<8}{'dtype':<10}{'kernel':<8}{'divergence':<30}{'registers':>10}"
           f"{'spilled':>9}{'shared':>9}  matrix")  # fmt: skip
     for variant in variants(args.arch, args.dtype):
         usage = compile_variant(variant)
         found.append((variant, usage))
-        print(f"{variant.arch:<8}{variant.dtype:<10}{variant.kernel:<8}{variant.divergence:<22}"
+        print(f"{variant.arch:<8}{variant.dtype:<10}{variant.kernel:<8}{variant.divergence:<30}"
               f"{usage.registers:>10}{usage.spilled:>9}{usage.shared:>9}  {usage.matrix}",
               flush=True)  # fmt: skip
     if args.output:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from opsd_kernels import logit_free, row_workspace
 from opsd_kernels.kernels import tiles
 from opsd_kernels.kernels.tiles import Row, Tile
-from opsd_kernels.problem import Problem
+from opsd_kernels.problem import Outputs, Problem
 
 VOCABULARY = 151936
 DIVERGENCES = [(0.5, None), (0.0, 0.05)]
@@ -92,9 +92,7 @@ def chunk(N: int, D: int, dtype: torch.dtype, device: torch.device) -> Problem:
     h_S = torch.randn(N, D, generator=g, device=device)
     h_T = h_S + 0.1 * torch.randn(N, D, generator=g, device=device)
     W = torch.randn(VOCABULARY, D, generator=g, device=device) / D**0.5
-    return Problem(
-        h_S.to(dtype), h_T.to(dtype), W.to(dtype), None, None, dtype, 0.5, 1.0, None
-    )  # fmt: skip
+    return Problem(h_S.to(dtype), h_T.to(dtype), W.to(dtype), None, dtype, 0.5)
 
 
 def candidates(start: Tile, dtype: torch.dtype) -> Iterator[Tile]:
@@ -123,7 +121,8 @@ def measure(kernel: str, row: Row, problem: Problem) -> float:
     for beta, entry_clip in DIVERGENCES:
         case = replace(problem, beta=beta, entry_clip=entry_clip)
         with mock.patch.object(tiles, "lookup", return_value=row):
-            scratch = logit_free.allocate(case, needs_gradient=True)
+            tensors = logit_free.allocate(case, needs_gradient=True, needs_statistics=False)
+            scratch = logit_free.Scratch.of(tensors, case, needs_statistics=False)
         logit_free.launch_lse(scratch, case)
 
         def sweep(case: Problem = case, scratch: logit_free.Scratch = scratch) -> None:
@@ -151,7 +150,7 @@ def rows_rates(row: Row, device: torch.device) -> dict[tuple[int, int], float]:
     for shape in itertools.product((2048, 4096, 8192, 16384), (4, 8, 16, 32)):
         with mock.patch.object(tiles, "lookup", return_value=replace(row, rows=shape)):
             elapsed = seconds_of(
-                lambda: row_workspace._launch_rows(loss, g, z[:R], z[R:], problem, True)
+                lambda: row_workspace._launch_rows(Outputs(loss), g, z[:R], z[R:], problem, True)
             )
         rates[shape] = moved / elapsed / bandwidth
         print(f"  rows {shape}: {rates[shape]:.0%} of a copy's bandwidth", flush=True)

@@ -1,8 +1,30 @@
 """Full-vocabulary self-distillation losses from hidden states, without vocabulary-sized logits."""
 
 from opsd_kernels.divergence import divergence_name
-from opsd_kernels.loss import fused_jsd_loss
-from opsd_kernels.reference import reference_jsd_loss
+from opsd_kernels.loss import (
+    SampledTokenLoss,
+    TokenDivergence,
+    fused_jsd_loss,
+    fused_sampled_token_loss,
+    token_divergence,
+)
+from opsd_kernels.module import FusedJSDLoss
+from opsd_kernels.reference import (
+    reference_jsd_loss,
+    reference_sampled_token_loss,
+    reference_token_divergence,
+)
 
-__all__ = ["divergence_name", "fused_jsd_loss", "reference_jsd_loss"]
+__all__ = [
+    "FusedJSDLoss",
+    "SampledTokenLoss",
+    "TokenDivergence",
+    "divergence_name",
+    "fused_jsd_loss",
+    "fused_sampled_token_loss",
+    "reference_jsd_loss",
+    "reference_sampled_token_loss",
+    "reference_token_divergence",
+    "token_divergence",
+]
 __version__ = "0.1.0"

@@ -14,7 +14,7 @@ Notation (used everywhere in this package):
 
 A token's divergence is ℓ = Σ_v f_v and, for every member of the family,
 
-    ∂ℓ/∂z_S = (a − G p) / T.
+    ∂ℓ/∂z_S = a − G p.
 
     divergence           β          value f                                score a
     JSD_β                0 < β < 1  β q log(q/m) + (1−β) p log(p/m)        −(1−β) p log(m/p)
@@ -34,7 +34,8 @@ which leaves it as it is):
 
     f = p (β (1 + t) (x − lm) − (1 − β) lm),   t = expm1(x),   lm = log(m/p) = log1p(β t)
 
-The KLs, with u = −|x|, t = expm1(u) and base = max(p, q):
+The KLs, with u = −|x|, t = expm1(u) and base = max(p, q); the reverse KL is the forward KL with
+p, q and x exchanged likewise:
 
     forward KL   base ((1 + t) u − t)  where x ≤ 0, else  base (t − u)           = q x + p − q
     reverse KL   base (t − u)          where x ≤ 0, else  base ((1 + t) u − t)   = −p x + q − p
@@ -46,9 +47,13 @@ Scores. a ← a − c p, G ← G − c leaves a − G p as it is for any c. The 
 the KLs so, to p − q and −p x, and that of a clipped entry to ±p: none is then a small difference of
 large numbers. With c = a/p at the student's top entry besides, the score of that entry is exactly
 0; otherwise, for a confident token, a − G p would be such a difference.
+
+The sampled-token objective (paper, Eq. 8) needs of the vocabulary one log-probability only: that of
+the sampled token ŷ, whose gradient is ∂ log p(ŷ) / ∂z_S = 1[v = ŷ] − p.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -58,13 +63,20 @@ HUGE = 1e30
 # Above this log-ratio the JSD of an entry no longer depends on it, and eˣ still fits fp32.
 SATURATED = 80.0
 
+# What `token_divergence` tells of a token beside its loss: the fields of [STATISTICS, N] fp32. The
+# last three are those of a sampled token ŷ: log p(ŷ), log q(ŷ), and their difference log q − log p.
+(FORWARD_KL, REVERSE_KL, ENTROPY_S, ENTROPY_T, CLIPPED_SHARE, LOG_P, LOG_Q, LOG_RATIO) = range(8)
+STATISTICS = 8
 
-def divergence_name(beta: float, entry_clip: float | None = None) -> str:
+
+def divergence_name(beta: float | Tensor, entry_clip: float | None = None) -> str:
     """Name the divergence that `beta` and `entry_clip` select, for logs and plots.
 
     Libraries disagree on what β weighs and on which KL is "forward"; a name that says it does not.
     """
-    if beta == 0:
+    if isinstance(beta, Tensor):
+        name = "JSD(β on the teacher, token by token)"
+    elif beta == 0:
         name = "forward KL(teacher‖student)"
     elif beta == 1:
         name = "reverse KL(student‖teacher)"
@@ -74,90 +86,237 @@ def divergence_name(beta: float, entry_clip: float | None = None) -> str:
 
 
 def divergence_rows_(
-    z_S: Tensor, z_T: Tensor, beta: float, entry_clip: float | None, needs_score: bool
+    z_S: Tensor,
+    z_T: Tensor,
+    beta: float | Tensor,
+    entry_clip: float | None,
+    needs_score: bool,
+    statistics: Tensor | None = None,
+    targets: Tensor | None = None,
 ) -> Tensor:
     """Turn rows of logits into each row's divergence ℓ and, in place, its gradient.
 
     Args:
         z_S, z_T: [R, V] float32 or float64 logits after temperature. Both are overwritten: z_S by
             the gradient ∂ℓ/∂z_S = a − G p if `needs_score`, z_T by scratch.
-        beta, entry_clip: the divergence, see the module docstring.
+        beta, entry_clip: the divergence, see the module docstring; β may be a tensor [R].
         needs_score: whether the gradient is wanted; without it only the values are computed.
+        statistics: [STATISTICS, R], filled, the last three fields if there are `targets`.
+        targets: [R] ids of sampled tokens.
 
     Returns:
         [R] the divergences. An entry at −∞ on both sides counts for nothing. Where an unclipped KL
         is infinite (no mass where the other side has some) ℓ is +∞ and the row's gradient 0. A NaN
         logit makes its row NaN, and no other.
     """
+    if isinstance(beta, Tensor):
+        return _each_family(z_S, z_T, beta, entry_clip, needs_score, statistics, targets)
+    return _one_family(z_S, z_T, beta, entry_clip, needs_score, statistics, targets)
+
+
+def log_prob_rows_(
+    z_S: Tensor, z_T: Tensor, targets: Tensor, needs_score: bool, statistics: Tensor | None = None
+) -> Tensor:
+    """Turn rows of logits into log p(ŷ) of each row's sampled token and, in place, its gradient.
+
+    Args:
+        z_S, z_T, needs_score, statistics: as in `divergence_rows_`, the gradient being that of
+            log p(ŷ), 1[v = ŷ] − p; of the statistics only the last three are filled.
+        targets: [R] ids of the sampled tokens ŷ.
+
+    Returns:
+        [R] log p(ŷ).
+    """
+    p, top_S, rest_S = _softmax(z_S)
+    at_target = targets[:, None]
+    log_p = (z_S.gather(-1, at_target) - top_S - rest_S).squeeze(-1)
+    if statistics is not None:
+        _, top_T, rest_T = _softmax(z_T)
+        _log_probs(statistics, z_S, z_T, top_S, rest_S, top_T, rest_T, at_target)
+    if needs_score:
+        torch.neg(p.scatter_(-1, at_target, 0), out=z_S)
+        # 1 − p(ŷ), without the subtraction.
+        z_S.scatter_(-1, at_target, p.sum(-1, keepdim=True))
+    return log_p
+
+
+def _each_family(
+    z_S: Tensor,
+    z_T: Tensor,
+    beta: Tensor,
+    entry_clip: float | None,
+    needs_score: bool,
+    statistics: Tensor | None,
+    targets: Tensor | None,
+) -> Tensor:
+    """`divergence_rows_` for a β of each row: the rows of one formula at a time."""
+    loss = z_S.new_empty(z_S.shape[0])
+    for rows, b in _families(beta):
+        part_S, part_T = z_S[rows], z_T[rows]
+        part = None if statistics is None else statistics[:, rows]
+        part_targets = None if targets is None else targets[rows]
+        loss[rows] = _one_family(part_S, part_T, b, entry_clip, needs_score, part, part_targets)
+        if isinstance(rows, Tensor):  # parts are copies
+            if needs_score:
+                z_S[rows] = part_S
+            if statistics is not None and part is not None:
+                statistics[:, rows] = part
+    return loss
+
+
+def _families(beta: Tensor) -> Iterator[tuple[Tensor | slice, float | Tensor]]:
+    """Rows that share a formula, and their β, as [·, 1] for the JSDs. Reads what beta holds: on a
+    GPU too old for the kernels the host waits for that."""
+    forward, reverse, below = beta == 0, beta == 1, (beta > 0) & (beta <= 0.5)
+    above = ~(forward | reverse | below)
+    for member, b in ((forward, 0.0), (reverse, 1.0), (below, None), (above, None)):
+        rows = member.nonzero().squeeze(-1)
+        if rows.numel() == 0:
+            continue
+        of_all = rows.numel() == beta.numel()  # then no copies are made
+        yield slice(None) if of_all else rows, beta[rows, None] if b is None else b
+
+
+def _one_family(
+    z_S: Tensor,
+    z_T: Tensor,
+    beta: float | Tensor,
+    entry_clip: float | None,
+    needs_score: bool,
+    statistics: Tensor | None,
+    targets: Tensor | None,
+) -> Tensor:
     p, top_S, rest_S = _softmax(z_S)
     q, top_T, rest_T = _softmax(z_T)
+    if statistics is not None:
+        statistics[ENTROPY_S] = _entropy(z_S, p, top_S, rest_S)
+        statistics[ENTROPY_T] = _entropy(z_T, q, top_T, rest_T)
+        if targets is not None:
+            _log_probs(statistics, z_S, z_T, top_S, rest_S, top_T, rest_T, targets[:, None])
     # x = (z_T − z_S) − (L_T − L_S), not log q − log p: nearly equal logits subtract without
     # rounding. The two parts of L are subtracted one by one: beside a large top logit the other,
     # which is all that tells two confident tokens apart, would be rounded away.
     x = z_T.sub_(z_S).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
-    infinite = None
-    if entry_clip is None and beta in (0, 1):
-        infinite = (x.amax(-1, True) if beta == 0 else -x.amin(-1, True)) == math.inf
+    unclipped_kl = entry_clip is None and not isinstance(beta, Tensor)
+    infinite: dict[float | Tensor, Tensor] = {
+        kl: (x.amax(-1, True) if kl == 0 else -x.amin(-1, True)) == math.inf
+        for kl in (0, 1)
+        if statistics is not None or (unclipped_kl and beta == kl)
+    }
     x.clamp_(-HUGE, HUGE).sub_(top_T - top_S).sub_(rest_T - rest_S)
+    removed = None
+    if statistics is not None:
+        for field, kl in ((FORWARD_KL, 0), (REVERSE_KL, 1)):
+            f, _ = value_and_score(p, q, x.clone(), kl, None, needs_score=False)
+            statistics[field] = f.sum(-1).masked_fill_(infinite[kl].squeeze(-1), torch.inf)
+        if entry_clip is not None:
+            removed = _textbook(p, q, x, beta).sub_(entry_clip).clamp_(min=0).sum(-1)
 
     f, a = value_and_score(p, q, x, beta, entry_clip, needs_score)
     loss = f.sum(-1, keepdim=True)
-    if infinite is not None:
-        loss.masked_fill_(infinite, torch.inf)
+    if unclipped_kl and beta in infinite:
+        loss.masked_fill_(infinite[beta], torch.inf)
     if a is not None:
         top = p.argmax(-1, keepdim=True)
         c = a.gather(-1, top).div_(p.gather(-1, top))
         a.addcmul_(p, c, value=-1).scatter_(-1, top, 0)
         G = a.sum(-1, keepdim=True)
         torch.addcmul(a, p, G, value=-1, out=z_S)
-        if infinite is not None:
-            z_S.masked_fill_(infinite, 0)
-    return loss.squeeze(-1)
+        if unclipped_kl and beta in infinite:
+            z_S.masked_fill_(infinite[beta], 0)
+    loss = loss.squeeze(-1)
+    if statistics is not None:
+        statistics[CLIPPED_SHARE] = 0
+        if removed is not None:
+            # Of a KL by the form that is right where it is small, and its terms have both signs.
+            whole = loss + removed
+            if not isinstance(beta, Tensor) and beta in (0, 1):
+                whole = statistics[FORWARD_KL if beta == 0 else REVERSE_KL]
+            share = torch.where(whole == torch.inf, 1, removed / whole)
+            statistics[CLIPPED_SHARE] = torch.where(removed == 0, 0, share)
+    return loss
+
+
+def _entropy(z: Tensor, p: Tensor, top: Tensor, rest: Tensor) -> Tensor:
+    """−Σ p log p [R] as a sum of terms ≥ 0."""
+    return (rest + (p * (top - z).clamp_(max=HUGE)).sum(-1, keepdim=True)).squeeze(-1)
+
+
+def _log_probs(
+    statistics: Tensor,
+    z_S: Tensor,
+    z_T: Tensor,
+    top_S: Tensor,
+    rest_S: Tensor,
+    top_T: Tensor,
+    rest_T: Tensor,
+    at_target: Tensor,
+) -> None:
+    """Fill the fields of the sampled token."""
+    z_Sy, z_Ty = z_S.gather(-1, at_target), z_T.gather(-1, at_target)
+    x = (z_Ty - z_Sy).nan_to_num_(nan=0.0, posinf=HUGE, neginf=-HUGE).clamp_(-HUGE, HUGE)
+    x.sub_(top_T - top_S).sub_(rest_T - rest_S)
+    statistics[LOG_P] = (z_Sy - top_S - rest_S).squeeze(-1)
+    statistics[LOG_Q] = (z_Ty - top_T - rest_T).squeeze(-1)
+    statistics[LOG_RATIO] = x.squeeze(-1)
+
+
+def _textbook(p: Tensor, q: Tensor, x: Tensor, beta: float | Tensor) -> Tensor:
+    """The values that an entry clip is defined on: of the KLs those without the null term."""
+    if isinstance(beta, Tensor) or 0 < beta < 1:
+        return value_and_score(p, q, x.clone(), beta, None, needs_score=False)[0]
+    return x * q if beta == 0 else -x * p
 
 
 def value_and_score(
-    p: Tensor, q: Tensor, x: Tensor, beta: float, entry_clip: float | None, needs_score: bool = True
+    p: Tensor,
+    q: Tensor,
+    x: Tensor,
+    beta: float | Tensor,
+    entry_clip: float | None,
+    needs_score: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Value f (stable form) and score a of every vocabulary entry.
 
     Args:
         p, q: [R, V] probabilities of student and teacher.
         x: [R, V] finite log-ratio log q − log p. Overwritten.
-        beta, entry_clip: the divergence, see the module docstring.
+        beta, entry_clip: the divergence, see the module docstring. β may be a tensor [R, 1] of
+            JSDs, all with β ≤ ½ or all above.
         needs_score: without it a is None and costs nothing.
 
     Returns:
         f and a, each [R, V]; for the KLs both carry the null term.
     """
-    if 0 < beta < 1:
-        f, a = _jensen_shannon(p, q, x, beta, needs_score)
+    # Exchanging keeps β ≤ ½; beyond, the form of the JSD would cancel by another 1/(1 − β).
+    exchanged = bool((beta > 0.5).any()) if isinstance(beta, Tensor) else beta > 0.5
+    P, Q, b, y = (q, p, 1 - beta, x.neg_()) if exchanged else (p, q, beta, x)
+    if isinstance(b, Tensor) or b > 0:
+        f, a = _jensen_shannon(P, Q, b, y, exchanged, needs_score)
         if entry_clip is not None:
             if a is not None:
                 a.masked_fill_(f > entry_clip, 0)
             f.clamp_(max=entry_clip)
         return f, a
 
-    f, a = _kullback_leibler(p, q, x, beta, needs_score)
+    f, a = _kullback_leibler(P, Q, y, exchanged, needs_score)
     if entry_clip is not None:
-        f, clipped = _clip_kullback_leibler(f, p, q, x, beta, entry_clip)
+        f, clipped = _clip_kullback_leibler(f, P, Q, y, entry_clip)
         if a is not None:
-            a = torch.where(clipped, p if beta == 0 else -p, a)
+            a = torch.where(clipped, -Q if exchanged else P, a)
     return f, a
 
 
 def _jensen_shannon(
-    p: Tensor, q: Tensor, x: Tensor, beta: float, needs_score: bool
+    P: Tensor, Q: Tensor, b: float | Tensor, y: Tensor, exchanged: bool, needs_score: bool
 ) -> tuple[Tensor, Tensor | None]:
-    # Exchanging keeps β ≤ ½; beyond, the form below would cancel by another 1/(1 − β).
-    exchanged = beta > 0.5
-    P, Q, b, y = (q, p, 1 - beta, x.neg_()) if exchanged else (p, q, beta, x)
     y.clamp_(max=SATURATED)
     t = torch.expm1(y)
     lm = torch.mul(t, b).log1p_()  # log(m/P)
     d = y.sub_(lm)  # log(Q/m)
     a = None
     if needs_score:
-        a = (d if exchanged else lm).mul(p).mul_(1 - beta if exchanged else beta - 1)
+        a = torch.mul(d, Q).mul_(b) if exchanged else torch.mul(lm, P).mul_(b - 1)
     f = t.add_(1).mul_(b).mul_(d).sub_(lm.mul_(1 - b))
     # Past saturation P has no digits left, and Q e^−y stands for it.
     scale = torch.maximum(P, Q * math.exp(-SATURATED))
@@ -165,36 +324,32 @@ def _jensen_shannon(
 
 
 def _kullback_leibler(
-    p: Tensor, q: Tensor, x: Tensor, beta: float, needs_score: bool
+    P: Tensor, Q: Tensor, y: Tensor, exchanged: bool, needs_score: bool
 ) -> tuple[Tensor, Tensor | None]:
-    base = torch.maximum(p, q)
+    base = torch.maximum(P, Q)
     # Selecting by lerp with a float mask is many times faster on a CPU than torch.where.
-    positive = torch.gt(x, 0, out=torch.empty_like(x))
-    u = x.abs().neg_()
+    positive = torch.gt(y, 0, out=torch.empty_like(y))
+    u = y.abs().neg_()
     t = torch.expm1(u)
     a = None
     if needs_score:
-        # p − q = −base t where x ≤ 0, else base t
-        a = (base * t).mul_(positive.mul(2).sub_(1)) if beta == 0 else (p * x).neg_()
+        # P − Q = −base t where y ≤ 0, else base t
+        a = Q * y if exchanged else (base * t).mul_(positive.mul(2).sub_(1))
     near = (t + 1).mul_(u).sub_(t)
     far = t.sub_(u)
-    f = near.lerp_(far, positive) if beta == 0 else far.lerp_(near, positive)
-    return f.mul_(base).clamp_(min=0), a
+    return near.lerp_(far, positive).mul_(base).clamp_(min=0), a
 
 
 def _clip_kullback_leibler(
-    f: Tensor, p: Tensor, q: Tensor, x: Tensor, beta: float, entry_clip: float
+    f: Tensor, P: Tensor, Q: Tensor, y: Tensor, entry_clip: float
 ) -> tuple[Tensor, Tensor]:
-    """Values clipped, and which entries are. Overwrites x."""
-    if beta == 0:
-        weight, textbook, null = q, x.mul_(q), p - q
-    else:
-        weight, textbook, null = p, x.mul_(p).neg_(), q - p
+    """Values clipped, and which entries are. Overwrites y."""
+    textbook = y.mul_(Q)
     clipped = textbook > entry_clip
-    f = torch.where(clipped, null.add_(entry_clip), f)
+    f = torch.where(clipped, (P - Q).add_(entry_clip), f)
     # The null term trades the rounding of the unclipped mass for that of the clipped: where the
     # clip takes most of a row, the row is better off without.
-    mostly_clipped = (weight * clipped).sum(-1, keepdim=True) > 0.5
+    mostly_clipped = (Q * clipped).sum(-1, keepdim=True) > 0.5
     return torch.where(mostly_clipped, textbook.clamp_(max=entry_clip), f), clipped
 
 

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from opsd_kernels import kernels
 from opsd_kernels.kernels import finish, lse, pair, tiles
-from opsd_kernels.kernels.pointwise import family, knows_G, mean_limit
-from opsd_kernels.problem import Problem
+from opsd_kernels.kernels.pointwise import arguments, is_wide, knows_G, mean_limit
+from opsd_kernels.problem import Outputs, Problem
 from opsd_kernels.products import copied_bytes, project_back, score_dtype
 
 MIB = 2**20
@@ -47,72 +47,93 @@ class Scratch:
     """What a chunk of R rows needs beside its part of dh_S. Nothing here grows with N or V."""
 
     row: tiles.Row  # of the table
-    rows: int  # R
-    columns: int  # of the vocabulary at a time
+    pair: tiles.Tile  # of `pair`
     copied_rows: int  # of W at a time, where the product of step 3 cannot read it in place
     partials: Tensor  # [PARTIALS, spans, R] fp32
     index: Tensor  # [spans, R] int32
     stats: Tensor  # [STATS, R] fp32
     top: Tensor  # [R] int32
     sums: Tensor  # [SUMS, slots, R] fp32
-    s: Tensor | None  # [R, columns] in score_dtype, if a gradient is wanted
-    p: Tensor | None  # likewise, unless G is known beforehand
-    P: Tensor | None  # [R, D] fp32, likewise
+    s: Tensor | None = None  # [R, columns] in score_dtype, if a gradient is wanted
+    p: Tensor | None = None  # likewise, unless G is known beforehand
+    P: Tensor | None = None  # [R, D] fp32, likewise
+
+    @staticmethod
+    def of(tensors: list[Tensor], problem: Problem, needs_statistics: bool) -> "Scratch":
+        """What `allocate` returned, with names."""
+        R, D = tensors[0].shape[-1], problem.h_S.shape[1]
+        # One tile of W is made while the last is still alive; a narrow tile of scores may be
+        # widened.
+        bytes_per_row = 2 * copied_bytes(problem.W, problem.operand_dtype) + 4 * R
+        copied_rows = max(1, int(COPIES_MIB * MIB * max(1, D / 4096)) // bytes_per_row)
+        row = tiles.lookup(problem.h_S.device, problem.operand_dtype)
+        return Scratch(row, _pair_tile(row, problem, needs_statistics), copied_rows, *tensors)
+
+    @property
+    def rows(self) -> int:
+        """R"""
+        return self.top.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Of the vocabulary at a time."""
+        return self.sums.shape[1] * self.pair.BV
 
 
-def allocate(problem: Problem, needs_gradient: bool) -> Scratch:
-    """The scratch of `fill_logit_free`."""
-    h_S = problem.h_S
+def allocate(problem: Problem, needs_gradient: bool, needs_statistics: bool) -> list[Tensor]:
+    """The scratch of `fill`, in the order of `Scratch`."""
+    h_S, targets = problem.h_S, problem.targets is not None
     (N, D), V = h_S.shape, problem.W.shape[0]
     row = tiles.lookup(h_S.device, problem.operand_dtype)
     R = min(row.chunk, max(N, 1))
-    columns = min(row.columns, triton.cdiv(V, row.pair.BV) * row.pair.BV)
-    spans = triton.cdiv(V, _span(V, row))
-    two = needs_gradient and not knows_G(problem.beta, problem.entry_clip)
-    # One tile of W is made while the last is still alive; a narrow tile of scores may be widened.
-    copied = copied_bytes(problem.W, problem.operand_dtype)
-    tile = (R, columns)
-    dtype = score_dtype(problem.operand_dtype)
-    return Scratch(
-        row=row,
-        rows=R,
-        columns=columns,
-        copied_rows=max(1, int(COPIES_MIB * MIB * max(1, D / 4096)) // (2 * copied + 4 * R)),
-        partials=h_S.new_empty(lse.PARTIALS, spans, R, dtype=torch.float32),
-        index=h_S.new_empty(spans, R, dtype=torch.int32),
-        stats=h_S.new_empty(lse.STATS.value, R, dtype=torch.float32),
-        top=h_S.new_empty(R, dtype=torch.int32),
-        sums=h_S.new_empty(pair.SUMS, columns // row.pair.BV, R, dtype=torch.float32),
-        s=h_S.new_empty(tile, dtype=dtype) if needs_gradient else None,
-        p=h_S.new_empty(tile, dtype=dtype) if two else None,
-        P=h_S.new_empty(R, D, dtype=torch.float32) if two else None,
-    )
+    BV = _pair_tile(row, problem, needs_statistics).BV
+    slots = min(row.columns // BV, _cdiv(V, BV))
+    spans = _cdiv(V, _span(V, row))
+    statistics = needs_statistics and problem.beta is not None
+
+    def fp32(*shape: int) -> Tensor:
+        return h_S.new_empty(shape, dtype=torch.float32)
+
+    tensors = [
+        fp32(lse.PARTIALS - (0 if targets else 2), spans, R),
+        h_S.new_empty(spans, R, dtype=torch.int32),
+        fp32(lse.STATS.value + (lse.STATS_OF_TARGETS.value if targets else 0), R),
+        h_S.new_empty(R, dtype=torch.int32),
+        fp32(pair.SUMS.value + (pair.SUMS_OF_STATISTICS.value if statistics else 0), slots, R),
+    ]
+    if needs_gradient:
+        dtype, tile = score_dtype(problem.operand_dtype), (R, slots * BV)
+        tensors.append(h_S.new_empty(tile, dtype=dtype))
+        if not knows_G(problem.beta, problem.entry_clip):
+            tensors += [h_S.new_empty(tile, dtype=dtype), fp32(R, D)]
+    return tensors
 
 
-def fill_logit_free(loss: Tensor, dh_S: Tensor | None, scratch: Scratch, problem: Problem) -> None:
-    """Fill the divergence of every token and its gradient with respect to h_S.
+def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem) -> None:
+    """Fill loss, statistics and gradient of every token that is kept.
 
     Args:
-        loss: [N] fp32, filled with ℓ; 0 for tokens that are not kept.
-        dh_S: [N, D] fp32 zeros, filled with ∂ℓ/∂h_S; None where no gradient is wanted.
+        outputs: see `Outputs`.
         scratch: see `allocate`.
         problem: the tokens.
     """
     V = problem.W.shape[0]
+    # Log-probabilities alone need no second look at the vocabulary.
+    v_stop = 0 if problem.beta is None and outputs.dh_S is None else V
+    named = Scratch.of(scratch, problem, outputs.statistics is not None)
     # Made contiguous once, for all kernels: rows of hidden states are read whole.
     problem = replace(problem, h_S=_rows_contiguous(problem.h_S), h_T=_rows_contiguous(problem.h_T))
-    with kernels.current(loss.device):
-        for n in range(0, loss.shape[0], scratch.rows):
-            rows = slice(n, n + scratch.rows)
-            chunk = problem.tokens(rows)
-            dh_Sn = None if dh_S is None else dh_S[rows]
-            P = None if scratch.P is None else scratch.P[: chunk.h_S.shape[0]].zero_()
-            launch_lse(scratch, chunk)
-            for v in range(0, V, scratch.columns):
-                v_end = min(v + scratch.columns, V)
-                launch_pair(scratch, chunk, v, v_end)
-                accumulate(dh_Sn, P, scratch, chunk, v, v_end)
-            launch_finish(loss[rows], dh_Sn, scratch, chunk)
+    with kernels.current(outputs.loss.device):
+        for n in range(0, outputs.loss.shape[0], named.rows):
+            rows = slice(n, n + named.rows)
+            chunk, into = problem.tokens(rows), outputs.tokens(rows)
+            P = None if named.P is None else named.P[: chunk.h_S.shape[0]].zero_()
+            launch_lse(named, chunk)
+            for v in range(0, v_stop, named.columns):
+                v_end = min(v + named.columns, V)
+                launch_pair(named, chunk, v, v_end)
+                accumulate(into.dh_S, P, named, chunk, v, v_end)
+            launch_finish(into, named, chunk)
 
 
 def launch_lse(scratch: Scratch, chunk: Problem) -> None:
@@ -120,15 +141,16 @@ def launch_lse(scratch: Scratch, chunk: Problem) -> None:
     R, V = chunk.h_S.shape[0], chunk.W.shape[0]
     spans, stride = scratch.index.shape
     limit = 0.0 if scratch.s is None else mean_limit(chunk.beta)  # scores alone need the mean
-    lse.lse_kernel[(triton.cdiv(R, scratch.row.lse.BM), spans)](
+    lse.lse_kernel[(_cdiv(R, scratch.row.lse.BM), spans)](
         partials_ptr=scratch.partials,
         index_ptr=scratch.index,
         stride_partials=stride,
         span=_span(V, scratch.row),
+        targets_ptr=chunk.targets,
         LIMIT=limit,
         **_logits(chunk, scratch.row.lse),
     )
-    lse.merge_kernel[(triton.cdiv(R, lse.MERGE_BM),)](
+    lse.merge_kernel[(_cdiv(R, lse.MERGE_BM),)](
         stats_ptr=scratch.stats,
         top_ptr=scratch.top,
         partials_ptr=scratch.partials,
@@ -136,31 +158,35 @@ def launch_lse(scratch: Scratch, chunk: Problem) -> None:
         R=R,
         spans=spans,
         stride_partials=stride,
+        TARGETS=chunk.targets is not None,
         LIMIT=limit,
         BM=lse.MERGE_BM,
         SPANS=triton.next_power_of_2(spans),
-        **_divergence(chunk),
+        **arguments(chunk.beta, chunk.entry_clip),
     )
 
 
 def launch_pair(scratch: Scratch, chunk: Problem, v_begin: int, v_end: int) -> None:
     """sums, s, p ← those of the columns v_begin … v_end of the vocabulary."""
-    tile = scratch.row.pair
-    grid = (triton.cdiv(chunk.h_S.shape[0], tile.BM), triton.cdiv(v_end - v_begin, tile.BV))
+    tile, sampled = scratch.pair, chunk.beta is None
+    logits = _logits(chunk, tile)
+    if sampled:
+        logits |= {"h_T_ptr": None, "W_T_ptr": None, "SHARED": True}
+    grid = (_cdiv(chunk.h_S.shape[0], tile.BM), _cdiv(v_end - v_begin, tile.BV))
     pair.pair_kernel[grid](
         sums_ptr=scratch.sums,
         s_ptr=scratch.s,
         p_ptr=scratch.p,
         stats_ptr=scratch.stats,
-        top_ptr=scratch.top,
+        top_ptr=chunk.targets if sampled else scratch.top,
         v_begin=v_begin,
         v_end=v_end,
         slots=scratch.sums.shape[1],
         stride_sums=scratch.top.shape[0],
         stride_tile=scratch.columns,
-        NEEDS_SCORE=scratch.s is not None,
-        **_logits(chunk, tile),
-        **_divergence(chunk),
+        STATISTICS=scratch.sums.shape[0] > pair.SUMS.value,
+        **logits,
+        **arguments(chunk.beta, chunk.entry_clip),
     )
 
 
@@ -177,30 +203,34 @@ def accumulate(
     project_back(terms, chunk.W[v:v_end], chunk.operand_dtype, scratch.copied_rows)
 
 
-def launch_finish(loss: Tensor, dh_S: Tensor | None, scratch: Scratch, chunk: Problem) -> None:
-    """loss, dh_S ← ℓ and ∂ℓ/∂h_S from sums and accumulators."""
+def launch_finish(outputs: Outputs, scratch: Scratch, chunk: Problem) -> None:
+    """outputs ← ℓ, statistics and ∂ℓ/∂h_S from sums and accumulators."""
     R, D = chunk.h_S.shape
+    statistics = outputs.statistics
     _terms, slots, stride = scratch.sums.shape
-    divergence = _divergence(chunk)
-    finish.finish_kernel[(triton.cdiv(R, finish.BM),)](
-        loss_ptr=loss,
-        dh_ptr=dh_S,
+    divergence = arguments(chunk.beta, chunk.entry_clip)
+    finish.finish_kernel[(_cdiv(R, finish.BM),)](
+        loss_ptr=outputs.loss,
+        statistics_ptr=statistics,
+        dh_ptr=outputs.dh_S,
         P_ptr=scratch.P,
         W_ptr=chunk.W,
         sums_ptr=scratch.sums,
         stats_ptr=scratch.stats,
-        top_ptr=scratch.top,
+        top_ptr=chunk.targets if chunk.beta is None else scratch.top,
         keep_ptr=chunk.keep,
         R=R,
         D=D,
         slots=slots,
         stride_sums=stride,
+        stride_statistics=0 if statistics is None else statistics.stride(0),
         stride_Wv=chunk.W.stride(0),
         stride_Wd=chunk.W.stride(1),
         inverse_temperature=1 / chunk.temperature,
+        beta=divergence["beta"],
         FAMILY=divergence["FAMILY"],
         CLIPPED=divergence["CLIPPED"],
-        NEEDS_SCORE=dh_S is not None,
+        TARGETS=chunk.targets is not None,
         MASKED=chunk.keep is not None,
         BM=finish.BM,
         BD=finish.BD,
@@ -243,18 +273,17 @@ def _logits(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
     }
 
 
-def _divergence(chunk: Problem) -> dict[str, Any]:
-    return {
-        "beta": chunk.beta,
-        "entry_clip": chunk.entry_clip or 0.0,
-        "FAMILY": family(chunk.beta),
-        "CLIPPED": chunk.entry_clip is not None,
-    }
+def _pair_tile(row: tiles.Row, problem: Problem, needs_statistics: bool) -> tiles.Tile:
+    return row.pair_wide if is_wide(problem.beta, needs_statistics) else row.pair
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)  # triton.cdiv, which PyTorch's compiler cannot look into
 
 
 def _span(V: int, row: tiles.Row) -> int:
     """Columns of one program of `lse`: tiles of the vocabulary, shared out evenly."""
-    return triton.cdiv(triton.cdiv(V, row.lse.BV), row.spans) * row.lse.BV
+    return _cdiv(_cdiv(V, row.lse.BV), row.spans) * row.lse.BV
 
 
 def _rows_contiguous(h: Tensor) -> Tensor:

@@ -1,18 +1,26 @@
-"""The face of the package: arguments checked, tokens flattened, per-token losses reduced."""
+"""The face of the package: losses of tokens, whose hidden states come in any leading shape."""
 
-import math
-from numbers import Real
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from opsd_kernels import kernels
-from opsd_kernels.autograd import TokenDivergence
-from opsd_kernels.divergence import HUGE
-from opsd_kernels.row_workspace import MIB, default_workspace_mib
+from opsd_kernels import divergence
+from opsd_kernels.autograd import DivergenceFunction
+from opsd_kernels.checks import (
+    FLOAT_DTYPES,
+    check_beta,
+    check_clip,
+    check_reduction,
+    check_targets,
+    check_temperature,
+    check_tensors,
+    check_token_beta,
+    check_weights,
+    check_workspace,
+)
 
-FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Reduction = Literal["mean", "sum", "none"]
 
 
@@ -21,7 +29,7 @@ def fused_jsd_loss(
     h_teacher: Tensor,
     W: Tensor,
     *,
-    beta: float = 0.5,
+    beta: float | Tensor = 0.5,
     temperature: float = 1.0,
     entry_clip: float | None = None,
     token_weights: Tensor | None = None,
@@ -47,7 +55,9 @@ def fused_jsd_loss(
             predict the same tokens. Same leading shape and dtype. Treated as a constant.
         W: [V, D] LM head, frozen (detach a head that requires grad). A head padded beyond its
             vocabulary is passed as the view `W[:vocab_size]`.
-        beta: in [0, 1], the teacher's weight in the mixture.
+        beta: in [0, 1], the teacher's weight in the mixture: a number, or a float tensor [...] that
+            gives each token its own divergence, 0 and 1 included. A constant. (Under
+            `torch.compile` a number is compiled in; to anneal β make it a 0-dimensional tensor.)
         temperature: T > 0, divides both logits. The loss carries no factor T².
         entry_clip: τ > 0: each vocabulary entry's value is min(f, τ) before the sum, and a clipped
             entry has no gradient of its own. A clipped KL can be negative.
@@ -66,34 +76,161 @@ def fused_jsd_loss(
         gradient 0.
 
     Under autocast the operands are rounded as `F.linear` would round them. Shapes, dtypes and
-    devices are always checked; contents (signs of `token_weights`) on a CPU only, so that a GPU
-    never waits for the host.
+    devices are always checked; what `token_weights` and `beta` hold on a CPU only, so that a GPU
+    never waits for the host, and not under `torch.compile`. There is no second derivative.
 
     Raises:
         TypeError: an argument of the wrong type, or of a dtype that is not supported.
         ValueError: shapes, devices or values that do not fit; the message names the argument.
     """
-    beta, temperature, entry_clip = check_divergence(beta, temperature, entry_clip)
-    operand_dtype = check_tensors(h_student, h_teacher, W, W_teacher, FLOAT_DTYPES)
     check_reduction(reduction)
-    leading = h_student.shape[:-1]
-    weights = check_weights(token_weights, leading, h_student.device)
-    workspace_bytes = _workspace_bytes(workspace_mib, h_student.device)
-
-    loss = TokenDivergence.apply(
-        h_student.reshape(-1, h_student.shape[-1]),
-        h_teacher.detach().reshape(-1, h_teacher.shape[-1]),
-        W.detach(),
-        None if W_teacher is None else W_teacher.detach(),
-        None if weights is None else weights.reshape(-1) != 0,
-        torch.is_grad_enabled() and h_student.requires_grad,
-        operand_dtype,
-        workspace_bytes,
-        beta,
-        temperature,
-        entry_clip,
+    tokens = _per_token(
+        h_student,
+        h_teacher,
+        W,
+        W_teacher,
+        beta=beta if isinstance(beta, Tensor) else check_beta(beta),
+        temperature=temperature,
+        entry_clip=entry_clip,
+        token_weights=token_weights,
+        workspace_mib=workspace_mib,
     )
-    return reduce_tokens(loss.reshape(leading), weights, reduction)
+    return reduce_tokens(tokens.value, tokens.weights, reduction)
+
+
+class TokenDivergence(NamedTuple):
+    """What `token_divergence` tells of every token: fp32 tensors of the leading shape. All but
+    `loss` are without gradient, and not weighted."""
+
+    loss: Tensor
+    """w ℓ, differentiable with respect to the student's hidden states."""
+    forward_kl: Tensor
+    """KL(teacher‖student), without clip."""
+    reverse_kl: Tensor
+    """KL(student‖teacher), without clip."""
+    entropy_student: Tensor
+    """−Σ p log p, in nats."""
+    entropy_teacher: Tensor
+    """−Σ q log q, in nats."""
+    clipped_share: Tensor
+    """The part of the unclipped ℓ that `entry_clip` removed: 0 without a clip, above 1 where what
+    is left of a KL is negative."""
+    logp_student: Tensor | None
+    """log p of the target; None without `targets`."""
+    logp_teacher: Tensor | None
+    """log q of the target; None without `targets`."""
+
+
+def token_divergence(
+    h_student: Tensor,
+    h_teacher: Tensor,
+    W: Tensor,
+    *,
+    beta: float | Tensor = 0.5,
+    temperature: float = 1.0,
+    entry_clip: float | None = None,
+    targets: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    W_teacher: Tensor | None = None,
+    workspace_mib: float | None = None,
+) -> TokenDivergence:
+    """The loss of every token, and from the same passes over the vocabulary what one wants to know
+    of a run: both KLs, both entropies, what the clip took, log-probabilities of the sampled tokens.
+
+    No matrix products are added to those of `fused_jsd_loss`, whose arguments these are. The KLs
+    are right where student and teacher nearly agree, as the loss is.
+
+    Args:
+        targets: [...] ids of the tokens that were sampled, of any integer dtype. What they are is
+            checked on a CPU only; elsewhere an id outside the vocabulary gives NaN. Those of
+            dropped tokens may be anything.
+        token_weights: [...] weights of the loss. A token of weight 0 is dropped: all that is told
+            of it is 0.
+
+    Returns:
+        A `TokenDivergence`. All statistics are at the temperature of the loss.
+
+    Raises:
+        TypeError, ValueError: as `fused_jsd_loss`.
+    """
+    tokens = _per_token(
+        h_student,
+        h_teacher,
+        W,
+        W_teacher,
+        beta=beta if isinstance(beta, Tensor) else check_beta(beta),
+        temperature=temperature,
+        entry_clip=entry_clip,
+        token_weights=token_weights,
+        targets=targets,
+        needs_statistics=True,
+        workspace_mib=workspace_mib,
+    )
+    return tokens.divergence()
+
+
+class SampledTokenLoss(NamedTuple):
+    """What `fused_sampled_token_loss` returns on request."""
+
+    loss: Tensor
+    """fp32 scalar, or [...] with reduction "none"."""
+    logp_student: Tensor
+    """[...] fp32 log p of the target, without gradient."""
+    logp_teacher: Tensor
+    """[...] fp32 log q of the target."""
+
+
+def fused_sampled_token_loss(
+    h_student: Tensor,
+    h_teacher: Tensor,
+    W: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    advantage_clip: float | None = None,
+    token_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
+    W_teacher: Tensor | None = None,
+    workspace_mib: float | None = None,
+    return_log_probs: bool = False,
+) -> Tensor | SampledTokenLoss:
+    """The sampled-token objective (Zhao et al. 2026, Eq. 8): a policy gradient whose advantage is
+    the teacher's log-probability of the sampled token ŷ over the student's.
+
+        A = log q(ŷ) − log p(ŷ), a constant        ℓ = −A log p(ŷ)
+
+    Its gradient with respect to the student's logits, A (p − 1[v = ŷ]), is exact. It knows of one
+    entry of the teacher's distribution only; logit-free it needs fewer products than a divergence.
+    Where log p(ŷ) or log q(ŷ) is −∞ the gradient is 0, unless a clip makes the advantage finite.
+
+    Args:
+        targets: [...] ids of the sampled tokens, see `token_divergence`.
+        advantage_clip: A is clamped to ± this. None for no clip.
+        return_log_probs: whether to return both log-probabilities beside the loss.
+
+    For the others see `fused_jsd_loss`.
+
+    Returns:
+        fp32 scalar, or [...] with reduction "none"; with `return_log_probs` a `SampledTokenLoss`.
+
+    Raises:
+        TypeError, ValueError: as `fused_jsd_loss`.
+    """
+    check_reduction(reduction)
+    advantage_clip = check_clip("advantage_clip", advantage_clip)
+    tokens = _per_token(
+        h_student,
+        h_teacher,
+        W,
+        W_teacher,
+        beta=None,
+        temperature=temperature,
+        token_weights=token_weights,
+        targets=targets,
+        needs_statistics=True,
+        workspace_mib=workspace_mib,
+    )
+    return tokens.sampled_token_loss(advantage_clip, reduction, return_log_probs)
 
 
 def reduce_tokens(loss: Tensor, weights: Tensor | None, reduction: Reduction) -> Tensor:
@@ -112,151 +249,102 @@ def reduce_tokens(loss: Tensor, weights: Tensor | None, reduction: Reduction) ->
     return total / torch.where(weight > 0, weight, 1)
 
 
-def check_divergence(
-    beta: float, temperature: float, entry_clip: float | None
-) -> tuple[float, float, float | None]:
-    """Check the numbers that define the divergence and return them as floats."""
-    beta = _number("beta", beta)
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta must lie in [0, 1], got {beta}")
-    temperature = _number("temperature", temperature)
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    if entry_clip is not None:
-        entry_clip = _number("entry_clip", entry_clip)
-        if not 0 < entry_clip < HUGE:
-            raise ValueError(
-                f"entry_clip must be positive and below {HUGE:g}, or None for no clip, "
-                f"got {entry_clip}"
-            )
-    return beta, temperature, entry_clip
+@dataclass(frozen=True)
+class Tokens:
+    """What is known of every token, in the leading shape of the hidden states: what the functions
+    above, and the oracle's, make their results of."""
+
+    value: Tensor  # the divergence, or log p of the targets
+    weights: Tensor | None
+    statistics: Tensor  # [STATISTICS, ...]; empty if none were asked for
+    has_targets: bool
+
+    def divergence(self) -> TokenDivergence:
+        statistics = self.statistics
+        return TokenDivergence(
+            reduce_tokens(self.value, self.weights, "none"),
+            statistics[divergence.FORWARD_KL],
+            statistics[divergence.REVERSE_KL],
+            statistics[divergence.ENTROPY_S],
+            statistics[divergence.ENTROPY_T],
+            statistics[divergence.CLIPPED_SHARE],
+            statistics[divergence.LOG_P] if self.has_targets else None,
+            statistics[divergence.LOG_Q] if self.has_targets else None,
+        )
+
+    def sampled_token_loss(
+        self, advantage_clip: float | None, reduction: Reduction, return_log_probs: bool
+    ) -> Tensor | SampledTokenLoss:
+        log_p, log_q = self.statistics[divergence.LOG_P], self.statistics[divergence.LOG_Q]
+        advantage = self.statistics[divergence.LOG_RATIO]
+        if advantage_clip is not None:
+            advantage = advantage.clamp(-advantage_clip, advantage_clip)
+        loss = -advantage * self.value
+        # Without mass on one side the advantage or log p is infinite: no gradient, as of a KL.
+        infinite = (log_p == -torch.inf) | (advantage.abs() > divergence.HUGE / 2)
+        limit = (-advantage * log_p).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+        loss = reduce_tokens(torch.where(infinite, limit, loss), self.weights, reduction)
+        return SampledTokenLoss(loss, log_p, log_q) if return_log_probs else loss
 
 
-def check_tensors(
+def tokens_of(
+    value: Tensor,
+    statistics: Tensor | None,
+    weights: Tensor | None,
+    valid: Tensor | None,
+    leading: torch.Size,
+) -> Tokens:
+    """Name what `DivergenceFunction` returned. A dropped token's statistics are 0, whatever a
+    schedule made of it; those of a target outside the vocabulary are NaN."""
+    if statistics is None:
+        return Tokens(value.reshape(leading), weights, value.new_empty(0), False)
+    statistics = statistics.reshape(divergence.STATISTICS, *leading)
+    if valid is not None:
+        of_target = statistics[divergence.LOG_P :].masked_fill(~valid, torch.nan)
+        statistics = torch.cat([statistics[: divergence.LOG_P], of_target])
+    if weights is not None:
+        statistics = torch.where(weights != 0, statistics, 0)
+    return Tokens(value.reshape(leading), weights, statistics, valid is not None)
+
+
+def _per_token(
     h_student: Tensor,
     h_teacher: Tensor,
     W: Tensor,
     W_teacher: Tensor | None,
-    dtypes: tuple[torch.dtype, ...],
-) -> torch.dtype:
-    """Check hidden states and heads, and return the dtype of the matrix products' operands."""
-    tensors = {"h_student": h_student, "h_teacher": h_teacher, "W": W}
-    if W_teacher is not None:
-        tensors["W_teacher"] = W_teacher
-    for name, t in tensors.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-        if t.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got {t.layout}")
-        if t.dtype not in dtypes:
-            wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-            raise TypeError(f"{name} must be one of {wanted}, got {t.dtype}")
-        if t.device != h_student.device:
-            raise ValueError(
-                f"{name} is on {t.device}, h_student on {h_student.device}; "
-                "all tensors must be on one device"
-            )
-    device_type = h_student.device.type
-    # Devices without autocast (meta, say) raise when asked whether it is on.
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        operand_dtype = torch.get_autocast_dtype(device_type)
-    else:
-        operand_dtype = h_student.dtype
-        for name, t in tensors.items():
-            if t.dtype != operand_dtype:
-                raise TypeError(
-                    f"{name} is {t.dtype}, h_student {operand_dtype}; "
-                    "all tensors must have one dtype (or be used under torch.autocast)"
-                )
-
-    for name, t in tensors.items():
-        if not name.startswith("W"):
-            if t.ndim == 0:
-                raise ValueError(f"{name} must be [..., D], got a scalar")
-        elif t.ndim != 2:
-            raise ValueError(
-                f"{name} must be [V, D], got shape {list(t.shape)}; a head sharded or flattened by "
-                "FSDP or ZeRO-3 must be gathered first"
-            )
-        elif 0 in t.shape:
-            raise ValueError(
-                f"{name} must have at least one row and column, got shape {list(t.shape)}"
-            )
-        elif t.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name} requires grad, but the gradient reaches h_student only: "
-                f"pass {name}.detach() for a frozen head"
-            )
-    if h_student.shape[:-1] != h_teacher.shape[:-1]:
-        raise ValueError(
-            "h_student and h_teacher must have the same leading shape, got "
-            f"{list(h_student.shape)} and {list(h_teacher.shape)}"
-        )
-    head_T, W_T = ("W", W) if W_teacher is None else ("W_teacher", W_teacher)
-    for name, h, head, weight in (
-        ("h_student", h_student, "W", W),
-        ("h_teacher", h_teacher, head_T, W_T),
-    ):
-        if h.shape[-1] != weight.shape[1]:
-            raise ValueError(
-                f"{name} has {h.shape[-1]} features, {head} {weight.shape[1]}: "
-                f"{name} {list(h.shape)} must be [..., D] for {head} [V, D] {list(weight.shape)}"
-            )
-    if W_T.shape[0] != W.shape[0]:
-        raise ValueError(
-            f"W_teacher has {W_T.shape[0]} rows, W {W.shape[0]}: "
-            "student and teacher must share one vocabulary"
-        )
-    return operand_dtype
-
-
-def check_reduction(reduction: str) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-
-
-def check_weights(
-    token_weights: Tensor | None, leading: torch.Size, device: torch.device
-) -> Tensor | None:
-    """Check token weights and return them as fp32 constants of the leading shape."""
-    if token_weights is None:
-        return None
-    if not isinstance(token_weights, Tensor):
-        raise TypeError(f"token_weights must be a torch.Tensor, got {type(token_weights).__name__}")
-    if token_weights.is_complex():
-        raise TypeError(f"token_weights must be float, int or bool, got {token_weights.dtype}")
-    if token_weights.shape != leading:
-        raise ValueError(
-            f"token_weights must have the leading shape {list(leading)} of h_student, "
-            f"got {list(token_weights.shape)}"
-        )
-    if token_weights.device != device:
-        raise ValueError(f"token_weights is on {token_weights.device}, h_student on {device}")
-    weights = token_weights.detach().float()
-    if device.type == "cpu" and not ((weights >= 0) & (weights < math.inf)).all():
-        raise ValueError("token_weights must be finite and not negative")
-    return weights
-
-
-def _workspace_bytes(workspace_mib: float | None, device: torch.device) -> float:
-    if workspace_mib is None:
-        return default_workspace_mib(device) * MIB
-    workspace_mib = _number("workspace_mib", workspace_mib)
-    if not (workspace_mib >= 0 and math.isfinite(workspace_mib)):
-        raise ValueError(f"workspace_mib must be finite and not negative, got {workspace_mib}")
-    if workspace_mib == 0 and not kernels.available(device):
-        raise ValueError(
-            f"workspace_mib=0 keeps logits in the registers of a GPU; the tensors are on {device}. "
-            "On a CPU it runs under TRITON_INTERPRET=1 only, for tests: leave workspace_mib out, "
-            "or give what may be used"
-        )
-    return workspace_mib * MIB
-
-
-def _number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name} is too large: {value}") from None
+    *,
+    beta: float | Tensor | None,
+    temperature: float,
+    entry_clip: float | None = None,
+    token_weights: Tensor | None,
+    targets: Tensor | None = None,
+    needs_statistics: bool = False,
+    workspace_mib: float | None,
+) -> Tokens:
+    """Check the arguments and run. β is None for log p of the targets."""
+    temperature = check_temperature(temperature)
+    entry_clip = check_clip("entry_clip", entry_clip)
+    operand_dtype = check_tensors(h_student, h_teacher, W, W_teacher, FLOAT_DTYPES)
+    if isinstance(beta, Tensor):
+        beta = check_token_beta(beta, h_student)
+    weights = check_weights(token_weights, h_student)
+    ids = valid = None
+    if targets is not None or beta is None:
+        ids, valid = check_targets(targets, h_student, W.shape[0], weights)
+    workspace_bytes = check_workspace(workspace_mib, h_student.device)
+    value, statistics = DivergenceFunction.apply(
+        h_student.reshape(-1, h_student.shape[-1]),
+        h_teacher.detach().reshape(-1, h_teacher.shape[-1]),
+        W.detach(),
+        None if W_teacher is None else W_teacher.detach(),
+        beta,
+        temperature,
+        entry_clip,
+        None if weights is None else weights.reshape(-1) != 0,
+        ids,
+        needs_statistics,
+        torch.is_grad_enabled() and h_student.requires_grad,
+        operand_dtype,
+        workspace_bytes,
+    )
+    return tokens_of(value, statistics, weights, valid, h_student.shape[:-1])

@@ -1,4 +1,4 @@
-"""What every schedule is given."""
+"""What every schedule is given, and what it fills."""
 
 from dataclasses import dataclass, replace
 
@@ -14,17 +14,41 @@ class Problem:
     h_T: Tensor  # [N, D_T]
     W: Tensor  # [V, D]
     W_T: Tensor | None  # [V, D_T]; None if W serves both
-    keep: Tensor | None  # [N] bool, the tokens that will count; None for all
     operand_dtype: torch.dtype  # whose rounding the operands of the matrix products have
-    beta: float
-    temperature: float
-    entry_clip: float | None
+    beta: float | Tensor | None  # a number or [N] fp32; None if log p(ŷ) takes the loss's place
+    temperature: float = 1.0
+    entry_clip: float | None = None
+    keep: Tensor | None = None  # [N] bool, the tokens that will count; None for all
+    targets: Tensor | None = None  # [N] int32 ids ŷ of sampled tokens, all within the vocabulary
 
     @property
     def heads(self) -> tuple[Tensor, ...]:
         return (self.W,) if self.W_T is None else (self.W, self.W_T)
 
-    def tokens(self, rows: slice) -> "Problem":
-        """The same problem for some of the tokens; no copy is made."""
-        keep = None if self.keep is None else self.keep[rows]
-        return replace(self, h_S=self.h_S[rows], h_T=self.h_T[rows], keep=keep)
+    def tokens(self, rows: slice | Tensor) -> "Problem":
+        """The same problem for some of the tokens; of a slice no copy is made."""
+        return replace(
+            self,
+            h_S=self.h_S[rows],
+            h_T=self.h_T[rows],
+            beta=self.beta[rows] if isinstance(self.beta, Tensor) else self.beta,
+            keep=None if self.keep is None else self.keep[rows],
+            targets=None if self.targets is None else self.targets[rows],
+        )
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What is filled. It is zeros when it is given; of a token that is not kept nothing is said."""
+
+    loss: Tensor  # [N] fp32, ℓ; or log p(ŷ), where no divergence is wanted
+    statistics: Tensor | None = None  # [STATISTICS, N] fp32, see `divergence.py`
+    dh_S: Tensor | None = None  # [N, D] fp32, the gradient of `loss` with respect to h_S
+
+    def tokens(self, rows: slice) -> "Outputs":
+        """Views of some of the tokens."""
+        return Outputs(
+            self.loss[rows],
+            None if self.statistics is None else self.statistics[:, rows],
+            None if self.dh_S is None else self.dh_S[rows],
+        )

@@ -1,8 +1,8 @@
 """The oracle: the same losses in float64 from materialized logits, with a closed-form backward.
 
-Slow and large on purpose. What it shares with the fused op is the pointwise family
+Slow and large on purpose. What it shares with the fused ops is the pointwise family
 (`divergence.py`); that the family, and the closed-form backward, are right is proven in the tests
-against autograd through Eq. 6 as it is written in the paper.
+against autograd through the formulas as they are written in the paper.
 """
 
 from typing import Any
@@ -11,15 +11,26 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opsd_kernels.divergence import divergence_rows_
-from opsd_kernels.loss import (
+from opsd_kernels import divergence
+from opsd_kernels.checks import (
     FLOAT_DTYPES,
-    Reduction,
-    check_divergence,
+    check_beta,
+    check_clip,
     check_reduction,
+    check_targets,
+    check_temperature,
     check_tensors,
+    check_token_beta,
     check_weights,
+)
+from opsd_kernels.divergence import divergence_rows_, log_prob_rows_
+from opsd_kernels.loss import (
+    Reduction,
+    SampledTokenLoss,
+    TokenDivergence,
+    Tokens,
     reduce_tokens,
+    tokens_of,
 )
 
 
@@ -28,7 +39,7 @@ def reference_jsd_loss(
     h_teacher: Tensor,
     W: Tensor,
     *,
-    beta: float = 0.5,
+    beta: float | Tensor = 0.5,
     temperature: float = 1.0,
     entry_clip: float | None = None,
     token_weights: Tensor | None = None,
@@ -44,19 +55,113 @@ def reference_jsd_loss(
         float64 scalar, or [...] with reduction "none". The gradient has the dtype of `h_student`;
         pass `h_student.double()` to have it unrounded.
     """
-    beta, temperature, entry_clip = check_divergence(beta, temperature, entry_clip)
-    check_tensors(h_student, h_teacher, W, W_teacher, (*FLOAT_DTYPES, torch.float64))
     check_reduction(reduction)
-    leading = h_student.shape[:-1]
-    weights = check_weights(token_weights, leading, h_student.device)
-
-    z_T = _logits(h_teacher.detach(), W if W_teacher is None else W_teacher, temperature)
-    loss = _ReferenceDivergence.apply(
-        h_student.reshape(-1, h_student.shape[-1]), z_T, W.detach(), beta, temperature, entry_clip
+    tokens = _per_token(
+        h_student,
+        h_teacher,
+        W,
+        W_teacher,
+        beta=beta if isinstance(beta, Tensor) else check_beta(beta),
+        temperature=temperature,
+        entry_clip=entry_clip,
+        token_weights=token_weights,
     )
-    if weights is not None:
-        weights = weights.double()
-    return reduce_tokens(loss.reshape(leading), weights, reduction)
+    return reduce_tokens(tokens.value, tokens.weights, reduction)
+
+
+def reference_token_divergence(
+    h_student: Tensor,
+    h_teacher: Tensor,
+    W: Tensor,
+    *,
+    beta: float | Tensor = 0.5,
+    temperature: float = 1.0,
+    entry_clip: float | None = None,
+    targets: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    W_teacher: Tensor | None = None,
+    workspace_mib: float | None = None,
+) -> TokenDivergence:
+    """`token_divergence` in float64; see `reference_jsd_loss`."""
+    tokens = _per_token(
+        h_student,
+        h_teacher,
+        W,
+        W_teacher,
+        beta=beta if isinstance(beta, Tensor) else check_beta(beta),
+        temperature=temperature,
+        entry_clip=entry_clip,
+        token_weights=token_weights,
+        targets=targets,
+    )
+    return tokens.divergence()
+
+
+def reference_sampled_token_loss(
+    h_student: Tensor,
+    h_teacher: Tensor,
+    W: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    advantage_clip: float | None = None,
+    token_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
+    W_teacher: Tensor | None = None,
+    workspace_mib: float | None = None,
+    return_log_probs: bool = False,
+) -> Tensor | SampledTokenLoss:
+    """`fused_sampled_token_loss` in float64; see `reference_jsd_loss`."""
+    check_reduction(reduction)
+    advantage_clip = check_clip("advantage_clip", advantage_clip)
+    tokens = _per_token(
+        h_student,
+        h_teacher,
+        W,
+        W_teacher,
+        beta=None,
+        temperature=temperature,
+        token_weights=token_weights,
+        targets=targets,
+    )
+    return tokens.sampled_token_loss(advantage_clip, reduction, return_log_probs)
+
+
+def _per_token(
+    h_student: Tensor,
+    h_teacher: Tensor,
+    W: Tensor,
+    W_teacher: Tensor | None,
+    *,
+    beta: float | Tensor | None,
+    temperature: float,
+    entry_clip: float | None = None,
+    token_weights: Tensor | None,
+    targets: Tensor | None = None,
+) -> Tokens:
+    """Check the arguments and run. β is None for log p of the targets."""
+    temperature = check_temperature(temperature)
+    entry_clip = check_clip("entry_clip", entry_clip)
+    check_tensors(h_student, h_teacher, W, W_teacher, (*FLOAT_DTYPES, torch.float64))
+    if isinstance(beta, Tensor):
+        # As the fused ops round it, so that it is the same divergence.
+        beta = check_token_beta(beta, h_student).double()
+    weights = check_weights(token_weights, h_student)
+    ids = valid = None
+    if targets is not None or beta is None:
+        ids, valid = check_targets(targets, h_student, W.shape[0], weights)
+    z_T = _logits(h_teacher.detach(), W if W_teacher is None else W_teacher, temperature)
+    value, statistics = _ReferenceDivergence.apply(
+        h_student.reshape(-1, h_student.shape[-1]),
+        z_T,
+        W.detach(),
+        beta,
+        temperature,
+        entry_clip,
+        None if ids is None else ids.long(),
+    )
+    weights = None if weights is None else weights.double()
+    return tokens_of(value, statistics, weights, valid, h_student.shape[:-1])
 
 
 class _ReferenceDivergence(torch.autograd.Function):
@@ -66,24 +171,31 @@ class _ReferenceDivergence(torch.autograd.Function):
         h_S: Tensor,
         z_T: Tensor,
         W: Tensor,
-        beta: float,
+        beta: float | Tensor | None,
         temperature: float,
         entry_clip: float | None,
-    ) -> Tensor:
+        targets: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         z_S = _logits(h_S, W, temperature)
-        loss = divergence_rows_(z_S, z_T, beta, entry_clip, needs_score=True)
-        ctx.save_for_backward(z_S, W)  # z_S now holds a − G p
+        statistics = z_S.new_zeros(divergence.STATISTICS, z_S.shape[0])
+        if beta is None:
+            assert targets is not None
+            loss = log_prob_rows_(z_S, z_T, targets, True, statistics)
+        else:
+            loss = divergence_rows_(z_S, z_T, beta, entry_clip, True, statistics, targets)
+        ctx.save_for_backward(z_S, W)  # z_S now holds the gradient
         ctx.temperature, ctx.dtype = temperature, h_S.dtype
-        return loss
+        ctx.mark_non_differentiable(statistics)
+        return loss, statistics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dz_S, W = ctx.saved_tensors
         dh_S = dz_S @ W.double() / ctx.temperature
         # Selected, not multiplied: the row of a dropped token may hold NaN.
         dh_S = torch.where(grad_loss[:, None] != 0, grad_loss[:, None] * dh_S, 0)
-        return dh_S.to(ctx.dtype), None, None, None, None, None
+        return dh_S.to(ctx.dtype), *(None,) * 6
 
 
 def _logits(h: Tensor, W: Tensor, temperature: float) -> Tensor:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import kernels
-from opsd_kernels.divergence import divergence_rows_
-from opsd_kernels.problem import Problem
+from opsd_kernels.divergence import divergence_rows_, log_prob_rows_
+from opsd_kernels.problem import Outputs, Problem
 from opsd_kernels.products import (
     copied_bytes,
     multiplied_dtype,
@@ -31,7 +31,9 @@ from opsd_kernels.products import (
 MIB = 2**20
 
 # [block, V] fp32 temporaries alive at once inside `divergence_rows_`, at most.
-BLOCK_TEMPORARIES = 8
+BLOCK_TEMPORARIES = 8  # one more with statistics
+# … and besides, where each token has a β of its own, and those of one formula are copied.
+COPIES_OF_A_FAMILY = 2
 # Rows of a chunk at most: hidden states are copied a chunk at a time, and V may be small.
 MAX_ROWS = 4096
 # Rows of W widened at once at least: below, Python's overhead for each shows.
@@ -64,7 +66,14 @@ def uses_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and kernels.available(device)
 
 
-def make_plan(N: int, heads: tuple[Tensor, ...], operand_dtype: torch.dtype, budget: float) -> Plan:
+def make_plan(
+    N: int,
+    heads: tuple[Tensor, ...],
+    operand_dtype: torch.dtype,
+    budget: float,
+    block_temporaries: int = BLOCK_TEMPORARIES,
+    max_rows: int = MAX_ROWS,
+) -> Plan:
     """Fit chunk, block and tile to `budget` bytes.
 
     Args:
@@ -72,6 +81,8 @@ def make_plan(N: int, heads: tuple[Tensor, ...], operand_dtype: torch.dtype, bud
         heads: the LM heads in use, [V, D] each.
         operand_dtype: the dtype whose rounding the operands of the matrix products have.
         budget: bytes for all temporaries with a vocabulary-sized dimension together.
+        block_temporaries: [block, V] fp32 temporaries alive at once in step 2, at most.
+        max_rows: of a chunk.
 
     Raises:
         ValueError: the budget cannot hold one row; the message names the least that works.
@@ -82,7 +93,7 @@ def make_plan(N: int, heads: tuple[Tensor, ...], operand_dtype: torch.dtype, bud
     if not uses_kernel(device):
         # PyTorch's rows need temporaries, and a narrow copy of the gradient for step 3.
         row_bytes += 0 if g_dtype == torch.float32 else g_dtype.itemsize * V
-        block_row_bytes = 4 * BLOCK_TEMPORARIES * V
+        block_row_bytes = 4 * block_temporaries * V
     tile_row_bytes = max(copied_bytes(W, operand_dtype) for W in heads)
     least_tile = min(V, LEAST_TILE)
     least = row_bytes + block_row_bytes + least_tile * tile_row_bytes
@@ -105,96 +116,137 @@ def make_plan(N: int, heads: tuple[Tensor, ...], operand_dtype: torch.dtype, bud
         rows = int((rest - block * block_row_bytes) // row_bytes)
     # GEMMs on a GPU work in tiles of this many rows.
     multiple = GPU_TILE_ROWS if device.type == "cuda" and rows >= GPU_TILE_ROWS else 1
-    chunks = max(1, math.ceil(N / min(rows, MAX_ROWS)))
-    equal = math.ceil(N / chunks / multiple) * multiple
-    rows = max(1, min(equal, rows // multiple * multiple))
+    rows = min(rows // multiple * multiple, max_rows)
+    chunks = max(1, -(-N // rows))
+    rows = max(1, min(rows, -(-N // (chunks * multiple)) * multiple))
     block = min(block, rows)
     return Plan(rows, block, tile, rows * row_bytes + block * block_row_bytes + copies)
 
 
-def fill_row_workspace(
-    loss: Tensor,
-    dh_S: Tensor | None,
-    workspace: Tensor,
-    problem: Problem,
-    rows: Tensor | None,
-    plan: Plan,
-) -> None:
-    """Fill the divergence of every token and its gradient with respect to h_S.
+def _plan(
+    problem: Problem, N: int, needs_statistics: bool, budget: float, max_rows: int = MAX_ROWS
+) -> Plan:
+    temporaries = BLOCK_TEMPORARIES + needs_statistics
+    if isinstance(problem.beta, Tensor):
+        temporaries += COPIES_OF_A_FAMILY
+    return make_plan(N, problem.heads, problem.operand_dtype, budget, temporaries, max_rows)
+
+
+def allocate(problem: Problem, needs_statistics: bool, budget: float) -> list[Tensor]:
+    """The scratch of `fill`: a [2R, V] fp32 workspace."""
+    plan = _plan(problem, problem.h_S.shape[0], needs_statistics, budget)
+    return [problem.h_S.new_empty(2 * plan.rows, problem.W.shape[0], dtype=torch.float32)]
+
+
+def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: float) -> None:
+    """Fill loss, statistics and gradient of every token that is kept.
 
     Args:
-        loss: [N] fp32, filled with ℓ.
-        dh_S: [N, D] fp32 zeros, filled with ∂ℓ/∂h_S; None where no gradient is wanted.
-        workspace: [2 plan.rows, V] fp32 scratch.
+        outputs: see `Outputs`.
+        scratch: see `allocate`.
         problem: the tokens.
-        rows: indices of the tokens to compute, the others are left alone; None for all.
-        plan: see `make_plan`.
+        budget: bytes for all temporaries with a vocabulary-sized dimension together.
     """
-    W, W_T, dtype, T = problem.W, problem.W_T, problem.operand_dtype, problem.temperature
-    for n in _chunks(rows, problem.h_S.shape[0], plan.rows):
-        h_Sn, h_Tn = problem.h_S[n], problem.h_T[n]
-        R = h_Sn.shape[0]
+    (workspace,) = scratch
+    rows = _kept(problem.keep)
+    N = problem.h_S.shape[0] if rows is None else rows.shape[0]
+    plan = _plan(problem, N, outputs.statistics is not None, budget, workspace.shape[0] // 2)
+    W, W_T, dtype, dh_S = problem.W, problem.W_T, problem.operand_dtype, outputs.dh_S
+    for n in _chunks(rows, N, plan.rows):
+        chunk = problem.tokens(n)
+        R = chunk.h_S.shape[0]
         z = workspace[: 2 * R]
         z_S, z_T = z[:R], z[R:]
         if W_T is None:
-            project(z, torch.cat([h_Sn, h_Tn]), W, dtype, plan.tile)
+            project(z, torch.cat([chunk.h_S, chunk.h_T]), W, dtype, plan.tile)
         else:
-            project(z_S, h_Sn, W, dtype, plan.tile)
-            project(z_T, h_Tn, W_T, dtype, plan.tile)
-        loss[n], g = _step_2(z_S, z_T, problem, plan, dh_S is not None)
+            project(z_S, chunk.h_S, W, dtype, plan.tile)
+            project(z_T, chunk.h_T, W_T, dtype, plan.tile)
+        filled, g = _step_2(z_S, z_T, chunk, plan, outputs)
+        outputs.loss[n] = filled.loss
+        if outputs.statistics is not None and filled.statistics is not None:
+            outputs.statistics[:, n] = filled.statistics
         if dh_S is not None:
             dh_Sn = dh_S.new_zeros(R, dh_S.shape[1])
             project_back([(dh_Sn, g)], W, dtype, plan.tile)
-            dh_S[n] = dh_Sn.div_(T)
+            dh_S[n] = dh_Sn.div_(problem.temperature)
 
 
 def _step_2(
-    z_S: Tensor, z_T: Tensor, problem: Problem, plan: Plan, needs_score: bool
-) -> tuple[Tensor, Tensor]:
-    """ℓ [R] of rows of logits [R, V] before temperature, and their gradient [R, V], which lies
-    where z_S was."""
-    loss = z_S.new_empty(z_S.shape[0])
-    beta, T, entry_clip = problem.beta, problem.temperature, problem.entry_clip
+    z_S: Tensor, z_T: Tensor, chunk: Problem, plan: Plan, outputs: Outputs
+) -> tuple[Outputs, Tensor]:
+    """Loss and statistics of rows of logits [R, V] before temperature, and the gradient of their
+    loss [R, V], which lies where z_S was; of what there is in `outputs`."""
+    R, needs_score = z_S.shape[0], outputs.dh_S is not None
+    filled = Outputs(
+        z_S.new_empty(R),
+        None if outputs.statistics is None else z_S.new_zeros(outputs.statistics.shape[0], R),
+    )
     if uses_kernel(z_S.device):
         # What is narrower than fp32 lies in the first part of each row.
-        g = z_S.view(score_dtype(problem.operand_dtype))[:, : z_S.shape[1]]
-        _launch_rows(loss, g, z_S, z_T, problem, needs_score)
-        return loss, g
-    for i in range(0, z_S.shape[0], plan.block):
-        block = slice(i, i + plan.block)
-        if T != 1:
-            z_S[block].div_(T)
-            z_T[block].div_(T)
-        loss[block] = divergence_rows_(z_S[block], z_T[block], beta, entry_clip, needs_score)
-    return loss, z_S
+        g = z_S.view(score_dtype(chunk.operand_dtype))[:, : z_S.shape[1]]
+        _launch_rows(filled, g, z_S, z_T, chunk, needs_score)
+        return filled, g
+    for i in range(0, R, plan.block):
+        rows = slice(i, i + plan.block)
+        block, into = chunk.tokens(rows), filled.tokens(rows)
+        if chunk.temperature != 1:
+            z_S[rows].div_(chunk.temperature)
+            z_T[rows].div_(chunk.temperature)
+        targets = None if block.targets is None else block.targets.long()
+        if block.beta is None:
+            assert targets is not None
+            loss = log_prob_rows_(z_S[rows], z_T[rows], targets, needs_score, into.statistics)
+        else:
+            loss = divergence_rows_(
+                z_S[rows],
+                z_T[rows],
+                block.beta,
+                block.entry_clip,
+                needs_score,
+                into.statistics,
+                targets,
+            )
+        into.loss.copy_(loss)
+    return filled, z_S
 
 
 def _launch_rows(
-    loss: Tensor, g: Tensor, z_S: Tensor, z_T: Tensor, problem: Problem, needs_score: bool
+    outputs: Outputs, g: Tensor, z_S: Tensor, z_T: Tensor, problem: Problem, needs_score: bool
 ) -> None:
     from opsd_kernels.kernels import rows, tiles
-    from opsd_kernels.kernels.pointwise import family, mean_limit
+    from opsd_kernels.kernels.pointwise import arguments, is_wide, mean_limit
 
-    block, num_warps = tiles.lookup(z_S.device, problem.operand_dtype).rows
+    statistics, beta = outputs.statistics, problem.beta
+    row = tiles.lookup(z_S.device, problem.operand_dtype)
+    block, num_warps = row.rows_wide if is_wide(beta, statistics is not None) else row.rows
     with kernels.current(z_S.device):
         rows.rows_kernel[(z_S.shape[0],)](
-            loss_ptr=loss,
+            loss_ptr=outputs.loss,
+            statistics_ptr=statistics,
             g_ptr=g,
             z_S_ptr=z_S,
             z_T_ptr=z_T,
+            targets_ptr=problem.targets,
             V=z_S.shape[1],
+            stride_statistics=0 if statistics is None else statistics.stride(0),
             stride_g=g.stride(0),
             stride_z=z_S.stride(0),
             inverse_temperature=1 / problem.temperature,
-            beta=problem.beta,
-            entry_clip=problem.entry_clip or 0.0,
-            FAMILY=family(problem.beta),
-            CLIPPED=problem.entry_clip is not None,
             NEEDS_SCORE=needs_score,
-            LIMIT=mean_limit(problem.beta) if needs_score else 0.0,
+            LIMIT=mean_limit(beta) if needs_score else 0.0,
             BLOCK=block,
             num_warps=num_warps,
+            **arguments(beta, problem.entry_clip),
         )
+
+
+def _kept(keep: Tensor | None) -> Tensor | None:
+    """Indices of the tokens to compute; None for all. On a CPU reading the mask costs nothing;
+    elsewhere it would stall the queue."""
+    if keep is None or keep.device.type != "cpu":
+        return None
+    return keep.nonzero().squeeze(-1)
 
 
 def _chunks(rows: Tensor | None, N: int, size: int) -> Iterator[slice | Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opsd_kernels.loss import check_divergence
+from opsd_kernels.checks import check_beta, check_clip, check_temperature
 from opsd_train.tiny_world import HELD_OUT
 
 
@@ -47,7 +47,9 @@ class Config:
             raise ValueError(f"eval_problems must be at most {HELD_OUT}, got {self.eval_problems}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
-        check_divergence(self.beta, self.temperature, self.entry_clip)
+        check_beta(self.beta)
+        check_temperature(self.temperature)
+        check_clip("entry_clip", self.entry_clip)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for YAML and JSON."""

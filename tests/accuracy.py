@@ -15,16 +15,18 @@ from torch import Tensor
 from opsd_kernels import reference_jsd_loss
 from opsd_kernels.divergence import divergence_rows_, value_and_score
 
-# Bounds, over the maxima of thousands of random cases: 2.7 for losses; for gradients 1.0 where
-# their dtype rounds them, and 4.3 in fp32, where the noise itself is what is left. With `tiles` the
-# unit holds the largest rounding of an entry, and a gradient of one entry and feature has two.
+# Bounds, over the maxima of thousands of random cases. With `tiles` the unit holds the largest
+# rounding of an entry, and a gradient of one entry and feature has two.
 LOSS_UNITS = 4.0
+GRAD_UNITS = 1.25
+TILED_GRAD_UNITS = 2.1
+# What the last bit does to a single token's gradient may be one random number, that of its top
+# logit: the unit holds five standard deviations.
+DEVIATIONS = 5.0
 # On peaked distributions over a real vocabulary, in units of the rounding of the exact gradient to
 # bf16 alone: what is left of the rounding of the score tiles that bf16 products need. At most 1.04
 # where student and teacher agree, 1.42 where they have nothing in common.
 ROUNDED_TILES = 1.5
-TILED_GRAD_UNITS = 2.1
-GRAD_UNITS = {torch.float32: 6.0, torch.bfloat16: 1.25, torch.float16: 1.25}
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,10 @@ def errors(
         divergence: beta, temperature, entry_clip, W_teacher.
     """
     exact_loss, exact_grad = exact(h_S, h_T, W, **divergence)
-    loss_noise, grad_noise = _rounding(h_S, h_T, W, tiles=tiles, **divergence)
+    loss_noise, grad_noise, tile_noise = _rounding(h_S, h_T, W, **divergence)
     loss_unit = (exact_loss.float().double() - exact_loss).norm() + loss_noise
-    grad_unit = (exact_grad.to(grad.dtype).double() - exact_grad).norm() + grad_noise
+    grad_unit = (exact_grad.to(grad.dtype).double() - exact_grad).norm() + DEVIATIONS * grad_noise
+    grad_unit += tile_noise if tiles else 0
     # With a vocabulary of one everything is 0, and so is the unit; below this fp32 has no digits.
     floor = torch.finfo(torch.float32).tiny
     return Errors(
@@ -85,15 +88,15 @@ def _rounding(
     h_S: Tensor,
     h_T: Tensor,
     W: Tensor,
-    beta: float = 0.5,
+    beta: float | Tensor = 0.5,
     temperature: float = 1.0,
     entry_clip: float | None = None,
     W_teacher: Tensor | None = None,
-    tiles: bool = False,
     draws: int = 4,
-) -> tuple[float, float]:
+) -> list[float]:
     """RMS change of losses and gradient when the last fp32 bit is noise: of every logit, and of
-    every entry's value and score; with `tiles` also the last bit of a bf16 gradient's entries."""
+    every entry's value and score; and of the gradient when the last bit of its entries in bf16
+    is."""
     W, W_T = W.double(), (W if W_teacher is None else W_teacher).double()
 
     def logits(h: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,8 +109,7 @@ def _rounding(
     log_p, log_q = z_S.log_softmax(-1), z_T.log_softmax(-1)
     p, q, x = log_p.exp(), log_q.exp(), log_q - log_p
     size_f = (p + q) * x.abs()  # of the terms whose difference a value is
-    _, a = value_and_score(p, q, x.clone(), beta, entry_clip)
-    assert a is not None
+    f, a = _entries(p, q, x, beta, entry_clip)
     top = p.argmax(-1, keepdim=True)
     c = a.gather(-1, top) / p.gather(-1, top)
     size_a = (a.abs() + c.abs() * p).scatter_(-1, top, 0)  # the top entry's score is exactly 0
@@ -128,9 +130,29 @@ def _rounding(
     for _ in range(draws):
         moved_loss, moved_grad = evaluate(z_S + last_bits() * size_S, z_T + last_bits() * size_T)
         moved_loss += (last_bits() * size_f).sum(-1)
+        # The last bit of a normalizer moves a whole row. Of a clipped KL that shows.
+        bit = 2.0**-24 * torch.randn(len(p), 1, generator=generator, dtype=torch.float64)
+        bit *= 1 + torch.tensor(p.shape[1]).log()
+        moved_loss += (_entries(p, q * bit.exp(), x + bit, beta, entry_clip)[0] - f).sum(-1)
         moved_grad += (last_bits() * size_a) @ W / temperature
-        if tiles:
-            moved_grad += (2.0**16 * last_bits() * g) @ W / temperature
-        changes.append([(moved_loss - loss).norm(), (moved_grad - grad).norm()])
-    rms = torch.tensor(changes).square().mean(0).sqrt()
-    return float(rms[0]), float(rms[1])
+        if not isinstance(beta, Tensor) and beta == 0 and entry_clip is None:
+            # And here, for kernels know G = 0 beforehand, and do not project on it.
+            moved_grad += (bit * p) @ W / temperature
+        moved_tile = (2.0**16 * last_bits() * g) @ W / temperature
+        changes.append([(moved_loss - loss).norm(), (moved_grad - grad).norm(), moved_tile.norm()])
+    return torch.tensor(changes).square().mean(0).sqrt().tolist()
+
+
+def _entries(
+    p: Tensor, q: Tensor, x: Tensor, beta: float | Tensor, entry_clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """`value_and_score`, for a β of each row too."""
+    if isinstance(beta, Tensor):
+        rows = [
+            _entries(p[i : i + 1], q[i : i + 1], x[i : i + 1], float(b), entry_clip)
+            for i, b in enumerate(beta)
+        ]
+        return torch.cat([f for f, _ in rows]), torch.cat([a for _, a in rows])
+    f, a = value_and_score(p, q, x.clone(), beta, entry_clip)
+    assert a is not None
+    return f, a

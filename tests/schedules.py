@@ -1,10 +1,12 @@
 """The op in each of its schedules, on a GPU where there is one, behind the signature it has."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from opsd_kernels import fused_jsd_loss
 
@@ -24,10 +26,13 @@ class Schedule:
 
     def __call__(self, h_S: Tensor, h_T: Tensor, W: Tensor, **options: Any) -> Tensor:
         """`fused_jsd_loss` of tensors that lie on a CPU, which is where the result goes."""
+        return self.run(fused_jsd_loss, h_S, h_T, W, **options)
+
+    def run(self, function: Callable[..., Any], *tensors: Tensor, **options: Any) -> Any:
+        """Any function of the package, likewise."""
         options.setdefault("workspace_mib", self.workspace_mib)
-        moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in options.items()}
-        h_S, h_T, W = (t.to(self.device) for t in (h_S, h_T, W))
-        return fused_jsd_loss(h_S, h_T, W, **moved).cpu()
+        args, options = tree_map_only(Tensor, lambda t: t.to(self.device), (tensors, options))
+        return tree_map_only(Tensor, Tensor.cpu, function(*args, **options))
 
     def __str__(self) -> str:
         return f"{self.name}, {self.device}"

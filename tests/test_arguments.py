@@ -6,7 +6,15 @@ import pytest
 import torch
 from inputs import random_inputs
 
-from opsd_kernels import fused_jsd_loss, reference_jsd_loss
+from opsd_kernels import (
+    FusedJSDLoss,
+    fused_jsd_loss,
+    fused_sampled_token_loss,
+    reference_jsd_loss,
+    reference_sampled_token_loss,
+    reference_token_divergence,
+    token_divergence,
+)
 
 H_S, H_T, HEAD = random_inputs(6, 20, 5)
 
@@ -19,7 +27,13 @@ H_S, H_T, HEAD = random_inputs(6, 20, 5)
         (ValueError, "beta .* got -0.1", {"beta": -0.1}),
         (ValueError, "beta .* got nan", {"beta": math.nan}),
         (TypeError, "beta must be a number, got str", {"beta": "0.5"}),
-        (TypeError, "beta must be a number, got Tensor", {"beta": torch.full((6,), 0.5)}),
+        (TypeError, "beta must be float, got torch.int64", {"beta": torch.ones(6).long()}),
+        (TypeError, "beta must be a number, got NoneType", {"beta": None}),
+        (ValueError, r"beta must lie in \[0, 1\]", {"beta": torch.tensor(1.5)}),
+        (ValueError, r"beta .* shape \[6\] .* got \[6, 1\]", {"beta": torch.ones(6, 1)}),
+        (ValueError, "beta is on meta", {"beta": torch.ones(6, device="meta")}),
+        (ValueError, r"beta must lie in \[0, 1\].*some token", {"beta": torch.full((6,), 1.01)}),
+        (ValueError, r"beta must lie in \[0, 1\].*some", {"beta": torch.full((6,), math.nan)}),
         (TypeError, "beta must be a number, got bool", {"beta": True}),
         (ValueError, "temperature must be positive and finite, got 0", {"temperature": 0}),
         (ValueError, "temperature .* got -1", {"temperature": -1.0}),
@@ -77,6 +91,90 @@ def test_refused(loss, error, message, changed):
     options = {k: v for k, v in changed.items() if k not in tensors}
     with pytest.raises(error, match=message):
         loss(tensors["h_student"], tensors["h_teacher"], tensors["W"], **options)
+
+
+TARGETS = torch.arange(6)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        token_divergence,
+        reference_token_divergence,
+        fused_sampled_token_loss,
+        reference_sampled_token_loss,
+    ],
+)
+@pytest.mark.parametrize(
+    ("error", "message", "targets"),
+    [
+        (TypeError, "targets must be a torch.Tensor, got list", [1] * 6),
+        (TypeError, "targets must be integers.*got torch.float32", TARGETS.float()),
+        (TypeError, "targets must be integers.*got torch.bool", TARGETS.bool()),
+        (ValueError, r"targets .* shape \[6\] .* got \[5\]", TARGETS[:5]),
+        (ValueError, "targets is on meta, h_student on cpu", TARGETS.to("meta")),
+        (ValueError, r"targets must lie in \[0, 20\), the vocabulary", TARGETS - 1),
+        (ValueError, r"targets must lie in \[0, 20\)", TARGETS + 15),
+        (ValueError, r"targets must lie in \[0, 20\)", torch.full((6,), 2**40)),
+    ],
+)
+def test_targets_refused(function, error, message, targets):
+    with pytest.raises(error, match=message):
+        function(H_S, H_T, HEAD, targets=targets)
+
+
+def test_a_beta_without_dimensions_is_that_of_every_token():
+    for beta in (0.0, 0.3, 1.0):
+        expected = fused_jsd_loss(H_S, H_T, HEAD, beta=beta)
+        torch.testing.assert_close(
+            fused_jsd_loss(H_S, H_T, HEAD, beta=torch.tensor(beta)), expected
+        )
+
+
+@pytest.mark.parametrize("function", [token_divergence, reference_token_divergence])
+def test_no_divergence_is_no_beta(function):
+    with pytest.raises(TypeError, match="beta must be a number, got NoneType"):
+        function(H_S, H_T, HEAD, beta=None, targets=TARGETS)
+
+
+@pytest.mark.parametrize("function", [fused_sampled_token_loss, reference_sampled_token_loss])
+def test_sampled_token_loss_refuses(function):
+    with pytest.raises(TypeError, match=r"targets must be a torch.Tensor, got NoneType"):
+        function(H_S, H_T, HEAD, None)
+    for clip in (0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="advantage_clip must be positive"):
+            function(H_S, H_T, HEAD, TARGETS, advantage_clip=clip)
+    with pytest.raises(ValueError, match="reduction must be"):
+        function(H_S, H_T, HEAD, TARGETS, reduction="avg")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_targets_of_any_integer_dtype(dtype):
+    """Also where the vocabulary is larger than the dtype counts."""
+    for V in (20, 300, 40_000):
+        h_S, h_T, W = random_inputs(6, V, 5)
+        told = token_divergence(h_S, h_T, W, targets=TARGETS.to(dtype))
+        expected = token_divergence(h_S, h_T, W, targets=TARGETS)
+        assert torch.equal(told.logp_student, expected.logp_student)
+
+
+def test_module():
+    """What defines the loss is checked when it is made, and shown."""
+    options = {"beta": 0.0, "temperature": 1.2, "entry_clip": 0.05, "reduction": "sum"}
+    module = FusedJSDLoss(**options)
+    assert repr(module) == (
+        "FusedJSDLoss(forward KL(teacher‖student), entries clipped at 0.05, "
+        "temperature=1.2, reduction='sum')"
+    )
+    assert not list(module.parameters())
+    w = torch.arange(6)
+    expected = fused_jsd_loss(H_S, H_T, HEAD, token_weights=w, W_teacher=2 * HEAD, **options)
+    assert module(H_S, H_T, HEAD, token_weights=w, W_teacher=2 * HEAD) == expected
+    for name, value in (("beta", 2), ("temperature", 0), ("entry_clip", -1), ("reduction", "x")):
+        with pytest.raises(ValueError, match=name):
+            FusedJSDLoss(**{**options, name: value})
+    with pytest.raises(TypeError, match="beta must be a number, got Tensor"):
+        FusedJSDLoss(beta=torch.zeros(6))
 
 
 @pytest.mark.parametrize(

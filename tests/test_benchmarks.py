@@ -3,8 +3,11 @@
 import sys
 
 import pytest
+from accuracy import TILED_GRAD_UNITS
 
+from benchmarks import accuracy as accuracy_benchmark
 from benchmarks import gpu, memory, speed
+from opsd_kernels import divergence_name
 
 
 def test_gpu_steps_fit_their_nine_minutes():
@@ -47,3 +50,31 @@ def test_memory(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["memory.py", "--methods", "nobody"])
     with pytest.raises(SystemExit):
         memory.main()
+
+
+def test_accuracy(monkeypatch, capsys, tmp_path):
+    """Writes its table and picture, and ours is the most accurate, by as much as is claimed."""
+    monkeypatch.setattr(accuracy_benchmark, "MEAN_JSD", [1e-5, 0.1])
+    monkeypatch.setitem(sys.modules, "trl.kernels.chunked_divergence", None)
+    small = ["--device", "cpu", "--tokens", "8", "--vocabulary", "500", "--features", "32"]
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", *small, "--output", str(tmp_path)])
+    monkeypatch.setattr(accuracy_benchmark, "summary", lambda path: "")  # which is of all methods
+    accuracy_benchmark.main()
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+    setting, rows = accuracy_benchmark.read(tmp_path / "accuracy.csv")
+    assert "V = 500" in setting
+    assert "TRL" not in {row.method for row in rows}
+    assert {row.divergence for row in rows if row.method == "eager, bf16 logits"} == {
+        divergence_name(beta, entry_clip) for beta, entry_clip in accuracy_benchmark.DIVERGENCES
+    }
+    for row in rows:
+        if row.method.startswith("ours"):
+            assert row.grad_error < TILED_GRAD_UNITS * row.rounding
+            assert row.loss_error < 1e-3
+        elif row.mean_jsd < 1e-3:
+            assert row.grad_error > 10 * row.rounding
+
+
+def test_the_readme_shows_the_recorded_accuracy():
+    path = accuracy_benchmark.Path(accuracy_benchmark.__file__).parent / "results" / "accuracy.csv"
+    assert accuracy_benchmark.summary(path) in (path.parents[2] / "README.md").read_text()

@@ -8,7 +8,7 @@ import torch
 from accuracy import exact
 from inputs import random_inputs
 
-from opsd_kernels import divergence_name, reference_jsd_loss
+from opsd_kernels import divergence_name, reference_jsd_loss, reference_token_divergence
 from opsd_kernels.divergence import divergence_rows_
 
 BETAS = [0.0, 1e-3, 0.3, 0.5, 0.8, 0.999, 1.0]
@@ -36,6 +36,49 @@ def test_oracle_gradcheck(beta):
         ),
         h_S.requires_grad_(),
     )
+
+
+@pytest.mark.parametrize("entry_clip", [None, 1e-3, 0.05])
+def test_oracle_of_a_beta_of_each_token_is_that_of_each_beta(entry_clip):
+    h_S, h_T, W = (t.double() for t in random_inputs(21, 50, 6, size=2.0, distance=0.5))
+    betas = torch.tensor(BETAS, dtype=torch.float64).repeat(3)
+    loss, grad = exact(h_S, h_T, W, beta=betas, entry_clip=entry_clip)
+    for beta in BETAS:
+        rows = betas == beta
+        # β is fp32 where it is a tensor.
+        b = float(torch.tensor(beta))
+        expected = exact(h_S[rows], h_T[rows], W, beta=b, entry_clip=entry_clip)
+        torch.testing.assert_close(loss[rows], expected[0], rtol=1e-13, atol=1e-15)
+        torch.testing.assert_close(grad[rows], expected[1], rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("entry_clip", [None, 1e-3, 0.05])
+@pytest.mark.parametrize("beta", BETAS)
+def test_oracle_tells_what_the_formulas_say(beta, entry_clip):
+    h_S, h_T, W = (t.double() for t in random_inputs(7, 50, 6, size=2.0, distance=0.5))
+    targets, T = torch.arange(7) * 3, 1.3
+    told = reference_token_divergence(
+        h_S, h_T, W, beta=beta, entry_clip=entry_clip, targets=targets, temperature=T
+    )
+    z_S, z_T = h_S @ W.T / T, h_T @ W.T / T
+    log_p, log_q = z_S.log_softmax(-1), z_T.log_softmax(-1)
+    clipped = textbook.divergence(z_S, z_T, beta, entry_clip)
+    whole = textbook.divergence(z_S, z_T, beta)
+    expected = {
+        "loss": clipped,
+        "forward_kl": textbook.divergence(z_S, z_T, 0),
+        "reverse_kl": textbook.divergence(z_S, z_T, 1),
+        "entropy_student": torch.distributions.Categorical(logits=z_S).entropy(),
+        "entropy_teacher": torch.distributions.Categorical(logits=z_T).entropy(),
+        "clipped_share": 1 - clipped / whole,
+        "logp_student": log_p.gather(1, targets[:, None])[:, 0],
+        "logp_teacher": log_q.gather(1, targets[:, None])[:, 0],
+    }
+    assert list(expected) == list(told._fields)
+    for name, field in expected.items():
+        torch.testing.assert_close(getattr(told, name), field, rtol=1e-10, atol=1e-12)
+    if entry_clip == 1e-3 and beta in (0, 0.5, 1):
+        assert (told.clipped_share > 0.1).any()
 
 
 def test_beta_weighs_the_teacher():
@@ -152,3 +195,4 @@ def test_names():
     assert divergence_name(1.0) == "reverse KL(student‖teacher)"
     assert divergence_name(0.5) == "JSD(β=0.5 on the teacher)"
     assert divergence_name(0.0, 0.05).endswith("entries clipped at 0.05")
+    assert divergence_name(torch.zeros(3)) == "JSD(β on the teacher, token by token)"

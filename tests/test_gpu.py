@@ -9,7 +9,13 @@ from accuracy import ROUNDED_TILES
 from inputs import random_inputs
 from torch import Tensor
 
-from opsd_kernels import fused_jsd_loss
+from opsd_kernels import (
+    fused_jsd_loss,
+    fused_sampled_token_loss,
+    reference_sampled_token_loss,
+    reference_token_divergence,
+    token_divergence,
+)
 from opsd_kernels.divergence import divergence_rows_
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -66,6 +72,53 @@ def test_real_sizes(beta, entry_clip, D, dtype, distance, workspace_mib):
     rounding = (exact_grad.to(dtype).double() - exact_grad).norm()
     noise = 2e-6 * exact_grad.norm() * (1 + 1 / distance)
     assert (grad.double() - exact_grad).norm() < ROUNDED_TILES * rounding + noise
+
+
+@pytest.mark.parametrize("workspace_mib", [0, 320])
+@pytest.mark.parametrize("entry_clip", [None, 0.05])
+def test_everything_at_real_size(entry_clip, workspace_mib):
+    """A β of each token, all statistics, and the sampled-token objective."""
+    h_S, h_T, W = real_inputs(300, 2048, torch.bfloat16, 0.3)
+    h_S.requires_grad_()
+    g = torch.Generator("cuda").manual_seed(1)
+    targets = torch.randint(QWEN3, (300,), generator=g, device="cuda")
+    betas = torch.tensor([0.0, 0.3, 0.5, 0.9, 1.0], device="cuda").repeat(60)
+    options = {"beta": betas, "entry_clip": entry_clip, "targets": targets}
+    told = token_divergence(h_S, h_T, W, workspace_mib=workspace_mib, **options)
+    (grad,) = torch.autograd.grad(told.loss.sum(), h_S)
+    h = h_S.detach().double().requires_grad_()
+    oracle = reference_token_divergence(h, h_T.double(), W.double(), **options)
+    (exact_grad,) = torch.autograd.grad(oracle.loss.sum(), h)
+    for name in told._fields:
+        torch.testing.assert_close(
+            getattr(told, name).double(), getattr(oracle, name), rtol=2e-4, atol=2e-5
+        )
+    rounding = (exact_grad.bfloat16().double() - exact_grad).norm()
+    assert (grad.double() - exact_grad).norm() < ROUNDED_TILES * rounding + 1e-5 * exact_grad.norm()
+
+    loss = fused_sampled_token_loss(h_S, h_T, W, targets, workspace_mib=workspace_mib)
+    (grad,) = torch.autograd.grad(loss, h_S)
+    expected = reference_sampled_token_loss(h, h_T.double(), W.double(), targets)
+    (exact_grad,) = torch.autograd.grad(expected, h)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
+    rounding = (exact_grad.bfloat16().double() - exact_grad).norm()
+    assert (grad.double() - exact_grad).norm() < ROUNDED_TILES * rounding + 1e-5 * exact_grad.norm()
+
+
+@pytest.mark.parametrize("workspace_mib", [0, 320])
+def test_compiled_by_inductor(workspace_mib):
+    h_S, h_T, W = (t.cuda() for t in random_inputs(300, 3000, 64, torch.bfloat16))
+
+    def step(h: Tensor) -> Tensor:
+        return fused_jsd_loss(2 * h, 2 * h_T, W, workspace_mib=workspace_mib)
+
+    results = []
+    for call in (step, torch.compile(step, fullgraph=True)):
+        h = h_S.clone().requires_grad_()
+        loss = call(h)
+        loss.backward()
+        results.append((loss.detach(), h.grad))
+    torch.testing.assert_close(*results)
 
 
 def test_64k_tokens_of_memory():
@@ -131,8 +184,11 @@ def test_on_a_device_that_is_not_the_current_one(workspace_mib):
     with torch.cuda.device(0):
         loss = fused_jsd_loss(h_S, h_T, W, workspace_mib=workspace_mib)
         loss.backward()
-    expected = fused_jsd_loss(h_S.cpu(), h_T.cpu(), W.cpu())
+    h = h_S.detach().cpu().requires_grad_()
+    expected = fused_jsd_loss(h, h_T.cpu(), W.cpu())
+    expected.backward()
     torch.testing.assert_close(loss.cpu(), expected, rtol=1e-4, atol=1e-7)
+    assert (h_S.grad.cpu() - h.grad).norm() < 1e-2 * h.grad.norm()
 
 
 def test_a_head_beyond_32_bits():

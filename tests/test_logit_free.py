@@ -16,7 +16,12 @@ from schedules import DEVICE, LOGIT_FREE, ROW_WORKSPACE
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from opsd_kernels import fused_jsd_loss, logit_free
+from opsd_kernels import (
+    fused_jsd_loss,
+    fused_sampled_token_loss,
+    logit_free,
+    token_divergence,
+)
 from opsd_kernels.kernels import finish, lse, pair, tiles
 from opsd_kernels.kernels.logits_tile import INTERPRETED
 
@@ -39,6 +44,25 @@ def test_no_tensor_has_a_vocabulary_sized_dimension(beta, entry_clip, dtype):
     with Allocations() as allocations:
         fused_jsd_loss(h_S, h_T, W, beta=beta, entry_clip=entry_clip, workspace_mib=0).backward()
     assert len(allocations.shapes) > 10
+    largest = max(max(shape, default=0) for shape in allocations.shapes)
+    assert largest <= tiles.INTERPRETER.columns < V
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nor_with_statistics_a_beta_of_each_token_or_sampled_tokens(dtype):
+    N, V, D = 70, 3001, 24
+    h_S, h_T, W = inputs(N, V, D, dtype)
+    h_S.requires_grad_()
+    targets = torch.arange(N, device=DEVICE)
+    betas = torch.linspace(0, 1, N, device=DEVICE)
+    with Allocations() as allocations:
+        told = token_divergence(
+            h_S, h_T, W, beta=betas, entry_clip=0.01, targets=targets, workspace_mib=0
+        )
+        told.loss.sum().backward()
+        fused_sampled_token_loss(h_S, h_T, W, targets, workspace_mib=0).backward()
+    assert len(allocations.shapes) > 20
     largest = max(max(shape, default=0) for shape in allocations.shapes)
     assert largest <= tiles.INTERPRETER.columns < V
 
@@ -82,10 +106,12 @@ def test_scratch_of_the_table(arch, dtype, D):
     """The same by sizes alone for the whole table: 64 MiB, in proportion to D above 4096."""
     h_S = torch.empty(2**17, D, dtype=getattr(torch, dtype), device="meta")
     W = torch.empty(262144, D, dtype=h_S.dtype, device="meta")
-    problem = logit_free.Problem(h_S, h_S, W, None, None, h_S.dtype, 0.5, 1.0, 0.05)
+    targets = torch.empty(len(h_S), dtype=torch.int32, device="meta")
+    problem = logit_free.Problem(
+        h_S, h_S, W, None, h_S.dtype, 0.5, entry_clip=0.05, targets=targets
+    )
     with tiles_of(tiles.TABLE[arch, dtype]):
-        scratch = logit_free.allocate(problem, needs_gradient=True)
-    tensors = [t for t in vars(scratch).values() if isinstance(t, torch.Tensor)]
+        tensors = logit_free.allocate(problem, needs_gradient=True, needs_statistics=True)
     bound = logit_free.SCRATCH_MIB * max(1, D / 4096)
     assert sum(t.nbytes for t in tensors) / MIB <= bound - logit_free.COPIES_MIB
 
@@ -134,6 +160,39 @@ def test_passes_over_the_head(beta, entry_clip, U, own_head):
 
 
 @interpreted
+def test_passes_of_everything_else():
+    """Statistics and targets ride in the same passes, and a β of each token; the log-probability of
+    a sampled token needs the teacher's logits once and one tile: 4 U, 2 U without gradient."""
+    N, V, D = 64, 1024, 64
+    h_S, h_T, W = inputs(N, V, D)
+    targets = torch.arange(N, device=DEVICE)
+    betas = torch.linspace(0, 1, N, device=DEVICE)
+
+    def everything(*args, **options):
+        return token_divergence(*args, targets=targets, **options).loss.sum()
+
+    def sampled(*args, **options):
+        return fused_sampled_token_loss(*args, targets, **options)
+
+    for function, options, U, without in (
+        (everything, {"beta": 0.5}, 6, 4),
+        (everything, {"beta": 0.0, "entry_clip": 0.05}, 6, 4),
+        (everything, {"beta": 1.0}, 5, 4),
+        (fused_jsd_loss, {"beta": betas}, 6, 4),
+        (everything, {"beta": betas, "entry_clip": 0.05}, 6, 4),
+        (sampled, {}, 4, 2),
+        (sampled, {"W_teacher": W.clone()}, 4, 2),
+    ):
+        for needs_gradient, expected in ((True, U), (False, without)):
+            h_S.requires_grad_(needs_gradient)
+            with counted_dots() as dots, FlopCounterMode(display=False) as library:
+                loss = function(h_S, h_T, W, workspace_mib=0, **options)
+                if needs_gradient:
+                    loss.backward()
+            assert 2 * sum(dots) + library.get_total_flops() == expected * 2 * N * D * V
+
+
+@interpreted
 def test_tiles_of_dropped_rows_are_skipped():
     N, V, D = 128, 512, 64  # four tiles of rows
     h_S, h_T, W = inputs(N, V, D)
@@ -145,11 +204,20 @@ def test_tiles_of_dropped_rows_are_skipped():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_tokens_loss_does_not_depend_on_its_batch(dtype):
+@pytest.mark.parametrize("told", [False, True])
+def test_a_tokens_loss_does_not_depend_on_its_batch(dtype, told):
     """Bitwise, wherever the batch ends: nothing is split by the number of tokens."""
     h_S, h_T, W = (t.to(DEVICE) for t in language_like_inputs(150, 1100, 48, dtype, 0.3))
 
+    betas = torch.linspace(0, 1, 150, device=DEVICE)
+
     def loss(N: int) -> torch.Tensor:
+        if told:
+            targets = torch.arange(N, device=DEVICE)
+            fields = token_divergence(
+                h_S[:N], h_T[:N], W, beta=betas[:N], targets=targets, workspace_mib=0
+            )
+            return torch.stack(fields, dim=1)
         return fused_jsd_loss(h_S[:N], h_T[:N], W, reduction="none", workspace_mib=0)
 
     whole = loss(150)

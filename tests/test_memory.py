@@ -6,7 +6,7 @@ from allocations import Allocations
 from inputs import random_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
-from opsd_kernels import fused_jsd_loss
+from opsd_kernels import fused_jsd_loss, fused_sampled_token_loss, token_divergence
 
 MIB = 2**20
 
@@ -19,8 +19,9 @@ def peak_of_vocabulary_sized(N, V, D, dtype, *, smallest=None, backward=True, **
         W = W.float()
     h_S.requires_grad_(backward)
     # Everything that could have a vocabulary-sized dimension; what has none is smaller.
+    function = options.pop("function", fused_jsd_loss)
     with Allocations(smallest=smallest or 4 * V) as allocations:
-        loss = fused_jsd_loss(h_S, h_T, W, **options)
+        loss = function(h_S, h_T, W, **options)
         if backward:
             loss.backward()
     return allocations.peak
@@ -45,6 +46,32 @@ def test_workspace_bounds_all_temporaries(workspace_mib, dtype, divergence):
     N_by_D = 2 * 100 * 50 * 4  # dh_S in fp32 and the returned gradient pass for temporaries here
     assert peak <= workspace_mib * MIB + N_by_D
     assert peak > workspace_mib * MIB / 3  # and it is used
+
+
+def everything(h_S, h_T, W, **options):
+    return token_divergence(h_S, h_T, W, **options).loss.sum()
+
+
+@pytest.mark.parametrize("V", [65536, 3000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("option", ["statistics", "each beta", "all", "sampled"])
+def test_workspace_bounds_all_temporaries_with(option, dtype, V):
+    """3000 entries: rows are handled many at a time, and those of one formula copied."""
+    N, mib = 100, 4
+    targets = torch.arange(N)
+    betas = torch.tensor([0.0, 0.3, 0.5, 0.9, 1.0]).repeat(N // 5)
+    options = {
+        "statistics": {"function": everything, "beta": 0.0, "entry_clip": 0.01, "targets": targets},
+        "each beta": {"beta": betas, "entry_clip": 0.01},
+        "all": {"function": everything, "beta": betas, "entry_clip": 0.01, "targets": targets},
+        "sampled": {"function": fused_sampled_token_loss, "targets": targets},
+    }[option]
+    peak = peak_of_vocabulary_sized(
+        N, V, 50, dtype, smallest=8 * 1024, workspace_mib=mib, **options
+    )
+    N_by_D = 2 * N * 50 * 4 + 8 * N * 4
+    assert peak <= mib * MIB + N_by_D
+    assert peak > min(mib * MIB, 8 * N * V) / 3
 
 
 @pytest.mark.parametrize("option", ["own_head", "temperature", "weights", "strides", "autocast"])
@@ -116,8 +143,22 @@ def test_matrix_products_are_three_passes(dtype, workspace_mib):
     assert passes() == 3
     assert passes(W_teacher=W.clone()) == 3
     assert passes(token_weights=keep) == 0.75
+    assert passes(beta=torch.linspace(0, 1, N), entry_clip=0.01) == 3
     with torch.no_grad():
         assert passes() == 2
+
+
+@pytest.mark.parametrize("function", [token_divergence, fused_sampled_token_loss])
+def test_statistics_and_sampled_tokens_add_no_products(function):
+    N, V, D = 100, 5000, 64
+    h_S, h_T, W = random_inputs(N, V, D)
+    for needs_gradient, expected in ((True, 3), (False, 2)):
+        h_S.requires_grad_(needs_gradient)
+        with FlopCounterMode(display=False) as counter:
+            result = function(h_S, h_T, W, targets=torch.arange(N), workspace_mib=16)
+            if needs_gradient:
+                (result if isinstance(result, torch.Tensor) else result.loss.sum()).backward()
+        assert counter.get_total_flops() == expected * 2 * N * D * V
 
 
 @pytest.mark.parametrize("divergence", [(0.5, None), (0, None), (1, None), (0.5, 0.05), (0, 0.05)])

@@ -29,7 +29,14 @@ def available(device: torch.device) -> bool:
         return bool(INTERPRETED.value)
     if device.type != "cuda":
         return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.version.hip is not None or capability(device) >= (8, 0)
+
+
+@torch.compiler.assume_constant_result
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of an NVIDIA GPU; to PyTorch's compiler a constant, which it is. Where
+    there is none, and tensors are fake, the least that the kernels run on."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:

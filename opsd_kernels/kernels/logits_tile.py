@@ -45,7 +45,8 @@ def logits_tiles(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """z_S, z_T [BM, BV] fp32 before temperature.
+    """z_S, z_T [BM, BV] fp32 before temperature. Where h_T_ptr is None nothing is multiplied for
+    the teacher, and z_T is 0.
 
     Args:
         h_S_ptr, h_T_ptr: [R, D], [R, D_T], features contiguous.
@@ -60,19 +61,20 @@ def logits_tiles(
     z_T = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
     k = tl.arange(0, BK)
     h_S_ptrs = h_S_ptr + rows[:, None] * stride_h_S + k[None, :]
-    h_T_ptrs = h_T_ptr + rows[:, None] * stride_h_T + k[None, :]
+    if h_T_ptr is not None:
+        h_T_ptrs = h_T_ptr + rows[:, None] * stride_h_T + k[None, :]
     W_ptrs = W_ptr + cols[None, :] * stride_Wv + k[:, None].to(tl.int64) * stride_Wd
     for d in range(0, D, BK):
         h_S = _load(h_S_ptrs, k[None, :] < D - d, EVEN_D, OPERAND)
         W = _load(W_ptrs, k[:, None] < D - d, EVEN_D, OPERAND)
         z_S = tl.dot(h_S, W, z_S, input_precision=PRECISION)
-        if SHARED:
+        if SHARED and h_T_ptr is not None:
             h_T = _load(h_T_ptrs, k[None, :] < D - d, EVEN_D, OPERAND)
             z_T = tl.dot(h_T, W, z_T, input_precision=PRECISION)
             h_T_ptrs += BK
         h_S_ptrs += BK
         W_ptrs += BK * stride_Wd
-    if not SHARED:
+    if not SHARED and h_T_ptr is not None:
         W_T_ptrs = W_T_ptr + cols[None, :] * stride_W_Tv + k[:, None].to(tl.int64) * stride_W_Td
         for d in range(0, D_T, BK):
             h_T = _load(h_T_ptrs, k[None, :] < D_T - d, EVEN_D, OPERAND)

@@ -11,7 +11,8 @@ rows and one span, tile by tile of the vocabulary, and writes what it found:
 
     top_S, sum_S = Σ exp(z_S − top_S), top_T, sum_T over the span,
     the column where z_S is largest, and d_top = z_T − z_S there,
-    E = Σ exp(z_S − top_S) (d − d_top),  d = z_T − z_S
+    E = Σ exp(z_S − top_S) (d − d_top),  d = z_T − z_S,
+    z_S and z_T of the sampled token ŷ, if it lies in the span
 
 `merge` then puts the spans together, in their order, and finds the shift c of the row's scores. How
 the vocabulary is split depends on its size alone, never on the number of tokens: a token's numbers
@@ -25,15 +26,23 @@ import triton
 import triton.language as tl
 
 from opsd_kernels.kernels.logits_tile import halves, logits_tiles
-from opsd_kernels.kernels.pointwise import difference, log_quotient, shift
+from opsd_kernels.kernels.pointwise import (
+    LOG_PROB,
+    MIXED,
+    difference,
+    log_quotient,
+    log_ratio,
+    shift,
+)
 
-# Fields of `partials` [6, spans, R] fp32 …
-TOP_S, SUM_S, TOP_T, SUM_T, D_TOP, E_SUM = (tl.constexpr(i) for i in range(6))
-PARTIALS = 6
-# … and of `stats` [8, R] fp32, what is known of a row: top_S, p_max, top_T, q_max, log_sums, the
-# shift c of its scores, whether it is plain, and the score of its top entry after the shift.
-P_MAX, S_TOP = tl.constexpr(1), tl.constexpr(7)
-STATS = tl.constexpr(8)
+# Fields of `partials` [6 or 8, spans, R] fp32, the last two those of the sampled tokens …
+TOP_S, SUM_S, TOP_T, SUM_T, D_TOP, E_SUM, Z_S, Z_T = (tl.constexpr(i) for i in range(8))
+PARTIALS = 8
+# … and of `stats` [8 or 11, R] fp32, what is known of a row: top_S, p_max, top_T, q_max, log_sums,
+# the shift c of its scores, whether it is plain, the score of its top entry after the shift; and of
+# the sampled token log p, log q, and log q − log p.
+P_MAX, Q_MAX, S_TOP = tl.constexpr(1), tl.constexpr(3), tl.constexpr(7)
+STATS, STATS_OF_TARGETS = tl.constexpr(8), tl.constexpr(3)
 # Rows of a program of `merge`.
 MERGE_BM = 8
 
@@ -48,6 +57,7 @@ def lse_kernel(
     W_ptr,
     W_T_ptr,
     keep_ptr,
+    targets_ptr,
     R,
     V,
     D,
@@ -81,6 +91,7 @@ def lse_kernel(
     Reads:
         h_S_ptr, h_T_ptr, W_ptr, W_T_ptr, D, D_T, strides: see `logits_tiles`.
         keep_ptr: [R] bool if MASKED: a tile of rows none of which is kept is left out.
+        targets_ptr: [R] int32, the sampled tokens, or None.
         span: columns of a program, a multiple of BV.
         LIMIT: `mean_limit` of β, or 0: E is not wanted.
     """
@@ -92,6 +103,9 @@ def lse_kernel(
             return
     rows = tl.minimum(row, R - 1).to(tl.int64)
     s = tl.program_id(1)
+    target = None
+    if targets_ptr is not None:
+        target = tl.load(targets_ptr + row, mask=exists, other=0)
     state = nothing(BM)
     for v in range(s * span, tl.minimum(s * span + span, V), BV):
         col = v + tl.arange(0, BV)
@@ -117,9 +131,9 @@ def lse_kernel(
             PRECISION,
         )
         state = _columns(
-            z_S * inverse_temperature, z_T * inverse_temperature, v, V, state, LIMIT, PARTS
+            z_S * inverse_temperature, z_T * inverse_temperature, v, V, target, state, LIMIT, PARTS
         )
-    top_S, sum_S, top_T, sum_T, d_top, E, index = state
+    top_S, sum_S, top_T, sum_T, d_top, E, index, z_Sy, z_Ty = state
     at = s * stride_partials + row
     field = tl.num_programs(1) * stride_partials
     tl.store(partials_ptr + TOP_S * field + at, top_S, mask=exists)
@@ -129,34 +143,42 @@ def lse_kernel(
     tl.store(partials_ptr + D_TOP * field + at, d_top, mask=exists)
     if LIMIT > 0:
         tl.store(partials_ptr + E_SUM * field + at, E, mask=exists)
+    if targets_ptr is not None:
+        tl.store(partials_ptr + Z_S * field + at, z_Sy, mask=exists)
+        tl.store(partials_ptr + Z_T * field + at, z_Ty, mask=exists)
     tl.store(index_ptr + at, index, mask=exists)
 
 
 @triton.jit
-def _columns(z_S, z_T, begin, V, state, LIMIT: tl.constexpr, PARTS: tl.constexpr):
+def _columns(z_S, z_T, begin, V, target, state, LIMIT: tl.constexpr, PARTS: tl.constexpr):
     """The columns `begin` … into the state of their rows, in PARTS parts one after the other."""
     if PARTS > 1:
         z_S0, z_S1 = halves(z_S)
         z_T0, z_T1 = halves(z_T)
-        state = _columns(z_S0, z_T0, begin, V, state, LIMIT, PARTS // 2)
-        return _columns(z_S1, z_T1, begin + z_S0.shape[1], V, state, LIMIT, PARTS // 2)
+        state = _columns(z_S0, z_T0, begin, V, target, state, LIMIT, PARTS // 2)
+        return _columns(z_S1, z_T1, begin + z_S0.shape[1], V, target, state, LIMIT, PARTS // 2)
     else:
-        return absorb(z_S, z_T, tl.arange(0, z_S.shape[1]) + begin, V, state, LIMIT)
+        return absorb(z_S, z_T, tl.arange(0, z_S.shape[1]) + begin, V, target, state, LIMIT)
 
 
 @triton.jit
 def nothing(BM: tl.constexpr):
-    """The state of BM rows of which no logit was seen yet: top_S, sum_S, top_T, sum_T, d_top, E
-    and the column of top_S."""
+    """The state of BM rows of which no logit was seen yet: top_S, sum_S, top_T, sum_T, d_top, E,
+    the column of top_S, and z_S, z_T of the sampled token."""
     zeros = tl.zeros((BM,), tl.float32)
     low = tl.full((BM,), float("-inf"), tl.float32)
-    return low, zeros, low, zeros, zeros, zeros, tl.zeros((BM,), tl.int32)
+    return low, zeros, low, zeros, zeros, zeros, tl.zeros((BM,), tl.int32), zeros, zeros
 
 
 @triton.jit
-def absorb(z_S, z_T, col, V, state, LIMIT: tl.constexpr):
-    """A tile of logits [BM, BV] into the state [BM] of its rows; columns ≥ V count for nothing."""
-    top_S, sum_S, top_T, sum_T, d_top, E, index = state
+def absorb(z_S, z_T, col, V, target, state, LIMIT: tl.constexpr):
+    """A tile of logits [BM, BV] into the state [BM] of its rows; columns ≥ V count for nothing.
+    `target` [BM] is the column of the sampled token, or None."""
+    top_S, sum_S, top_T, sum_T, d_top, E, index, z_Sy, z_Ty = state
+    if target is not None:
+        is_target = col[None, :] == target[:, None]
+        z_Sy += tl.sum(tl.where(is_target, z_S, 0.0), 1)
+        z_Ty += tl.sum(tl.where(is_target, z_T, 0.0), 1)
     z_S = tl.where(col[None, :] < V, z_S, float("-inf"))
     z_T = tl.where(col[None, :] < V, z_T, float("-inf"))
     tile_top = tl.max(z_S, 1)
@@ -186,7 +208,7 @@ def absorb(z_S, z_T, col, V, state, LIMIT: tl.constexpr):
     new_top_T = tl.maximum(top_T, tl.max(z_T, 1))
     safe = finite_or_zero(new_top_T)
     sum_T = sum_T * tl.exp(top_T - safe) + tl.sum(tl.exp(z_T - safe[:, None]), 1)
-    return new_top, sum_S, new_top_T, sum_T, new_d, E, index
+    return new_top, sum_S, new_top_T, sum_T, new_d, E, index, z_Sy, z_Ty
 
 
 @triton.jit
@@ -209,6 +231,7 @@ def merge_kernel(
     entry_clip,
     FAMILY: tl.constexpr,
     CLIPPED: tl.constexpr,
+    TARGETS: tl.constexpr,
     LIMIT: tl.constexpr,
     BM: tl.constexpr,
     SPANS: tl.constexpr,
@@ -216,11 +239,12 @@ def merge_kernel(
     """Grid (row tiles). Put the spans together.
 
     Writes:
-        stats_ptr: [STATS, stride_partials] fp32.
+        stats_ptr: [STATS, stride_partials] fp32, with STATS_OF_TARGETS more if TARGETS.
         top_ptr: [stride_partials] int32, the student's most likely entry.
 
     Reads:
-        partials_ptr, index_ptr: what `lse_kernel` wrote.
+        partials_ptr, index_ptr: what `lse_kernel` wrote; of sampled tokens too if TARGETS.
+        beta: β, or a pointer to [R] if MIXED.
         SPANS: a power of two, at least `spans`.
     """
     row = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -252,15 +276,21 @@ def merge_kernel(
         moved = tl.minimum(tl.maximum(d_tops - d_top[None, :], -LIMIT), LIMIT)
         E = tl.sum(scale * (Es + sum_Ss * moved), 0)
 
-    stats = statistics(top_S, sum_S, top_T, sum_T, d_top, E, beta, entry_clip, FAMILY, CLIPPED)
     exists_row = row < R
-    for i in tl.static_range(STATS):
+    if FAMILY == MIXED:
+        beta = tl.load(beta + row, mask=exists_row, other=0.5)
+    stats = normalizers(top_S, sum_S, top_T, sum_T, d_top, E, beta, entry_clip, FAMILY, CLIPPED)
+    if TARGETS:
+        z_Sy = tl.sum(tl.load(partials_ptr + Z_S * field + at, mask=exists, other=0.0), 0)
+        z_Ty = tl.sum(tl.load(partials_ptr + Z_T * field + at, mask=exists, other=0.0), 0)
+        stats = stats + log_probs(z_Sy, z_Ty, top_S, sum_S, top_T, sum_T)
+    for i in tl.static_range(len(stats)):
         tl.store(stats_ptr + i * stride_partials + row, stats[i], mask=exists_row)
     tl.store(top_ptr + row, index, mask=exists_row)
 
 
 @triton.jit
-def statistics(
+def normalizers(
     top_S,
     sum_S,
     top_T,
@@ -274,7 +304,17 @@ def statistics(
 ):
     """The fields of `stats` [BM] from the state of rows of which every logit was seen."""
     p_max, q_max, log_sums = 1.0 / sum_S, 1.0 / sum_T, log_quotient(sum_S, sum_T)
-    c, s_top, plain = shift(
-        top_S, p_max, top_T, q_max, log_sums, d_top, E / sum_S, beta, entry_clip, FAMILY, CLIPPED
-    )
+    c, s_top, plain = sum_S, sum_S, sum_S  # never read for log p(ŷ)
+    if FAMILY != LOG_PROB:
+        c, s_top, plain = shift(
+            top_S, p_max, top_T, q_max, log_sums, d_top, E / sum_S, beta, entry_clip,
+            FAMILY, CLIPPED,
+        )  # fmt: skip
     return top_S, p_max, top_T, q_max, log_sums, c, plain, s_top
+
+
+@triton.jit
+def log_probs(z_Sy, z_Ty, top_S, sum_S, top_T, sum_T):
+    """log p, log q and log q − log p of the sampled token."""
+    x = log_ratio(difference(z_Sy, z_Ty), top_S, top_T, log_quotient(sum_S, sum_T))
+    return z_Sy - top_S - tl.log(sum_S), z_Ty - top_T - tl.log(sum_T), x

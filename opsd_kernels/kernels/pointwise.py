@@ -12,10 +12,17 @@ the values of entries on which the two sides agree are sums of second-order term
     reverse KL  (q − p) − p y          =   p e
 
 The right sides are used where |y| < ½; elsewhere the left sides, which do not cancel there.
+
+Where every token has a β of its own, one formula is all of the family: that of the JSD with lm / b
+in place of lm. It then has a factor b, which the KLs are without, and is theirs at b = 0, where
+lm / b = t; the reverse KL is the forward KL exchanged.
 """
+
+from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from opsd_kernels import divergence
 
@@ -25,29 +32,62 @@ REVERSE_KL = tl.constexpr(1)
 JENSEN_SHANNON = tl.constexpr(2)
 # JSD_β for β > ½, computed as JSD_{1−β} with student and teacher exchanged.
 JENSEN_SHANNON_EXCHANGED = tl.constexpr(3)
+# Any of these, by a β for each row.
+MIXED = tl.constexpr(4)
+# None of these: log p(ŷ) of a sampled token, whose score is 1[v = ŷ], and G = 1.
+LOG_PROB = tl.constexpr(5)
 
 HUGE = tl.constexpr(divergence.HUGE)
 SATURATED = tl.constexpr(divergence.SATURATED)
 
 
-def family(beta: float) -> int:
+def family(beta: float | Tensor | None) -> int:
     """The member of the family that β selects, as the kernels know it."""
+    if beta is None:
+        return LOG_PROB.value
+    if isinstance(beta, Tensor):
+        return MIXED.value
     if beta in (0, 1):
         return (FORWARD_KL if beta == 0 else REVERSE_KL).value
     return (JENSEN_SHANNON if beta <= 0.5 else JENSEN_SHANNON_EXCHANGED).value
 
 
-def knows_G(beta: float, entry_clip: float | None) -> bool:
-    """Whether G follows from sums that need no second look at the vocabulary: the unclipped KLs."""
-    return beta in (0, 1) and entry_clip is None
+def arguments(beta: float | Tensor | None, entry_clip: float | None) -> dict[str, Any]:
+    """The arguments by which every kernel knows the divergence."""
+    weight = beta
+    if beta is None:
+        weight = 0.0
+    elif not isinstance(beta, Tensor) and beta > 0.5:
+        weight = 1 - beta  # in fp64: near 1 this is more than fp32 knows of β
+    return {
+        "beta": weight,
+        "entry_clip": entry_clip or 0.0,
+        "FAMILY": family(beta),
+        "CLIPPED": entry_clip is not None,
+    }
 
 
-def mean_limit(beta: float) -> float:
+def knows_G(beta: float | Tensor | None, entry_clip: float | None) -> bool:
+    """Whether G follows from sums that need no second look at the vocabulary: that of the unclipped
+    KLs, and that of log p(ŷ)."""
+    if beta is None:
+        return True
+    return not isinstance(beta, Tensor) and beta in (0, 1) and entry_clip is None
+
+
+def is_wide(beta: float | Tensor | None, needs_statistics: bool) -> bool:
+    """Whether more is made of an entry than one divergence: statistics, or a β of each row."""
+    return isinstance(beta, Tensor) or (needs_statistics and beta is not None)
+
+
+def mean_limit(beta: float | Tensor | None) -> float:
     """Bound on |d − d_top| in its mean over the student's distribution; 0 if it is not needed.
 
     The reverse KL's G is that mean. The JSDs guess from it, and no more than e³² tells them.
     """
-    if beta in (0, 1):
+    if beta is None:
+        return 0.0
+    if not isinstance(beta, Tensor) and beta in (0, 1):
         return 0.0 if beta == 0 else divergence.HUGE
     return 32.0
 
@@ -118,28 +158,39 @@ def shift(
     # Where the top entry has nearly all the mass, 1 − p_top has few digits left, and
     # c = a_top / p_top, which needs none of them, is as near to G.
     guessed = p <= 0.9
-    a = value_and_score(p, q, x, no, beta, entry_clip, FAMILY, CLIPPED)[1]
+    _f, a, excess = value_and_score(p, q, x, no, beta, entry_clip, FAMILY, CLIPPED)
     if FAMILY == FORWARD_KL:
         # Σ (p − q) over the others; with a clip, besides, how much of q the clip may have taken,
         # which is what G then is: all that the student's top entry does not account for.
         a_others = -value_and_score(p, q, x, no, beta, entry_clip, FAMILY, False)[1]
         if CLIPPED:
-            clipped = q * x > entry_clip
-            plain = tl.where(clipped & (q > 0.5), 1.0, 0.0)
-            a_others += tl.where(clipped, 0.0, tl.maximum(1.0 - q / p, 0.0))
+            plain = tl.where((excess > 0) & (q > 0.5), 1.0, 0.0)
+            a_others += tl.where(excess > 0, 0.0, tl.maximum(1.0 - q / p, 0.0))
     elif FAMILY == REVERSE_KL:
         a_others = -(p_others * x + mean_d)
         if CLIPPED:
-            plain = tl.where((-p * x > entry_clip) & (p > 0.5), 1.0, 0.0)
+            plain = tl.where((excess > 0) & (p > 0.5), 1.0, 0.0)
             # The mean knows nothing of the clip: of no use where that must have taken something.
-            guessed = guessed & (-p * x <= entry_clip) & (a_others <= entry_clip)
+            guessed = guessed & ~(excess > 0) & (a_others <= entry_clip)
     else:
         x_others = x + mean_d / tl.maximum(p_others, 1e-30)
         one = no + 1.0
         a_others = p_others * value_and_score(one, one, x_others, no, beta, 0.0, FAMILY, False)[1]
+        if FAMILY == MIXED:
+            # Σ (p − q) over the others, of which q knows more than their mean.
+            a_forward = value_and_score(p, q, x, no, beta, 0.0, FAMILY, False)[1]
+            a_others = tl.where(beta == 0, -a_forward, a_others)
         if CLIPPED:
             # Where the top entry is clipped all may be, and scores of 0 are to stay 0.
-            guessed = guessed & (a != 0)
+            clipped = excess > 0
+            if FAMILY == MIXED:
+                forward, reverse = beta == 0, beta == 1
+                Q = tl.where(forward, q, p)
+                plain = tl.where((forward | reverse) & clipped & (Q > 0.5), 1.0, 0.0)
+                a_others += tl.where(forward & ~clipped, tl.maximum(1.0 - q / p, 0.0), 0.0)
+                guessed = guessed & ~(reverse & (a_others > entry_clip)) & (forward | ~clipped)
+            else:
+                guessed = guessed & ~clipped
     c, s_top = a + a_others, p_others * a - p * a_others
     if CLIPPED or (FAMILY != FORWARD_KL and FAMILY != REVERSE_KL):
         c = tl.where(guessed, c, a / p)
@@ -149,40 +200,52 @@ def shift(
 
 @triton.jit
 def value_and_score(p, q, x, plain, beta, entry_clip, FAMILY: tl.constexpr, CLIPPED: tl.constexpr):
-    """Value f and score a of entries; for the KLs both carry the null term, ±(p − q).
+    """Value f and score a of entries, and what the clip took of f; for the KLs f and a carry the
+    null term, ±(p − q).
 
     Args:
         p, q, x: fp32 tiles: student, teacher and log-ratio.
         plain: 1 for rows whose clipped KL is better summed without the null term, else 0.
-        beta: β, fp32; read for the JSDs alone.
+        beta: for the JSDs β, or 1 − β if exchanged, fp32; if MIXED β of each row.
         entry_clip: τ, fp32; read if CLIPPED.
     """
+    excess = 0.0
     if FAMILY == FORWARD_KL or FAMILY == REVERSE_KL:
         f, a = _kullback_leibler(p, q, x, FAMILY)
-        if CLIPPED:
-            if FAMILY == FORWARD_KL:
-                textbook, null, clipped_score = q * x, a, p
-            else:
-                textbook, null, clipped_score = a, q - p, -p
-            clipped = textbook > entry_clip
+        if FAMILY == FORWARD_KL:
+            textbook, null, clipped_score = q * x, a, p
+        else:
+            textbook, null, clipped_score = a, q - p, -p
+    elif FAMILY == MIXED:
+        f, a, textbook, null, clipped_score = _any_divergence(p, q, x, beta)
+    else:
+        f, a = _jensen_shannon(p, q, x, beta, FAMILY == JENSEN_SHANNON_EXCHANGED)
+        textbook = f
+    if CLIPPED:
+        clipped = textbook > entry_clip
+        excess = tl.where(clipped, textbook - entry_clip, 0.0)
+        if FAMILY == JENSEN_SHANNON or FAMILY == JENSEN_SHANNON_EXCHANGED:
+            f = tl.where(clipped, entry_clip, f)
+            a = tl.where(clipped, 0.0, a)
+        else:
             f = tl.where(plain > 0, textbook, f)
             f = tl.where(clipped, entry_clip + (1.0 - plain) * null, f)
             a = tl.where(clipped, clipped_score, a)
-    else:
-        f, a = _jensen_shannon(p, q, x, beta, FAMILY == JENSEN_SHANNON_EXCHANGED)
-        if CLIPPED:
-            clipped = f > entry_clip
-            f = tl.where(clipped, entry_clip, f)
-            a = tl.where(clipped, 0.0, a)
-    return f, a
+    return f, a, excess
 
 
 @triton.jit
-def _jensen_shannon(p, q, x, beta, EXCHANGED: tl.constexpr):
+def kullback_leiblers(p, q, x):
+    """The terms of the forward and of the reverse KL."""
+    return _kullback_leibler(p, q, x, FORWARD_KL)[0], _kullback_leibler(p, q, x, REVERSE_KL)[0]
+
+
+@triton.jit
+def _jensen_shannon(p, q, x, b, EXCHANGED: tl.constexpr):
     if EXCHANGED:
-        P, Q, b, y = q, p, 1.0 - beta, -x
+        P, Q, y = q, p, -x
     else:
-        P, Q, b, y = p, q, beta, x
+        P, Q, y = p, q, x
     y = tl.where(y > SATURATED, SATURATED, y)  # not tl.minimum, which would hide a NaN
     e, near = _expm1_beyond(y)
     t = tl.where(near, y + e, tl.exp(y) - 1.0)
@@ -209,6 +272,35 @@ def _kullback_leibler(p, q, x, FAMILY: tl.constexpr):
         f = tl.where(near, p * e, q_minus_p - p * x)
         a = -p * x
     return _at_least_zero(f), a
+
+
+@triton.jit
+def _any_divergence(p, q, x, beta):
+    """f and a for a β of each row; and what a clip needs of KLs: the value without the null term,
+    that term, and the score of a clipped entry, which for JSDs are f, 0 and 0."""
+    exchanged = beta > 0.5
+    b = tl.where(exchanged, 1.0 - beta, beta)
+    is_kl = b == 0
+    per_b = tl.where(is_kl, 0.0, 1.0 / tl.maximum(b, 1e-30))
+    P, Q, y = tl.where(exchanged, q, p), tl.where(exchanged, p, q), tl.where(exchanged, -x, x)
+    y_held = tl.where(y > SATURATED, SATURATED, y)  # not tl.minimum, which would hide a NaN
+    y = tl.where(is_kl, y, y_held)
+    e, near = _expm1_beyond(y)
+    t = tl.where(near, y + e, tl.exp(y_held) - 1.0)
+    w = b * t
+    o, small = _log1p_beyond(w)
+    o_b = o * per_b
+    lm_b = tl.where(small, t + o_b, tl.log(1.0 + w) * per_b)  # log(m/P) / b
+    P_lm_b = tl.where(is_kl & ~near, Q - P, P * lm_b)
+    d = y - b * lm_b  # log(Q/m)
+    factor = tl.where(is_kl, 1.0, b)
+    f = factor * tl.where(near, P * (t * d - e - o_b), Q * d - (1.0 - b) * P_lm_b)
+    a = factor * tl.where(exchanged, Q * d, (b - 1.0) * P_lm_b)
+    f = _at_least_zero(f)
+    textbook = tl.where(is_kl, Q * y, f)
+    null = tl.where(is_kl, -P_lm_b, 0.0)
+    clipped_score = tl.where(is_kl, tl.where(exchanged, -Q, P), 0.0)
+    return f, a, textbook, null, clipped_score
 
 
 @triton.jit

@@ -8,7 +8,7 @@ often it is swept over:
     3. read z_S, z_T:  g = s − (G − c) p, written where z_S was
 
 Where G is known after the first sweep (`knows_G`), the second writes g and there is no third. The
-entry at the student's top is left to the end, as in `finish`.
+entry at the student's top, or for log p(ŷ) that of ŷ, is left to the end, as in `finish`.
 
 g may be narrower than z_S: it is then written into the first part of the row, over entries that
 were read before. The matrix product that follows reads it there, with no copy made.
@@ -17,20 +17,27 @@ were read before. The matrix product that follows reads it there, with no copy m
 import triton
 import triton.language as tl
 
-from opsd_kernels.kernels.finish import top_gradient
+from opsd_kernels.kernels.finish import LOG_P, statistics, top_gradient
 from opsd_kernels.kernels.logits_tile import round_to
-from opsd_kernels.kernels.lse import absorb, nothing, statistics
-from opsd_kernels.kernels.pair import entries
-from opsd_kernels.kernels.pointwise import FORWARD_KL, REVERSE_KL
+from opsd_kernels.kernels.lse import STATS_OF_TARGETS, absorb, log_probs, normalizers, nothing
+from opsd_kernels.kernels.pair import SUMS, add_each, entries
+from opsd_kernels.kernels.pointwise import FORWARD_KL, LOG_PROB, MIXED, REVERSE_KL
 
 
-@triton.jit
+# What depends on the batch is no reason to compile again.
+@triton.jit(
+    do_not_specialize=["stride_statistics"],
+    do_not_specialize_on_alignment=["beta", "targets_ptr"],
+)
 def rows_kernel(
     loss_ptr,
+    statistics_ptr,
     g_ptr,
     z_S_ptr,
     z_T_ptr,
+    targets_ptr,
     V,
+    stride_statistics,
     stride_g,
     stride_z,
     inverse_temperature,
@@ -45,11 +52,15 @@ def rows_kernel(
     """Grid (rows).
 
     Writes:
-        loss_ptr: [R] fp32.
+        loss_ptr: [R] fp32, ℓ or log p(ŷ).
+        statistics_ptr: [STATISTICS, R] fp32 at stride stride_statistics, or None; what there is of
+            sampled tokens if there are targets.
         g_ptr: [R, V] at stride stride_g, the memory of z_S or its first part, if NEEDS_SCORE.
 
     Reads:
         z_S_ptr, z_T_ptr: [R, V] fp32 at stride stride_z, before temperature.
+        targets_ptr: [R] int32, the sampled tokens, or None.
+        beta: β, or a pointer to [R] if MIXED.
         LIMIT: `mean_limit` of β.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -57,12 +68,24 @@ def rows_kernel(
     z_S_ptr += row * stride_z
     z_T_ptr += row * stride_z
     block = tl.arange(0, BLOCK)
+    one = row + tl.arange(0, 1)
+    target = None
+    if targets_ptr is not None:
+        target = tl.load(targets_ptr + one)
+    betas = beta
+    if FAMILY == MIXED:
+        beta = tl.load(beta + one)
+        betas = beta[:, None]
     state = nothing(1)
     for v in range(0, V, BLOCK):
         z_S, z_T = _load(z_S_ptr, z_T_ptr, v + block, V, inverse_temperature)
-        state = absorb(z_S, z_T, v + block, V, state, LIMIT)
-    top_S, sum_S, top_T, sum_T, d_top, E, top = state
-    top_S, p_max, top_T, q_max, log_sums, c, plain, s_top = statistics(
+        state = absorb(z_S, z_T, v + block, V, target, state, LIMIT)
+    top_S, sum_S, top_T, sum_T, d_top, E, top, z_Sy, z_Ty = state
+    if targets_ptr is not None:
+        sampled = log_probs(z_Sy, z_Ty, top_S, sum_S, top_T, sum_T)
+    if FAMILY == LOG_PROB:
+        top = target
+    top_S, p_max, top_T, q_max, log_sums, c, plain, s_top = normalizers(
         top_S, sum_S, top_T, sum_T, d_top, E, beta, entry_clip, FAMILY, CLIPPED
     )
     stats = (
@@ -74,22 +97,41 @@ def rows_kernel(
         c[:, None],
         plain[:, None],
     )
-    KNOWS_G: tl.constexpr = not CLIPPED and (FAMILY == FORWARD_KL or FAMILY == REVERSE_KL)
+    UNCLIPPED_KL: tl.constexpr = not CLIPPED and (FAMILY == FORWARD_KL or FAMILY == REVERSE_KL)
+    KNOWS_G: tl.constexpr = UNCLIPPED_KL or FAMILY == LOG_PROB
+    STATISTICS: tl.constexpr = statistics_ptr is not None and FAMILY != LOG_PROB
 
-    total_f = tl.zeros((1, BLOCK), tl.float32)
-    total_s = tl.zeros((1, BLOCK), tl.float32)
-    for v in range(0, V, BLOCK):
+    zeros = tl.zeros((1, BLOCK), tl.float32)
+    totals = (zeros, zeros)
+    if STATISTICS:
+        totals = totals + (zeros, zeros, zeros, zeros)
+        if CLIPPED:
+            totals = totals + (zeros,)
+    # Log-probabilities alone need no second sweep.
+    for v in range(0, V if NEEDS_SCORE or FAMILY != LOG_PROB else 0, BLOCK):
         col = v + block
         z_S, z_T = _load(z_S_ptr, z_T_ptr, col, V, inverse_temperature)
-        f, s, p = entries(z_S, z_T, (col == top)[None, :], stats, beta, entry_clip, FAMILY, CLIPPED)
-        total_f += f
-        total_s += s
+        is_top = (col == top)[None, :]
+        terms, p = entries(z_S, z_T, is_top, stats, betas, entry_clip, FAMILY, CLIPPED, STATISTICS)
+        totals = add_each(totals, terms)
         if NEEDS_SCORE and KNOWS_G:
-            _store(g_ptr, s, col, V)
-    loss = tl.sum(total_f, 1)
-    tl.store(loss_ptr + row + tl.arange(0, 1), loss)
-    others = tl.sum(total_s, 1)
-    g_top = top_gradient(s_top, others, p_max, KNOWS_G)
+            _store(g_ptr, terms[1], col, V)
+    loss = tl.sum(totals[0], 1)
+    if FAMILY == LOG_PROB:
+        loss = sampled[0]
+    tl.store(loss_ptr + one, loss)
+    if STATISTICS:
+        sums = ()
+        for i in tl.static_range(SUMS, len(totals)):
+            sums = sums + (tl.sum(totals[i], 1),)
+        told = statistics(sums, loss, p_max, q_max, beta, FAMILY)
+        for i in tl.static_range(len(told)):
+            tl.store(statistics_ptr + i * stride_statistics + one, told[i])
+    if statistics_ptr is not None and targets_ptr is not None:
+        for i in tl.static_range(STATS_OF_TARGETS):
+            tl.store(statistics_ptr + (LOG_P + i) * stride_statistics + one, sampled[i])
+    others = tl.sum(totals[1], 1)
+    g_top = top_gradient(s_top, others, p_max, FAMILY, KNOWS_G)
 
     if NEEDS_SCORE and KNOWS_G:
         tl.debug_barrier()
@@ -108,8 +150,11 @@ def rows_kernel(
             col = v + block
             z_S, z_T = _load(z_S_ptr, z_T_ptr, col, V, inverse_temperature)
             is_top = (col == top)[None, :]
-            f, s, p = entries(z_S, z_T, is_top, stats, beta, entry_clip, FAMILY, CLIPPED)
-            _store(g_ptr, tl.where(is_top, g_top[:, None], s - missed * p), col, V)
+            terms, p = entries(z_S, z_T, is_top, stats, betas, entry_clip, FAMILY, CLIPPED, False)
+            g = tl.where(is_top, g_top[:, None], terms[1] - missed * p)
+            if FAMILY == MIXED:
+                g = tl.where(loss[:, None] == float("inf"), 0.0, g)
+            _store(g_ptr, g, col, V)
 
 
 @triton.jit

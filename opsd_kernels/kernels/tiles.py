@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from opsd_kernels.kernels import capability
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -31,30 +33,64 @@ class Row:
 
     lse: Tile
     pair: Tile
+    pair_wide: Tile  # where more is made of an entry: with statistics, or a β of each row
     rows: tuple[int, int] = (4096, 8)  # BLOCK and num_warps of `rows`
+    rows_wide: tuple[int, int] = (2048, 8)
     chunk: int = 1024  # rows in flight, a multiple of each BM
-    columns: int = 8192  # of the vocabulary in flight, a power of two times `pair.BV`
+    columns: int = 8192  # of the vocabulary in flight, a power of two times each BV of `pair`
     spans: int = 128  # parts of the vocabulary in `lse` at most; best as many as multiprocessors
 
 
 # Architectures by the name that code is generated for. sm_89 stands for all with 99 KiB of shared
 # memory a block (sm_86, sm_89, sm_120).
 _NARROW = {
-    "sm_80": Row(lse=Tile(64, 256, 64, 8, 8, 3), pair=Tile(64, 256, 64, 8, 8, 3), spans=108),
-    "sm_89": Row(lse=Tile(64, 256, 32, 8, 8, 3), pair=Tile(64, 256, 32, 8, 8, 3)),
-    "sm_90": Row(lse=Tile(128, 128, 64, 8, 8, 3), pair=Tile(128, 128, 64, 8, 8, 3), spans=132),
-    "sm_100": Row(lse=Tile(128, 128, 64, 8, 8, 3), pair=Tile(128, 64, 64, 16, 8, 4), spans=148),
-    "gfx942": Row(lse=Tile(128, 128, 32, 4, 8, 2), pair=Tile(128, 128, 32, 4, 8, 2), spans=152),
+    "sm_80": Row(
+        lse=Tile(64, 256, 64, 8, 8, 3),
+        pair=Tile(64, 256, 64, 8, 8, 3),
+        pair_wide=Tile(64, 128, 64, 8, 8, 3),
+        spans=108,
+    ),
+    "sm_89": Row(
+        lse=Tile(64, 256, 32, 8, 8, 3),
+        pair=Tile(64, 256, 32, 8, 8, 3),
+        pair_wide=Tile(64, 128, 32, 8, 8, 3),
+    ),
+    "sm_90": Row(
+        lse=Tile(128, 128, 64, 8, 8, 3),
+        pair=Tile(128, 128, 64, 8, 8, 3),
+        pair_wide=Tile(64, 128, 64, 8, 8, 3),
+        spans=132,
+    ),
+    "sm_100": Row(
+        lse=Tile(128, 128, 64, 8, 8, 3),
+        pair=Tile(128, 64, 64, 16, 8, 4),
+        pair_wide=Tile(64, 128, 64, 16, 8, 3),
+        spans=148,
+    ),
+    "gfx942": Row(
+        lse=Tile(128, 128, 32, 4, 8, 2),
+        pair=Tile(128, 128, 32, 4, 8, 2),
+        pair_wide=Tile(64, 128, 32, 8, 8, 2),
+        spans=152,
+    ),
 }
 # Without tensor cores (TF32 is for PyTorch's switch to allow) small tiles do; scores take twice the
 # room, in fp16 too.
-_FP32 = Row(lse=Tile(64, 64, 16, 1, 4, 2), pair=Tile(64, 64, 16, 1, 4, 2), columns=4096)
+_FP32 = Row(
+    lse=Tile(64, 64, 16, 1, 4, 2),
+    pair=Tile(64, 64, 16, 1, 4, 2),
+    pair_wide=Tile(32, 64, 16, 8, 4, 2),
+    columns=4096,
+)
 TABLE: dict[tuple[str, str], Row] = {
     **{(arch, "bfloat16"): row for arch, row in _NARROW.items()},
     **{(arch, "float16"): replace(row, columns=4096) for arch, row in _NARROW.items()},
     **{(arch, "float32"): _FP32 for arch in _NARROW},
     ("sm_100", "float32"): replace(
-        _FP32, lse=Tile(32, 64, 32, 1, 4, 2), pair=Tile(32, 64, 32, 1, 4, 2)
+        _FP32,
+        lse=Tile(32, 64, 32, 1, 4, 2),
+        pair=Tile(32, 64, 32, 1, 4, 2),
+        pair_wide=Tile(32, 64, 32, 8, 4, 2),
     ),
 }
 
@@ -62,7 +98,9 @@ TABLE: dict[tuple[str, str], Row] = {
 INTERPRETER = Row(
     lse=Tile(32, 256, 64, 2, 1, 1),
     pair=Tile(32, 256, 64, 2, 1, 1),
+    pair_wide=Tile(32, 256, 64, 2, 1, 1),
     rows=(512, 1),
+    rows_wide=(512, 1),
     chunk=64,
     columns=512,
     spans=4,
@@ -80,7 +118,5 @@ def architecture(device: torch.device) -> str:
     """The architecture of the table that a GPU is nearest to, of those with bf16 matrix units."""
     if torch.version.hip is not None:
         return "gfx942"
-    capability = torch.cuda.get_device_capability(device)
-    return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get(
-        capability, "sm_89"
-    )
+    known = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
+    return known.get(capability(device), "sm_89")

@@ -1,0 +1,279 @@
+"""Error of loss and gradient against float64, from student ≈ teacher to nothing in common.
+
+    python benchmarks/accuracy.py [--vocabulary 16384] [--output FOLDER]
+
+bf16 hidden states and head, peaked next-token distributions over the vocabulary. The teacher's
+hidden states are placed at such a distance from the student's that the mean JSD is 1e-7, 1e-6, …,
+0.5; for the divergence of each panel, then, every method's error relative to the oracle: of the
+mean loss, and of the gradient in norm. What rounding the exact gradient to bf16 costs is the floor.
+
+Writes accuracy.csv and accuracy.png to the folder, and prints the rows that the README shows.
+Without a GPU the logit-free kernels run in Triton's interpreter, their tiles rounded as on a GPU.
+"""
+
+import argparse
+import csv
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import peers
+from benchmarks.report import machine
+from opsd_kernels import divergence_name, fused_jsd_loss, reference_jsd_loss
+
+# β and entry clip.
+DIVERGENCES = [(0.5, None), (0.0, None), (1.0, None), (0.0, 0.05)]
+MEAN_JSD = [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 0.5]
+Method = Callable[..., Tensor]
+
+
+def logit_free(
+    h_S: Tensor, h_T: Tensor, W: Tensor, beta: float, entry_clip: float | None
+) -> Tensor:
+    return fused_jsd_loss(h_S, h_T, W, beta=beta, entry_clip=entry_clip, workspace_mib=0)
+
+
+def row_workspace(
+    h_S: Tensor, h_T: Tensor, W: Tensor, beta: float, entry_clip: float | None
+) -> Tensor:
+    return fused_jsd_loss(h_S, h_T, W, beta=beta, entry_clip=entry_clip, workspace_mib=320)
+
+
+def without_clip(peer: peers.Loss) -> Method:
+    def loss(h_S: Tensor, h_T: Tensor, W: Tensor, beta: float, entry_clip: float | None) -> Tensor:
+        if entry_clip is not None:
+            raise NotImplementedError("no entry clip")
+        return peer(h_S, h_T, W, beta)
+
+    return loss
+
+
+METHODS: dict[str, Method] = {
+    "ours, logit-free": logit_free,
+    "ours, row workspace": row_workspace,
+    "eager, bf16 logits": peers.eager_clipped,
+    "TRL": without_clip(peers.trl),
+    "Liger": without_clip(peers.liger),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    divergence: str
+    mean_jsd: float
+    method: str
+    loss_error: float
+    """|ℓ − exact| / exact of the mean loss."""
+    grad_error: float
+    """‖g − exact‖ / ‖exact‖."""
+    rounding: float
+    """That of the exact gradient, rounded to the dtype of the hidden states."""
+
+
+def inputs(
+    N: int, V: int, D: int, distance: float, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each token's hidden state points at an entry of its own, more or less confidently: entropies
+    from 1e-4 nats to that of a flat distribution."""
+    g = torch.Generator(device).manual_seed(0)
+    W = torch.randn(V, D, generator=g, device=device) / D**0.5
+    likely = torch.randint(V, (N,), generator=g, device=device)
+    confidence = torch.linspace(0, 25, N, device=device)[:, None]
+    h_S = torch.randn(N, D, generator=g, device=device) + confidence * W[likely]
+    h_T = h_S + distance * torch.randn(N, D, generator=g, device=device)
+    return h_S.bfloat16(), h_T.bfloat16(), W.bfloat16()
+
+
+def at_mean_jsd(
+    target: float, N: int, V: int, D: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs of that mean JSD, as near as bf16 hidden states can be."""
+    low, high = math.log(1e-5), math.log(100.0)
+    for _ in range(12):
+        middle = (low + high) / 2
+        h_S, h_T, W = inputs(N, V, D, math.exp(middle), device)
+        with torch.no_grad():
+            if reference_jsd_loss(h_S, h_T, W) < target:
+                low = middle
+            else:
+                high = middle
+    return inputs(N, V, D, math.exp(high), device)
+
+
+def measure(N: int, V: int, D: int, device: torch.device) -> Iterator[Row]:
+    for target in MEAN_JSD:
+        h_S, h_T, W = at_mean_jsd(target, N, V, D, device)
+        jsd = float(reference_jsd_loss(h_S, h_T, W))
+        for beta, entry_clip in DIVERGENCES:
+            h = h_S.double().requires_grad_()
+            exact = reference_jsd_loss(
+                h, h_T.double(), W.double(), beta=beta, entry_clip=entry_clip
+            )
+            (exact_grad,) = torch.autograd.grad(exact, h)
+            rounding = relative(exact_grad.to(h_S.dtype), exact_grad)
+            for name, method in METHODS.items():
+                h = h_S.clone().requires_grad_()
+                try:
+                    loss = method(h, h_T, W, beta, entry_clip)
+                except (ImportError, NotImplementedError):
+                    continue
+                (grad,) = torch.autograd.grad(loss, h)
+                yield Row(
+                    divergence_name(beta, entry_clip),
+                    jsd,
+                    name,
+                    relative(loss.detach(), exact.detach()),
+                    relative(grad, exact_grad),
+                    rounding,
+                )
+
+
+def relative(t: Tensor, exact: Tensor) -> float:
+    return float((t.double() - exact).norm() / exact.norm())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--vocabulary", type=int, default=16384)
+    parser.add_argument("--features", type=int, default=128)
+    parser.add_argument("--output", type=Path, help="folder for accuracy.csv and accuracy.png")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    setting = (
+        f"{machine(device)}; bf16, N = {args.tokens}, V = {args.vocabulary}, D = {args.features}"
+    )
+    print(setting)
+    rows = []
+    for row in measure(args.tokens, args.vocabulary, args.features, device):
+        rows.append(row)
+        print(
+            f"{row.divergence:<58} JSD {row.mean_jsd:.1e}  {row.method:<20} "
+            f"loss {row.loss_error:8.1e}  gradient {row.grad_error:8.1e} "
+            f"= {row.grad_error / row.rounding:8.2f} roundings",
+            flush=True,
+        )
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        path = args.output / "accuracy.csv"
+        with path.open("w", newline="") as file:
+            file.write(f"# {setting}\n")
+            writer = csv.writer(file)
+            writer.writerow(f.name for f in fields(Row))
+            writer.writerows(astuple(row) for row in rows)
+        plot(path, args.output / "accuracy.png")
+        print(summary(path))
+
+
+def read(path: Path) -> tuple[str, list[Row]]:
+    """The setting of a recorded accuracy.csv, and its rows."""
+    with path.open(newline="") as file:
+        setting = file.readline().removeprefix("# ").strip()
+        rows = [
+            Row(
+                line["divergence"],
+                float(line["mean_jsd"]),
+                line["method"],
+                float(line["loss_error"]),
+                float(line["grad_error"]),
+                float(line["rounding"]),
+            )
+            for line in csv.DictReader(file)
+        ]
+    return setting, rows
+
+
+def summary(path: Path) -> str:
+    """Errors of gradient and loss of the JSD, as Markdown."""
+    setting, rows = read(path)
+    of_jsd = {(r.method, r.mean_jsd): r for r in rows if r.divergence == divergence_name(0.5)}
+    levels = sorted({level for _, level in of_jsd})
+    shown = [levels[i] for i in range(0, len(levels), 2)] + levels[-1:]
+    heads = [f"{level:.0e}" if level < 0.1 else f"{level:.1f}" for level in shown]
+    lines = []
+    for what, error in (("gradient", "grad_error"), ("mean loss", "loss_error")):
+        lines.append(f"| {what}, at a mean JSD of | " + " | ".join(heads) + " |")
+        lines.append("|---" * (len(shown) + 1) + "|")
+        for method in METHODS:
+            cells = [percent(getattr(of_jsd[method, level], error)) for level in shown]
+            strong = "**" if method.startswith("ours") else ""
+            lines.append(
+                "| " + " | ".join(f"{strong}{cell}{strong}" for cell in (method, *cells)) + " |"
+            )
+        if what == "gradient":
+            floor = [percent(of_jsd["ours, row workspace", level].rounding) for level in shown]
+            lines.append("| *the exact gradient, rounded to bf16* | " + " | ".join(floor) + " |")
+        lines.append("")
+    return "\n".join([*lines, f"({setting})"])
+
+
+def percent(error: float) -> str:
+    if error >= 1:
+        return f"{error:,.0f} ×" if error >= 10 else f"{error:.1f} ×"
+    return f"{error:.2%}" if error > 1e-3 else f"{error:.0e}"
+
+
+def plot(path: Path, to: Path) -> None:
+    """Errors over the mean JSD: a column for each divergence, gradient above loss."""
+    from matplotlib.figure import Figure
+
+    setting, rows = read(path)
+    names = list(dict.fromkeys(row.divergence for row in rows))
+    styles: dict[str, dict[str, Any]] = {
+        "ours, logit-free": {"color": "#1f6fb4", "linewidth": 2.2},
+        "ours, row workspace": {"color": "#1f6fb4", "linewidth": 1.4, "linestyle": "--"},
+        "eager, bf16 logits": {"color": "#c7502b"},
+        "TRL": {"color": "#6b8e23"},
+        "Liger": {"color": "#8a6bb1"},
+    }
+    figure = Figure(figsize=(3.1 * len(names), 5.6), layout="constrained")
+    axes = figure.subplots(2, len(names), sharex=True, sharey="row")
+    for column, name in zip(axes.T, names, strict=True):
+        of_it = [row for row in rows if row.divergence == name]
+        for method, style in styles.items():
+            points = [row for row in of_it if row.method == method]
+            if not points:
+                continue
+            x = [row.mean_jsd for row in points]
+            column[0].plot(x, [r.grad_error for r in points], label=method, **style)
+            column[1].plot(x, [max(r.loss_error, 1e-8) for r in points], **style)
+        ours = [row for row in of_it if row.method == "ours, row workspace"]
+        column[0].plot(
+            [row.mean_jsd for row in ours],
+            [row.rounding for row in ours],
+            color="#333333",
+            linewidth=0.9,
+            linestyle=":",
+            label="exact, rounded to bf16",
+        )
+        column[0].set_title(name.replace(", ", ",\n"), fontsize=9, loc="left")
+        column[1].set_xlabel("mean JSD of teacher and student", fontsize=8)
+        for axis in column:
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(alpha=0.25)
+            axis.tick_params(labelsize=8)
+    axes[0, 0].set_ylabel("relative error of the gradient", fontsize=9)
+    axes[1, 0].set_ylabel("relative error of the mean loss", fontsize=9)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=6, frameon=False, fontsize=9)
+    axes[0, 0].set_ylim(bottom=1e-3)
+    figure.supxlabel(setting, fontsize=6, color="#777777", x=1, ha="right")
+    figure.savefig(to, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Checks of arguments: what does not fit is refused by name, before anything is computed.
+
+Shapes, dtypes and devices are always checked. What a tensor holds is checked on a CPU only, so that
+a GPU never waits for the host, and not while PyTorch traces or compiles, when it holds nothing yet.
+"""
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from opsd_kernels import kernels
+from opsd_kernels.divergence import HUGE
+from opsd_kernels.row_workspace import MIB, default_workspace_mib
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_beta(beta: float) -> float:
+    beta = _number("beta", beta)
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must lie in [0, 1], got {beta}")
+    return beta
+
+
+def check_token_beta(beta: Tensor, h_student: Tensor) -> Tensor:
+    """Check β of every token and return it as fp32 constants [N]."""
+    if not beta.is_floating_point():
+        raise TypeError(f"beta must be float, got {beta.dtype}")
+    if beta.ndim == 0:
+        beta = beta.expand(h_student.shape[:-1])
+    _check_per_token("beta", beta, h_student)
+    beta = beta.detach().reshape(-1)
+    if _readable(beta) and not ((beta >= 0) & (beta <= 1)).all():
+        raise ValueError("beta must lie in [0, 1], and that of some token does not")
+    # What is neither 0 nor 1 names a JSD, and stays one when it is rounded. What is no β gives NaN
+    # where it cannot be read.
+    inside = beta.float().clamp(torch.finfo(torch.float32).tiny, 1 - 2**-24)
+    ends = torch.where((beta == 0) | (beta == 1), beta.float(), torch.nan)
+    return torch.where((beta > 0) & (beta < 1), inside, ends)
+
+
+def check_temperature(temperature: float) -> float:
+    temperature = _number("temperature", temperature)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    return temperature
+
+
+def check_clip(name: str, clip: float | None) -> float | None:
+    """Check a clip, of entries or of the advantage, and return it as a float."""
+    if clip is None:
+        return None
+    clip = _number(name, clip)
+    if not 0 < clip < HUGE:
+        raise ValueError(
+            f"{name} must be positive and below {HUGE:g}, or None for no clip, got {clip}"
+        )
+    return clip
+
+
+def check_tensors(
+    h_student: Tensor,
+    h_teacher: Tensor,
+    W: Tensor,
+    W_teacher: Tensor | None,
+    dtypes: tuple[torch.dtype, ...],
+) -> torch.dtype:
+    """Check hidden states and heads, and return the dtype of the matrix products' operands."""
+    tensors = {"h_student": h_student, "h_teacher": h_teacher, "W": W}
+    if W_teacher is not None:
+        tensors["W_teacher"] = W_teacher
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got {t.layout}")
+        if t.dtype not in dtypes:
+            wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+            raise TypeError(f"{name} must be one of {wanted}, got {t.dtype}")
+        if t.device != h_student.device:
+            raise ValueError(
+                f"{name} is on {t.device}, h_student on {h_student.device}; "
+                "all tensors must be on one device"
+            )
+    device_type = h_student.device.type
+    # Devices without autocast (meta, say) raise when asked whether it is on.
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        operand_dtype = torch.get_autocast_dtype(device_type)
+    else:
+        operand_dtype = h_student.dtype
+        for name, t in tensors.items():
+            if t.dtype != operand_dtype:
+                raise TypeError(
+                    f"{name} is {t.dtype}, h_student {operand_dtype}; "
+                    "all tensors must have one dtype (or be used under torch.autocast)"
+                )
+
+    for name, t in tensors.items():
+        if not name.startswith("W"):
+            if t.ndim == 0:
+                raise ValueError(f"{name} must be [..., D], got a scalar")
+        elif t.ndim != 2:
+            raise ValueError(
+                f"{name} must be [V, D], got shape {list(t.shape)}; a head sharded or flattened by "
+                "FSDP or ZeRO-3 must be gathered first"
+            )
+        elif 0 in t.shape:
+            raise ValueError(
+                f"{name} must have at least one row and column, got shape {list(t.shape)}"
+            )
+        elif t.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} requires grad, but the gradient reaches h_student only: "
+                f"pass {name}.detach() for a frozen head"
+            )
+    if h_student.shape[:-1] != h_teacher.shape[:-1]:
+        raise ValueError(
+            "h_student and h_teacher must have the same leading shape, got "
+            f"{list(h_student.shape)} and {list(h_teacher.shape)}"
+        )
+    head_T, W_T = ("W", W) if W_teacher is None else ("W_teacher", W_teacher)
+    for name, h, head, weight in (
+        ("h_student", h_student, "W", W),
+        ("h_teacher", h_teacher, head_T, W_T),
+    ):
+        if h.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"{name} has {h.shape[-1]} features, {head} {weight.shape[1]}: "
+                f"{name} {list(h.shape)} must be [..., D] for {head} [V, D] {list(weight.shape)}"
+            )
+    if W_T.shape[0] != W.shape[0]:
+        raise ValueError(
+            f"W_teacher has {W_T.shape[0]} rows, W {W.shape[0]}: "
+            "student and teacher must share one vocabulary"
+        )
+    return operand_dtype
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+
+
+def check_weights(token_weights: Tensor | None, h_student: Tensor) -> Tensor | None:
+    """Check token weights and return them as fp32 constants of the leading shape."""
+    if token_weights is None:
+        return None
+    if not isinstance(token_weights, Tensor):
+        raise TypeError(f"token_weights must be a torch.Tensor, got {type(token_weights).__name__}")
+    if token_weights.is_complex():
+        raise TypeError(f"token_weights must be float, int or bool, got {token_weights.dtype}")
+    _check_per_token("token_weights", token_weights, h_student)
+    # Of its own: a tensor made in inference mode could not be saved for backward.
+    weights = token_weights.detach().float().clone()
+    if _readable(weights) and not ((weights >= 0) & (weights < math.inf)).all():
+        raise ValueError("token_weights must be finite and not negative")
+    return weights
+
+
+def check_targets(
+    targets: Tensor | None, h_student: Tensor, V: int, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Check ids of sampled tokens.
+
+    Returns:
+        The ids [N] int32, all made to lie within the vocabulary, and where [...] they did, or
+        belong to a token that is dropped: nothing may be made of the others.
+    """
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets must be a torch.Tensor, got {type(targets).__name__}")
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise TypeError(f"targets must be integers, the ids of tokens, got {targets.dtype}")
+    _check_per_token("targets", targets, h_student)
+    targets = targets.long()  # V may be beyond what they came in
+    valid = (targets >= 0) & (targets < V)
+    if weights is not None:
+        valid = valid | (weights == 0)
+    if _readable(targets) and not valid.all():
+        raise ValueError(
+            f"targets must lie in [0, {V}), the vocabulary, for every token whose weight is not 0"
+        )
+    return targets.clamp(0, V - 1).reshape(-1).int(), valid
+
+
+def _check_per_token(name: str, t: Tensor, h_student: Tensor) -> None:
+    leading = h_student.shape[:-1]
+    if t.shape != leading:
+        raise ValueError(
+            f"{name} must have the leading shape {list(leading)} of h_student, got {list(t.shape)}"
+        )
+    if t.device != h_student.device:
+        raise ValueError(f"{name} is on {t.device}, h_student on {h_student.device}")
+
+
+def _readable(t: Tensor) -> bool:
+    """Whether looking at what t holds costs nothing."""
+    compiling = torch.compiler.is_compiling() or isinstance(t, FakeTensor)
+    return t.device.type == "cpu" and not compiling
+
+
+def check_workspace(workspace_mib: float | None, device: torch.device) -> float:
+    """Check the size of the workspace and return it in bytes."""
+    if workspace_mib is None:
+        return default_workspace_mib(device) * MIB
+    workspace_mib = _number("workspace_mib", workspace_mib)
+    if not 0 <= workspace_mib < math.inf:
+        raise ValueError(f"workspace_mib must be finite and not negative, got {workspace_mib}")
+    if workspace_mib == 0 and not kernels.available(device):
+        raise ValueError(
+            f"workspace_mib=0 keeps logits in the registers of a GPU; the tensors are on {device}. "
+            "On a CPU it runs under TRITON_INTERPRET=1 only, for tests: leave workspace_mib out, "
+            "or give what may be used"
+        )
+    return workspace_mib * MIB
+
+
+def _number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is too large: {value}") from None

@@ -1,0 +1,171 @@
+"""Under `torch.compile` and on fake tensors: no graph break, the same numbers, no hidden tensor."""
+
+from unittest import mock
+
+import pytest
+import torch
+from allocations import id_of, tensors
+from inputs import random_inputs
+from schedules import SCHEDULES
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from opsd_kernels import (
+    FusedJSDLoss,
+    fused_jsd_loss,
+    fused_sampled_token_loss,
+    kernels,
+    token_divergence,
+)
+from opsd_kernels.kernels import tiles
+
+V = 600
+
+
+def jsd(h_S: Tensor, h_T: Tensor, W: Tensor, workspace_mib: float | None) -> Tensor:
+    weights = (h_S[:, 0] > 0).float()
+    return fused_jsd_loss(
+        2 * h_S, 2 * h_T, W, token_weights=weights, workspace_mib=workspace_mib
+    ).square()
+
+
+def everything(h_S: Tensor, h_T: Tensor, W: Tensor, workspace_mib: float | None) -> Tensor:
+    N = h_S.shape[0]
+    told = token_divergence(
+        2 * h_S,
+        2 * h_T,
+        W,
+        beta=torch.arange(N).remainder(5) / 4,
+        temperature=1.3,
+        entry_clip=0.01,
+        targets=torch.arange(N),
+        workspace_mib=workspace_mib,
+    )
+    return told.loss.sum() + (told.entropy_student + told.forward_kl + told.logp_teacher).mean()
+
+
+def sampled(h_S: Tensor, h_T: Tensor, W: Tensor, workspace_mib: float | None) -> Tensor:
+    targets = torch.arange(h_S.shape[0])
+    return fused_sampled_token_loss(
+        2 * h_S, 2 * h_T, W, targets, advantage_clip=1.0, workspace_mib=workspace_mib
+    )
+
+
+def module(h_S: Tensor, h_T: Tensor, W: Tensor, workspace_mib: float | None) -> Tensor:
+    return FusedJSDLoss(beta=0.0, entry_clip=0.05, workspace_mib=workspace_mib)(h_S, h_T, W)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("function", [jsd, everything, sampled, module])
+@pytest.mark.parametrize(
+    ("backend", "dynamic"), [("aot_eager", None), ("aot_eager", True), ("inductor", None)]
+)
+def test_one_graph_and_the_same_numbers(function, backend, dynamic, schedule):
+    """For several batch sizes: the second compiles once more, with N a symbol; the third not."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    h_S, h_T, W = (t.to(schedule.device) for t in random_inputs(30, V, 16, distance=0.3))
+    compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
+    for N in (30, 20, 11):
+        results = []
+        for call in (function, compiled):
+            h = h_S[:N].clone().requires_grad_()
+            with torch.device(schedule.device):
+                loss = call(h, h_T[:N], W, schedule.workspace_mib)
+            loss.backward()
+            results.append((loss.detach(), h.grad))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-7)
+    compiles = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert compiles <= 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_an_annealed_beta_is_compiled_once():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    h_S, h_T, W = random_inputs(6, 40, 8)
+    loss = FusedJSDLoss()
+    compiled = torch.compile(lambda beta: loss(h_S, h_T, W, beta=beta), fullgraph=True)
+    for step in range(12):
+        beta = torch.tensor(step / 11)
+        torch.testing.assert_close(compiled(beta), fused_jsd_loss(h_S, h_T, W, beta=float(beta)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def allocated_in_graph(schedule, N: int) -> list[torch.Size]:
+    """Shapes of all tensors that the graphs of a compiled loss make, forward and backward."""
+    shapes: list[torch.Size] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        known = set()
+        for node in graph.graph.nodes:
+            for t in tensors(node.meta.get("val")):
+                if node.op == "call_function" and id_of(t) not in known:
+                    shapes.append(t.shape)
+                known.add(id_of(t))
+        return graph
+
+    torch._dynamo.reset()
+    h_S, h_T, W = (t.to(schedule.device) for t in random_inputs(N, V, 16))
+    h_S.requires_grad_()
+    compiled = torch.compile(jsd, fullgraph=True, backend=aot_autograd(fw_compiler=backend))
+    compiled(h_S, h_T, W, schedule.workspace_mib).backward()
+    return shapes
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_what_is_allocated_is_seen_in_the_graph(schedule):
+    """The operator fills what it is given: the scratch is in the graph, and of the logit-free
+    schedule nothing in it has a vocabulary-sized dimension."""
+    shapes = allocated_in_graph(schedule, 30)
+    largest = max(max(shape, default=0) for shape in shapes)
+    if schedule.logit_free:
+        assert largest < V
+        assert any(len(shape) == 2 and shape[1] > 100 for shape in shapes)  # the tiles of scores
+    else:
+        assert torch.Size([60, V]) in shapes
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("function", [jsd, everything, sampled])
+def test_fake_tensors(function, schedule):
+    """Shapes without numbers, as planners and exporters ask for them."""
+    with FakeTensorMode(), torch.device(schedule.device):
+        h_S, h_T = torch.empty(30, 16, requires_grad=True), torch.empty(30, 16)
+        loss = function(h_S, h_T, torch.empty(V, 16), schedule.workspace_mib)
+        loss.backward()
+    assert loss.shape == ()
+    assert h_S.grad.shape == (30, 16)
+
+
+def test_the_operator_does_what_it_declares():
+    """PyTorch's own checks of the schema, the fake implementation, and what is written to."""
+    h_S, h_T, W = random_inputs(5, 40, 8)
+    zeros = torch.zeros(5), torch.zeros(8, 5), torch.zeros(5, 8)
+    args = (
+        *zeros, [torch.empty(10, 40)], h_S, h_T, W, None, torch.float32, 0.5, None, 1.0, None,
+        None, None, 2.0**20,
+    )  # fmt: skip
+    torch.library.opcheck(
+        torch.ops.opsd_kernels.fill.default,
+        args,
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_the_compiler_looks_up_the_tiles_of_a_gpu(capability):
+    """What a GPU can do is a constant of the graph, not a call that breaks it."""
+    device = torch.device("cuda", 0)
+
+    def chunk(x: Tensor) -> Tensor:
+        if not kernels.available(device):
+            return x
+        return x * tiles.lookup(device, torch.bfloat16).lse.BM
+
+    torch._dynamo.reset()
+    with mock.patch("torch.cuda.get_device_capability", return_value=capability):
+        expected = tiles.lookup(device, torch.bfloat16).lse.BM
+        compiled = torch.compile(chunk, fullgraph=True, backend="aot_eager")
+        assert compiled(torch.ones(())) == expected
