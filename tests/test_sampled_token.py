@@ -1,6 +1,7 @@
 """The sampled-token objective (paper, Eq. 8), against autograd, the oracle and the divergences."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from opsd_kernels import (
     SampledTokenLoss,
     fused_sampled_token_loss,
     reference_sampled_token_loss,
+    row_workspace,
     token_divergence,
 )
 
@@ -118,6 +120,31 @@ def test_gradient_is_rounded_once(op, distance, sampled):
     textbook(h, h_T.double(), W.double(), targets).sum().backward()
     rounding = (h.grad.bfloat16() - h.grad).norm()
     assert (grad - h.grad).norm() / rounding < (1.05 if op is ROW_WORKSPACE else 1.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_workspace_with_the_kernel(dtype):
+    """As it runs on a GPU, where `rows` takes the place of PyTorch; likely tokens and unlikely."""
+    h_S, h_T, W = language_like_inputs(40, 1300, 48, dtype, 0.3)
+    targets = (h_S.double() @ W.double().T).argmax(-1)
+    targets[::3] = torch.arange(len(targets[::3]))
+    h = h_S.double().requires_grad_()
+    expected = reference_sampled_token_loss(
+        h, h_T.double(), W.double(), targets, reduction="none", return_log_probs=True
+    )
+    expected.loss.sum().backward()
+    with mock.patch.object(row_workspace, "uses_kernel", return_value=True):
+        loss, grad = loss_and_grad(ROW_WORKSPACE, h_S, h_T, W, targets, workspace_mib=1)
+        with torch.no_grad():
+            told = ROW_WORKSPACE.run(
+                fused_sampled_token_loss, h_S, h_T, W, targets, return_log_probs=True
+            )
+    torch.testing.assert_close(loss.double(), expected.loss.detach(), rtol=1e-4, atol=1e-5)
+    for name in ("logp_student", "logp_teacher"):
+        field = getattr(told, name)
+        torch.testing.assert_close(field.double(), getattr(expected, name), rtol=1e-5, atol=1e-5)
+    rounding = (h.grad.to(dtype).double() - h.grad).norm()
+    assert (grad.double() - h.grad).norm() < 1.5 * rounding + 1e-5 * h.grad.norm()
 
 
 def test_log_probabilities_on_request(op):
