@@ -21,14 +21,19 @@ ROOT = Path(__file__).parents[1]
 LIMIT = 530  # seconds for all of it
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
 MEMORY = ["--features", "4096", "--tokens", "1024", "8192", "--dtype", "bfloat16", "--methods"]
+LOSSES = [
+    f"tests/test_{name}.py" for name in ("loss", "peers", "token_divergence", "sampled_token")
+]
+ACCURACY = ["--vocabulary", "151936", "--features", "2048"]
 # Name, seconds at most, what Python is to run.
 STEPS = [
-    ("tests-gpu", 150, [*PYTEST, "tests/test_gpu.py"]),
+    ("tests-gpu", 140, [*PYTEST, "tests/test_gpu.py"]),
     ("tests-kernels", 90, [*PYTEST, "tests/test_kernels.py", "tests/test_logit_free.py"]),
-    ("tests-loss", 80, [*PYTEST, "tests/test_loss.py", "tests/test_peers.py", "-k", "cuda"]),
-    ("speed", 70, ["benchmarks/speed.py", "--repeats", "3"]),
+    ("tests-loss", 80, [*PYTEST, *LOSSES, "-k", "cuda"]),
+    ("accuracy", 30, ["benchmarks/accuracy.py", *ACCURACY, "--output", "{output}"]),
+    ("speed", 60, ["benchmarks/speed.py", "--repeats", "3"]),
     ("memory", 60, ["benchmarks/memory.py", *MEMORY, "ours", "ours, 320 MiB", "eager"]),
-    ("tune", 80, ["benchmarks/tune.py", "--seconds", "25", "--output", "{output}"]),
+    ("tune", 70, ["benchmarks/tune.py", "--seconds", "20", "--output", "{output}"]),
 ]
 
 

@@ -1,12 +1,14 @@
 """That the benchmarks run: what they measure is for their reader to judge."""
 
+import csv
+import math
 import sys
 
 import pytest
 from accuracy import TILED_GRAD_UNITS
 
 from benchmarks import accuracy as accuracy_benchmark
-from benchmarks import gpu, memory, speed
+from benchmarks import gpu, memory, roofline, speed
 from opsd_kernels import divergence_name
 
 
@@ -78,3 +80,21 @@ def test_accuracy(monkeypatch, capsys, tmp_path):
 def test_the_readme_shows_the_recorded_accuracy():
     path = accuracy_benchmark.Path(accuracy_benchmark.__file__).parent / "results" / "accuracy.csv"
     assert accuracy_benchmark.summary(path) in (path.parents[2] / "README.md").read_text()
+
+
+def test_roofline(monkeypatch, capsys, tmp_path):
+    """The counts are those that are known, and the bounds bounds."""
+    monkeypatch.setitem(sys.modules, "trl.kernels.chunked_divergence", None)
+    monkeypatch.setattr(sys, "argv", ["roofline.py", "--output", str(tmp_path)])
+    counted = roofline.costs()
+    assert [cost.products for cost in counted.values()][:5] == [6, 5, 4, 3, 3]
+    assert counted["eager"].bytes > 5 * counted["ours, row workspace"].bytes
+    assert 30 < counted["ours, logit-free"].operations < 150
+    assert math.isnan(counted["TRL"].products)
+    roofline.main()
+    with (tmp_path / "roofline.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(roofline.GPUS) * len(counted)
+    for row in rows:
+        if row["method"] != "TRL":
+            assert float(row["products"]) / 3 <= float(row["overlapped"]) <= float(row["serial"])
