@@ -212,9 +212,10 @@ def test_a_clip_that_takes_much_leaves_the_shift_small(beta, distance):
 # --- rows
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("g_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("beta", "entry_clip"), DIVERGENCES)
-def test_rows(beta, entry_clip, g_dtype):
+def test_rows(beta, entry_clip, g_dtype, mixed):
     z_S = torch.randn(5, 1300, generator=torch.Generator().manual_seed(0)) * 3
     z_T = z_S + 0.3 * torch.randn(5, 1300, generator=torch.Generator().manual_seed(1))
     exact_g = z_S.double() / 0.7
@@ -224,7 +225,8 @@ def test_rows(beta, entry_clip, g_dtype):
     workspace = torch.cat([z_S, z_T]).to(DEVICE)
     problem = problem_of(
         torch.empty(5, 1, dtype=g_dtype), torch.empty(5, 1), torch.empty(1300, 1),
-        beta=beta, temperature=0.7, entry_clip=entry_clip,
+        beta=torch.full((5,), beta, device=DEVICE) if mixed else beta,
+        temperature=0.7, entry_clip=entry_clip,
     )  # fmt: skip
     g = workspace[:5].view(g_dtype)[:, :1300]
     for needs_score in (False, True):
@@ -238,15 +240,17 @@ def test_rows(beta, entry_clip, g_dtype):
     assert g.float().sum(1).abs().max() < 2 * unit * exact_g.abs().sum(1).max() + 1e-6
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-def test_rows_of_infinite_divergence(beta):
+def test_rows_of_infinite_divergence(beta, mixed):
     """−∞ on one side, and on both: see tests/test_divergence.py, of which this is the kernel."""
     z_S, z_T = torch.randn(3, 9), torch.randn(3, 9)
     z_S[0, 4], z_T[1, 5], z_S[2, 6], z_T[2, 6] = (-math.inf,) * 4
     expected_g = z_S.clone()
     expected = divergence.divergence_rows_(expected_g, z_T.clone(), beta, None, needs_score=True)
     loss, workspace = torch.empty(3, device=DEVICE), torch.cat([z_S, z_T]).to(DEVICE)
-    problem = problem_of(torch.empty(3, 1), torch.empty(3, 1), torch.empty(9, 1), beta=beta)
+    betas = torch.full((3,), beta, device=DEVICE) if mixed else beta
+    problem = problem_of(torch.empty(3, 1), torch.empty(3, 1), torch.empty(9, 1), beta=betas)
     row_workspace._launch_rows(
         Outputs(loss), workspace[:3], workspace[:3], workspace[3:], problem, True
     )
