@@ -32,8 +32,6 @@ MIB = 2**20
 
 # [block, V] fp32 temporaries alive at once inside `divergence_rows_`, at most.
 BLOCK_TEMPORARIES = 8  # one more with statistics
-# … and besides, where each token has a β of its own, and those of one formula are copied.
-COPIES_OF_A_FAMILY = 2
 # Rows of a chunk at most: hidden states are copied a chunk at a time, and V may be small.
 MAX_ROWS = 4096
 # Rows of W widened at once at least: below, Python's overhead for each shows.
@@ -127,8 +125,6 @@ def _plan(
     problem: Problem, N: int, needs_statistics: bool, budget: float, max_rows: int = MAX_ROWS
 ) -> Plan:
     temporaries = BLOCK_TEMPORARIES + needs_statistics
-    if isinstance(problem.beta, Tensor):
-        temporaries += COPIES_OF_A_FAMILY
     return make_plan(N, problem.heads, problem.operand_dtype, budget, temporaries, max_rows)
 
 

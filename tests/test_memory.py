@@ -57,9 +57,10 @@ def everything(h_S, h_T, W, **options):
 @pytest.mark.parametrize("option", ["statistics", "each beta", "all", "sampled"])
 def test_workspace_bounds_all_temporaries_with(option, dtype, V):
     """3000 entries: rows are handled many at a time, and those of one formula copied."""
-    N, mib = 100, 4
+    N, mib = (100 if V > 3000 else 1000), 4
     targets = torch.arange(N)
-    betas = torch.tensor([0.0, 0.3, 0.5, 0.9, 1.0]).repeat(N // 5)
+    betas = torch.full((N,), 0.3)
+    betas[::9] = 0.0  # most rows of a block share a formula, which is the most to copy
     options = {
         "statistics": {"function": everything, "beta": 0.0, "entry_clip": 0.01, "targets": targets},
         "each beta": {"beta": betas, "entry_clip": 0.01},

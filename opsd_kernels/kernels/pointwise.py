@@ -176,10 +176,6 @@ def shift(
         x_others = x + mean_d / tl.maximum(p_others, 1e-30)
         one = no + 1.0
         a_others = p_others * value_and_score(one, one, x_others, no, beta, 0.0, FAMILY, False)[1]
-        if FAMILY == MIXED:
-            # Σ (p − q) over the others, of which q knows more than their mean.
-            a_forward = value_and_score(p, q, x, no, beta, 0.0, FAMILY, False)[1]
-            a_others = tl.where(beta == 0, -a_forward, a_others)
         if CLIPPED:
             # Where the top entry is clipped all may be, and scores of 0 are to stay 0.
             clipped = excess > 0
