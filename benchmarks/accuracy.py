@@ -29,6 +29,7 @@ if not torch.cuda.is_available():
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import peers
+from benchmarks.inputs import make_inputs
 from benchmarks.report import machine
 from opsd_kernels import divergence_name, fused_jsd_loss, reference_jsd_loss
 
@@ -81,20 +82,6 @@ class Row:
     """That of the exact gradient, rounded to the dtype of the hidden states."""
 
 
-def inputs(
-    N: int, V: int, D: int, distance: float, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each token's hidden state points at an entry of its own, more or less confidently: entropies
-    from 1e-4 nats to that of a flat distribution."""
-    g = torch.Generator(device).manual_seed(0)
-    W = torch.randn(V, D, generator=g, device=device) / D**0.5
-    likely = torch.randint(V, (N,), generator=g, device=device)
-    confidence = torch.linspace(0, 25, N, device=device)[:, None]
-    h_S = torch.randn(N, D, generator=g, device=device) + confidence * W[likely]
-    h_T = h_S + distance * torch.randn(N, D, generator=g, device=device)
-    return h_S.bfloat16(), h_T.bfloat16(), W.bfloat16()
-
-
 def at_mean_jsd(
     target: float, N: int, V: int, D: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,13 +89,13 @@ def at_mean_jsd(
     low, high = math.log(1e-5), math.log(100.0)
     for _ in range(12):
         middle = (low + high) / 2
-        h_S, h_T, W = inputs(N, V, D, math.exp(middle), device)
+        h_S, h_T, W = make_inputs(N, V, D, torch.bfloat16, device, distance=math.exp(middle))
         with torch.no_grad():
             if reference_jsd_loss(h_S, h_T, W) < target:
                 low = middle
             else:
                 high = middle
-    return inputs(N, V, D, math.exp(high), device)
+    return make_inputs(N, V, D, torch.bfloat16, device, distance=math.exp(high))
 
 
 def measure(N: int, V: int, D: int, device: torch.device) -> Iterator[Row]:

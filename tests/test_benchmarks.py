@@ -2,13 +2,16 @@
 
 import csv
 import math
+import re
 import sys
 
 import pytest
+import torch
 from accuracy import TILED_GRAD_UNITS
 
 from benchmarks import accuracy as accuracy_benchmark
 from benchmarks import gpu, memory, roofline, speed
+from benchmarks.inputs import describe, make_inputs
 from opsd_kernels import divergence_name
 
 
@@ -30,16 +33,37 @@ def test_gpu_steps_report_how_they_ended(tmp_path):
     assert (tmp_path / "fine.txt").read_text() == f"some GPU\n{tmp_path}\n"
 
 
-def test_speed(monkeypatch, capsys):
+def test_speed(monkeypatch, capsys, tmp_path):
     """Every method gives a row, and one that cannot run says why."""
-    monkeypatch.setitem(speed.SHAPES, "cpu", [(8, 16, 100)])
+    monkeypatch.setitem(speed.SHAPES, "cpu", [(8, 16, 100), (9, 16, 100)])
     monkeypatch.setitem(sys.modules, "trl.kernels.chunked_divergence", None)
-    monkeypatch.setattr(sys, "argv", ["speed.py", "--device", "cpu", "--repeats", "1"])
+    small = ["--device", "cpu", "--repeats", "2", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["speed.py", *small])
     speed.main()
-    rows = {line.split()[3]: line.split()[-1] for line in capsys.readouterr().out.splitlines()[2:]}
-    assert float(rows["ours"]) > 0
-    assert float(rows["eager"]) > 0
-    assert rows["trl"] == "ModuleNotFoundError"
+    setting, rows = speed.read(tmp_path / "speed.csv")
+    assert "mean teacher entropy" in setting
+    of_shape = {row["method"]: row for row in rows if row["N"] == "9"}
+    assert of_shape["trl"]["failure"] == "ModuleNotFoundError"
+    assert float(of_shape[speed.FLOOR]["floors"]) == 1
+    for method in ("ours", "eager"):
+        row = {k: float(v) for k, v in of_shape[method].items() if k not in ("method", "failure")}
+        assert 0 < row["backward_s"] < row["both_s"]
+        assert 0 < row["floors_low"] <= row["floors"] <= row["floors_high"]
+    assert "| trl | ModuleNotFoundError | ModuleNotFoundError |" in speed.summary(
+        tmp_path / "speed.csv"
+    )
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
+    assert (tmp_path / "speed.md").read_text().startswith("| | N = 8, D = 16, V = 100 | N = 9")
+
+
+def test_inputs_are_what_they_say():
+    """Peaked unless flat is asked for, and described."""
+    device = torch.device("cpu")
+    for confidence, entropies in ((25.0, (2, 5)), (0.0, (6, 7))):
+        made = make_inputs(40, 1000, 64, torch.bfloat16, device, confidence=confidence)
+        entropy, jsd = re.findall(r"[\d.e-]+(?= nats|$)", describe(*made))
+        assert entropies[0] < float(entropy) < entropies[1]
+        assert 1e-5 < float(jsd) < 1e-1
 
 
 def test_memory(monkeypatch, capsys):
