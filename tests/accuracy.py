@@ -130,13 +130,16 @@ def _rounding(
     for _ in range(draws):
         moved_loss, moved_grad = evaluate(z_S + last_bits() * size_S, z_T + last_bits() * size_T)
         moved_loss += (last_bits() * size_f).sum(-1)
-        # The last bit of a normalizer moves a whole row. Of a clipped KL that shows.
+        # The last bit of a normalizer moves a whole row, which independent bits of many entries,
+        # averaged, do not tell.
         bit = 2.0**-24 * torch.randn(len(p), 1, generator=generator, dtype=torch.float64)
         bit *= 1 + torch.tensor(p.shape[1]).log()
-        moved_loss += (_entries(p, q * bit.exp(), x + bit, beta, entry_clip)[0] - f).sum(-1)
+        moved_f, moved_a = _entries(p, q * bit.exp(), x + bit, beta, entry_clip)
+        moved_loss += (moved_f - f).sum(-1)
+        moved_grad += _projected(moved_a - a, p) @ W / temperature
         moved_grad += (last_bits() * size_a) @ W / temperature
         if not isinstance(beta, Tensor) and beta == 0 and entry_clip is None:
-            # And here, for kernels know G = 0 beforehand, and do not project on it.
+            # For kernels know G = 0 beforehand, and do not project.
             moved_grad += (bit * p) @ W / temperature
         moved_tile = (2.0**16 * last_bits() * g) @ W / temperature
         changes.append([(moved_loss - loss).norm(), (moved_grad - grad).norm(), moved_tile.norm()])
@@ -156,3 +159,8 @@ def _entries(
     f, a = value_and_score(p, q, x.clone(), beta, entry_clip)
     assert a is not None
     return f, a
+
+
+def _projected(a: Tensor, p: Tensor) -> Tensor:
+    """a − G p."""
+    return a - a.sum(-1, keepdim=True) * p

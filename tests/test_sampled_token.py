@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import language_like_inputs, random_inputs
 from schedules import LOGIT_FREE, ROW_WORKSPACE
@@ -53,6 +53,7 @@ def test_oracle_is_the_formula():
         torch.testing.assert_close(h.grad, h_ref.grad, rtol=1e-13, atol=1e-13)
 
 
+@settings(max_examples=60)  # the interpreter takes its time
 @given(
     N=st.integers(1, 9),
     V=st.sampled_from([1, 2, 17, 300, 1000]),

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from accuracy import GRAD_UNITS, LOSS_UNITS, TILED_GRAD_UNITS, errors
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from inputs import clip_is_clear, language_like_inputs, random_inputs
 from schedules import LOGIT_FREE, ROW_WORKSPACE
@@ -95,12 +95,14 @@ def check_against_oracle(
         assert ((removed - exact).abs() <= noise)[unclipped.isfinite()].all()
 
 
+@settings(max_examples=60)  # the interpreter takes its time
 @given(**CASES)
 def test_against_oracle(op, **case):
     tiles = op is not ROW_WORKSPACE and case["dtype"] == torch.bfloat16
     check_against_oracle(op, tiles=tiles, **case)
 
 
+@settings(max_examples=60)  # the interpreter takes its time
 @given(**CASES)
 def test_row_workspace_with_the_kernel(**case):
     """The whole op as it runs on a GPU, where `rows` takes the place of PyTorch."""
