@@ -122,3 +122,8 @@ def test_roofline(monkeypatch, capsys, tmp_path):
     for row in rows:
         if row["method"] != "TRL":
             assert float(row["products"]) / 3 <= float(row["overlapped"]) <= float(row["serial"])
+
+
+def test_the_readme_shows_the_recorded_speed():
+    path = speed.Path(speed.__file__).parent / "results" / "speed.csv"
+    assert speed.summary(path) in (path.parents[2] / "README.md").read_text()
