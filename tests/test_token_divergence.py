@@ -66,12 +66,13 @@ def check_against_oracle(
 
     told, grad = loss_and_grad(op, h_S, h_T, W, targets=targets, **divergence)
     assert grad.dtype == dtype
-    error = errors(told.loss, grad, h_S, h_T, W, tiles=tiles, **divergence)
+    unit = {"tiles": tiles, "normalizers": True}
+    error = errors(told.loss, grad, h_S, h_T, W, **unit, **divergence)
     assert error.loss < LOSS_UNITS
-    assert error.grad < (TILED_GRAD_UNITS if tiles else GRAD_UNITS)
+    assert error.grad < (TILED_GRAD_UNITS if tiles else GRAD_UNITS[dtype])
     for kl, b in ((told.forward_kl, 0.0), (told.reverse_kl, 1.0)):
         unclipped = {**divergence, "beta": b, "entry_clip": None}
-        assert errors(kl, grad, h_S, h_T, W, **unclipped).loss < LOSS_UNITS
+        assert errors(kl, grad, h_S, h_T, W, **unit, **unclipped).loss < LOSS_UNITS
 
     oracle = reference_token_divergence(h_S, h_T, W, targets=targets, **divergence)
     # The last fp32 bits of a logit and of its log-sum-exp.
