@@ -74,9 +74,7 @@ class DivergenceFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # Without this the second-order term would be left out in silence.
-            raise RuntimeError("this loss has no second derivative: create_graph must be False")
+        refuse_second_derivative()
         (dh_S,) = ctx.saved_tensors
         # A new tensor: scaling dh_S in place would make a second backward wrong. Rounded once.
         grad = torch.empty_like(dh_S, dtype=ctx.dtype)
@@ -84,3 +82,10 @@ class DivergenceFunction(torch.autograd.Function):
         # Selected, not multiplied: a token that does not count may have a gradient of NaN.
         grad.masked_fill_((grad_loss == 0)[:, None], 0)
         return grad, *(None,) * 12
+
+
+def refuse_second_derivative() -> None:
+    """To be called in backward: the second-order term would be left out in silence.
+    (`once_differentiable` notices only an upstream gradient that itself requires one.)"""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("this loss has no second derivative: create_graph must be False")

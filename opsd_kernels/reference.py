@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from opsd_kernels import divergence
+from opsd_kernels.autograd import refuse_second_derivative
 from opsd_kernels.checks import (
     FLOAT_DTYPES,
     check_beta,
@@ -189,8 +189,8 @@ class _ReferenceDivergence(torch.autograd.Function):
         return loss, statistics
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         dz_S, W = ctx.saved_tensors
         dh_S = dz_S @ W.double() / ctx.temperature
         # Selected, not multiplied: the row of a dropped token may hold NaN.
