@@ -12,12 +12,11 @@ Without a GPU the logit-free kernels run in Triton's interpreter, their tiles ro
 """
 
 import argparse
-import csv
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import peers
+from benchmarks import peers, report
 from benchmarks.inputs import make_inputs
-from benchmarks.report import machine
 from opsd_kernels import divergence_name, fused_jsd_loss, reference_jsd_loss
 
 # β and entry clip.
@@ -65,7 +63,7 @@ METHODS: dict[str, Method] = {
     "ours, row workspace": row_workspace,
     "eager, bf16 logits": peers.eager_clipped,
     "TRL": without_clip(peers.trl),
-    "Liger": without_clip(peers.liger),
+    "Liger": without_clip(peers.liger_chunked),
 }
 
 
@@ -139,12 +137,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for accuracy.csv and accuracy.png")
     args = parser.parse_args()
     device = torch.device(args.device)
-    setting = (
-        f"{machine(device)}; bf16, N = {args.tokens}, V = {args.vocabulary}, D = {args.features}"
-    )
+    N, V, D = args.tokens, args.vocabulary, args.features
+    setting = f"{report.machine(device)}; bf16, N = {N}, V = {V}, D = {D}"
     print(setting)
     rows = []
-    for row in measure(args.tokens, args.vocabulary, args.features, device):
+    for row in measure(N, V, D, device):
         rows.append(row)
         print(
             f"{row.divergence:<58} JSD {row.mean_jsd:.1e}  {row.method:<20} "
@@ -153,38 +150,15 @@ def main() -> None:
             flush=True,
         )
     if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
         path = args.output / "accuracy.csv"
-        with path.open("w", newline="") as file:
-            file.write(f"# {setting}\n")
-            writer = csv.writer(file)
-            writer.writerow(f.name for f in fields(Row))
-            writer.writerows(astuple(row) for row in rows)
+        report.write(path, setting, rows)
         plot(path, args.output / "accuracy.png")
         print(summary(path))
 
 
-def read(path: Path) -> tuple[str, list[Row]]:
-    """The setting of a recorded accuracy.csv, and its rows."""
-    with path.open(newline="") as file:
-        setting = file.readline().removeprefix("# ").strip()
-        rows = [
-            Row(
-                line["divergence"],
-                float(line["mean_jsd"]),
-                line["method"],
-                float(line["loss_error"]),
-                float(line["grad_error"]),
-                float(line["rounding"]),
-            )
-            for line in csv.DictReader(file)
-        ]
-    return setting, rows
-
-
 def summary(path: Path) -> str:
     """Errors of gradient and loss of the JSD, as Markdown."""
-    setting, rows = read(path)
+    setting, rows = report.read(path, Row)
     of_jsd = {(r.method, r.mean_jsd): r for r in rows if r.divergence == divergence_name(0.5)}
     levels = sorted({level for _, level in of_jsd})
     shown = [levels[i] for i in range(0, len(levels), 2)] + levels[-1:]
@@ -216,7 +190,7 @@ def plot(path: Path, to: Path) -> None:
     """Errors over the mean JSD: a column for each divergence, gradient above loss."""
     from matplotlib.figure import Figure
 
-    setting, rows = read(path)
+    setting, rows = report.read(path, Row)
     names = list(dict.fromkeys(row.divergence for row in rows))
     styles: dict[str, dict[str, Any]] = {
         "ours, logit-free": {"color": "#1f6fb4", "linewidth": 2.2},

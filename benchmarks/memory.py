@@ -1,75 +1,161 @@
 """Peak memory of forward and backward above the inputs, over the number of tokens.
 
-    python benchmarks/memory.py [--tokens 1024 4096] [--methods ours eager trl liger]
+    python benchmarks/memory.py [--model qwen3-8b --tokens 1024 16384] [--quick] [--output FOLDER]
 
-Each figure comes from a process of its own: on a CPU the high-water mark of its resident memory,
-on a GPU the allocator's, both after a small warm-up and relative to what the inputs take. A method
-that cannot run is a row that says why.
+Measured on this machine, each figure in a process of its own: on a GPU the allocator's high-water
+mark, on a CPU that of the process's resident memory, both above what the inputs take and after a
+small warm-up. A method that cannot run is a row that says why; running out of memory is a result.
+
+Counted as on a GPU, for any size and without one: the bytes alive at once in the tensors that a
+method allocates, its operations run on tensors that have no contents (`allocations.pretended`).
+What is measured above that is an allocator's rounding and libraries' workspaces.
+
+The returned gradient, 2 N D bytes in bf16, is part of every figure. With --output it writes
+memory.csv, memory.md and memory.png to the folder.
 """
 
 import argparse
-import subprocess
+import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.peers import PEERS, Loss, methods
+from benchmarks import report
+from benchmarks.allocations import Allocations, pretended
+from benchmarks.measure import MIB, high_water, in_a_process, start_counting, tell
+from benchmarks.peers import COLORS, METHODS, Loss, why
+from benchmarks.shapes import MODELS
 
-MIB = 2**20
+# Model and numbers of tokens.
+MEASURED = {
+    "cpu": ("qwen3-0.6b", [256, 1024, 4096]),
+    "cuda": ("qwen3-8b", [1024, 4096, 16384, 65536]),
+}
+COUNTED = [2**i for i in range(10, 17)]
+QUICK = {"cpu": ("qwen3-0.6b", [128]), "cuda": ("qwen3-8b", [1024])}
+SHOWN = "qwen3-8b"  # by table and picture
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Row:
+    device: str  # that it was measured on, or "counted"
+    model: str
+    N: int
+    D: int
+    V: int
+    dtype: str
+    method: str
+    failure: str = ""
+    measured_mib: float = NAN
+    counted_mib: float = NAN
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--vocabulary", type=int, default=151936)
-    parser.add_argument("--features", type=int, default=256)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--methods", nargs="+", help="of " + ", ".join(PEERS))
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on a CPU")
+    parser.add_argument("--model", choices=list(MODELS), help="whose LM head")
+    parser.add_argument("--tokens", type=int, nargs="+")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seconds", type=float, default=600, help="for each figure at most")
+    parser.add_argument("--quick", action="store_true", help="little, in two minutes")
+    parser.add_argument("--output", type=Path, help="folder for memory.csv, memory.md, memory.png")
+    parser.add_argument("--here", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    known = methods(torch.device(args.device))
-    if unknown := set(args.methods or []) - set(known):
-        parser.error(f"no method {', '.join(unknown)}; there are {', '.join(known)}")
     if args.here:  # the process of one figure
-        print(peak_mib(known[args.methods[0]], args.tokens[0], args))
+        tell(measure_here, args.here)
         return
-    print(
-        f"torch {torch.__version__}, {args.device}, {args.dtype}, V = {args.vocabulary}, ", end=""
-    )
-    print(f"D = {args.features}; MiB above the inputs")
-    print(f"{'method':<14}" + "".join(f"{f'N = {N}':>14}" for N in args.tokens))
-    for name in args.methods or known:
-        print(f"{name:<14}" + "".join(f"{measure(name, N, args):>14}" for N in args.tokens))
+    kind = torch.device(args.device).type
+    model, tokens = (QUICK if args.quick else MEASURED)[kind]
+    model, tokens = args.model or model, args.tokens or tokens
+    dtype = args.dtype or DTYPES[kind]
+    setting = f"{report.machine(torch.device(args.device))}, {dtype}"
+    rows = []
+    D, V = MODELS[model]
+    print(f"{setting}\nMiB above the inputs: measured, counted")
+    for N in tokens:
+        for method in args.methods:
+            rows.append(measure(args.device, model, N, D, V, dtype, method, args.seconds))
+            show(rows[-1])
+    counted_models = [args.model or SHOWN] if args.model or args.quick else list(MODELS)
+    counted_tokens = args.tokens or (COUNTED[::3] if args.quick else COUNTED)
+    print("\nMiB above the inputs, counted as on a GPU, bfloat16")
+    for model in counted_models:
+        for N in counted_tokens:
+            for method in args.methods:
+                rows.append(count(model, N, *MODELS[model], method))
+                show(rows[-1])
+    if args.output:
+        path = args.output / "memory.csv"
+        report.write(path, setting, rows)
+        path.with_suffix(".md").write_text(summary(path) + "\n")
+        plot(path, path.with_suffix(".png"))
 
 
-def measure(name: str, N: int, args: argparse.Namespace) -> str:
+def show(row: Row) -> None:
+    known = [mib for mib in (row.measured_mib, row.counted_mib) if not math.isnan(mib)]
+    figures = row.failure or " ".join(f"{mib:>10,.0f}" for mib in known)
+    print(f"{row.model:<12} N = {row.N:<6} {row.method:<20} {figures}", flush=True)
+
+
+def measure(
+    device: str, model: str, N: int, D: int, V: int, dtype: str, method: str, seconds: float
+) -> Row:
     """One figure, from a fresh process; or why there is none."""
-    command = [sys.executable, __file__, "--here", "--methods", name, "--tokens", str(N)]
-    command += ["--device", args.device, "--dtype", args.dtype]
-    command += ["--vocabulary", str(args.vocabulary), "--features", str(args.features)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode == 0:
-        return f"{float(result.stdout.split()[-1]):,.0f}"
-    if result.returncode == -9 or "out of memory" in result.stderr.lower():
-        return "out of memory"
-    return result.stderr.strip().rpartition("\n")[2].partition(":")[0] or "failed"
+    task = {"device": device, "N": N, "D": D, "V": V, "dtype": dtype, "method": method}
+    failure, told = in_a_process(__file__, task, seconds)
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
+    counted = count(model, N, D, V, method, device=torch.device(device).type, dtype=dtype)
+    return Row(
+        name, model, N, D, V, dtype, method, failure, told.get("mib", NAN), counted.counted_mib
+    )
 
 
-def peak_mib(loss: Loss, N: int, args: argparse.Namespace) -> float:
+def measure_here(device: str, N: int, D: int, V: int, dtype: str, method: str) -> dict[str, float]:
+    """The same in this process."""
+    at, loss = torch.device(device), METHODS[method]
     torch.manual_seed(0)
-    D, device, dtype = args.features, torch.device(args.device), getattr(torch, args.dtype)
-    h_S = torch.randn(N, D, device=device)
-    h_T = (h_S + 0.1 * torch.randn(N, D, device=device)).to(dtype)
-    h_S = h_S.to(dtype)
-    W = (torch.randn(args.vocabulary, D, device=device) / D**0.5).to(dtype)
+    h_S = torch.randn(N, D, device=at)
+    h_T = (h_S + 0.1 * torch.randn(N, D, device=at)).to(getattr(torch, dtype))
+    h_S = h_S.to(getattr(torch, dtype))
+    W = torch.empty(V, D, device=at, dtype=getattr(torch, dtype)).normal_(std=D**-0.5)
     forward_and_backward(loss, h_S[:2], h_T[:2], W[:1000])
-    before = start_counting(device)
+    before = start_counting(at)
     forward_and_backward(loss, h_S, h_T, W)
-    return (high_water(device) - before) / MIB
+    return {"mib": (high_water(at) - before) / MIB}
+
+
+def count(
+    model: str,
+    N: int,
+    D: int,
+    V: int,
+    method: str,
+    *,
+    device: str = "cuda",
+    dtype: str = "bfloat16",
+) -> Row:
+    """Bytes alive at once, without running it."""
+    failure, mib = "", NAN
+    if method == "eager, compiled":
+        failure = "not to be counted"  # generated code allocates out of sight
+    else:
+        try:
+            with pretended(device):
+                h_S = torch.empty(N, D, dtype=getattr(torch, dtype))
+                h_T, W = torch.empty_like(h_S), torch.empty(V, D, dtype=h_S.dtype)
+                with Allocations() as allocations:
+                    forward_and_backward(METHODS[method], h_S, h_T, W)
+            mib = allocations.peak / MIB
+        except Exception as error:
+            failure = why(error)
+    return Row("counted", model, N, D, V, dtype, method, failure, NAN, mib)
 
 
 def forward_and_backward(loss: Loss, h_S: Tensor, h_T: Tensor, W: Tensor) -> None:
@@ -77,27 +163,69 @@ def forward_and_backward(loss: Loss, h_S: Tensor, h_T: Tensor, W: Tensor) -> Non
     loss(h_S, h_T, W).backward()
 
 
-def start_counting(device: torch.device) -> int:
-    """Reset the high-water mark and return the bytes in use now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _process_bytes("VmRSS")
+def summary(path: Path) -> str:
+    """What is counted for one head, then what was measured, as Markdown."""
+    setting, rows = report.read(path, Row)
+    counted = [row for row in rows if row.device == "counted" and row.model == SHOWN]
+    tokens = list(dict.fromkeys(row.N for row in counted))[::2]
+    tables = [_table(f"counted as on a GPU, {SHOWN}, bf16", tokens, counted, "counted_mib")]
+    measured = [row for row in rows if row.device != "counted"]
+    tokens = list(dict.fromkeys(row.N for row in measured))
+    head = f"measured, {measured[0].device}, {measured[0].model}, {measured[0].dtype}"
+    tables.append(_table(head, tokens, measured, "measured_mib"))
+    return "\n\n".join([*tables, f"({setting})"])
 
 
-def high_water(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _process_bytes("VmHWM")
+def _table(head: str, tokens: list[int], rows: list[Row], field: str) -> str:
+    figures = {(row.method, row.N): row.failure or amount(getattr(row, field)) for row in rows}
+    methods = dict.fromkeys(row.method for row in rows)
+    return report.table(
+        [head, *(f"N = {N}" for N in tokens)],
+        [[method, *(figures[method, N] for N in tokens)] for method in methods],
+    )
 
 
-def _process_bytes(field: str) -> int:
-    """A size from Linux's /proc."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+def amount(mib: float) -> str:
+    return f"{mib:,.0f} MiB" if mib < 10_000 else f"{mib / 1024:,.0f} GiB"
+
+
+def plot(path: Path, to: Path) -> None:
+    """Memory over tokens: counted for one head, and measured here beside what is counted."""
+    from matplotlib.figure import Figure
+
+    setting, rows = report.read(path, Row)
+    figure = Figure(figsize=(9.6, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    counted = [row for row in rows if row.device == "counted" and row.model == SHOWN]
+    measured = [row for row in rows if row.device != "counted"]
+    for method, color in COLORS.items():
+        width = 2.4 if method.startswith("ours") else 1.4
+        points = [(r.N, r.counted_mib / 1024) for r in counted if r.method == method]
+        left.plot(*zip(*points, strict=True), color=color, linewidth=width, label=method)
+        of_it = [row for row in measured if row.method == method]
+        right.plot([r.N for r in of_it], [r.measured_mib / 1024 for r in of_it], "o-",
+                   color=color, linewidth=width, markersize=4)  # fmt: skip
+        right.plot([r.N for r in of_it], [r.counted_mib / 1024 for r in of_it], ":",
+                   color=color, linewidth=1)  # fmt: skip
+    for gigabytes in (24, 80, 141):
+        left.axhline(gigabytes * 1e9 / 2**30, color="#999999", linewidth=0.8, linestyle="--")
+        left.text(65536, gigabytes * 1e9 / 2**30, f"{gigabytes} GB", fontsize=7, color="#666666",
+                  ha="right", va="bottom")  # fmt: skip
+    left.set_title(f"{SHOWN} head, bf16: counted as on a GPU", fontsize=9, loc="left")
+    title = f"{measured[0].model} head, {measured[0].dtype}: measured, {measured[0].device}"
+    right.set_title(f"{title} (dotted: counted)", fontsize=9, loc="left")
+    for axis in (left, right):
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel("tokens", fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        axis.tick_params(labelsize=8)
+    left.set_ylabel("GiB above the inputs, forward and backward", fontsize=9)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, fontsize=8)
+    figure.supxlabel(setting, fontsize=6, color="#777777", x=1, ha="right")
+    figure.savefig(to, dpi=150)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ naming the forward and reverse KL) of [N, D] hidden states, differentiable with 
 Peers are imported when called: none of them is needed to use the package.
 """
 
-from typing import Protocol
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,17 +19,22 @@ class Loss(Protocol):
     ) -> Tensor: ...
 
 
-def ours(
+def logit_free(
     h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: float = 1.0
 ) -> Tensor:
-    return fused_jsd_loss(h_S, h_T, W, beta=beta, temperature=temperature)
+    if h_S.device.type == "cpu":
+        raise NotImplementedError("needs a GPU")  # it would be interpreted
+    return fused_jsd_loss(h_S, h_T, W, beta=beta, temperature=temperature, workspace_mib=0)
 
 
 def row_workspace(
     h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: float = 1.0
 ) -> Tensor:
-    """Ours with a workspace of logit rows, which is the default on a CPU alone."""
-    return fused_jsd_loss(h_S, h_T, W, beta=beta, temperature=temperature, workspace_mib=320)
+    """With 256 rows of a Qwen3 vocabulary at a time on a GPU, and on a CPU the default."""
+    workspace_mib = None if h_S.device.type == "cpu" else 320
+    return fused_jsd_loss(
+        h_S, h_T, W, beta=beta, temperature=temperature, workspace_mib=workspace_mib
+    )
 
 
 def eager(
@@ -65,6 +71,17 @@ def eager_clipped(
     return f.sum(-1).mean()
 
 
+def eager_compiled(
+    h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: float = 1.0
+) -> Tensor:
+    return _compiled_eager()(h_S, h_T, W, beta, temperature)
+
+
+@cache
+def _compiled_eager() -> Loss:
+    return torch.compile(eager)
+
+
 def trl(h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
     """TRL's chunked divergence (trl.kernels.chunked_divergence)."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
@@ -73,10 +90,21 @@ def trl(h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: flo
     return loss.mean()
 
 
-def liger(
+def liger_fused(
     h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: float = 1.0
 ) -> Tensor:
-    """Liger's chunked JSD loss, soft part only (it runs on a CPU; its Triton JSD does not)."""
+    """Liger's `LigerFusedLinearJSD`: chunks of logits, the divergence of each in one kernel."""
+    if h_S.device.type == "cpu":
+        raise NotImplementedError("needs a GPU")
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+
+    return LigerFusedLinearJSD(jsd_beta=beta, temperature=temperature)(h_S, W, h_T, W, None)
+
+
+def liger_chunked(
+    h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: float = 1.0
+) -> Tensor:
+    """Liger's `LigerFusedLinearJSDLoss`, soft part only (the one that runs on a CPU)."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(
@@ -90,9 +118,62 @@ def liger(
     return loss(h_S, W, h_T, W, labels)
 
 
-PEERS: dict[str, Loss] = {"ours": ours, "eager": eager, "trl": trl, "liger": liger}
+def orda(
+    h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: float = 1.0
+) -> Tensor:
+    """ORDA's distillation loss, its divergence alone. Its β is the student's weight, and it
+    multiplies by T²."""
+    from orda_kernel import TiedTeacher, distillation_loss
+
+    if h_S.device.type == "cpu":
+        raise NotImplementedError("needs a GPU")  # its CPU path is eager
+    labels = torch.zeros(h_S.shape[0], dtype=torch.long, device=h_S.device)
+    out = distillation_loss(
+        h_S,
+        W,
+        labels,
+        TiedTeacher(hidden=h_T),
+        student_ce_weight=0.0,
+        teacher_ce_weight=0.0,
+        kl_weight=1.0,
+        kl_temperature=temperature,
+        **orda_divergence(beta),
+    )
+    return out.loss / temperature**2
 
 
-def methods(device: torch.device) -> dict[str, Loss]:
-    """What there is to compare on a device: on a GPU ours has two schedules."""
-    return PEERS if device.type == "cpu" else {**PEERS, "ours, 320 MiB": row_workspace}
+def orda_divergence(beta: float) -> dict[str, Any]:
+    if beta in (0, 1):
+        return {"kl_divergence": "reverse" if beta else "forward"}
+    return {"kl_divergence": "skew_js", "kl_beta": 1 - beta}
+
+
+METHODS: dict[str, Loss] = {
+    "ours, logit-free": logit_free,
+    "ours, row workspace": row_workspace,
+    "eager": eager,
+    "eager, compiled": eager_compiled,
+    "TRL": trl,
+    "Liger, fused": liger_fused,
+    "Liger, chunked": liger_chunked,
+    "ORDA": orda,
+}
+# One color for each, in every picture.
+COLORS = dict(
+    zip(
+        METHODS,
+        ("#1f6fb4", "#5aa9e6", "#c7502b", "#e09f3e", "#6b8e23", "#8a6bb1", "#c39bd3", "#7f7f7f"),
+        strict=True,
+    )
+)
+
+
+def why(error: BaseException) -> str:
+    """Why a method did not run, for its row."""
+    if isinstance(error, ImportError):
+        return "not installed"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "t allocate memory" in str(
+        error
+    ):
+        return "out of memory"
+    return str(error).strip().rpartition("\n")[2][:60] or type(error).__name__

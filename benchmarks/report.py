@@ -1,19 +1,59 @@
-"""What every result says of where it is from."""
+"""What results have in common: where they are from, and how they are kept."""
 
+import csv
 import platform
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
 def machine(device: torch.device) -> str:
-    """Hardware and versions, on one line."""
+    """Hardware, driver and versions, on one line."""
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, {versions}"
+        import triton
+
+        driver = Path("/proc/driver/nvidia/version")
+        words = driver.read_text().split() if driver.exists() else []
+        number = next((word for word in words if word[0].isdigit() and "." in word), "unknown")
+        name = torch.cuda.get_device_name(device)
+        return f"{name}, driver {number}, {versions}, triton {triton.__version__}"
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0].partition(":")[2].strip() if names else model
     return f"{model}, {versions}"
+
+
+def write(path: Path, setting: str, rows: list[Any]) -> None:
+    """A csv of dataclasses, the setting as a comment on its first line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        file.write(f"# {setting}\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(rows[0])])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def read(path: Path, kind: type) -> tuple[str, list[Any]]:
+    """The setting of what `write` wrote, and its rows."""
+    kinds: dict[str, Any] = {field.name: field.type for field in fields(kind)}
+    with path.open(newline="") as file:
+        setting = file.readline().removeprefix("# ").strip()
+        rows = [
+            kind(**{name: kinds[name](value) for name, value in line.items()})
+            for line in csv.DictReader(file)
+        ]
+    return setting, rows
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """As Markdown; rows of ours in bold."""
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for cells in rows:
+        strong = "**" if cells[0].startswith("ours") else ""
+        lines.append("| " + " | ".join(f"{strong}{c}{strong}" for c in cells) + " |")
+    return "\n".join(lines)

@@ -111,7 +111,7 @@ def costs() -> dict[str, Cost]:
         ),
         "ours, row workspace": _row_workspace(lambda: backward(fused_jsd_loss, workspace_mib=1)),
     }
-    for name, peer in (("eager", peers.eager), ("TRL", peers.trl), ("Liger", peers.liger)):
+    for name, peer in (("eager", peers.eager), ("TRL", peers.trl), ("Liger", peers.liger_chunked)):
         counted[name] = _of_pytorch(partial(backward, peer))
     return counted
 

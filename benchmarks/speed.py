@@ -9,27 +9,26 @@ rounds is told with the lowest and highest. Ours makes its gradient in forward. 
 run is a row that says why.
 
 Without a model: on a CPU two shapes that it can hold, on a GPU the head of Qwen3-8B. With --output
-it writes speed.csv, speed.md and speed.png to the folder.
+it writes speed.csv, speed.md and speed.png to the folder. --profile says instead where our time
+goes.
 """
 
 import argparse
-import csv
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import report
 from benchmarks.inputs import describe, make_inputs
-from benchmarks.peers import Loss, methods
-from benchmarks.report import machine
+from benchmarks.peers import COLORS, METHODS, Loss, why
 from benchmarks.shapes import MODELS
 
 # N, D, V
@@ -38,6 +37,7 @@ SHAPES = {
     "cuda": [(N, *MODELS["qwen3-8b"]) for N in (1024, 4096, 16384)],
 }
 QUICK = {"cpu": [(128, 512, 16384)], "cuda": [(1024, *MODELS["qwen3-8b"])]}
+DTYPES = {"cpu": ["float32", "bfloat16"], "cuda": ["bfloat16"]}
 FLOOR = "3 GEMMs"
 
 
@@ -46,6 +46,7 @@ class Row:
     N: int
     D: int
     V: int
+    dtype: str
     method: str
     failure: str = ""
     forward_s: float = float("nan")
@@ -59,49 +60,75 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="bfloat16 on a GPU")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="both on a CPU")
     parser.add_argument("--beta", type=float, default=0.5)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--model", choices=list(MODELS), help="whose LM head")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024], help="with --model")
     parser.add_argument("--flat", action="store_true", help="flat distributions, not peaked ones")
     parser.add_argument("--quick", action="store_true", help="one small shape")
+    parser.add_argument("--profile", action="store_true", help="ours alone, by operation")
     parser.add_argument("--output", type=Path, help="folder for speed.csv, speed.md, speed.png")
     args = parser.parse_args()
     device = torch.device(args.device)
-    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    dtypes = [args.dtype] if args.dtype else DTYPES[device.type]
     shapes = (QUICK if args.quick else SHAPES)[device.type]
     if args.model:
         shapes = [(N, *MODELS[args.model]) for N in args.tokens]
+    if args.profile:
+        for dtype in dtypes:
+            profile(*inputs(shapes[-1], dtype, device, args.flat), args.beta)
+        return
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    setting = f"{machine(device)}{threads}; {str(dtype).removeprefix('torch.')}, beta {args.beta}"
+    setting = f"{report.machine(device)}{threads}; beta {args.beta}"
     print(setting)
     rows: list[Row] = []
     for N, D, V in shapes:
-        inputs = make_inputs(N, V, D, dtype, device, confidence=0 if args.flat else 25)
-        told = describe(*inputs)
-        setting += f"; N = {N}, D = {D}: {told}"
-        print(f"\nN = {N}, D = {D}, V = {V}; {told}")
-        print(f"{'method':<14}{'forward':>9}{'backward':>9}{'both':>9} s   x {FLOOR}")
-        for row in measure(*inputs, args.beta, args.repeats):
-            rows.append(row)
-            if row.failure:
-                print(f"{row.method:<14} {row.failure}", flush=True)
-                continue
-            print(f"{row.method:<14}{row.forward_s:>9.3f}{row.backward_s:>9.3f}{row.both_s:>9.3f}"
-                  f"     {row.floors:.2f} ({row.floors_low:.2f} to {row.floors_high:.2f})",
-                  flush=True)  # fmt: skip
+        for dtype in dtypes:
+            h_S, h_T, W = inputs((N, D, V), dtype, device, args.flat)
+            told = describe(h_S, h_T, W)
+            if dtype == dtypes[0]:
+                setting += f"; N = {N}, D = {D}: {told}"
+            print(f"\nN = {N}, D = {D}, V = {V}, {dtype}; {told}")
+            print(f"{'method':<20}{'forward':>9}{'backward':>9}{'both':>9} s   x {FLOOR}")
+            for row in measure(h_S, h_T, W, args.beta, args.repeats):
+                rows.append(row)
+                show(row)
     if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
         path = args.output / "speed.csv"
-        with path.open("w", newline="") as file:
-            file.write(f"# {setting}\n")
-            writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        report.write(path, setting, rows)
         path.with_suffix(".md").write_text(summary(path) + "\n")
         plot(path, path.with_suffix(".png"))
         print("\n" + summary(path))
+
+
+def inputs(
+    shape: tuple[int, int, int], dtype: str, device: torch.device, flat: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    N, D, V = shape
+    return make_inputs(N, V, D, getattr(torch, dtype), device, confidence=0 if flat else 25)
+
+
+def show(row: Row) -> None:
+    seconds = f"{row.forward_s:>9.3f}{row.backward_s:>9.3f}{row.both_s:>9.3f}"
+    print(f"{row.method:<20}{row.failure or seconds + '     ' + told(row)}", flush=True)
+
+
+def profile(h_S: Tensor, h_T: Tensor, W: Tensor, beta: float) -> None:
+    """Where the time of our row workspace goes, operation by operation."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    on_gpu = h_S.device.type == "cuda"
+    loss, h_S = METHODS["ours, row workspace"], h_S.requires_grad_()
+    loss(h_S, h_T, W, beta).backward()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with profiler(activities=activities) as seen:
+        loss(h_S, h_T, W, beta).backward()
+    key = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    (N, D), V = h_S.shape, W.shape[0]
+    print(f"N = {N}, D = {D}, V = {V}, {h_S.dtype}")
+    print(seen.key_averages().table(sort_by=key, row_limit=12, max_name_column_width=40))
 
 
 def measure(h_S: Tensor, h_T: Tensor, W: Tensor, beta: float, repeats: int) -> list[Row]:
@@ -123,7 +150,7 @@ def measure(h_S: Tensor, h_T: Tensor, W: Tensor, beta: float, repeats: int) -> l
 
     z, dh = h_T.new_empty(N, V), h_T.new_empty(N, D)
     runs: dict[str, Callable[[], tuple[float, float]]] = {FLOOR: partial(products, z, dh)}
-    runs |= {name: partial(forward_and_backward, loss) for name, loss in methods(device).items()}
+    runs |= {name: partial(forward_and_backward, loss) for name, loss in METHODS.items()}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     failures: dict[str, str] = {}
     for repeat in range(repeats + 1):
@@ -132,16 +159,16 @@ def measure(h_S: Tensor, h_T: Tensor, W: Tensor, beta: float, repeats: int) -> l
                 continue
             try:
                 times = run()
-            except (ImportError, torch.OutOfMemoryError) as error:
-                failures[name] = type(error).__name__
+            except Exception as error:
+                failures[name] = why(error)
                 continue
             if repeat > 0:  # the first round warms up
                 seconds[name].append(times)
     floor = [sum(times) for times in seconds[FLOOR]]
-    rows = []
+    rows, dtype = [], str(h_S.dtype).removeprefix("torch.")
     for name, rounds in seconds.items():
         if name in failures:
-            rows.append(Row(N, D, V, name, failures[name]))
+            rows.append(Row(N, D, V, dtype, name, failures[name]))
             continue
         both = [sum(times) for times in rounds]
         multiples = [b / f for b, f in zip(both, floor, strict=True)]
@@ -150,6 +177,7 @@ def measure(h_S: Tensor, h_T: Tensor, W: Tensor, beta: float, repeats: int) -> l
                 N,
                 D,
                 V,
+                dtype,
                 name,
                 "",
                 statistics.median(forward for forward, _ in rounds),
@@ -177,54 +205,51 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def read(path: Path) -> tuple[str, list[dict[str, Any]]]:
-    """The setting of a recorded speed.csv, and its rows."""
-    with path.open(newline="") as file:
-        setting = file.readline().removeprefix("# ").strip()
-        return setting, list(csv.DictReader(file))
-
-
 def summary(path: Path) -> str:
-    """Multiples of the floor, a column for each shape, as Markdown."""
-    setting, rows = read(path)
-    shapes = list(dict.fromkeys((row["N"], row["D"], row["V"]) for row in rows))
-    lines = ["| | " + " | ".join(f"N = {N}, D = {D}, V = {V}" for N, D, V in shapes) + " |"]
-    lines.append("|---" * (len(shapes) + 1) + "|")
-    for method in dict.fromkeys(row["method"] for row in rows if row["method"] != FLOOR):
-        cells = [told(row) for row in rows if row["method"] == method]
-        strong = "**" if method.startswith("ours") else ""
-        lines.append("| " + " | ".join(f"{strong}{c}{strong}" for c in (method, *cells)) + " |")
-    return "\n".join([*lines, "", f"({setting})"])
+    """Multiples of the floor, a column for each shape and dtype, as Markdown."""
+    setting, rows = report.read(path, Row)
+    columns = list(dict.fromkeys(column(row) for row in rows))
+    figures = {(row.method, column(row)): row.failure or told(row) for row in rows}
+    methods = dict.fromkeys(row.method for row in rows if row.method != FLOOR)
+    body = [[method, *(figures[method, name] for name in columns)] for method in methods]
+    return report.table(["", *columns], body) + f"\n\n({setting})"
 
 
-def told(row: dict[str, Any]) -> str:
-    if row["failure"]:
-        return str(row["failure"])
-    median, low, high = (float(row[k]) for k in ("floors", "floors_low", "floors_high"))
-    return f"{median:.2f} ({low:.2f} – {high:.2f})"
+def column(row: Row) -> str:
+    return f"N = {row.N}, D = {row.D}, V = {row.V}, {row.dtype}"
+
+
+def told(row: Row) -> str:
+    return f"{row.floors:.2f} ({row.floors_low:.2f} – {row.floors_high:.2f})"
 
 
 def plot(path: Path, to: Path) -> None:
-    """A group of bars for each shape: multiples of the floor."""
+    """A group of bars for each shape and dtype: multiples of the floor."""
     from matplotlib.figure import Figure
 
-    setting, rows = read(path)
-    shapes = list(dict.fromkeys((row["N"], row["D"], row["V"]) for row in rows))
-    figure = Figure(figsize=(3.6 * len(shapes) + 1.5, 3.4), layout="constrained")
-    for axis, shape in zip(figure.subplots(1, len(shapes), squeeze=False)[0], shapes, strict=True):
-        of_it = [r for r in rows if (r["N"], r["D"], r["V"]) == shape and r["method"] != FLOOR]
-        names = [row["method"] for row in of_it]
-        values = [0.0 if row["failure"] else float(row["floors"]) for row in of_it]
-        colors = ["#1f6fb4" if name.startswith("ours") else "#b9b9b9" for name in names]
-        bars = axis.barh(names[::-1], values[::-1], color=colors[::-1])
-        labels = [row["failure"] or f"{float(row['floors']):.2f}" for row in of_it]
-        axis.bar_label(bars, labels[::-1], padding=3, fontsize=8)
+    setting, rows = report.read(path, Row)
+    columns = list(dict.fromkeys(column(row) for row in rows))
+    across = min(2, len(columns))
+    down = -(-len(columns) // across)
+    figure = Figure(figsize=(4.4 * across + 0.8, 2.5 * down + 0.4), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).flat
+    for axis in axes[len(columns) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes, columns, strict=False):
+        of_it = [row for row in rows if column(row) == name and row.method != FLOOR][::-1]
+        values = [0.0 if row.failure else row.floors for row in of_it]
+        names = [row.method for row in of_it]
+        bars = axis.barh(names, values, color=[COLORS[row.method] for row in of_it])
+        labels = [row.failure or f"{row.floors:.2f}" for row in of_it]
+        axis.bar_label(bars, labels, padding=3, fontsize=8)
         axis.axvline(1, color="#333333", linewidth=0.9, linestyle=":")
-        axis.set_title("N = {}, D = {}, V = {}".format(*shape), fontsize=9, loc="left")
-        axis.set_xlabel("forward + backward, multiples of three bare products", fontsize=8)
+        axis.set_title(name, fontsize=9, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.15)
         axis.tick_params(labelsize=8)
+    figure.suptitle(
+        "forward and backward, as multiples of three bare products", fontsize=9, x=0, ha="left"
+    )
     figure.supxlabel(setting, fontsize=5, color="#777777", x=1, ha="right")
     figure.savefig(to, dpi=150)
 

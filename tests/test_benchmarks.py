@@ -1,16 +1,20 @@
 """That the benchmarks run: what they measure is for their reader to judge."""
 
 import csv
+import json
 import math
 import re
+import subprocess
 import sys
 
 import pytest
 import torch
 from accuracy import TILED_GRAD_UNITS
+from inputs import random_inputs
 
 from benchmarks import accuracy as accuracy_benchmark
-from benchmarks import gpu, memory, roofline, speed
+from benchmarks import gpu, memory, peers, report, roofline, speed
+from benchmarks.allocations import Allocations, pretended
 from benchmarks.inputs import describe, make_inputs
 from opsd_kernels import divergence_name
 
@@ -40,20 +44,28 @@ def test_speed(monkeypatch, capsys, tmp_path):
     small = ["--device", "cpu", "--repeats", "2", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["speed.py", *small])
     speed.main()
-    setting, rows = speed.read(tmp_path / "speed.csv")
+    setting, rows = report.read(tmp_path / "speed.csv", speed.Row)
     assert "mean teacher entropy" in setting
-    of_shape = {row["method"]: row for row in rows if row["N"] == "9"}
-    assert of_shape["trl"]["failure"] == "ModuleNotFoundError"
-    assert float(of_shape[speed.FLOOR]["floors"]) == 1
-    for method in ("ours", "eager"):
-        row = {k: float(v) for k, v in of_shape[method].items() if k not in ("method", "failure")}
-        assert 0 < row["backward_s"] < row["both_s"]
-        assert 0 < row["floors_low"] <= row["floors"] <= row["floors_high"]
-    assert "| trl | ModuleNotFoundError | ModuleNotFoundError |" in speed.summary(
-        tmp_path / "speed.csv"
-    )
+    for dtype in ("float32", "bfloat16"):
+        of_shape = {row.method: row for row in rows if row.N == 9 and row.dtype == dtype}
+        assert of_shape["TRL"].failure == "not installed"
+        assert of_shape["ours, logit-free"].failure == "needs a GPU"
+        assert of_shape[speed.FLOOR].floors == 1
+        for method in ("ours, row workspace", "eager", "Liger, chunked"):
+            row = of_shape[method]
+            assert 0 < row.backward_s < row.both_s
+            assert 0 < row.floors_low <= row.floors <= row.floors_high
+    assert "| TRL | not installed | not installed |" in speed.summary(tmp_path / "speed.csv")
     assert (tmp_path / "speed.png").stat().st_size > 10_000
-    assert (tmp_path / "speed.md").read_text().startswith("| | N = 8, D = 16, V = 100 | N = 9")
+    assert (tmp_path / "speed.md").read_text().startswith("|  | N = 8, D = 16, V = 100, float32")
+
+
+def test_speed_says_where_time_goes(monkeypatch, capsys):
+    monkeypatch.setitem(speed.SHAPES, "cpu", [(64, 512, 4000)])
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--device", "cpu", "--profile"])
+    speed.main()
+    out = capsys.readouterr().out
+    assert all(part in out for part in ("aten::mm", "aten::addmm", "float32", "bfloat16"))
 
 
 def test_inputs_are_what_they_say():
@@ -66,16 +78,71 @@ def test_inputs_are_what_they_say():
         assert 1e-5 < float(jsd) < 1e-1
 
 
-def test_memory(monkeypatch, capsys):
-    small = ["--device", "cpu", "--vocabulary", "2000", "--features", "8", "--tokens", "16"]
-    monkeypatch.setattr(sys, "argv", ["memory.py", *small, "--methods", "ours"])
+def test_memory(monkeypatch, capsys, tmp_path):
+    """Ours is measured in a process of its own, and what is counted is near."""
+    monkeypatch.setitem(memory.MODELS, "qwen3-0.6b", (8, 60_000))
+    monkeypatch.setitem(memory.MODELS, "qwen3-8b", (64, 20_000))
+    monkeypatch.setitem(memory.QUICK, "cpu", ("qwen3-0.6b", [200]))
+    small = ["--device", "cpu", "--quick", "--output", str(tmp_path), "--methods"]
+    methods = ["ours, row workspace", "ours, logit-free", "eager"]
+    monkeypatch.setattr(sys, "argv", ["memory.py", *small, *methods])
     memory.main()
-    name, mib = capsys.readouterr().out.splitlines()[-1].split()
-    assert name == "ours"
-    assert 0 <= float(mib) < 100
-    monkeypatch.setattr(sys, "argv", ["memory.py", "--methods", "nobody"])
-    with pytest.raises(SystemExit):
-        memory.main()
+    setting, rows = report.read(tmp_path / "memory.csv", memory.Row)
+    assert "torch" in setting
+    ours, logit_free, eager = [row for row in rows if row.device == "CPU"]
+    assert logit_free.failure == "needs a GPU"
+    assert 500 < eager.counted_mib < 600
+    assert 0.8 < eager.measured_mib / eager.counted_mib < 1.5
+    assert ours.counted_mib < 128
+    assert ours.measured_mib < eager.measured_mib
+    counted = {(row.method, row.N): row.counted_mib for row in rows if row.device == "counted"}
+    assert counted["ours, logit-free", 65536] < 48 < counted["ours, row workspace", 65536] < 400
+    assert counted["eager", 65536] == pytest.approx(64 * counted["eager", 1024], rel=1e-3)
+    assert (tmp_path / "memory.png").stat().st_size > 10_000
+    assert "| N = 65536 |" in (tmp_path / "memory.md").read_text()
+
+
+def test_running_out_of_memory_is_a_result(monkeypatch):
+    """In a process that may take little more than it has."""
+    code = (
+        "import sys; sys.path.insert(0, '.')\n"
+        "from benchmarks import measure, memory\n"
+        "measure._bytes_of = lambda *_: 2**30\n"
+        "task = dict(device='cpu', N=4096, D=16, V=151936, dtype='float32', method='eager')\n"
+        "measure.tell(memory.measure_here, measure.json.dumps(task))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert json.loads(result.stdout.splitlines()[-1])["failure"] == "out of memory", result.stderr
+    here = ("cpu", "qwen3-0.6b", 64, 1024, 151936, "float32", "eager", 0.01)
+    assert memory.measure(*here).failure == "more than 0 s"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["ours, row workspace", "eager", "TRL", "Liger, chunked"])
+def test_counting_without_contents_is_exact(method, dtype):
+    """The same bytes as with tensors that hold something."""
+    N, D, V = 40, 64, 30_000
+    h_S, h_T, W = (t.to(getattr(torch, dtype)) for t in random_inputs(N, V, D))
+    with Allocations() as allocations:
+        memory.forward_and_backward(peers.METHODS[method], h_S, h_T, W)
+    counted = memory.count("", N, D, V, method, device="cpu", dtype=dtype)
+    assert not counted.failure
+    assert counted.counted_mib == allocations.peak / 2**20
+
+
+def test_a_pretended_gpu():
+    """What is asked of the device takes the GPU's way, and afterwards all is as before."""
+    available = torch.cuda.is_available()
+    with pretended("cuda") as given:
+        h_S, h_T, W = torch.empty(8, 16), torch.empty(8, 16), torch.empty(300, 16)
+        assert h_S.device.type == "cuda"
+        assert (h_S @ W.T).device.type == "cuda"
+        peers.logit_free(h_S.requires_grad_(), h_T, W).backward()
+        assert h_S.grad.shape == h_S.shape
+    assert ((300, 16), torch.float32) in given
+    assert torch.cuda.is_available() == available
+    assert torch.ones(2).device.type == "cpu"
+    assert torch.equal(torch.ones(2), torch.ones(2))
 
 
 def test_accuracy(monkeypatch, capsys, tmp_path):
@@ -87,7 +154,7 @@ def test_accuracy(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(accuracy_benchmark, "summary", lambda path: "")  # which is of all methods
     accuracy_benchmark.main()
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
-    setting, rows = accuracy_benchmark.read(tmp_path / "accuracy.csv")
+    setting, rows = report.read(tmp_path / "accuracy.csv", accuracy_benchmark.Row)
     assert "V = 500" in setting
     assert "TRL" not in {row.method for row in rows}
     assert {row.divergence for row in rows if row.method == "eager, bf16 logits"} == {

@@ -4,13 +4,13 @@ from unittest import mock
 
 import pytest
 import torch
-from allocations import id_of, tensors
 from inputs import random_inputs
 from schedules import SCHEDULES
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.allocations import id_of, tensors
 from opsd_kernels import (
     FusedJSDLoss,
     fused_jsd_loss,

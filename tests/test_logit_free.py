@@ -10,12 +10,12 @@ from unittest import mock
 
 import pytest
 import torch
-from allocations import Allocations
 from inputs import language_like_inputs, random_inputs
 from schedules import DEVICE, LOGIT_FREE, ROW_WORKSPACE
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.allocations import Allocations
 from opsd_kernels import (
     fused_jsd_loss,
     fused_sampled_token_loss,

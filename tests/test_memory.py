@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from allocations import Allocations
 from inputs import random_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.allocations import Allocations
 from opsd_kernels import fused_jsd_loss, fused_sampled_token_loss, token_divergence
 
 MIB = 2**20

@@ -15,13 +15,13 @@ BETAS = [0.0, 0.3, 0.5, 1.0]
 
 @pytest.mark.parametrize("temperature", [1.0, 1.3])
 @pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("peer", ["eager", "trl", "liger"])
+@pytest.mark.parametrize("peer", ["eager", "TRL", "Liger, chunked"])
 def test_equal_to_the_peers_where_they_are_right(op, peer, beta, temperature):
     """fp32, student and teacher well apart: there the textbook forms hold."""
-    pytest.importorskip({"trl": "trl", "liger": "liger_kernel"}.get(peer, "torch"))
+    pytest.importorskip({"TRL": "trl", "Liger, chunked": "liger_kernel"}.get(peer, "torch"))
     h_S, h_T, W = random_inputs(20, 500, 16, distance=1.0)
     results = []
-    for loss in (op, peers.PEERS[peer]):
+    for loss in (op, peers.METHODS[peer]):
         h = h_S.clone().requires_grad_()
         value = loss(h, h_T, W, beta=beta, temperature=temperature)
         value.backward()

@@ -1,0 +1,75 @@
+"""What takes memory, and how much: a figure at a time, each in a process of its own."""
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.peers import why
+
+MIB = 2**20
+
+
+def in_a_process(script: str, task: dict[str, Any], seconds: float) -> tuple[str, dict[str, Any]]:
+    """Run `script --here TASK`, which is to `tell` of the task; return why it failed, or "", and
+    what it told."""
+    command = [sys.executable, script, "--here", json.dumps(task)]
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        return f"more than {seconds:.0f} s", {}
+    if result.returncode < 0:  # a signal, which is what running out of memory looks like
+        return "out of memory", {}
+    if result.returncode > 0:
+        return result.stderr.strip().rpartition("\n")[2][:60] or "failed", {}
+    told = json.loads(result.stdout.splitlines()[-1])
+    return told.pop("failure"), told
+
+
+def tell(measure: Callable[..., dict[str, float]], task: str) -> None:
+    """The other end of it: print what `measure` returns for the task, or why it failed."""
+    options = json.loads(task)
+    if torch.device(options["device"]).type == "cpu":
+        limit_memory()
+    try:
+        told = {"failure": "", **measure(**options)}
+    except Exception as error:
+        told = {"failure": why(error)}
+    print(json.dumps(told))
+
+
+def start_counting(device: torch.device) -> int:
+    """Reset the high-water mark and return the bytes in use now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _bytes_of("/proc/self/status", "VmRSS")
+
+
+def high_water(device: torch.device) -> int:
+    """The allocator's on a GPU; of the process's resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _bytes_of("/proc/self/status", "VmHWM")
+
+
+def limit_memory() -> None:
+    """Let an allocation that does not fit raise, before the system kills a process."""
+    available = _bytes_of("/proc/meminfo", "MemAvailable")
+    resource.setrlimit(resource.RLIMIT_DATA, (int(0.95 * available), resource.RLIM_INFINITY))
+
+
+def _bytes_of(file: str, field: str) -> int:
+    """A size from Linux's /proc."""
+    for line in Path(file).read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{file} has no {field}")

@@ -1,0 +1,324 @@
+"""The whole training step, not the loss alone: a Qwen3 with random weights, LoRA on every
+projection, activation checkpointing; teacher pass, student pass, loss, backward.
+
+    python benchmarks/step.py [--model qwen3-8b] [--tokens 1024 16384] [--quick] [--output FOLDER]
+
+One rollout of N tokens, behind a prompt of 256 for the student and 1280 for the teacher. Measured
+on this machine, each figure in a process of its own: peak memory above the weights, as memory.py
+takes it, and seconds. Counted as on a GPU, without one: the bytes alive at once in the step of a
+whole model, its tensors without contents; from these, and the weights, the longest rollout that
+fits a memory, between two counts in proportion. Optimizer and sampler are not part of it.
+
+With --output it writes step.csv, step.md and step.png to the folder.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import peers, report
+from benchmarks.allocations import Allocations, pretended
+from benchmarks.measure import MIB, high_water, in_a_process, start_counting, tell
+from benchmarks.shapes import QWEN3
+from opsd_kernels import fused_sampled_token_loss
+
+MEASURED = {"cpu": ("tiny", [256, 1024, 4096]), "cuda": ("qwen3-1.7b", [1024, 4096, 16384])}
+COUNTED = ("qwen3-8b", [1024, 4096, 16384, 65536])
+QUICK = {"cpu": ("tiny", [64]), "cuda": ("qwen3-0.6b", [1024])}
+QUICK_COUNTED = ("tiny", [1024, 16384])
+STUDENT_PROMPT, TEACHER_PROMPT = 256, 1280
+GPU_GIB = {f"{gigabytes} GB": gigabytes * 1e9 / 2**30 for gigabytes in (24, 80, 141)}
+NAN = float("nan")
+
+# h_S, h_T, W, sampled tokens → a scalar
+StepLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def whole(loss: peers.Loss) -> StepLoss:
+    """A divergence, which does not look at the sampled tokens."""
+    return lambda h_S, h_T, W, targets: loss(h_S, h_T, W)
+
+
+def sampled_token(h_S: Tensor, h_T: Tensor, W: Tensor, targets: Tensor) -> Tensor:
+    loss = fused_sampled_token_loss(h_S, h_T, W, targets)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def eager_sampled_token(h_S: Tensor, h_T: Tensor, W: Tensor, targets: Tensor) -> Tensor:
+    """The same with logits, as trainers write it."""
+
+    def log_prob(h: Tensor) -> Tensor:
+        log_p = torch.nn.functional.linear(h, W).float().log_softmax(-1)
+        return log_p.gather(-1, targets[:, None]).squeeze(-1)
+
+    logp_S = log_prob(h_S)
+    with torch.no_grad():
+        advantage = log_prob(h_T) - logp_S
+    return -(advantage * logp_S).mean()
+
+
+LOSSES: dict[str, StepLoss] = {
+    "ours, logit-free": whole(peers.logit_free),
+    "ours, row workspace": whole(peers.row_workspace),
+    "eager": whole(peers.eager),
+    "TRL": whole(peers.trl),
+    "ours, sampled token": sampled_token,
+    "eager, sampled token": eager_sampled_token,
+}
+COLORS = {
+    **{name: peers.COLORS[name] for name in LOSSES if name in peers.COLORS},
+    "ours, sampled token": "#17889c",
+    "eager, sampled token": "#9c5a3c",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    device: str  # that it was measured on, or "counted"
+    model: str
+    N: int
+    dtype: str
+    method: str
+    failure: str = ""
+    weights_mib: float = NAN
+    peak_mib: float = NAN  # above the weights
+    seconds: float = NAN
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model", choices=list(QWEN3))
+    parser.add_argument("--tokens", type=int, nargs="+")
+    parser.add_argument("--methods", nargs="+", choices=list(LOSSES), default=list(LOSSES))
+    parser.add_argument("--seconds", type=float, default=600, help="for each figure at most")
+    parser.add_argument("--quick", action="store_true", help="little, in two minutes")
+    parser.add_argument("--output", type=Path, help="folder for step.csv, step.md, step.png")
+    parser.add_argument("--here", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.here:
+        tell(measure_here, args.here)
+        return
+    kind = torch.device(args.device).type
+    dtype = "float32" if kind == "cpu" else "bfloat16"
+    setting = f"{report.machine(torch.device(args.device))}, {dtype}"
+    print(setting)
+    rows = []
+    model, tokens = (QUICK if args.quick else MEASURED)[kind]
+    for N in args.tokens or tokens:
+        for method in args.methods:
+            rows.append(measure(args.device, args.model or model, N, dtype, method, args.seconds))
+            show(rows[-1])
+    model, tokens = QUICK_COUNTED if args.quick else COUNTED
+    for N in args.tokens or tokens:
+        for method in args.methods:
+            rows.append(count(args.model or model, N, method))
+            show(rows[-1])
+    if args.output:
+        path = args.output / "step.csv"
+        report.write(path, setting, rows)
+        path.with_suffix(".md").write_text(summary(path) + "\n")
+        plot(path, path.with_suffix(".png"))
+
+
+def show(row: Row) -> None:
+    what = "counted" if row.device == "counted" else f"{row.seconds:.2f} s"
+    figures = row.failure or f"{row.peak_mib:>10,.0f} MiB + weights {row.weights_mib:,.0f}, {what}"
+    print(f"{row.model:<12} N = {row.N:<6} {row.method:<22} {figures}", flush=True)
+
+
+def measure(device: str, model: str, N: int, dtype: str, method: str, seconds: float) -> Row:
+    task = {"device": device, "model": model, "N": N, "dtype": dtype, "method": method}
+    failure, told = in_a_process(__file__, task, seconds)
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
+    return Row(name, model, N, dtype, method, failure, **told)
+
+
+def measure_here(device: str, model: str, N: int, dtype: str, method: str) -> dict[str, float]:
+    """In this process, after a short step that warms up: the memory of one, the time of three."""
+    at = torch.device(device)
+    with at:
+        student = make_model(model, getattr(torch, dtype))
+        step(student, LOSSES[method], 8)
+        before = start_counting(at)
+        step(student, LOSSES[method], N)
+        peak, seconds = high_water(at) - before, []
+        for _ in range(3):
+            start = time.perf_counter()
+            step(student, LOSSES[method], N)
+            if at.type == "cuda":
+                torch.cuda.synchronize(at)
+            seconds.append(time.perf_counter() - start)
+    return {
+        "weights_mib": weights_mib(student),
+        "peak_mib": peak / MIB,
+        "seconds": statistics.median(seconds),
+    }
+
+
+def count(model: str, N: int, method: str) -> Row:
+    """Bytes alive at once in a step on a GPU, without running it."""
+    fake_mode = FakeTensorMode()
+    with torch.device("meta"):
+        student = make_model(model, torch.bfloat16)
+    with fake_mode:
+        make_fake(student)
+    try:
+        with pretended("cuda", fake_mode), Allocations() as allocations:
+            step(student, LOSSES[method], N)
+    except Exception as error:
+        return Row("counted", model, N, "bfloat16", method, peers.why(error))
+    return Row(
+        "counted",
+        model,
+        N,
+        "bfloat16",
+        method,
+        weights_mib=weights_mib(student),
+        peak_mib=allocations.peak / MIB,
+    )
+
+
+def make_model(name: str, dtype: torch.dtype) -> Any:
+    """A Qwen3 under LoRA, r = 64 on every projection, as OPSD's authors train."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")
+    model = AutoModelForCausalLM.from_config(
+        Qwen3Config(**QWEN3[name]), dtype=dtype, attn_implementation="sdpa"
+    )
+    config = LoraConfig(r=64, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return get_peft_model(model, config).train()
+
+
+def make_fake(model: Any) -> None:
+    """Replace its tensors, which are on the meta device, by fake ones of the current mode."""
+    made: dict[int, Tensor] = {}  # a tied head stays tied
+    for module in model.modules():
+        for named in (module._parameters, module._buffers):
+            for name, t in named.items():
+                if t is None:
+                    continue
+                if id(t) not in made:
+                    fake = torch.empty(t.shape, dtype=t.dtype)
+                    is_parameter = isinstance(t, torch.nn.Parameter)
+                    made[id(t)] = (
+                        torch.nn.Parameter(fake, t.requires_grad) if is_parameter else fake
+                    )
+                named[name] = made[id(t)]
+
+
+def step(model: Any, loss: StepLoss, N: int) -> None:
+    """Teacher first, the adapter off; then the student, whose graph is rebuilt in backward."""
+    W = model.get_base_model().lm_head.weight.detach()
+    targets = torch.zeros(N, dtype=torch.long, device=W.device)
+    with torch.no_grad(), model.disable_adapter():
+        h_T = hidden_states(model, TEACHER_PROMPT, N)
+    h_S = hidden_states(model, STUDENT_PROMPT, N)
+    loss(h_S, h_T, W, targets).backward()
+    model.zero_grad()
+
+
+def hidden_states(model: Any, prompt: int, N: int) -> Tensor:
+    """[N, D], of the positions that predict the completion."""
+    backbone = model.get_base_model().model
+    ids = torch.zeros(1, prompt + N, dtype=torch.long, device=backbone.embed_tokens.weight.device)
+    # One sequence without padding: causal attention alone, no mask in memory.
+    masks = {"full_attention": None}
+    h = backbone(input_ids=ids, attention_mask=masks, use_cache=False).last_hidden_state
+    return h[0, prompt - 1 : -1]
+
+
+def weights_mib(model: Any) -> float:
+    return sum(w.nbytes for w in model.parameters()) / MIB
+
+
+def longest(points: list[tuple[int, float]], gib: float) -> float:
+    """Tokens at which the total reaches `gib`, from (tokens, GiB) in ascending order: in proportion
+    between two, and beyond the last along the last two."""
+    if points[0][1] > gib:
+        return 0
+    for (n0, g0), (n1, g1) in pairwise(points):
+        if g1 >= gib or n1 == points[-1][0]:
+            return n0 + (gib - g0) * (n1 - n0) / (g1 - g0)
+    return NAN
+
+
+def summary(path: Path) -> str:
+    """Memory of a step and longest rollouts as counted, then what was measured, as Markdown."""
+    setting, rows = report.read(path, Row)
+    counted = [row for row in rows if row.device == "counted"]
+    measured = [row for row in rows if row.device != "counted"]
+    methods = list(dict.fromkeys(row.method for row in rows))
+    tokens = list(dict.fromkeys(row.N for row in counted))
+    head = f"counted as on a GPU, {counted[0].model}, bf16: weights and step"
+    body = []
+    for method in methods:
+        of_it = [row for row in counted if row.method == method]
+        cells = [row.failure or f"{total_gib(row):,.0f} GiB" for row in of_it]
+        points = [(row.N, total_gib(row)) for row in of_it if not row.failure]
+        fits = [f"{longest(points, gib) / 1000:,.1f}k" for gib in GPU_GIB.values()]
+        body.append([method, *cells, *fits])
+    fits_heads = [f"fits in {name}" for name in GPU_GIB]
+    tables = [report.table([head, *(f"N = {N}" for N in tokens), *fits_heads], body)]
+    tokens = list(dict.fromkeys(row.N for row in measured))
+    head = f"measured, {measured[0].device}, {measured[0].model}, {measured[0].dtype}: the step"
+    figures = {
+        (r.method, r.N): r.failure or f"{r.peak_mib:,.0f} MiB, {r.seconds:.1f} s" for r in measured
+    }
+    body = [[method, *(figures[method, N] for N in tokens)] for method in methods]
+    tables.append(report.table([head, *(f"N = {N}" for N in tokens)], body))
+    return "\n\n".join([*tables, f"({setting})"])
+
+
+def total_gib(row: Row) -> float:
+    return (row.weights_mib + row.peak_mib) / 1024
+
+
+def plot(path: Path, to: Path) -> None:
+    """Total memory over completion length, as counted."""
+    from matplotlib.figure import Figure
+
+    setting, rows = report.read(path, Row)
+    counted = [row for row in rows if row.device == "counted" and not row.failure]
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axis = figure.subplots()
+    for method, color in COLORS.items():
+        of_it = [row for row in counted if row.method == method]
+        axis.plot([row.N for row in of_it], [total_gib(row) for row in of_it], label=method,
+                  color=color, linewidth=2.4 if method.startswith("ours") else 1.4,
+                  linestyle="--" if "sampled" in method else "-")  # fmt: skip
+    for name, gib in GPU_GIB.items():
+        axis.axhline(gib, color="#999999", linewidth=0.8, linestyle="--")
+        axis.text(counted[0].N, gib, name, fontsize=7, color="#666666", va="bottom")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xlabel("tokens of the rollout", fontsize=8)
+    axis.set_ylabel("GiB, weights and step", fontsize=9)
+    title = f"One LoRA step of {counted[0].model}, bf16, checkpointed: counted as on a GPU"
+    axis.set_title(title, fontsize=9, loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    axis.tick_params(labelsize=8)
+    axis.legend(frameon=False, fontsize=8)
+    figure.supxlabel(setting, fontsize=5, color="#777777", x=1, ha="right")
+    figure.savefig(to, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
