@@ -20,7 +20,8 @@ import triton
 ROOT = Path(__file__).parents[1]
 LIMIT = 530  # seconds for all of it
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
-MEMORY = ["--features", "4096", "--tokens", "1024", "8192", "--dtype", "bfloat16", "--methods"]
+METHODS = ["--methods", "ours, logit-free", "ours, row workspace", "eager", "TRL", "Liger, fused"]
+MEMORY = ["--model", "qwen3-8b", "--tokens", "1024", "16384", *METHODS[:3]]
 LOSSES = [
     f"tests/test_{name}.py" for name in ("loss", "peers", "token_divergence", "sampled_token")
 ]
@@ -31,8 +32,8 @@ STEPS = [
     ("tests-kernels", 90, [*PYTEST, "tests/test_kernels.py", "tests/test_logit_free.py"]),
     ("tests-loss", 80, [*PYTEST, *LOSSES, "-k", "cuda"]),
     ("accuracy", 30, ["benchmarks/accuracy.py", *ACCURACY, "--output", "{output}"]),
-    ("speed", 60, ["benchmarks/speed.py", "--repeats", "3"]),
-    ("memory", 60, ["benchmarks/memory.py", *MEMORY, "ours", "ours, 320 MiB", "eager"]),
+    ("speed", 60, ["benchmarks/speed.py", "--repeats", "3", *METHODS, "--output", "{output}"]),
+    ("memory", 60, ["benchmarks/memory.py", *MEMORY, "--output", "{output}"]),
     ("tune", 70, ["benchmarks/tune.py", "--seconds", "20", "--output", "{output}"]),
 ]
 

@@ -207,20 +207,13 @@ def plot(path: Path, to: Path) -> None:
                    color=color, linewidth=width, markersize=4)  # fmt: skip
         right.plot([r.N for r in of_it], [r.counted_mib / 1024 for r in of_it], ":",
                    color=color, linewidth=1)  # fmt: skip
-    for gigabytes in (24, 80, 141):
-        left.axhline(gigabytes * 1e9 / 2**30, color="#999999", linewidth=0.8, linestyle="--")
-        left.text(65536, gigabytes * 1e9 / 2**30, f"{gigabytes} GB", fontsize=7, color="#666666",
-                  ha="right", va="bottom")  # fmt: skip
+    report.memory_lines(left, counted[0].N)
     left.set_title(f"{SHOWN} head, bf16: counted as on a GPU", fontsize=9, loc="left")
     title = f"{measured[0].model} head, {measured[0].dtype}: measured, {measured[0].device}"
     right.set_title(f"{title} (dotted: counted)", fontsize=9, loc="left")
     for axis in (left, right):
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        report.style(axis, log=True)
         axis.set_xlabel("tokens", fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-        axis.tick_params(labelsize=8)
     left.set_ylabel("GiB above the inputs, forward and backward", fontsize=9)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, fontsize=8)

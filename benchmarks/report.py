@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+GPU_GIB = {f"{gigabytes} GB": gigabytes * 1e9 / 2**30 for gigabytes in (24, 80, 141)}
+
 
 def machine(device: torch.device) -> str:
     """Hardware, driver and versions, on one line."""
@@ -57,3 +59,20 @@ def table(head: list[str], rows: list[list[str]]) -> str:
         strong = "**" if cells[0].startswith("ours") else ""
         lines.append("| " + " | ".join(f"{strong}{c}{strong}" for c in cells) + " |")
     return "\n".join(lines)
+
+
+def style(axis: Any, *, log: bool = False) -> None:
+    """How every picture's axes look."""
+    if log:
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+
+
+def memory_lines(axis: Any, x: float) -> None:
+    """The memories that users have, across a picture in GiB; their names begin at x."""
+    for name, gib in GPU_GIB.items():
+        axis.axhline(gib, color="#999999", linewidth=0.8, linestyle="--")
+        axis.text(x, gib, name, fontsize=7, color="#666666", va="bottom")

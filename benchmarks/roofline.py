@@ -4,27 +4,26 @@
 
 Counted, at a small size, per token and vocabulary entry:
 
-    products     passes through the LM head (U = 2 N D V), by PyTorch's FLOP counter, and for our
+    products     passes through the LM head (U = 2 N D V), as the products that run, and for our
                  kernels as tiles that the interpreter multiplies
-    entries      elementwise operations of our kernels, and those among them that are exp or log, as
+    operations   elementwise operations of our kernels, and those among them that are exp or log, as
                  the interpreter executes them
-    bytes        what the operations of a PyTorch method read and write of logit-sized tensors, from
-                 fp32 hidden states; of ours what `rows` and `pair` do
+    bytes        what a peer's operations read and write of logit-sized tensors, and once each such
+                 tensor that its kernels are given, as on a GPU (`allocations.pretended`); of ours
+                 what `rows` and `pair` do
 
 and from them, with the data sheet's peaks (of matrix products the fraction a library reaches), a
 time for each resource. The larger is the bound if all overlap, the sum if nothing does: a
 measurement belongs between the two, and says by where it lies what to look at. Nothing here is
-measured on a GPU.
+measured on a GPU. With --output it writes roofline.csv, roofline.md and roofline.png to the folder.
 """
 
 import argparse
-import csv
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,11 +32,11 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import peers
+from benchmarks import peers, report
+from benchmarks.allocations import pretended, tensors
 from opsd_kernels import fused_jsd_loss, fused_sampled_token_loss
 
 
@@ -77,7 +76,10 @@ class Cost:
 class Row:
     gpu: str
     method: str
-    products: float
+    products: float  # as in `Cost`
+    operations: float
+    transcendentals: float
+    bytes: float
     products_ms: float
     operations_ms: float
     bytes_ms: float
@@ -111,8 +113,11 @@ def costs() -> dict[str, Cost]:
         ),
         "ours, row workspace": _row_workspace(lambda: backward(fused_jsd_loss, workspace_mib=1)),
     }
-    for name, peer in (("eager", peers.eager), ("TRL", peers.trl), ("Liger", peers.liger_chunked)):
-        counted[name] = _of_pytorch(partial(backward, peer))
+    for name in ("eager", "TRL", "Liger, fused", "Liger, chunked"):
+        try:
+            counted[name] = _of_a_peer(peers.METHODS[name])
+        except ImportError:
+            continue
     return counted
 
 
@@ -172,28 +177,42 @@ def _interpreted() -> Iterator[dict[str, int]]:
         yield seen
 
 
-class _Traffic(TorchDispatchMode):
-    """Bytes that operations read and write of tensors with a vocabulary-sized dimension, products
-    and views apart."""
+def _of_a_peer(loss: peers.Loss) -> Cost:
+    N, D, V = 2048, 1280, 151936  # so large that peers go by chunks
 
-    bytes = 0
+    def entries(shape: torch.Size) -> bool:
+        return len(shape) > 1 and shape[-1] > 10_000 and D not in shape
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view and func.name().split(".")[0] not in ("aten::empty", "aten::detach"):
-            for t in tree_leaves((args, kwargs, out)):
-                if isinstance(t, Tensor) and V in t.shape and D not in t.shape:
-                    self.bytes += t.nbytes
-        return out
+    class Traffic(TorchDispatchMode):
+        """Bytes that operations read and write of logit-sized tensors, and operations of matrix
+        products (which PyTorch's counter does not know with an out_dtype)."""
+
+        bytes = flops = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func.name().split(".")[0] in ("aten::mm", "aten::addmm"):
+                a, b = [t for t in args if isinstance(t, Tensor)][-2:]
+                self.flops += 2 * a.numel() * b.shape[1]
+            if not func.is_view and func.name().split(".")[0] not in FREE:
+                seen = [t for t in tensors((args, kwargs, out)) if entries(t.shape)]
+                self.bytes += sum(t.nbytes for t in seen)
+            return out
+
+    with pretended("cuda") as given:
+        h_S = torch.empty(N, D, dtype=torch.bfloat16).requires_grad_()
+        h_T, W = torch.empty_like(h_S), torch.empty(V, D, dtype=h_S.dtype)
+        with Traffic() as traffic:
+            loss(h_S, h_T, W).backward()
+    in_kernels = sum(shape.numel() * dtype.itemsize for shape, dtype in given if entries(shape))
+    moved = (traffic.bytes + in_kernels) / (N * V)
+    return Cost(traffic.flops / (2 * N * D * V), bytes=moved)
 
 
-def _of_pytorch(run: Callable[[], None]) -> Cost:
-    try:
-        with _Traffic() as traffic, FlopCounterMode(display=False) as products:
-            run()
-    except ImportError:
-        return Cost(float("nan"))
-    return Cost(products.get_total_flops() / (2 * N * D * V), bytes=traffic.bytes / (N * V))
+# What touches no memory.
+FREE = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::detach")
 
 
 def predict(method: str, cost: Cost, gpu: Gpu, tokens: int, features: int, vocabulary: int) -> Row:
@@ -211,6 +230,9 @@ def predict(method: str, cost: Cost, gpu: Gpu, tokens: int, features: int, vocab
         gpu.name,
         method,
         cost.products,
+        cost.operations,
+        cost.transcendentals,
+        cost.bytes,
         1e3 * products,
         1e3 * operations,
         1e3 * moved,
@@ -224,31 +246,97 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--features", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=151936)
-    parser.add_argument("--output", type=Path, help="folder for roofline.csv")
+    parser.add_argument("--output", type=Path, help="folder for roofline.csv, .md and .png")
     args = parser.parse_args()
-    counted = costs()
-    print("counted per token and entry, forward and backward:")
-    print(f"{'method':<34}{'U':>6}{'operations':>12}{'exp, log':>10}{'bytes':>8}")
-    for name, cost in counted.items():
-        print(f"{name:<34}{cost.products:>6.1f}{cost.operations:>12.0f}"
-              f"{cost.transcendentals:>10.1f}{cost.bytes:>8.0f}")  # fmt: skip
-    print(
-        f"\nN = {args.tokens}, D = {args.features}, V = {args.vocabulary}; milliseconds each takes"
-    )
-    print(f"{'':<10}{'method':<34}{'products':>9}{'entries':>9}{'bytes':>9}   x 3 products")
-    rows = []
-    for gpu in GPUS:
-        for name, cost in counted.items():
-            row = predict(name, cost, gpu, args.tokens, args.features, args.vocabulary)
-            rows.append(row)
-            print(f"{gpu.name:<10}{name:<34}{row.products_ms:>9.1f}{row.operations_ms:>9.1f}"
-                  f"{row.bytes_ms:>9.1f}   {row.overlapped:.2f} to {row.serial:.2f}")  # fmt: skip
+    N, D, V = args.tokens, args.features, args.vocabulary
+    rows = [predict(method, cost, gpu, N, D, V) for gpu in GPUS for method, cost in costs().items()]
+    setting = f"predicted from counts, N = {N}, D = {D}, V = {V}, bf16"
+    print(summary(rows, setting))
     if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
-        with (args.output / "roofline.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(f.name for f in fields(Row))
-            writer.writerows(astuple(row) for row in rows)
+        path = args.output / "roofline.csv"
+        report.write(path, setting, rows)
+        path.with_suffix(".md").write_text(page(rows, setting))
+        plot(rows, setting, path.with_suffix(".png"))
+
+
+def summary(rows: list[Row], setting: str) -> str:
+    """Multiples of three bare products, a column for each GPU, as Markdown."""
+    gpus = list(dict.fromkeys(row.gpu for row in rows))
+    body = []
+    for method in dict.fromkeys(row.method for row in rows):
+        of_it = {row.gpu: row for row in rows if row.method == method}
+        cells = [f"{of_it[gpu].overlapped:.2f} – {of_it[gpu].serial:.2f}" for gpu in gpus]
+        body.append([method, f"{of_it[gpus[0]].products:.1f}", *cells])
+    return report.table(["", "U", *gpus], body) + f"\n\n({setting})"
+
+
+def page(rows: list[Row], setting: str) -> str:
+    """The counts, the prediction, and the milliseconds of each resource on each GPU."""
+    methods = [row for row in rows if row.gpu == rows[0].gpu]
+    counts = [
+        [r.method, f"{r.products:.1f}", f"{r.operations:.0f}", f"{r.transcendentals:.1f}",
+         f"{r.bytes:.0f}"]
+        for r in methods
+    ]  # fmt: skip
+    times = [
+        [r.method, r.gpu, f"{r.products_ms:.1f}", f"{r.operations_ms:.1f}", f"{r.bytes_ms:.1f}"]
+        for r in sorted(rows, key=lambda r: r.gpu)
+    ]
+    peaks = [
+        [gpu.name, f"{gpu.matrix / 1e12:.0f}", f"{gpu.fp32 / 1e12:.0f}",
+         f"{gpu.transcendental / 1e12:.1f}", f"{gpu.memory / 1e12:.2f}"]
+        for gpu in GPUS
+    ]  # fmt: skip
+    return f"""# What each method should take on a GPU
+
+Not measured: `python benchmarks/roofline.py` counts operations and bytes, and divides by the peaks
+of data sheets. A measurement belongs between the two multiples: near the lower one if all overlaps,
+near the upper one if nothing does.
+
+## Multiples of three bare products
+
+{summary(rows, setting)}
+
+![The two bounds of each method on each GPU](roofline.png)
+
+## Counted per token and entry of the vocabulary, forward and backward
+
+{report.table(["", "U", "operations", "exp, log", "bytes"], counts)}
+
+(Operations are counted of our kernels alone: what peers do between logits is bound by bytes.)
+
+## Milliseconds of each resource
+
+{report.table(["", "GPU", "products", "operations", "bytes"], times)}
+
+## Peaks
+
+{report.table(["", "bf16 TFLOP/s", "fp32 TFLOP/s", "exp or log, T/s", "memory TB/s"], peaks)}
+
+(Of its peak a library product is taken to reach {MATRIX_FRACTION:.0%}.)
+"""
+
+
+def plot(rows: list[Row], setting: str, to: Path) -> None:
+    """A bar from the lower to the upper bound for each method, a panel for each GPU."""
+    from matplotlib.figure import Figure
+
+    gpus = list(dict.fromkeys(row.gpu for row in rows))
+    figure = Figure(figsize=(2.6 * len(gpus) + 1.5, 3.2), layout="constrained")
+    for axis, gpu in zip(figure.subplots(1, len(gpus), sharey=True), gpus, strict=True):
+        of_it = [row for row in rows if row.gpu == gpu][::-1]
+        axis.barh(
+            [row.method for row in of_it],
+            [max(row.serial - row.overlapped, 0.03) for row in of_it],
+            left=[row.overlapped for row in of_it],
+            color=["#1f6fb4" if row.method.startswith("ours") else "#b9b9b9" for row in of_it],
+        )
+        axis.axvline(1, color="#333333", linewidth=0.9, linestyle=":")
+        axis.set_xlim(left=0)
+        axis.set_title(gpu, fontsize=9, loc="left")
+        report.style(axis)
+    figure.supxlabel(f"multiples of three bare products; {setting}", fontsize=7, color="#555555")
+    figure.savefig(to, dpi=150)
 
 
 if __name__ == "__main__":

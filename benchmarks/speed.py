@@ -17,7 +17,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--model", choices=list(MODELS), help="whose LM head")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024], help="with --model")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--flat", action="store_true", help="flat distributions, not peaked ones")
     parser.add_argument("--quick", action="store_true", help="one small shape")
     parser.add_argument("--profile", action="store_true", help="ours alone, by operation")
@@ -91,7 +92,7 @@ def main() -> None:
                 setting += f"; N = {N}, D = {D}: {told}"
             print(f"\nN = {N}, D = {D}, V = {V}, {dtype}; {told}")
             print(f"{'method':<20}{'forward':>9}{'backward':>9}{'both':>9} s   x {FLOOR}")
-            for row in measure(h_S, h_T, W, args.beta, args.repeats):
+            for row in measure(h_S, h_T, W, args.beta, args.repeats, args.methods):
                 rows.append(row)
                 show(row)
     if args.output:
@@ -131,7 +132,14 @@ def profile(h_S: Tensor, h_T: Tensor, W: Tensor, beta: float) -> None:
     print(seen.key_averages().table(sort_by=key, row_limit=12, max_name_column_width=40))
 
 
-def measure(h_S: Tensor, h_T: Tensor, W: Tensor, beta: float, repeats: int) -> list[Row]:
+def measure(
+    h_S: Tensor,
+    h_T: Tensor,
+    W: Tensor,
+    beta: float,
+    repeats: int,
+    methods: Iterable[str] = tuple(METHODS),
+) -> list[Row]:
     """A row for each method, the floor first."""
     (N, D), V, device = h_S.shape, W.shape[0], h_S.device
     h_S = h_S.requires_grad_()
@@ -150,7 +158,11 @@ def measure(h_S: Tensor, h_T: Tensor, W: Tensor, beta: float, repeats: int) -> l
 
     z, dh = h_T.new_empty(N, V), h_T.new_empty(N, D)
     runs: dict[str, Callable[[], tuple[float, float]]] = {FLOOR: partial(products, z, dh)}
-    runs |= {name: partial(forward_and_backward, loss) for name, loss in METHODS.items()}
+    runs |= {
+        name: partial(forward_and_backward, loss)
+        for name, loss in METHODS.items()
+        if name in methods
+    }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     failures: dict[str, str] = {}
     for repeat in range(repeats + 1):
@@ -244,9 +256,8 @@ def plot(path: Path, to: Path) -> None:
         axis.bar_label(bars, labels, padding=3, fontsize=8)
         axis.axvline(1, color="#333333", linewidth=0.9, linestyle=":")
         axis.set_title(name, fontsize=9, loc="left")
-        axis.spines[["top", "right"]].set_visible(False)
+        report.style(axis)
         axis.margins(x=0.15)
-        axis.tick_params(labelsize=8)
     figure.suptitle(
         "forward and backward, as multiples of three bare products", fontsize=9, x=0, ha="left"
     )

@@ -39,7 +39,6 @@ COUNTED = ("qwen3-8b", [1024, 4096, 16384, 65536])
 QUICK = {"cpu": ("tiny", [64]), "cuda": ("qwen3-0.6b", [1024])}
 QUICK_COUNTED = ("tiny", [1024, 16384])
 STUDENT_PROMPT, TEACHER_PROMPT = 256, 1280
-GPU_GIB = {f"{gigabytes} GB": gigabytes * 1e9 / 2**30 for gigabytes in (24, 80, 141)}
 NAN = float("nan")
 
 # h_S, h_T, W, sampled tokens → a scalar
@@ -272,9 +271,9 @@ def summary(path: Path) -> str:
         of_it = [row for row in counted if row.method == method]
         cells = [row.failure or f"{total_gib(row):,.0f} GiB" for row in of_it]
         points = [(row.N, total_gib(row)) for row in of_it if not row.failure]
-        fits = [f"{longest(points, gib) / 1000:,.1f}k" for gib in GPU_GIB.values()]
+        fits = [f"{longest(points, gib) / 1000:,.1f}k" for gib in report.GPU_GIB.values()]
         body.append([method, *cells, *fits])
-    fits_heads = [f"fits in {name}" for name in GPU_GIB]
+    fits_heads = [f"fits in {name}" for name in report.GPU_GIB]
     tables = [report.table([head, *(f"N = {N}" for N in tokens), *fits_heads], body)]
     tokens = list(dict.fromkeys(row.N for row in measured))
     head = f"measured, {measured[0].device}, {measured[0].model}, {measured[0].dtype}: the step"
@@ -303,18 +302,12 @@ def plot(path: Path, to: Path) -> None:
         axis.plot([row.N for row in of_it], [total_gib(row) for row in of_it], label=method,
                   color=color, linewidth=2.4 if method.startswith("ours") else 1.4,
                   linestyle="--" if "sampled" in method else "-")  # fmt: skip
-    for name, gib in GPU_GIB.items():
-        axis.axhline(gib, color="#999999", linewidth=0.8, linestyle="--")
-        axis.text(counted[0].N, gib, name, fontsize=7, color="#666666", va="bottom")
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
+    report.memory_lines(axis, counted[0].N)
+    report.style(axis, log=True)
     axis.set_xlabel("tokens of the rollout", fontsize=8)
     axis.set_ylabel("GiB, weights and step", fontsize=9)
     title = f"One LoRA step of {counted[0].model}, bf16, checkpointed: counted as on a GPU"
     axis.set_title(title, fontsize=9, loc="left")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25)
-    axis.tick_params(labelsize=8)
     axis.legend(frameon=False, fontsize=8)
     figure.supxlabel(setting, fontsize=5, color="#777777", x=1, ha="right")
     figure.savefig(to, dpi=150)

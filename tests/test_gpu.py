@@ -9,6 +9,7 @@ from accuracy import ROUNDED_TILES
 from inputs import random_inputs
 from torch import Tensor
 
+from benchmarks import memory
 from opsd_kernels import (
     fused_jsd_loss,
     fused_sampled_token_loss,
@@ -203,3 +204,12 @@ def test_a_head_beyond_32_bits():
         grads.append(torch.autograd.grad(losses[-1], h_S)[0].float())
     torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
     assert (grads[0] - grads[1]).norm() < 5e-3 * grads[1].norm()
+
+
+@pytest.mark.parametrize("method", ["ours, logit-free", "ours, row workspace", "eager"])
+def test_memory_is_what_is_counted_without_a_gpu(method):
+    """The allocator's high-water mark, against the bytes counted on tensors without contents."""
+    N, D, V = 4096, 2048, 50_000
+    told = memory.measure_here("cuda", N, D, V, "bfloat16", method)
+    counted = memory.count("", N, D, V, method).counted_mib
+    assert 0.98 < told["mib"] / counted < 1.1

@@ -1,0 +1,86 @@
+"""What must not get worse, as ratios within one run and as counts: no absolute times, so that a
+noisy machine can be trusted with it. Bounds are generous, and real: each is below what the nearest
+peer takes."""
+
+import pytest
+import torch
+
+from benchmarks import memory, roofline, speed
+from benchmarks.inputs import make_inputs
+
+OURS = "ours, row workspace"
+
+
+def best(dtype, methods):
+    """Seconds of the floor and of each method, and their least multiples of the floor."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        inputs = make_inputs(256, 16384, 512, dtype, torch.device("cpu"))
+        rows = speed.measure(*inputs, 0.5, 5, methods)
+    finally:
+        torch.set_num_threads(threads)
+    assert not [row for row in rows if row.failure]
+    return {row.method: row for row in rows}
+
+
+def test_time_against_bare_products_and_against_trl():
+    pytest.importorskip("trl")
+    rows = best(torch.float32, [OURS, "TRL"])
+    assert rows[OURS].floors_low < 2  # 1.2 to 1.4 where it was written
+    assert rows[OURS].both_s < 0.75 * rows["TRL"].both_s  # 0.4
+
+
+def test_narrow_inputs_cost_about_the_same_on_a_cpu():
+    fp32, bf16 = (best(dtype, [OURS])[OURS].both_s for dtype in (torch.float32, torch.bfloat16))
+    assert bf16 < 2.5 * fp32  # 1.1 where it was written
+
+
+def test_operations_of_the_kernels():
+    """Per token and entry of the vocabulary, as the interpreter executes them."""
+    counted = roofline.costs()
+    bounds = {  # products, elementwise operations, exp and log among them, bytes
+        "ours, logit-free": (6, 80, 6.5, 8),
+        "ours, logit-free, forward KL": (5, 55, 4.5, 4),
+        "ours, logit-free, sampled token": (4, 20, 3.5, 4),
+        OURS: (3, 150, 10.5, 36),
+    }
+    for method, (products, operations, transcendentals, bytes) in bounds.items():
+        cost = counted[method]
+        assert cost.products == products
+        assert 0 < cost.operations < operations
+        assert 0 < cost.transcendentals < transcendentals
+        assert cost.bytes <= bytes
+
+
+@pytest.mark.parametrize("model", ["qwen3-0.6b", "gemma-3-27b"])
+def test_bytes_above_the_gradient(model):
+    """Counted as on a GPU at full size: both gradients, and scratch that does not grow with N."""
+    D, V = memory.MODELS[model]
+    scratch = 66 * max(1, D / 4096)
+    for N in (1024, 16384):
+        fp32, bf16, vectors = (N * bytes / 2**20 for bytes in (4 * D, 2 * D, 64))
+        for method, workspace in (("ours, logit-free", scratch), (OURS, 320 + scratch)):
+            row = memory.count(model, N, D, V, method)
+            assert not row.failure
+            assert row.counted_mib < fp32 + max(bf16, workspace) + vectors
+
+
+def test_64k_tokens_fit_in_little_more_than_their_gradient():
+    """Above the inputs and the returned gradient at most 1.1 GiB, with the head of Qwen3-8B."""
+    N, (D, V) = 65536, memory.MODELS["qwen3-8b"]
+    row = memory.count("qwen3-8b", N, D, V, "ours, logit-free")
+    assert row.counted_mib - 2 * N * D / 2**20 < 1.1 * 1024
+
+
+def test_less_memory_than_any_peer():
+    pytest.importorskip("trl")
+    pytest.importorskip("liger_kernel")
+    D, V = memory.MODELS["qwen3-8b"]
+    bounds = {"TRL": 0.25, "Liger, fused": 0.5, "Liger, chunked": 0.1, "eager": 0.01}
+    for N in (1024, 16384):
+        ours = memory.count("qwen3-8b", N, D, V, "ours, logit-free")
+        for peer, bound in bounds.items():
+            theirs = memory.count("qwen3-8b", N, D, V, peer)
+            assert not ours.failure + theirs.failure
+            assert ours.counted_mib < bound * theirs.counted_mib
