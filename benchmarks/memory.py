@@ -200,11 +200,14 @@ def plot(path: Path, to: Path) -> None:
     measured = [row for row in rows if row.device != "counted"]
     for method, color in COLORS.items():
         width = 2.4 if method.startswith("ours") else 1.4
-        points = [(r.N, r.counted_mib / 1024) for r in counted if r.method == method]
-        left.plot(*zip(*points, strict=True), color=color, linewidth=width, label=method)
+        points = [row for row in counted if row.method == method and not row.failure]
+        left.plot([r.N for r in points], [r.counted_mib / 1024 for r in points],
+                  color=color, linewidth=width)  # fmt: skip
         of_it = [row for row in measured if row.method == method]
         right.plot([r.N for r in of_it], [r.measured_mib / 1024 for r in of_it], "o-",
                    color=color, linewidth=width, markersize=4)  # fmt: skip
+        if points or any(not row.failure for row in of_it):
+            left.plot([], [], color=color, linewidth=width, label=method)
         right.plot([r.N for r in of_it], [r.counted_mib / 1024 for r in of_it], ":",
                    color=color, linewidth=1)  # fmt: skip
     report.memory_lines(left, counted[0].N)

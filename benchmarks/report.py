@@ -66,6 +66,8 @@ def style(axis: Any, *, log: bool = False) -> None:
     if log:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        axis.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:g}k" if n >= 1024 else f"{n:g}")
+        axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
         axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)

@@ -6,6 +6,7 @@ a GPU never waits for the host, and not while PyTorch traces or compiles, when i
 
 import math
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,45 @@ from opsd_kernels.divergence import HUGE
 from opsd_kernels.row_workspace import MIB, default_workspace_mib
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Arguments(NamedTuple):
+    """What the losses and their oracle are given, checked."""
+
+    beta: float | Tensor | None  # fp32 [N] if of each token
+    temperature: float
+    entry_clip: float | None
+    operand_dtype: torch.dtype  # whose rounding the operands of the products have
+    weights: Tensor | None  # [...] fp32
+    targets: Tensor | None  # [N]
+    valid: Tensor | None  # [...] which targets lie in the vocabulary
+
+
+def check_arguments(
+    h_student: Tensor,
+    h_teacher: Tensor,
+    W: Tensor,
+    W_teacher: Tensor | None,
+    *,
+    beta: float | Tensor | None,
+    temperature: float,
+    entry_clip: float | None,
+    token_weights: Tensor | None,
+    targets: Tensor | None,
+    dtypes: tuple[torch.dtype, ...],
+) -> Arguments:
+    """Check what all losses take. A number β has been through `check_beta`; None is for log p of
+    the targets. `dtypes` are those that hidden states may have."""
+    temperature = check_temperature(temperature)
+    entry_clip = check_clip("entry_clip", entry_clip)
+    operand_dtype = check_tensors(h_student, h_teacher, W, W_teacher, dtypes)
+    if isinstance(beta, Tensor):
+        beta = check_token_beta(beta, h_student)
+    weights = check_weights(token_weights, h_student)
+    ids = valid = None
+    if targets is not None or beta is None:
+        ids, valid = check_targets(targets, h_student, W.shape[0], weights)
+    return Arguments(beta, temperature, entry_clip, operand_dtype, weights, ids, valid)
 
 
 def check_beta(beta: float) -> float:

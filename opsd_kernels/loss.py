@@ -10,14 +10,10 @@ from opsd_kernels import divergence
 from opsd_kernels.autograd import DivergenceFunction
 from opsd_kernels.checks import (
     FLOAT_DTYPES,
+    check_arguments,
     check_beta,
     check_clip,
     check_reduction,
-    check_targets,
-    check_temperature,
-    check_tensors,
-    check_token_beta,
-    check_weights,
     check_workspace,
 )
 
@@ -322,29 +318,32 @@ def _per_token(
     workspace_mib: float | None,
 ) -> Tokens:
     """Check the arguments and run. β is None for log p of the targets."""
-    temperature = check_temperature(temperature)
-    entry_clip = check_clip("entry_clip", entry_clip)
-    operand_dtype = check_tensors(h_student, h_teacher, W, W_teacher, FLOAT_DTYPES)
-    if isinstance(beta, Tensor):
-        beta = check_token_beta(beta, h_student)
-    weights = check_weights(token_weights, h_student)
-    ids = valid = None
-    if targets is not None or beta is None:
-        ids, valid = check_targets(targets, h_student, W.shape[0], weights)
+    checked = check_arguments(
+        h_student,
+        h_teacher,
+        W,
+        W_teacher,
+        beta=beta,
+        temperature=temperature,
+        entry_clip=entry_clip,
+        token_weights=token_weights,
+        targets=targets,
+        dtypes=FLOAT_DTYPES,
+    )
     workspace_bytes = check_workspace(workspace_mib, h_student.device)
     value, statistics = DivergenceFunction.apply(
         h_student.reshape(-1, h_student.shape[-1]),
         h_teacher.detach().reshape(-1, h_teacher.shape[-1]),
         W.detach(),
         None if W_teacher is None else W_teacher.detach(),
-        beta,
-        temperature,
-        entry_clip,
-        None if weights is None else weights.reshape(-1) != 0,
-        ids,
+        checked.beta,
+        checked.temperature,
+        checked.entry_clip,
+        None if checked.weights is None else checked.weights.reshape(-1) != 0,
+        checked.targets,
         needs_statistics,
         torch.is_grad_enabled() and h_student.requires_grad,
-        operand_dtype,
+        checked.operand_dtype,
         workspace_bytes,
     )
-    return tokens_of(value, statistics, weights, valid, h_student.shape[:-1])
+    return tokens_of(value, statistics, checked.weights, checked.valid, h_student.shape[:-1])

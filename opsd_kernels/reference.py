@@ -14,14 +14,10 @@ from opsd_kernels import divergence
 from opsd_kernels.autograd import refuse_second_derivative
 from opsd_kernels.checks import (
     FLOAT_DTYPES,
+    check_arguments,
     check_beta,
     check_clip,
     check_reduction,
-    check_targets,
-    check_temperature,
-    check_tensors,
-    check_token_beta,
-    check_weights,
 )
 from opsd_kernels.divergence import divergence_rows_, log_prob_rows_
 from opsd_kernels.loss import (
@@ -140,28 +136,32 @@ def _per_token(
     targets: Tensor | None = None,
 ) -> Tokens:
     """Check the arguments and run. β is None for log p of the targets."""
-    temperature = check_temperature(temperature)
-    entry_clip = check_clip("entry_clip", entry_clip)
-    check_tensors(h_student, h_teacher, W, W_teacher, (*FLOAT_DTYPES, torch.float64))
-    if isinstance(beta, Tensor):
-        # As the fused ops round it, so that it is the same divergence.
-        beta = check_token_beta(beta, h_student).double()
-    weights = check_weights(token_weights, h_student)
-    ids = valid = None
-    if targets is not None or beta is None:
-        ids, valid = check_targets(targets, h_student, W.shape[0], weights)
-    z_T = _logits(h_teacher.detach(), W if W_teacher is None else W_teacher, temperature)
+    checked = check_arguments(
+        h_student,
+        h_teacher,
+        W,
+        W_teacher,
+        beta=beta,
+        temperature=temperature,
+        entry_clip=entry_clip,
+        token_weights=token_weights,
+        targets=targets,
+        dtypes=(*FLOAT_DTYPES, torch.float64),
+    )
+    # A β of each token as the fused ops round it, so that it is the same divergence.
+    beta = checked.beta.double() if isinstance(checked.beta, Tensor) else checked.beta
+    teacher_head = W if W_teacher is None else W_teacher
     value, statistics = _ReferenceDivergence.apply(
         h_student.reshape(-1, h_student.shape[-1]),
-        z_T,
+        _logits(h_teacher.detach(), teacher_head, checked.temperature),
         W.detach(),
         beta,
-        temperature,
-        entry_clip,
-        None if ids is None else ids.long(),
+        checked.temperature,
+        checked.entry_clip,
+        None if checked.targets is None else checked.targets.long(),
     )
-    weights = None if weights is None else weights.double()
-    return tokens_of(value, statistics, weights, valid, h_student.shape[:-1])
+    weights = None if checked.weights is None else checked.weights.double()
+    return tokens_of(value, statistics, weights, checked.valid, h_student.shape[:-1])
 
 
 class _ReferenceDivergence(torch.autograd.Function):
