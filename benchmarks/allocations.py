@@ -6,7 +6,8 @@ what depends on the device then takes the GPU's way.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -70,10 +71,14 @@ def pretended(
     H200, whether there is one or not.
 
     Triton's kernels are not run: they allocate nothing. What is yielded collects the tensors that
-    they were given, shape and dtype of each. A number read from a tensor is 1, and two tensors are
-    equal. A `fake_mode` is that of fake tensors that exist already.
+    they were given, shape and dtype of each. A number read from a tensor is 1, a truth value False,
+    and two tensors are equal. A `fake_mode` is that of fake tensors that exist already.
     """
     given: list[tuple[torch.Size, torch.dtype]] = []
+    # What they keep of the device is to be that of this machine.
+    for module in ("trl.kernels.chunked_divergence", "liger_kernel.transformers", "orda_kernel"):
+        with suppress(ImportError):
+            import_module(module)
 
     def launch(*args: Any, **kwargs: Any) -> None:
         given.extend((t.shape, t.dtype) for t in tensors((args, kwargs)))
@@ -121,7 +126,7 @@ class _Redirect(TorchDispatchMode):
         if func is torch.ops.aten.equal.default:
             return True
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0 if args[0].dtype.is_floating_point else 1
+            return {torch.bool: False}.get(args[0].dtype, 1)
         args, kwargs = tree_map_only(torch.device, _to_cpu, (args, kwargs or {}))
         self.inside += 1
         try:

@@ -1,7 +1,8 @@
 """What takes memory, and how much: a figure at a time, each in a process of its own."""
 
+import ctypes
 import json
-import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,8 +26,9 @@ def in_a_process(script: str, task: dict[str, Any], seconds: float) -> tuple[str
         )
     except subprocess.TimeoutExpired:
         return f"more than {seconds:.0f} s", {}
-    if result.returncode < 0:  # a signal, which is what running out of memory looks like
-        return "out of memory", {}
+    if result.returncode < 0:
+        ended = signal.Signals(-result.returncode)
+        return "out of memory" if ended == signal.SIGKILL else f"ended by {ended.name}", {}
     if result.returncode > 0:
         return result.stderr.strip().rpartition("\n")[2][:60] or "failed", {}
     told = json.loads(result.stdout.splitlines()[-1])
@@ -36,9 +38,9 @@ def in_a_process(script: str, task: dict[str, Any], seconds: float) -> tuple[str
 def tell(measure: Callable[..., dict[str, float]], task: str) -> None:
     """The other end of it: print what `measure` returns for the task, or why it failed."""
     options = json.loads(task)
-    if torch.device(options["device"]).type == "cpu":
-        limit_memory()
     try:
+        if torch.device(options["device"]).type == "cpu":
+            limit_memory()
         told = {"failure": "", **measure(**options)}
     except Exception as error:
         told = {"failure": why(error)}
@@ -50,6 +52,7 @@ def start_counting(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
+    ctypes.CDLL(None).malloc_trim(0)  # what is free already is not to be used unseen
     Path("/proc/self/clear_refs").write_text("5")
     return _bytes_of("/proc/self/status", "VmRSS")
 
@@ -63,8 +66,15 @@ def high_water(device: torch.device) -> int:
 
 def limit_memory() -> None:
     """Let an allocation that does not fit raise, before the system kills a process."""
+    import resource  # Unix only
+
     available = _bytes_of("/proc/meminfo", "MemAvailable")
-    resource.setrlimit(resource.RLIMIT_DATA, (int(0.95 * available), resource.RLIM_INFINITY))
+    mapped = _bytes_of("/proc/self/status", "VmData")
+    most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    limit = mapped + int(0.95 * available)
+    if most != resource.RLIM_INFINITY:
+        limit = min(limit, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
 
 
 def _bytes_of(file: str, field: str) -> int:

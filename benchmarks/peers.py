@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from opsd_kernels import fused_jsd_loss
 
@@ -40,7 +41,7 @@ def row_workspace(
 def eager(
     h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: float = 1.0
 ) -> Tensor:
-    """What a trainer does with logits: `lm_head`, upcast, log-softmax, the textbook formula."""
+    """The textbook formula on logits, upcast as trainers do who mind their precision."""
     return eager_clipped(h_S, h_T, W, beta, None, temperature)
 
 
@@ -79,7 +80,7 @@ def eager_compiled(
 
 @cache
 def _compiled_eager() -> Loss:
-    return torch.compile(eager)
+    return torch.compile(eager, dynamic=False)
 
 
 def trl(h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
@@ -102,9 +103,15 @@ def liger_fused(
 
 
 def liger_chunked(
-    h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: float = 1.0
+    h_S: Tensor,
+    h_T: Tensor,
+    W: Tensor,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    compiled: bool = True,
 ) -> Tensor:
-    """Liger's `LigerFusedLinearJSDLoss`, soft part only (the one that runs on a CPU)."""
+    """Liger's `LigerFusedLinearJSDLoss`, soft part only (the one that runs on a CPU); compiled, as
+    it is by default, unless the tensors have no contents."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(
@@ -112,7 +119,7 @@ def liger_chunked(
         weight_soft_loss=1.0,
         beta=beta,
         temperature=temperature,
-        compiled=False,
+        compiled=compiled and not isinstance(h_S, FakeTensor),
     )
     labels = torch.zeros(h_S.shape[0], dtype=torch.long, device=h_S.device)
     return loss(h_S, W, h_T, W, labels)
@@ -170,10 +177,9 @@ COLORS = dict(
 
 def why(error: BaseException) -> str:
     """Why a method did not run, for its row."""
-    if isinstance(error, ImportError):
+    if isinstance(error, ModuleNotFoundError):
         return "not installed"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "t allocate memory" in str(
-        error
-    ):
+    full = any(words in str(error) for words in ("t allocate memory", "bad_alloc"))
+    if full or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return "out of memory"
-    return str(error).strip().rpartition("\n")[2][:60] or type(error).__name__
+    return str(error).strip().partition("\n")[0][:60] or type(error).__name__

@@ -2,18 +2,25 @@
 
 import csv
 import platform
+from contextlib import suppress
 from dataclasses import asdict, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-GPU_GIB = {f"{gigabytes} GB": gigabytes * 1e9 / 2**30 for gigabytes in (24, 80, 141)}
+# What such cards have, as nvidia-smi tells it.
+GPU_GIB = {"24 GB": 24.0, "80 GB": 79.6, "141 GB": 140.4}
+PEERS = ("trl", "liger-kernel", "orda-kernel")
 
 
 def machine(device: torch.device) -> str:
     """Hardware, driver and versions, on one line."""
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    for peer in PEERS:
+        with suppress(PackageNotFoundError):
+            versions += f", {peer} {version(peer)}"
     if device.type == "cuda":
         import triton
 
@@ -27,7 +34,7 @@ def machine(device: torch.device) -> str:
     if cpuinfo.exists():
         names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0].partition(":")[2].strip() if names else model
-    return f"{model}, {versions}"
+    return f"{model}, {torch.get_num_threads()} threads, {versions}"
 
 
 def write(path: Path, setting: str, rows: list[Any]) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import report
 from benchmarks.inputs import describe, make_inputs
+from benchmarks.measure import limit_memory
 from benchmarks.peers import COLORS, METHODS, Loss, why
 from benchmarks.shapes import MODELS
 
@@ -80,8 +81,9 @@ def main() -> None:
         for dtype in dtypes:
             profile(*inputs(shapes[-1], dtype, device, args.flat), args.beta)
         return
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    setting = f"{report.machine(device)}{threads}; beta {args.beta}"
+    if device.type == "cpu":
+        limit_memory()
+    setting = f"{report.machine(device)}; beta {args.beta}"
     print(setting)
     rows: list[Row] = []
     for N, D, V in shapes:

@@ -1,9 +1,11 @@
 """That the benchmarks run: what they measure is for their reader to judge."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -109,7 +111,10 @@ def test_running_out_of_memory_is_a_result(monkeypatch):
         "task = dict(device='cpu', N=4096, D=16, V=151936, dtype='float32', method='eager')\n"
         "measure.tell(memory.measure_here, measure.json.dumps(task))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # stacks of threads are memory too
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
     assert json.loads(result.stdout.splitlines()[-1])["failure"] == "out of memory", result.stderr
     here = ("cpu", "qwen3-0.6b", 64, 1024, 151936, "float32", "eager", 0.01)
     assert memory.measure(*here).failure == "more than 0 s"
@@ -121,8 +126,11 @@ def test_counting_without_contents_is_exact(method, dtype):
     """The same bytes as with tensors that hold something."""
     N, D, V = 40, 64, 30_000
     h_S, h_T, W = (t.to(getattr(torch, dtype)) for t in random_inputs(N, V, D))
+    loss = peers.METHODS[method]
+    if method == "Liger, chunked":
+        loss = partial(loss, compiled=False)
     with Allocations() as allocations:
-        memory.forward_and_backward(peers.METHODS[method], h_S, h_T, W)
+        memory.forward_and_backward(loss, h_S, h_T, W)
     counted = memory.count("", N, D, V, method, device="cpu", dtype=dtype)
     assert not counted.failure
     assert counted.counted_mib == allocations.peak / 2**20
@@ -140,7 +148,7 @@ def test_a_pretended_gpu():
     assert ((300, 16), torch.float32) in given
     assert torch.cuda.is_available() == available
     assert torch.ones(2).device.type == "cpu"
-    assert torch.equal(torch.ones(2), torch.ones(2))
+    assert not torch.equal(torch.ones(2), torch.zeros(2))
 
 
 def test_accuracy(monkeypatch, capsys, tmp_path):
@@ -166,6 +174,7 @@ def test_accuracy(monkeypatch, capsys, tmp_path):
             assert row.grad_error > 10 * row.rounding
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
 def test_roofline(monkeypatch, capsys, tmp_path):
     """The counts are those that are known, and the bounds bounds."""
     monkeypatch.setitem(sys.modules, "liger_kernel.chunked_loss", None)
@@ -174,7 +183,9 @@ def test_roofline(monkeypatch, capsys, tmp_path):
     known = {"eager": 3, "TRL": 7, "Liger, fused": 3}
     assert [cost.products for cost in counted.values()] == [6, 5, 4, 3, *known.values()]
     assert list(counted)[4:] == list(known)
-    assert counted["eager"].bytes > 5 * counted["ours, row workspace"].bytes
+    # Two buffers written by products and read by a kernel, three times; the gradient, narrower.
+    assert counted["TRL"].bytes == 56
+    assert 300 < counted["eager"].bytes < 400
     assert 30 < counted["ours, logit-free"].operations < 150
     monkeypatch.setattr(roofline, "costs", lambda: counted)
     roofline.main()
@@ -199,7 +210,7 @@ def test_step(monkeypatch, capsys, tmp_path):
     _, rows = report.read(tmp_path / "step.csv", step.Row)
     measured = {row.method: row for row in rows if row.device == "CPU"}
     assert 0 < measured["ours, row workspace"].peak_mib < measured["eager"].peak_mib
-    assert 0 < measured["eager"].seconds < 60
+    assert measured["eager"].seconds > 0
     counted = {(row.method, row.N): row.peak_mib for row in rows if row.device == "counted"}
     assert counted["ours, row workspace", 1024] < 400
     assert counted["eager", 1024] > 8 * 4 * 1024 * 20_000 / 2**20
@@ -215,6 +226,9 @@ def test_what_fits_a_memory():
     assert step.longest(points, 11) == 1500
     assert step.longest(points, 16) == 3000
     assert step.longest(points, 40) == 9000
+    told = [step.fits(points, gib) for gib in (9, 11, 40)]
+    assert told == ["< 1.0k", "1.5k", "~ 9.0k"]
+    assert step.fits(points[:1], 40) == "not counted"
 
 
 def test_the_readme_shows_what_was_recorded():

@@ -206,9 +206,12 @@ def test_a_head_beyond_32_bits():
     assert (grads[0] - grads[1]).norm() < 5e-3 * grads[1].norm()
 
 
-@pytest.mark.parametrize("method", ["ours, logit-free", "ours, row workspace", "eager"])
+@pytest.mark.parametrize(
+    "method", ["ours, logit-free", "ours, row workspace", "eager", "TRL", "Liger, fused"]
+)
 def test_memory_is_what_is_counted_without_a_gpu(method):
     """The allocator's high-water mark, against the bytes counted on tensors without contents."""
+    pytest.importorskip({"TRL": "trl", "Liger, fused": "liger_kernel"}.get(method, "torch"))
     N, D, V = 4096, 2048, 50_000
     told = memory.measure_here("cuda", N, D, V, "bfloat16", method)
     counted = memory.count("", N, D, V, method).counted_mib

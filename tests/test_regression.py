@@ -1,41 +1,50 @@
 """What must not get worse, as ratios within one run and as counts: no absolute times, so that a
-noisy machine can be trusted with it. Bounds are generous, and real: each is below what the nearest
-peer takes."""
+noisy machine can be trusted with it. Bounds are generous, and real."""
+
+import time
 
 import pytest
 import torch
 
 from benchmarks import memory, roofline, speed
 from benchmarks.inputs import make_inputs
+from benchmarks.peers import METHODS
 
 OURS = "ours, row workspace"
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
 
 
-def best(dtype, methods):
-    """Seconds of the floor and of each method, and their least multiples of the floor."""
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Beside other tests, threads that wait for each other would be what is timed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        inputs = make_inputs(256, 16384, 512, dtype, torch.device("cpu"))
-        rows = speed.measure(*inputs, 0.5, 5, methods)
-    finally:
-        torch.set_num_threads(threads)
-    assert not [row for row in rows if row.failure]
-    return {row.method: row for row in rows}
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_time_against_bare_products_and_against_trl():
     pytest.importorskip("trl")
-    rows = best(torch.float32, [OURS, "TRL"])
-    assert rows[OURS].floors_low < 2  # 1.2 to 1.4 where it was written
-    assert rows[OURS].both_s < 0.75 * rows["TRL"].both_s  # 0.4
+    inputs = make_inputs(256, 16384, 512, torch.float32, torch.device("cpu"))
+    rows = {row.method: row for row in speed.measure(*inputs, 0.5, 5, [OURS, "TRL"])}
+    assert not [row for row in rows.values() if row.failure]
+    assert rows[OURS].floors < 1.9  # 1.2 to 1.4 where it was written
+    assert rows[OURS].floors < 0.7 * rows["TRL"].floors  # 0.4
 
 
 def test_narrow_inputs_cost_about_the_same_on_a_cpu():
-    fp32, bf16 = (best(dtype, [OURS])[OURS].both_s for dtype in (torch.float32, torch.bfloat16))
-    assert bf16 < 2.5 * fp32  # 1.1 where it was written
+    """In turns, the best of each."""
+    seconds = {torch.float32: [], torch.bfloat16: []}
+    for _ in range(6):
+        for dtype, times in seconds.items():
+            h_S, h_T, W = make_inputs(128, 16384, 512, dtype, torch.device("cpu"))
+            start = time.perf_counter()
+            memory.forward_and_backward(METHODS[OURS], h_S, h_T, W)
+            times.append(time.perf_counter() - start)
+    assert min(seconds[torch.bfloat16]) < 2.5 * min(seconds[torch.float32])  # 1.1
 
 
+@interpreted
 def test_operations_of_the_kernels():
     """Per token and entry of the vocabulary, as the interpreter executes them."""
     counted = roofline.costs()
