@@ -71,10 +71,14 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def style(axis: Any, *, log: bool = False) -> None:
     """How every picture's axes look."""
     if log:
+        from matplotlib.ticker import LogLocator, NullFormatter
+
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:g}k" if n >= 1024 else f"{n:g}")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)

@@ -312,7 +312,8 @@ def plot(path: Path, to: Path) -> None:
             continue
         axis.plot([row.N for row in of_it], [total_gib(row) for row in of_it], label=method,
                   color=color, linewidth=2.4 if method.startswith("ours") else 1.4,
-                  linestyle="--" if "sampled" in method else "-")  # fmt: skip
+                  linestyle="--" if "sampled" in method else "-",
+                  zorder=1 if method.startswith("ours") else 2)  # fmt: skip
     report.memory_lines(axis, counted[0].N)
     report.style(axis, log=True)
     axis.set_xlabel("tokens of the rollout", fontsize=8)
