@@ -1,0 +1,72 @@
+"""What is measured and shown of a run in the small world, where right solutions are known."""
+
+from typing import Any
+
+from opsd_train.config import Config
+from opsd_train.console import say, show_attempt
+from opsd_train.evaluate import accuracy, evaluate
+from opsd_train.report import RunFolder, accuracy_record
+from opsd_train.rollout import GenerateSampler, Sampling, draw_seed
+from opsd_train.setup import Setup
+from opsd_train.tiny_world import World, is_correct
+from opsd_train.train import Evaluate
+
+QUICK = 128  # held-out problems of an evaluation on the way
+
+
+def measure_held_out(config: Config, setup: Setup, world: World, run: RunFolder) -> Evaluate:
+    """Sampled accuracy on problems that are not trained on, at temperature 1: the teacher's and the
+    student's before, the student's on the way and after."""
+    sampler = GenerateSampler(setup.model, setup.tokenizer, Sampling(1.0, config.max_new_tokens))
+    held_out = world.held_out[: config.eval_problems]
+
+    def measure(phase: str, step: int, first: int) -> dict[str, Any]:
+        context = setup.contexts.teacher if phase == "teacher" else setup.contexts.student
+        with run.phase("evaluate"):
+            seed = draw_seed(config.seed, phase, step)
+            completions = evaluate(sampler, context, held_out[:first], is_correct, seed)
+        run.write_completions(phase, step, completions)
+        return accuracy_record(accuracy(completions))
+
+    def measure_after(step: int, is_last: bool) -> dict[str, Any]:
+        if step == 0:
+            with setup.model.disable_adapter():
+                teacher = measure("teacher", step, len(held_out))
+            before = measure("before", step, len(held_out))
+            say_accuracy(run, "teacher", "before")
+            return {"teacher_accuracy": teacher["accuracy"], **before}
+        if is_last:
+            return measure("after", step, len(held_out))
+        if step % config.eval_every == 0:
+            return measure("held-out", step, QUICK)
+        return {}
+
+    return measure_after
+
+
+def show(config: Config, world: World, run: RunFolder) -> dict[str, Any]:
+    """Show what the run has changed, and return it for the summary."""
+    say_accuracy(run, "before", "after")
+    attempts = {phase: run.completions(phase) for phase in ("before", "after", "teacher")}
+    for i in [i for i, attempt in enumerate(attempts["before"]) if not attempt.correct][:2]:
+        say(f"\n{world.held_out[i].question} ({world.held_out[i].answer.lstrip('0')})")
+        for phase, made in attempts.items():
+            show_attempt(f"{phase:<7}", made[i])
+    return {
+        "student_before": accuracy_record(accuracy(attempts["before"])),
+        "student_after": accuracy_record(accuracy(attempts["after"])),
+        "teacher": accuracy_record(accuracy(attempts["teacher"])),
+    }
+
+
+def say_accuracy(run: RunFolder, *phases: str) -> None:
+    names = {
+        "teacher": "teacher, sees the solution",
+        "before": "student, before",
+        "after": "student, after",
+    }
+    say()
+    for phase in phases:
+        if completions := run.completions(phase):
+            say(f"{names[phase] + ':':<28}{accuracy(completions)}")
+    say()

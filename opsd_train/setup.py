@@ -1,0 +1,143 @@
+"""From a config to all that a training step needs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, set_seed
+from peft import PeftModelForCausalLM
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opsd_train.config import Config
+from opsd_train.continuous import ContinuousSampler
+from opsd_train.data import those_that_fit
+from opsd_train.evaluate import Grader
+from opsd_train.model import (
+    add_adapter,
+    base_model,
+    check_not_merged,
+    check_same_vocabulary,
+    lm_head,
+    load_model,
+    load_tokenizer,
+)
+from opsd_train.prompts import Context, Contexts
+from opsd_train.records import Problem
+from opsd_train.rollout import GenerateSampler, Sampler, Sampling
+from opsd_train.score import Backbone
+from opsd_train.teachers import EmaTeacher, InitialTeacher, LiveTeacher, OtherTeacher
+
+ENGINES: dict[str, Callable[..., Sampler]] = {
+    "generate": GenerateSampler,
+    "continuous": ContinuousSampler,
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    accelerator: Accelerator
+    tokenizer: PreTrainedTokenizerBase
+    contexts: Contexts
+    problems: list[Problem]
+    model: PeftModelForCausalLM  # the student, to sample from
+    backbone: torch.nn.Module  # the student, to score with: a `Backbone`, wrapped if distributed
+    W: Tensor  # [V, D] its LM head, frozen
+    teacher: InitialTeacher
+    sampler: Sampler
+    is_correct: Grader | None
+
+
+def set_up(
+    config: Config,
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    is_correct: Grader | None = None,
+) -> Setup:
+    """Put the adapter on the model, and everything around it.
+
+    Raises:
+        OSError: teacher_model cannot be loaded.
+        ValueError: what does not fit together, by name.
+    """
+    check_distribution(config, accelerator)
+    contexts = Contexts(
+        Context(tokenizer, config.student_template, config.student_thinking),
+        Context(tokenizer, config.teacher_template, config.teacher_thinking),
+    )
+    check_lengths(config, model)
+    problems = those_that_fit(problems, contexts, config.max_prompt_tokens)
+
+    set_seed(config.seed)  # of the adapter; all other draws have seeds of their own
+    torch.nn.Module.to(model, accelerator.device)
+    student = add_adapter(model, config)
+    check_not_merged(student)
+    if config.activation_checkpointing:
+        base_model(student).activation_checkpointing_enable()
+    W = lm_head(base_model(student))
+    backbone = accelerator.prepare(Backbone(base_model(student), tokenizer.pad_token_id))
+    sampler = ENGINES[config.engine](
+        student,
+        tokenizer,
+        Sampling(config.temperature, config.max_new_tokens, config.top_p, config.top_k),
+        config.rollout_batch_size,
+    )
+    teacher = make_teacher(config, student, backbone, W, tokenizer)
+    return Setup(
+        accelerator,
+        tokenizer,
+        contexts,
+        problems,
+        student,
+        backbone,
+        W,
+        teacher,
+        sampler,
+        is_correct,
+    )
+
+
+def make_teacher(
+    config: Config,
+    student: PeftModelForCausalLM,
+    backbone: torch.nn.Module,
+    W: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+) -> InitialTeacher:
+    if config.teacher_model is not None:
+        other = load_model(config.teacher_model, config).requires_grad_(False)
+        torch.nn.Module.to(other, W.device)
+        W_teacher = lm_head(other)
+        check_same_vocabulary(tokenizer, load_tokenizer(config.teacher_model), W, W_teacher)
+        return OtherTeacher(Backbone(other, tokenizer.pad_token_id), W_teacher)
+    if config.teacher == "ema":
+        return EmaTeacher(backbone, student, config.ema_decay)
+    return {"initial": InitialTeacher, "live": LiveTeacher}[config.teacher](backbone, student)
+
+
+def check_distribution(config: Config, accelerator: Accelerator) -> None:
+    single = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in single:
+        raise ValueError(
+            f"distributed type {accelerator.distributed_type.value} is not supported: the student "
+            "samples from whole weights; use data parallelism (accelerate launch --multi_gpu)"
+        )
+    if config.batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"batch_size must be a multiple of the {accelerator.num_processes} processes, "
+            f"got {config.batch_size}"
+        )
+
+
+def check_lengths(config: Config, model: PreTrainedModel) -> None:
+    longest = config.max_prompt_tokens + config.max_new_tokens
+    positions = model.config.max_position_embeddings
+    if longest > positions:
+        raise ValueError(
+            f"max_prompt_tokens={config.max_prompt_tokens} and "
+            f"max_new_tokens={config.max_new_tokens} together exceed the model's {positions} "
+            "positions; lower one of them"
+        )
