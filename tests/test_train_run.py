@@ -1,0 +1,261 @@
+"""Whole runs of a preset shrunk to a tiny Qwen3 on the disk: what they write, killed and resumed,
+on several processes, and how they end when they cannot go on."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+import safetensors.torch
+import tiny_qwen3
+from peft import PeftModel
+from training_runs import (
+    REPOSITORY,
+    die_at_change,
+    processes,
+    run,
+    run_distributed,
+    start,
+    wait_for,
+)
+from transformers import AutoModelForCausalLM
+
+from opsd_train.checkpoint import FOLDER, Checkpoint, last_checkpoint, save_checkpoint
+
+COST = ("seconds", "tokens_per_second", "peak_memory_mib")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("qwen3")
+    tiny_qwen3.save_qwen3(path / "model")
+    tiny_qwen3.save_problems(path / "problems.jsonl")
+    return path
+
+
+def shrunk(folder: Path, output: Path, *options: object, preset: str = "4b-paper") -> list[object]:
+    """The command line of a preset made small, by options alone."""
+    return [
+        REPOSITORY / "configs" / f"qwen3-{preset}.yaml",
+        *("--model", folder / "model", "--data", folder / "problems.jsonl"),
+        *("--dtype", "float32", "--lora-rank", 4, "--lora-alpha", 8),
+        *("--max-prompt-tokens", 512, "--max-new-tokens", 6),
+        *("--steps", 6, "--batch-size", 4, "--micro-batch-size", 2, "--learning-rate", 0.01),
+        *("--save-every", 2, "--keep-last", 2, "--output-dir", output),
+        *options,
+    ]
+
+
+def metrics(output: Path) -> list[dict]:
+    """All that should not depend on when a run is made."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{name: v for name, v in row.items() if name not in COST} for row in rows]
+
+
+def contents(output: Path) -> tuple:
+    """All that an interruption must not change."""
+    adapter = (output / "adapter" / "adapter_model.safetensors").read_bytes()
+    return metrics(output), (output / "completions.jsonl").read_text(), adapter
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory) -> Path:
+    """A run that nothing happened to."""
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(output.with_suffix(".log"), *shrunk(folder, output))
+    return output
+
+
+def test_a_preset_shrunk_by_options_alone(folder, undisturbed):
+    said = undisturbed.with_suffix(".log").read_text()
+    for line in [
+        "Data: 19 problems of",
+        "1 dropped, with a prompt of more than 512 tokens",
+        "Model: Qwen3 with 25,312 parameters in torch.float32, sdpa attention, on cpu",
+        "Loss: JSD(β=0.5 on the teacher), temperature 1.2, mean over each rollout, then the batch",
+        "Batch: 4 rollouts a step, 1 processes × 2 micro-batches × at most 2",
+        "Schedule: 6 steps, 24 rollouts; learning rate up to 0.01 over 1 steps, then cosine",
+        "The base weights, which are the teacher, did not move",
+    ]:
+        assert line in said
+    rows = metrics(undisturbed)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for row in rows:
+        assert row["loss"] > 0
+        assert row["forward_kl"] > 0
+        assert row["reverse_kl"] > 0
+        assert 0 < row["entropy_student"] < 4.7
+        assert 0 < row["entropy_teacher"] < 4.7
+        assert row["clipped_share"] == 0
+        assert row["grad_norm"] > 0
+        assert row["skipped"] is False
+        assert 4 <= row["tokens"] <= 24
+        assert row["length_mean"] == row["tokens"] / 4
+        assert row["finished"] + row["truncated"] == 1
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    first = json.loads((undisturbed / "metrics.jsonl").read_text().splitlines()[0])
+    assert set(first["seconds"]) == {"rollout", "score", "loss", "backward", "step"}
+    assert set(first["tokens_per_second"]) == set(first["seconds"])
+    assert first["peak_memory_mib"] > 0
+    steps = sorted(path.name for path in (undisturbed / FOLDER).iterdir())
+    assert steps == ["step-000004", "step-000006"]
+    completions = (undisturbed / "completions.jsonl").read_text().splitlines()
+    assert len(completions) == 24
+    # The adapter and a checkpoint's are what PEFT loads.
+    for adapter in (undisturbed / "adapter", undisturbed / FOLDER / "step-000006"):
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(folder / "model"), adapter
+        )
+        weights = dict(model.named_parameters())
+        saved = safetensors.torch.load_file(adapter / "adapter_model.safetensors")
+        assert len(saved) == 28
+        for name, value in saved.items():
+            assert torch.equal(weights[name.replace(".weight", ".default.weight")], value)
+
+
+# Killed and resumed
+
+
+def test_killed_at_changes_to_the_disk(folder, undisturbed, tmp_path):
+    """Each run goes on from what the last one left, and is killed two changes of a file later."""
+    output, kills = tmp_path / "run", 0
+    while True:
+        process = start(tmp_path / "log", *shrunk(folder, output, "--resume"), die_at=2 * kills + 1)
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
+        kills += 1
+    assert kills > 8
+    assert contents(output) == contents(undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_between_changes(folder, undisturbed, tmp_path, number):
+    output = tmp_path / "run"
+    for step, later in [(1, 0.0), (3, 0.05), (4, 0.11)]:
+        process = start(tmp_path / "log", *shrunk(folder, output, "--resume"))
+        wait_for(lambda at=step, p=process: steps_done(output) >= at or p.exitcode is not None)
+        time.sleep(later)
+        os.kill(process.pid, number)
+        process.join()
+        assert process.exitcode in (0, -number, 128 + number), (tmp_path / "log").read_text()
+    run(tmp_path / "log", *shrunk(folder, output, "--resume"))
+    assert contents(output) == contents(undisturbed)
+
+
+def test_asked_to_stop_a_run_saves_what_it_did(folder, tmp_path):
+    output = tmp_path / "run"
+    process = start(tmp_path / "log", *shrunk(folder, output, "--steps", 9999))
+    wait_for(lambda: steps_done(output) >= 2)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
+    last = metrics(output)[-1]["step"]
+    assert last_checkpoint(output).step == last
+    assert f"stopped after step {last}" in (tmp_path / "log").read_text()
+
+
+def steps_done(output: Path) -> int:
+    path = output / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_a_line_cut_short_is_written_again(folder, undisturbed, tmp_path):
+    output = tmp_path / "run"
+    run(tmp_path / "log", *shrunk(folder, output), status=-signal.SIGKILL, die_at=30)
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')
+    run(tmp_path / "log", *shrunk(folder, output, "--resume"))
+    assert contents(output) == contents(undisturbed)
+
+
+def test_a_resumed_run_asks_for_the_same(folder, undisturbed, tmp_path):
+    other = shrunk(folder, undisturbed, "--resume", "--beta", "0")
+    said = run(tmp_path / "log", *other, status=1)
+    assert "beta was 0.5 in the run to resume, and is 0.0 now" in said
+    said = run(tmp_path / "log", *shrunk(folder, undisturbed), status=1)
+    assert "go on with --resume, or replace the run with --overwrite" in said
+    before = contents(undisturbed)
+    finished = shrunk(folder, undisturbed, "--resume", "--micro-batch-size", 4)
+    assert "Resumed after step 6." in run(tmp_path / "log", *finished)
+    assert contents(undisturbed) == before
+
+
+# Checkpoints
+
+
+def checkpoint(step: int) -> Checkpoint:
+    tensors = {"w": torch.full([5], float(step))}
+    return Checkpoint(step, tensors, tensors, {})
+
+
+def save_and_die(folder: Path, number: int) -> None:
+    die_at_change(number, folder)
+    save_checkpoint(folder, checkpoint(2), "{}", keep_last=1)
+
+
+def test_a_checkpoint_is_there_whole_or_not(tmp_path):
+    found = []
+    for number in range(1, 40):
+        folder = tmp_path / str(number)
+        save_checkpoint(folder, checkpoint(1), "{}", keep_last=1)
+        process = processes().Process(target=save_and_die, args=(folder, number))
+        process.start()
+        process.join()
+        last = last_checkpoint(folder)
+        assert torch.equal(last.adapter["w"], checkpoint(last.step).adapter["w"])
+        assert torch.equal(last.optimizer["w"], checkpoint(last.step).optimizer["w"])
+        found.append(last.step)
+        save_checkpoint(folder, checkpoint(3), "{}", keep_last=1)
+        assert [path.name for path in (folder / FOLDER).iterdir()] == ["step-000003"]
+        if process.exitcode == 0:
+            break
+    assert found == sorted(found)
+    assert set(found) == {1, 2}
+
+
+def test_a_torn_checkpoint_is_not_loaded(tmp_path):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, checkpoint(step), "{}", keep_last=2)
+    torn = tmp_path / FOLDER / "step-000002" / "optimizer.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-1])
+    assert last_checkpoint(tmp_path).step == 1
+    save_checkpoint(tmp_path, checkpoint(2), "{}", keep_last=2)
+    assert last_checkpoint(tmp_path).step == 2
+    (tmp_path / FOLDER / "step-000002" / "state.json").unlink()
+    assert last_checkpoint(tmp_path).step == 1
+
+
+# Several processes
+
+
+def test_two_processes_are_one(folder, tmp_path):
+    """1 process x 8 at once, and 2 processes x 2 micro-batches x 2: the same rollouts, losses,
+    gradients and weights, but for the rounding of sums in another order."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    common = ["--batch-size", 8, "--steps", 4, "--mean"]
+    for mean in ("rollout", "token"):
+        options = [*common, mean, "--overwrite", "--micro-batch-size"]
+        run(tmp_path / "log", *shrunk(folder, one, *options, 8))
+        run_distributed(tmp_path / "log", *shrunk(folder, two, *options, 2))
+        assert "2 processes × 2 micro-batches × at most 2" in (tmp_path / "log.0").read_text()
+        assert (tmp_path / "log.1").read_text() == ""
+        assert (one / "completions.jsonl").read_text() == (two / "completions.jsonl").read_text()
+        for a, b in zip(metrics(one), metrics(two), strict=True):
+            assert a.keys() == b.keys()
+            for name in a:
+                assert a[name] == pytest.approx(b[name], rel=1e-4), name
+        mine, theirs = (
+            safetensors.torch.load_file(path / "adapter" / "adapter_model.safetensors")
+            for path in (one, two)
+        )
+        for name in mine:
+            torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-5)
