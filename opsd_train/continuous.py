@@ -2,12 +2,13 @@
 
 from typing import Any
 
-import torch
 from peft import PeftModelForCausalLM
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from opsd_train.model import base_model
 from opsd_train.rollout import Sampling, draw_seed, end_ids, up_to_the_end
+
+PAGE = 256  # tokens whose keys and values are stored together
 
 
 class ContinuousSampler:
@@ -46,9 +47,15 @@ class ContinuousSampler:
 
     def _batch(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
         self.model.eval()
-        with torch.random.fork_rng():
-            torch.manual_seed(draw_seed(*seeds))
-            results = self.model.generate_batch(prompts, generation_config=self.generation)
+        # Room for these rollouts and no more: by default it takes most of the memory there is.
+        pages = sum(-(-(len(p) + self.generation.max_new_tokens) // PAGE) + 1 for p in prompts)
+        results = self.model.generate_batch(
+            prompts,
+            generation_config=self.generation,
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=PAGE, num_blocks=pages, seed=abs(draw_seed(*seeds)) % 2**31
+            ),
+        )
         if len(results) != len(prompts):
             raise RuntimeError(
                 f"continuous batching returned {len(results)} of {len(prompts)} completions; "

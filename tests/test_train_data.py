@@ -10,9 +10,8 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import tiny_qwen3
-from accelerate import Accelerator
+from tiny_qwen3 import config, prepared
 
-from opsd_train.config import make_config
 from opsd_train.data import load_problems
 from opsd_train.model import (
     add_adapter,
@@ -24,7 +23,6 @@ from opsd_train.model import (
 )
 from opsd_train.prompts import Context, Contexts
 from opsd_train.records import Problem
-from opsd_train.setup import set_up
 
 
 @pytest.fixture(scope="module")
@@ -33,24 +31,6 @@ def folder(tmp_path_factory):
     tiny_qwen3.save_qwen3(path / "model")
     tiny_qwen3.save_problems(path / "problems.jsonl")
     return path
-
-
-def config(folder, **options):
-    values = {
-        "model": str(folder / "model"),
-        "data": str(folder / "problems.jsonl"),
-        "dtype": "float32",
-        "lora_rank": 4,
-        "max_prompt_tokens": 512,
-        "max_new_tokens": 12,
-    }
-    return make_config(values | options)
-
-
-def prepared(folder, **options):
-    asked = config(folder, **options)
-    model, tokenizer = load_model(asked.model, asked), load_tokenizer(asked.model)
-    return set_up(asked, Accelerator(cpu=True), model, tokenizer, load_problems(asked))
 
 
 # Data

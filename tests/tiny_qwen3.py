@@ -6,8 +6,14 @@ import random
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from opsd_train.config import Config, make_config
+from opsd_train.data import load_problems
+from opsd_train.model import load_model, load_tokenizer
+from opsd_train.setup import Setup, set_up
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 CHAT_TEMPLATE = (
@@ -71,3 +77,23 @@ def save_problems(path: Path, total: int = 20) -> Path:
     rows.insert(3, {"problem": "1 + 1? " * 200, "solution": "2"})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def config(folder: Path, **options: object) -> Config:
+    """Of a folder with a model and problems.jsonl."""
+    values = {
+        "model": str(folder / "model"),
+        "data": str(folder / "problems.jsonl"),
+        "dtype": "float32",
+        "lora_rank": 4,
+        "max_prompt_tokens": 512,
+        "max_new_tokens": 12,
+    }
+    return make_config(values | options)
+
+
+def prepared(folder: Path, **options: object) -> Setup:
+    """As a run prepares itself."""
+    asked = config(folder, **options)
+    model, tokenizer = load_model(asked.model, asked), load_tokenizer(asked.model)
+    return set_up(asked, Accelerator(cpu=True), model, tokenizer, load_problems(asked))
