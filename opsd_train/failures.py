@@ -14,11 +14,14 @@ from opsd_train.report import RunFolder
 MAX_SKIPPED = 3  # steps in a row without a finite loss
 
 OUT_OF_MEMORY = {
-    "rollout": "lower --rollout-batch-size or --max-new-tokens",
+    "rollout": "lower --rollout-batch-size",
     "score": "lower --micro-batch-size, or turn on --activation-checkpointing",
     "loss": "lower --workspace-mib or --micro-batch-size",
+    "backward": "lower --micro-batch-size, or turn on --activation-checkpointing",
     "step": "lower --lora-rank",
+    "evaluate": "lower --max-new-tokens",
 }
+BEFORE_THE_ADAPTER_MOVES = ("rollout", "score", "loss", "backward")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -36,11 +39,11 @@ def explained(run: RunFolder, rescue: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        if run.current_phase != "step":  # else the adapter may have moved in part
+        if run.current_phase in BEFORE_THE_ADAPTER_MOVES:
             rescue()
         raise RunFailed(
             f"out of memory in the {run.current_phase} phase: "
-            f"{OUT_OF_MEMORY.get(run.current_phase, 'lower --micro-batch-size')}, "
+            f"{OUT_OF_MEMORY[run.current_phase]}, "
             f"and go on with --resume. ({error})"
         ) from error
     except OSError as error:

@@ -130,18 +130,8 @@ class RunFolder:
         self._replace("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
     def track(self, name: str, config: dict[str, Any]) -> None:
-        """Send metrics to a tracker as well, if any is named.
-
-        Raises:
-            ValueError: it is not installed.
-        """
-        if name == "none":
-            return
-        if find_spec(name) is None:
-            raise ValueError(
-                f"tracker {name} is not installed; install it with `pip install {name}`"
-            )
-        if self.is_main:
+        """Send metrics to a tracker as well, if any is named."""
+        if self.is_main and name != "none":
             where = {"logging_dir": self.path} if name == "tensorboard" else {}
             self.tracker = TRACKERS[name]("opsd", **where)
             self.tracker.start()
@@ -225,6 +215,14 @@ class RunFolder:
         unfinished = self.path / f"{name}.unfinished"
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(self.path / name)
+
+
+def check_tracker(name: str) -> None:
+    """Raises:
+    ValueError: the tracker is not installed.
+    """
+    if name != "none" and find_spec(name) is None:
+        raise ValueError(f"tracker {name} is not installed; install it with `pip install {name}`")
 
 
 def synchronize() -> None:

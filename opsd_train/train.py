@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
+from itertools import takewhile
 from statistics import fmean
 from typing import Any
 
@@ -103,10 +104,10 @@ def train(config: Config, setup: Setup, run: RunFolder, evaluate: Evaluate) -> N
             run.write_completions("rollout", step, gather_object(completions))
             run.write_metrics(**metrics, **cost(run, setup, metrics["tokens"]))
             bar.advance_to(step, **figures(run.metrics))
-            failing = all(m["skipped"] for m in steps_of(run.metrics)[-MAX_SKIPPED:])
+            failing = skipped_in_a_row(run.metrics) >= MAX_SKIPPED
             if stopping or is_last or failing or step % config.save_every == 0:
                 save(step)
-            if failing and step >= MAX_SKIPPED:
+            if failing:
                 give_up(run, setup, rollout)
             if stopping and not is_last:
                 raise RunFailed(
@@ -209,6 +210,11 @@ def steps_of(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # When to stop
 
 
+def skipped_in_a_row(metrics: list[dict[str, Any]]) -> int:
+    """Steps without a finite loss or gradient, up to the last one."""
+    return len(list(takewhile(lambda m: m["skipped"], reversed(steps_of(metrics)))))
+
+
 def has_stalled(metrics: list[dict[str, Any]], patience: int | None) -> bool:
     """Whether the mean loss of the last `patience` steps is no less than of those before them."""
     losses = [m["loss"] for m in steps_of(metrics) if not m["skipped"]]
@@ -228,9 +234,9 @@ def give_up(run: RunFolder, setup: Setup, rollout: Rollout) -> None:
     batch = {"prompts": rollout.prompts, "completions": rollout.completions}
     path = run.write_json("failed_batch.json", gather_object([batch]))
     raise RunFailed(
-        f"the loss or its gradient was not finite in {MAX_SKIPPED} steps one after the other; none "
-        f"of them was taken. {path} holds the last batch's token ids, by process. A smaller "
-        "--learning-rate, or an --entry-clip, may keep it from going there"
+        f"the loss or its gradient was not finite in {MAX_SKIPPED} steps one after the other, none "
+        f"of which was taken. {path} holds the last batch's token ids, by process; look there, or "
+        "begin anew with a smaller --learning-rate or --max-grad-norm"
     )
 
 

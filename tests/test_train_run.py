@@ -1,10 +1,12 @@
 """Whole runs of a preset shrunk to a tiny Qwen3 on the disk: what they write, killed and resumed,
 on several processes, and how they end when they cannot go on."""
 
+import importlib.util
 import json
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,14 +21,18 @@ from peft import PeftModel
 from training_runs import (
     REPOSITORY,
     die_at_change,
+    let_no_file_grow,
+    lose_the_loss,
     processes,
     run,
     run_distributed,
+    run_out_of_memory,
     start,
     wait_for,
 )
 from transformers import AutoModelForCausalLM
 
+from opsd_train import report
 from opsd_train.checkpoint import FOLDER, Checkpoint, last_checkpoint, save_checkpoint
 
 COST = ("seconds", "tokens_per_second", "peak_memory_mib")
@@ -127,7 +133,11 @@ def test_killed_at_changes_to_the_disk(folder, undisturbed, tmp_path):
     """Each run goes on from what the last one left, and is killed two changes of a file later."""
     output, kills = tmp_path / "run", 0
     while True:
-        process = start(tmp_path / "log", *shrunk(folder, output, "--resume"), die_at=2 * kills + 1)
+        process = start(
+            tmp_path / "log",
+            *shrunk(folder, output, "--resume"),
+            before=partial(die_at_change, 2 * kills + 1, output),
+        )
         process.join()
         if process.exitcode == 0:
             break
@@ -170,7 +180,8 @@ def steps_done(output: Path) -> int:
 
 def test_a_line_cut_short_is_written_again(folder, undisturbed, tmp_path):
     output = tmp_path / "run"
-    run(tmp_path / "log", *shrunk(folder, output), status=-signal.SIGKILL, die_at=30)
+    die = partial(die_at_change, 30, output)
+    run(tmp_path / "log", *shrunk(folder, output), status=-signal.SIGKILL, before=die)
     with (output / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "lo')
     run(tmp_path / "log", *shrunk(folder, output, "--resume"))
@@ -259,3 +270,152 @@ def test_two_processes_are_one(folder, tmp_path):
         )
         for name in mine:
             torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-5)
+
+
+# What can go wrong
+
+
+def test_a_step_without_a_finite_loss_is_skipped(folder, undisturbed, tmp_path):
+    output = tmp_path / "run"
+    said = run(
+        tmp_path / "log", *shrunk(folder, output), before=partial(lose_the_loss, range(5, 6))
+    )
+    assert "skipped 1" in said
+    rows = metrics(output)
+    assert [row["skipped"] for row in rows] == [False, False, True, False, False, False]
+    assert rows[2]["loss"] is None
+    assert rows[2]["grad_norm"] is None
+    # Not taken: the fourth step starts where the third did.
+    before = metrics(undisturbed)
+    assert rows[:2] == before[:2]
+    assert rows[3]["loss"] != before[3]["loss"]
+    assert all(row["loss"] > 0 for row in rows[3:])
+
+
+def test_a_loss_that_stays_lost_ends_the_run(folder, tmp_path):
+    output = tmp_path / "run"
+    lost = partial(lose_the_loss, range(4, 99))
+    said = run(tmp_path / "log", *shrunk(folder, output), status=1, before=lost)
+    assert "not finite in 3 steps one after the other" in said
+    assert "Traceback" not in said
+    assert metrics(output)[-1]["step"] == 5
+    (batch,) = json.loads((output / "failed_batch.json").read_text())
+    assert len(batch["prompts"]) == len(batch["completions"]) == 4
+    saved = last_checkpoint(output)
+    assert saved.step == 5
+    for weight in saved.adapter.values():
+        assert weight.isfinite().all()
+
+
+def test_a_full_disk_costs_nothing_but_time(folder, undisturbed, tmp_path):
+    output = tmp_path / "run"
+    full = partial(let_no_file_grow, 20_000)
+    said = run(tmp_path / "log", *shrunk(folder, output), status=1, before=full)
+    assert "no room left in" in said
+    assert "lower --keep-last, and go on with --resume" in said
+    assert "Traceback" not in said
+    assert list((output / FOLDER).iterdir()) == []
+    run(tmp_path / "log", *shrunk(folder, output, "--resume"))
+    assert contents(output) == contents(undisturbed)
+
+
+def test_out_of_memory_names_the_remedy(folder, undisturbed, tmp_path):
+    output = tmp_path / "run"
+    out_of_memory = partial(run_out_of_memory, 7)
+    said = run(
+        tmp_path / "log",
+        *shrunk(folder, output, "--save-every", 99),
+        status=1,
+        before=out_of_memory,
+    )
+    assert "out of memory in the score phase: lower --micro-batch-size" in said
+    assert "Traceback" not in said
+    assert last_checkpoint(output).step == 3
+    run(tmp_path / "log", *shrunk(folder, output, "--resume", "--micro-batch-size", 1))
+    for a, b in zip(metrics(output), metrics(undisturbed), strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_bad_data_ends_before_anything_is_written(folder, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"problem": "x", "solution": 4}')
+    output = tmp_path / "run"
+    options = shrunk(folder, output, "--data", tmp_path / "rows.jsonl")
+    said = run(tmp_path / "log", *options, status=1)
+    assert "rows.jsonl, line 1: column solution must hold text" in said
+    assert "Traceback" not in said
+    assert list(output.iterdir()) == []
+
+
+def test_a_tracker_that_is_not_installed(folder, tmp_path):
+    if importlib.util.find_spec("trackio"):
+        pytest.skip("trackio is installed")
+    options = shrunk(folder, tmp_path / "run", "--tracker", "trackio")
+    said = run(tmp_path / "log", *options, status=1)
+    assert "install it with `pip install trackio`" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_is_told_every_number(tmp_path, monkeypatch):
+    told = []
+
+    class Tracker:
+        def __init__(self, name):
+            told.append(name)
+
+        def start(self):
+            told.append("start")
+
+        def store_init_configuration(self, values):
+            told.append(values)
+
+        def log(self, values, step):
+            told.append((step, values))
+
+        def finish(self):
+            told.append("finish")
+
+    monkeypatch.setitem(report.TRACKERS, "wandb", Tracker)
+    folder = report.RunFolder(tmp_path)
+    folder.track("wandb", {"beta": 0.5, "where": {"a": 1}})
+    folder.write_metrics(step=3, loss=0.25, seconds={"rollout": 1.5}, interval=[1, 2])
+    folder.write_summary()
+    assert told == [
+        *("opsd", "start", {"beta": 0.5, "where": "{'a': 1}"}),
+        (3, {"step": 3, "loss": 0.25, "seconds/rollout": 1.5}),
+        "finish",
+    ]
+
+
+# Teachers, engines and objectives, whole
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--teacher", "ema", "--ema-decay", 0.5],
+        ["--objective", "sampled_token", "--advantage-clip", 5],
+    ],
+)
+def test_resumed_with_other_options(folder, tmp_path, options):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(tmp_path / "log", *shrunk(folder, whole, *options))
+    die = partial(die_at_change, 32, killed)
+    arguments = shrunk(folder, killed, *options)
+    run(tmp_path / "log", *arguments, status=-signal.SIGKILL, before=die)
+    assert last_checkpoint(killed).step in (2, 4)
+    run(tmp_path / "log", *arguments, "--resume")
+    assert contents(killed) == contents(whole)
+
+
+def test_the_authors_preset(folder, tmp_path):
+    options = shrunk(folder, tmp_path / "run", "--entry-clip", 1e-3, preset="4b-authors-2026-05")
+    said = run(tmp_path / "log", *options)
+    assert "Loss: forward KL(teacher‖student), entries clipped at 0.001, temperature 1.1" in said
+    for row in metrics(tmp_path / "run"):
+        assert row["clipped_share"] > 0
+        assert row["learning_rate"] == 0.01
+    rows = [
+        json.loads(x) for x in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()
+    ]
+    assert all(row["prompt"].endswith("<think>\n\n</think>\n\n") for row in rows)
+    assert {row["correct"] for row in rows} == {None}

@@ -1,18 +1,22 @@
 """Runs of `python -m opsd_train` in processes of their own, forked from one that has imported
 everything already; and ways to end them early."""
 
+import itertools
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+
+import torch
 
 REPOSITORY = Path(__file__).parents[1]
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
@@ -39,17 +43,21 @@ def processes() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def start(log: Path, *arguments: object, die_at: int = 0, **env: str) -> ForkServerProcess:
-    """Start a run that writes what it says to `log`, see `die_at_change`."""
+def start(
+    log: Path, *arguments: object, before: Callable[[], None] | None = None, **env: str
+) -> ForkServerProcess:
+    """Start a run that writes what it says to `log`, and calls `before` in its process first."""
     options = [str(a) for a in arguments]
-    process = processes().Process(target=_run, args=(log, options, die_at, env))
+    process = processes().Process(target=_run, args=(log, options, before, env))
     process.start()
     return process
 
 
-def run(log: Path, *arguments: object, status: int = 0, die_at: int = 0, **env: str) -> str:
+def run(
+    log: Path, *arguments: object, status: int = 0, before: Callable[[], None] | None = None
+) -> str:
     """Run to the end, which has to be with this status, and return what it said."""
-    process = start(log, *arguments, die_at=die_at, **env)
+    process = start(log, *arguments, before=before)
     process.join()
     assert process.exitcode == status, log.read_text()
     return log.read_text()
@@ -100,16 +108,50 @@ def die_at_change(number: int, folder: Path) -> None:
     sys.addaudithook(watch)
 
 
-def _run(log: Path, arguments: list[str], die_at: int, env: dict[str, str]) -> None:
+def let_no_file_grow(limit: int) -> None:
+    """As on a full disk, writing fails: a file beyond so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+def lose_the_loss(calls: range) -> None:
+    """Make the loss NaN in these calls, that is micro-batches."""
+    from opsd_train import train
+
+    opsd_loss, count = train.opsd_loss, itertools.count()
+
+    def broken(*arguments):
+        loss, told = opsd_loss(*arguments)
+        return (loss * float("nan") if next(count) in calls else loss), told
+
+    train.opsd_loss = broken
+
+
+def run_out_of_memory(call: int) -> None:
+    """Have no memory for the forward passes of a micro-batch."""
+    from opsd_train import train
+
+    score, count = train.score, itertools.count()
+
+    def broken(*arguments):
+        if next(count) == call:
+            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+        return score(*arguments)
+
+    train.score = broken
+
+
+def _run(
+    log: Path, arguments: list[str], before: Callable[[], None] | None, env: dict[str, str]
+) -> None:
     from opsd_train.__main__ import main
 
     os.environ.update(env)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    if die_at:
-        die_at_change(die_at, Path(arguments[arguments.index("--output-dir") + 1]))
     try:
+        if before is not None:
+            before()
         main(arguments)
     except Exception:
         traceback.print_exc()
