@@ -9,7 +9,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from opsd_train.config import Config, make_config, parse, read_yaml
-from opsd_train.train import learning_rate
+from opsd_train.step import learning_rate
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

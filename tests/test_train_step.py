@@ -15,7 +15,8 @@ from opsd_train.objective import opsd_loss, token_weights
 from opsd_train.records import Scores
 from opsd_train.rollout import GenerateSampler, Sampling, SeededDraws, draw_seed, roll_out
 from opsd_train.score import score
-from opsd_train.train import has_stalled, problem_indices
+from opsd_train.step import problem_indices
+from opsd_train.train import has_stalled
 
 
 @pytest.fixture(scope="module")

@@ -115,29 +115,29 @@ def let_no_file_grow(limit: int) -> None:
 
 def lose_the_loss(calls: range) -> None:
     """Make the loss NaN in these calls, that is micro-batches."""
-    from opsd_train import train
+    from opsd_train import step
 
-    opsd_loss, count = train.opsd_loss, itertools.count()
+    opsd_loss, count = step.opsd_loss, itertools.count()
 
     def broken(*arguments):
         loss, told = opsd_loss(*arguments)
         return (loss * float("nan") if next(count) in calls else loss), told
 
-    train.opsd_loss = broken
+    step.opsd_loss = broken
 
 
 def run_out_of_memory(call: int) -> None:
     """Have no memory for the forward passes of a micro-batch."""
-    from opsd_train import train
+    from opsd_train import step
 
-    score, count = train.score, itertools.count()
+    score, count = step.score, itertools.count()
 
     def broken(*arguments):
         if next(count) == call:
             raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
         return score(*arguments)
 
-    train.score = broken
+    step.score = broken
 
 
 def _run(
