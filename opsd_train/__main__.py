@@ -134,7 +134,7 @@ def begin(config: Config, run: RunFolder) -> None:
 def finish(config: Config, setup: Setup, run: RunFolder, sha256: str, **summary: object) -> None:
     if base_weights_sha256(setup.model) != sha256:
         raise RuntimeError("the base weights, which are the teacher, changed during training")
-    run.save_adapter(setup.model)
+    run.save_adapter()
     run.write_summary(
         divergence=loss_name(config),
         **summary,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 FOLDER = "checkpoints"
 STATE = "state.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,13 @@ def last_checkpoint(run: Path) -> Checkpoint | None:
         for name in ("adapter_model", "optimizer", "teacher")
     )
     return Checkpoint(step, adapter, optimizer, teacher)
+
+
+def copy_adapter(run: Path, to: Path) -> None:
+    """Copy the adapter of the newest checkpoint to a folder of its own."""
+    to.mkdir(exist_ok=True)
+    for name in ADAPTER_FILES:
+        shutil.copy(_path(run, last_step(run) or 0) / name, to / name)
 
 
 def remove_unfinished(run: Path) -> None:

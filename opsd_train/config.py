@@ -101,6 +101,7 @@ class Config:
     schedule: Literal["cosine", "constant"] = option("cosine", help="after warm-up")
     warmup: float = option(0.1, help="share of the steps over which the learning rate rises")
     max_grad_norm: float = option(1.0, help="gradients are scaled down to this norm")
+    shard: bool = option(False, help="spread the weights over the processes (FSDP2)")
     patience: int | None = option(
         None, help="stop early if the mean loss of so many steps is no less than of those before"
     )

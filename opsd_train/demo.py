@@ -6,8 +6,8 @@ from opsd_train.config import Config
 from opsd_train.console import say, show_attempt
 from opsd_train.evaluate import accuracy, evaluate
 from opsd_train.report import RunFolder, accuracy_record
-from opsd_train.rollout import GenerateSampler, Sampling, draw_seed
-from opsd_train.setup import Setup
+from opsd_train.rollout import Sampling, draw_seed
+from opsd_train.setup import Setup, make_sampler
 from opsd_train.tiny_world import World, is_correct
 from opsd_train.train import Evaluate
 
@@ -17,7 +17,8 @@ QUICK = 128  # held-out problems of an evaluation on the way
 def measure_held_out(config: Config, setup: Setup, world: World, run: RunFolder) -> Evaluate:
     """Sampled accuracy on problems that are not trained on, at temperature 1: the teacher's and the
     student's before, the student's on the way and after."""
-    sampler = GenerateSampler(setup.model, setup.tokenizer, Sampling(1.0, config.max_new_tokens))
+    sampling = Sampling(1.0, config.max_new_tokens)
+    sampler = make_sampler(config, setup.model, setup.backbone, setup.tokenizer, sampling)
     held_out = world.held_out[: config.eval_problems]
 
     def measure(phase: str, step: int, first: int) -> dict[str, Any]:

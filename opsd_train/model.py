@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 
 from opsd_train.config import Config
+from opsd_train.sharding import whole
 
 
 def load_model(name: str, config: Config) -> PreTrainedModel:
@@ -96,6 +97,11 @@ def adapter_weights(model: PeftModelForCausalLM) -> dict[str, torch.nn.Parameter
     return {name: w for name, w in model.named_parameters() if "lora_" in name}
 
 
+def peft_name(name: str) -> str:
+    """What PEFT calls an adapter's weight in a file: without the adapter's own name."""
+    return name.replace(".default.", ".")
+
+
 def adapter_config(model: PeftModelForCausalLM) -> str:
     """adapter_config.json, as PEFT reads it."""
     values = model.peft_config[model.active_adapter].to_dict()
@@ -162,6 +168,7 @@ def base_weights_sha256(model: PeftModelForCausalLM) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(base_model(model).state_dict().items()):
         if "lora_" not in name:
+            weight = whole(weight.detach()).cpu().contiguous()
             digest.update(name.encode())
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(weight.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -5,7 +5,7 @@ metrics.jsonl       a line a step
 completions.jsonl   every solution sampled: phase, step, prompt, completion, and whether it is right
 checkpoints/        what it takes to go on; see checkpoint.py
 summary.json        versions, seconds by phase, hash of the base weights
-adapter/            as PEFT saves it
+adapter/            as PEFT loads it
 failed_batch.json   token ids of a batch whose loss was not finite, if the run ended on one
 
 and of the small world accuracy before and after with intervals, and curves.png.
@@ -31,9 +31,8 @@ from accelerate.tracking import (
     TrackioTracker,
     WandBTracker,
 )
-from peft import PeftModelForCausalLM
 
-from opsd_train.checkpoint import FOLDER, last_step, remove_unfinished
+from opsd_train.checkpoint import FOLDER, copy_adapter, last_step, remove_unfinished
 from opsd_train.evaluate import Accuracy, Completion
 
 FILES = [
@@ -169,9 +168,10 @@ class RunFolder:
         if self.tracker is not None:
             self.tracker.finish()
 
-    def save_adapter(self, model: PeftModelForCausalLM) -> None:
+    def save_adapter(self) -> None:
+        """That of the last checkpoint."""
         if self.is_main:
-            model.save_pretrained(str(self.path / ADAPTER), save_embedding_layers=False)
+            copy_adapter(self.path, self.path / ADAPTER)
 
     def sync(self) -> None:
         """Wait until all lines written are on the disk."""

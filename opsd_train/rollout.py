@@ -24,6 +24,7 @@ from transformers import (
 from opsd_train.model import base_model
 from opsd_train.prompts import Context, left_pad
 from opsd_train.records import Problem, Rollout
+from opsd_train.sharding import with_whole_weights
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,16 @@ class SeededDraws(LogitsProcessor):
         for row, generator in zip(waiting, self.generators, strict=True):
             row.exponential_(generator=generator)
         return scores - waiting.log()
+
+
+class ShardedSampler:
+    """A sampler whose model is sharded."""
+
+    def __init__(self, sampler: Sampler, backbone: torch.nn.Module):
+        self.sampler, self.backbone, self.ends = sampler, backbone, sampler.ends
+
+    def sample(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
+        return with_whole_weights(self.backbone, lambda: self.sampler.sample(prompts, seeds))
 
 
 def up_to_the_end(row: list[int], ends: set[int]) -> list[int]:

@@ -1,5 +1,6 @@
 """Run student and teacher over the same sampled tokens and keep the hidden states that matter."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -39,6 +40,10 @@ class Backbone(torch.nn.Module):
         # One position earlier: the hidden state at a token predicts the next one.
         before = h[:, prompt_ids.shape[1] - 1 : -1]
         return before[completion_mask.bool().to(device)]
+
+    def gathered(self, call: Callable[[], Any]) -> Any:
+        """Call something; where the weights are sharded, with this module's own in place."""
+        return call()
 
 
 class Teacher(Protocol):

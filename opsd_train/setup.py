@@ -25,8 +25,9 @@ from opsd_train.model import (
 )
 from opsd_train.prompts import Context, Contexts
 from opsd_train.records import Problem
-from opsd_train.rollout import GenerateSampler, Sampler, Sampling
+from opsd_train.rollout import GenerateSampler, Sampler, Sampling, ShardedSampler
 from opsd_train.score import Backbone
+from opsd_train.sharding import shard
 from opsd_train.teachers import EmaTeacher, InitialTeacher, LiveTeacher, OtherTeacher
 
 ENGINES: dict[str, Callable[..., Sampler]] = {
@@ -78,13 +79,13 @@ def set_up(
     if config.activation_checkpointing:
         base_model(student).activation_checkpointing_enable()
     W = lm_head(base_model(student))
-    backbone = accelerator.prepare(Backbone(base_model(student), tokenizer.pad_token_id))
-    sampler = ENGINES[config.engine](
-        student,
-        tokenizer,
-        Sampling(config.temperature, config.max_new_tokens, config.top_p, config.top_k),
-        config.rollout_batch_size,
-    )
+    backbone = Backbone(base_model(student), tokenizer.pad_token_id)
+    if config.shard:
+        shard(backbone, accelerator)
+    else:
+        backbone = accelerator.prepare(backbone)
+    sampling = Sampling(config.temperature, config.max_new_tokens, config.top_p, config.top_k)
+    sampler = make_sampler(config, student, backbone, tokenizer, sampling)
     teacher = make_teacher(config, student, backbone, W, tokenizer)
     return Setup(
         accelerator,
@@ -98,6 +99,18 @@ def set_up(
         sampler,
         is_correct,
     )
+
+
+def make_sampler(
+    config: Config,
+    student: PeftModelForCausalLM,
+    backbone: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+) -> Sampler:
+    engine = ENGINES[config.engine]
+    sampler = engine(student, tokenizer, sampling, config.rollout_batch_size)
+    return ShardedSampler(sampler, backbone) if config.shard else sampler
 
 
 def make_teacher(
@@ -122,9 +135,11 @@ def check_distribution(config: Config, accelerator: Accelerator) -> None:
     single = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in single:
         raise ValueError(
-            f"distributed type {accelerator.distributed_type.value} is not supported: the student "
-            "samples from whole weights; use data parallelism (accelerate launch --multi_gpu)"
+            f"distributed type {accelerator.distributed_type.value} is not supported: launch for "
+            "data parallelism (accelerate launch --multi_gpu), and shard weights with --shard"
         )
+    if config.shard and accelerator.num_processes == 1:
+        raise ValueError("shard spreads weights over several processes; there is only one")
     if config.batch_size % accelerator.num_processes:
         raise ValueError(
             f"batch_size must be a multiple of the {accelerator.num_processes} processes, "

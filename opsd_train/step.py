@@ -21,6 +21,7 @@ from opsd_train.report import RunFolder
 from opsd_train.rollout import draw_seed, roll_out
 from opsd_train.score import score
 from opsd_train.setup import Setup
+from opsd_train.sharding import whole
 
 
 def take_step(
@@ -67,7 +68,7 @@ def take_step(
             group["lr"] = metrics["learning_rate"]
         adapter = adapter_weights(setup.model).values()
         norm = torch.nn.utils.clip_grad_norm_(adapter, config.max_grad_norm)
-        metrics["grad_norm"] = norm.item()
+        metrics["grad_norm"] = whole(norm).item()
         metrics["skipped"] = not math.isfinite(metrics["loss"] + metrics["grad_norm"])
         if not metrics["skipped"]:
             optimizer.step()

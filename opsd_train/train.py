@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from opsd_train.checkpoint import Checkpoint, last_checkpoint, save_checkpoint
 from opsd_train.config import Config
 from opsd_train.console import progress_bar, say
 from opsd_train.evaluate import grade
 from opsd_train.failures import MAX_SKIPPED, RunFailed, StopRequest, explained
-from opsd_train.model import adapter_config, adapter_weights
+from opsd_train.model import adapter_config, adapter_weights, peft_name
 from opsd_train.records import Rollout
 from opsd_train.report import RunFolder
 from opsd_train.setup import Setup
+from opsd_train.sharding import copy_whole, whole
 from opsd_train.step import take_step
 
 Evaluate = Callable[[int, bool], dict[str, Any]]
@@ -38,12 +38,14 @@ def train(config: Config, setup: Setup, run: RunFolder, evaluate: Evaluate) -> N
     step = restore(run, setup, optimizer) if config.resume else 0
 
     def save() -> None:
+        state = capture(setup, optimizer, step)
         if setup.accelerator.is_main_process:
             run.sync()  # the metrics up to a checkpoint are on the disk before it is
-            state = capture(setup, optimizer, step)
             save_checkpoint(run.path, state, adapter_config(setup.model), config.keep_last)
 
-    with progress_bar("OPSD", config.steps) as bar, StopRequest() as stop, explained(run, save):
+    # Sharded weights are gathered by all processes, not by one that ran out of memory.
+    rescue = (lambda: None) if config.shard else save
+    with progress_bar("OPSD", config.steps) as bar, StopRequest() as stop, explained(run, rescue):
         if step == 0 and (measured := evaluate(0, False)):
             run.write_metrics(step=0, **measured)
         while step < config.steps and not has_stalled(run.metrics, config.patience):
@@ -139,15 +141,16 @@ def give_up(run: RunFolder, rollout: Rollout) -> None:
 
 
 def capture(setup: Setup, optimizer: torch.optim.Optimizer, step: int) -> Checkpoint:
+    weights = adapter_weights(setup.model)
     return Checkpoint(
         step,
-        adapter=get_peft_model_state_dict(setup.model, save_embedding_layers=False),
+        adapter={peft_name(name): whole(w) for name, w in weights.items()},
         optimizer={
-            f"{name}.{key}": value
-            for name, w in adapter_weights(setup.model).items()
-            for key, value in optimizer.state[w].items()
+            f"{name}.{moment}": whole(value)
+            for name, w in weights.items()
+            for moment, value in optimizer.state[w].items()
         },
-        teacher=setup.teacher.state(),
+        teacher={name: whole(value) for name, value in setup.teacher.state().items()},
     )
 
 
@@ -156,14 +159,18 @@ def restore(run: RunFolder, setup: Setup, optimizer: torch.optim.Optimizer) -> i
     checkpoint = last_checkpoint(run.path)
     if checkpoint is None:
         return 0
-    set_peft_model_state_dict(setup.model, dict(checkpoint.adapter))
     weights = adapter_weights(setup.model)
+    for name, w in weights.items():
+        copy_whole(w, checkpoint.adapter[peft_name(name)])
     for key, value in checkpoint.optimizer.items():
         name, _, moment = key.rpartition(".")
-        w = weights[name]
-        # AdamW counts its steps on the CPU.
-        optimizer.state[w][moment] = value if moment == "step" else value.to(w.device)
-    for name, value in setup.teacher.state().items():
-        value.copy_(checkpoint.teacher[name])
+        state = optimizer.state[weights[name]]
+        if moment == "step":  # a number, which AdamW keeps on the CPU
+            state[moment] = value
+        else:
+            state[moment] = torch.empty_like(weights[name])
+            copy_whole(state[moment], value)
+    for name, average in setup.teacher.state().items():
+        copy_whole(average, checkpoint.teacher[name])
     say(f"Resumed after step {checkpoint.step}.")
     return checkpoint.step

@@ -4,6 +4,7 @@ on several processes, and how they end when they cannot go on."""
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import time
 from functools import partial
@@ -248,28 +249,56 @@ def test_a_torn_checkpoint_is_not_loaded(tmp_path):
 # Several processes
 
 
-def test_two_processes_are_one(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "tied"),
+    [
+        (["--mean", "rollout"], False),
+        (["--mean", "token", "--teacher", "ema"], False),
+        (["--shard", "--mean", "rollout"], True),
+        (["--shard", "--mean", "token", "--teacher", "ema"], False),
+    ],
+    ids=["data parallel", "data parallel, ema", "sharded, tied", "sharded, ema"],
+)
+def test_two_processes_are_one(folder, tmp_path, options, tied):
     """1 process x 8 at once, and 2 processes x 2 micro-batches x 2: the same rollouts, losses,
     gradients and weights, but for the rounding of sums in another order."""
     one, two = tmp_path / "one", tmp_path / "two"
-    common = ["--batch-size", 8, "--steps", 4, "--mean"]
-    for mean in ("rollout", "token"):
-        options = [*common, mean, "--overwrite", "--micro-batch-size"]
-        run(tmp_path / "log", *shrunk(folder, one, *options, 8))
-        run_distributed(tmp_path / "log", *shrunk(folder, two, *options, 2))
-        assert "2 processes × 2 micro-batches × at most 2" in (tmp_path / "log.0").read_text()
-        assert (tmp_path / "log.1").read_text() == ""
-        assert (one / "completions.jsonl").read_text() == (two / "completions.jsonl").read_text()
-        for a, b in zip(metrics(one), metrics(two), strict=True):
-            assert a.keys() == b.keys()
-            for name in a:
-                assert a[name] == pytest.approx(b[name], rel=1e-4), name
-        mine, theirs = (
-            safetensors.torch.load_file(path / "adapter" / "adapter_model.safetensors")
-            for path in (one, two)
-        )
-        for name in mine:
-            torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-5)
+    options = [*options, "--batch-size", 8, "--steps", 4]
+    if tied:
+        options += ["--model", tiny_qwen3.save_qwen3(tmp_path / "tied", tie_word_embeddings=True)]
+    alone = [option for option in options if option != "--shard"]
+    run(tmp_path / "log", *shrunk(folder, one, *alone, "--micro-batch-size", 8))
+    distributed = shrunk(folder, two, *options, "--micro-batch-size", 2)
+    run_distributed(tmp_path / "log", *distributed)
+    assert "2 processes × 2 micro-batches × at most 2" in (tmp_path / "log.0").read_text()
+    assert (tmp_path / "log.1").read_text() == ""
+    assert (one / "completions.jsonl").read_text() == (two / "completions.jsonl").read_text()
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+    mine, theirs = (
+        safetensors.torch.load_file(path / "adapter" / "adapter_model.safetensors")
+        for path in (one, two)
+    )
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-5)
+
+    # And they can go on from an earlier step.
+    before = contents(two)
+    shutil.rmtree(two / FOLDER / "step-000004")
+    run_distributed(tmp_path / "log", *distributed, "--resume")
+    assert "Resumed after step 2." in (tmp_path / "log.0").read_text()
+    assert contents(two) == before
+
+
+def test_launches_that_do_not_fit_are_refused(folder, tmp_path):
+    said = run(tmp_path / "log", *shrunk(folder, tmp_path / "run", "--shard"), status=1)
+    assert "shard spreads weights over several processes; there is only one" in said
+    options = shrunk(folder, tmp_path / "run", "--batch-size", 3)
+    run_distributed(tmp_path / "log", *options, status=1)
+    said = (tmp_path / "log.0").read_text()
+    assert "batch_size must be a multiple of the 2 processes, got 3" in said
 
 
 # What can go wrong

@@ -63,8 +63,8 @@ def run(
     return log.read_text()
 
 
-def run_distributed(log: Path, *arguments: object, world_size: int = 2) -> None:
-    """As a launcher would start it, one process a rank."""
+def run_distributed(log: Path, *arguments: object, world_size: int = 2, status: int = 0) -> None:
+    """As a launcher would start it, one process a rank, each with a log of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -80,7 +80,7 @@ def run_distributed(log: Path, *arguments: object, world_size: int = 2) -> None:
     ]
     for r, process in enumerate(ranks):
         process.join()
-        assert process.exitcode == 0, log.with_suffix(f".{r}").read_text()
+        assert process.exitcode == status, log.with_suffix(f".{r}").read_text()
 
 
 def wait_for(condition, seconds: float = 30) -> None:
