@@ -106,7 +106,7 @@ def run_in_small_world(config: Config, accelerator: Accelerator) -> None:
     begin(config, run)
     before = base_weights_sha256(setup.model)
     train(config, setup, run, demo.measure_held_out(config, setup, world, run))
-    run.plot(loss_name(config))
+    demo.plot(config, run)
     finish(config, setup, run, before, **demo.show(config, world, run))
 
 
@@ -126,8 +126,8 @@ def open_run_folder(config: Config, accelerator: Accelerator) -> RunFolder:
 
 
 def begin(config: Config, run: RunFolder) -> None:
-    values = {**config.as_dict(), "output_dir": str(run.path), "divergence": loss_name(config)}
-    run.begin(values)
+    values = {**config.as_dict(), "output_dir": str(run.path)}
+    run.begin(values, comment=loss_name(config))
     run.track(config.tracker, values)
 
 
@@ -162,8 +162,8 @@ def say_plan(config: Config, setup: Setup) -> None:
         f"Teacher: {config.teacher_model or config.teacher}.\n"
         f"Loss: {loss_name(config)}, temperature {config.temperature}, mean over "
         f"{'each rollout, then the batch' if config.mean == 'rollout' else 'all tokens'}.\n"
-        f"Batch: {config.batch_size} rollouts a step, {processes} processes × {micro_batches} "
-        f"micro-batches × at most {config.micro_batch_size}.\n"
+        f"Batch: {config.batch_size} rollouts a step (processes × micro-batches × at most so many "
+        f"rollouts: {processes} × {micro_batches} × {config.micro_batch_size}).\n"
         f"Schedule: {config.steps} steps, {config.steps * config.batch_size:,} rollouts; learning "
         f"rate up to {config.learning_rate:.3g} over {rising} steps, then "
         f"{config.schedule}."

@@ -1,6 +1,6 @@
 """The run folder, and what is shown while a run goes on.
 
-config.yaml         what was asked for, and the divergence by name
+config.yaml         what was asked for, as a config file; the divergence by name above it
 metrics.jsonl       a line a step
 completions.jsonl   every solution sampled: phase, step, prompt, completion, and whether it is right
 checkpoints/        what it takes to go on; see checkpoint.py
@@ -8,7 +8,7 @@ summary.json        versions, seconds by phase, hash of the base weights
 adapter/            as PEFT loads it
 failed_batch.json   token ids of a batch whose loss was not finite, if the run ended on one
 
-and of the small world accuracy before and after with intervals, and curves.png.
+and of the small world curves.png, and accuracy before and after with intervals.
 """
 
 import json
@@ -33,7 +33,7 @@ from accelerate.tracking import (
 )
 
 from opsd_train.checkpoint import FOLDER, copy_adapter, last_step, remove_unfinished
-from opsd_train.evaluate import Accuracy, Completion
+from opsd_train.evaluate import Completion
 
 FILES = [
     *("config.yaml", "metrics.jsonl", "completions.jsonl", "summary.json", "curves.png"),
@@ -45,7 +45,7 @@ ADAPTER = "adapter"
 FREE = [
     *("output_dir", "resume", "overwrite", "dry_run", "tracker", "save_every", "keep_last"),
     *("attention", "liger", "activation_checkpointing", "workspace_mib"),
-    *("micro_batch_size", "rollout_batch_size"),
+    *("micro_batch_size", "rollout_batch_size", "shard"),
 ]
 TRACKERS = {"tensorboard": TensorBoardTracker, "trackio": TrackioTracker, "wandb": WandBTracker}
 
@@ -67,7 +67,7 @@ class RunFolder:
         self.path, self.resume, self.is_main = path, resume, is_main
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"{path} is not a folder; name another with --output-dir")
-        found = [name for name in [*FILES, ADAPTER, FOLDER] if (path / name).exists()]
+        found = [name for name in [FOLDER, *FILES, ADAPTER] if (path / name).exists()]
         if found and is_main and not (overwrite or resume):
             raise FileExistsError(
                 f"{path} holds a run already ({', '.join(found)}); name another folder with "
@@ -102,9 +102,9 @@ class RunFolder:
         lap, self.lap_seconds = self.lap_seconds, {}
         return lap
 
-    def begin(self, config: dict[str, Any]) -> None:
-        """Go on with the run in the folder, or remove it and write config.yaml. Until then the
-        folder is as it was: a run that fails before it begins costs nothing.
+    def begin(self, config: dict[str, Any], comment: str) -> None:
+        """Go on with the run in the folder, or remove it and write config.yaml, a comment above.
+        Until then the folder is as it was: a run that fails before it begins costs nothing.
 
         Raises:
             ValueError: the run to go on with was asked for something else.
@@ -126,7 +126,8 @@ class RunFolder:
                 shutil.rmtree(self.path / name)
             else:
                 (self.path / name).unlink(missing_ok=True)
-        self._replace("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        self._replace("config.yaml", f"# {comment}\n{text}")
 
     def track(self, name: str, config: dict[str, Any]) -> None:
         """Send metrics to a tracker as well, if any is named."""
@@ -179,11 +180,6 @@ class RunFolder:
             if (self.path / name).exists():
                 with (self.path / name).open("rb") as file:
                     os.fsync(file.fileno())
-
-    def plot(self, divergence: str) -> None:
-        """Loss and held-out accuracy over the steps, into curves.png."""
-        if self.is_main:
-            plot_curves(self.metrics, divergence, self.path / "curves.png")
 
     def _check_same(self, config: dict[str, Any]) -> None:
         was = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
@@ -254,48 +250,3 @@ def flat(values: dict[str, Any]) -> dict[str, float]:
         elif isinstance(value, int | float):
             numbers[name] = value
     return numbers
-
-
-def accuracy_record(accuracy: Accuracy) -> dict[str, Any]:
-    low, high = accuracy.interval
-    return {
-        "accuracy": round(accuracy.mean, 4),
-        "interval_95": [round(low, 4), round(high, 4)],
-        "correct": accuracy.correct,
-        "problems": accuracy.total,
-    }
-
-
-def plot_curves(metrics: list[dict[str, Any]], divergence: str, path: Path) -> None:
-    # A figure of its own, without pyplot: no global state, no display.
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-
-    student, teacher, ink = "#1f6fb4", "#c7502b", "#333333"
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    losses = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
-    left.plot(*zip(*losses, strict=True), color=student, linewidth=1.6)
-    left.set_title(f"Loss: {divergence}", loc="left", fontsize=10, color=ink)
-    left.set_ylim(bottom=0)
-
-    measured = [m for m in metrics if "accuracy" in m]
-    steps = [m["step"] for m in measured]
-    means = [m["accuracy"] for m in measured]
-    low, high = zip(*(m["interval_95"] for m in measured), strict=True)
-    right.fill_between(steps, low, high, color=student, alpha=0.18, linewidth=0)
-    right.plot(steps, means, color=student, marker="o", markersize=4, label="student, alone")
-    taught = [m["teacher_accuracy"] for m in metrics if "teacher_accuracy" in m]
-    if taught:
-        right.axhline(taught[0], color=teacher, linestyle="--", label="teacher, sees the solution")
-    right.set_title(
-        "Held-out problems solved, sampled at T = 1", loc="left", fontsize=10, color=ink
-    )
-    right.set_ylim(0, 1.02)
-    right.yaxis.set_major_formatter(PercentFormatter(1))
-    right.legend(loc="lower right", frameon=False, fontsize=9)
-    for axes in (left, right):
-        axes.set_xlabel("OPSD step")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=150)

@@ -123,6 +123,7 @@ class SeededDraws(LogitsProcessor):
         waiting = torch.empty_like(scores, dtype=torch.float32)
         for row, generator in zip(waiting, self.generators, strict=True):
             row.exponential_(generator=generator)
+        waiting.clamp_(min=torch.finfo(torch.float32).tiny)  # log 0 beside a log p of −∞ is NaN
         return scores - waiting.log()
 
 

@@ -132,8 +132,8 @@ def make_teacher(
 
 
 def check_distribution(config: Config, accelerator: Accelerator) -> None:
-    single = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.distributed_type not in single:
+    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in supported:
         raise ValueError(
             f"distributed type {accelerator.distributed_type.value} is not supported: launch for "
             "data parallelism (accelerate launch --multi_gpu), and shard weights with --shard"

@@ -87,7 +87,7 @@ def test_a_preset_shrunk_by_options_alone(folder, undisturbed):
         "1 dropped, with a prompt of more than 512 tokens",
         "Model: Qwen3 with 25,312 parameters in torch.float32, sdpa attention, on cpu",
         "Loss: JSD(β=0.5 on the teacher), temperature 1.2, mean over each rollout, then the batch",
-        "Batch: 4 rollouts a step, 1 processes × 2 micro-batches × at most 2",
+        "(processes × micro-batches × at most so many rollouts: 1 × 2 × 2)",
         "Schedule: 6 steps, 24 rollouts; learning rate up to 0.01 over 1 steps, then cosine",
         "The base weights, which are the teacher, did not move",
     ]:
@@ -185,7 +185,8 @@ def test_a_line_cut_short_is_written_again(folder, undisturbed, tmp_path):
     run(tmp_path / "log", *shrunk(folder, output), status=-signal.SIGKILL, before=die)
     with (output / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "lo')
-    run(tmp_path / "log", *shrunk(folder, output, "--resume"))
+    # As asked for in its own folder.
+    run(tmp_path / "log", output / "config.yaml", "--resume")
     assert contents(output) == contents(undisturbed)
 
 
@@ -270,7 +271,7 @@ def test_two_processes_are_one(folder, tmp_path, options, tied):
     run(tmp_path / "log", *shrunk(folder, one, *alone, "--micro-batch-size", 8))
     distributed = shrunk(folder, two, *options, "--micro-batch-size", 2)
     run_distributed(tmp_path / "log", *distributed)
-    assert "2 processes × 2 micro-batches × at most 2" in (tmp_path / "log.0").read_text()
+    assert "so many rollouts: 2 × 2 × 2)" in (tmp_path / "log.0").read_text()
     assert (tmp_path / "log.1").read_text() == ""
     assert (one / "completions.jsonl").read_text() == (two / "completions.jsonl").read_text()
     for a, b in zip(metrics(one), metrics(two), strict=True):

@@ -67,6 +67,15 @@ def test_a_rollout_does_not_depend_on_the_rollouts_beside_it(folder):
     assert other.completions[0] != alone[0]
 
 
+@pytest.mark.parametrize("engine", ["generate", "continuous"])
+def test_the_model_does_not_decide_how_it_is_sampled(folder, engine):
+    """Its generation config has a top-k of 20, as Qwen3's."""
+    setup = prepared(folder, engine=engine, temperature=5.0, max_new_tokens=1)
+    prompts = setup.contexts.student.token_ids(setup.problems[:1])
+    first = {c[0] for c in setup.sampler.sample(prompts * 99, list(range(99)))}
+    assert len(first) > 30
+
+
 def test_top_k_and_top_p(folder):
     setup = prepared(folder)
     prompts = setup.contexts.student.token_ids(setup.problems[:1])

@@ -58,7 +58,10 @@ def save_model(path: Path, seed: int = 0, vocab_size: int = 104, **options: obje
         bos_token_id=None,
         **options,
     )
-    Qwen3ForCausalLM(config).save_pretrained(path)
+    model = Qwen3ForCausalLM(config)
+    # As the real ones say how they would be sampled; a run has its own mind about that.
+    model.generation_config.update(do_sample=True, temperature=0.6, top_k=20, top_p=0.95)
+    model.save_pretrained(path)
 
 
 def save_qwen3(path: Path, **options: object) -> Path:
