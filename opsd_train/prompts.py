@@ -88,9 +88,24 @@ def left_pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def right_pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, [B, longest] int64, padded on the right."""
-    longest = max(map(len, sequences))
-    ids = torch.tensor([s + [pad_id] * (longest - len(s)) for s in sequences])
-    mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences])
-    return ids, mask
+def join(
+    prompts: list[list[int]], completions: list[list[int]], pad_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sequences of a prompt and its completion, prompts padded on the left and completions on the
+    right.
+
+    Returns:
+        Token ids [B, L] int64; their mask [B, L] int64, 1 on real tokens; and [B, L] bool whether a
+        position predicts a token of the completion: it is the one BEFORE that token.
+    """
+    prompt_ids, prompt_mask = left_pad(prompts, pad_id)
+    longest = max(map(len, completions))
+    completion_ids = torch.tensor([c + [pad_id] * (longest - len(c)) for c in completions])
+    completion_mask = torch.tensor([[1] * len(c) + [0] * (longest - len(c)) for c in completions])
+    is_completion = torch.cat([torch.zeros_like(prompt_mask), completion_mask], dim=1).bool()
+    return (
+        torch.cat([prompt_ids, completion_ids], dim=1),
+        torch.cat([prompt_mask, completion_mask], dim=1),
+        # The first position is a prompt's: it wraps around to where nothing is left to predict.
+        is_completion.roll(-1, dims=1),
+    )

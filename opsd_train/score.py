@@ -1,57 +1,44 @@
 """Run student and teacher over the same sampled tokens and keep the hidden states that matter."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opsd_train.prompts import Context, left_pad, right_pad
+from opsd_train.prompts import Context, join
 from opsd_train.records import Rollout, Scores
+from opsd_train.teachers import Teacher
 
 
 class Backbone(torch.nn.Module):
     """The model without its LM head, as a module whose forward returns what the loss reads: so data
     parallelism can wrap it, and nobody has to reach around the wrapper."""
 
-    def __init__(self, model: PreTrainedModel, pad_id: int):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model: Any = model.base_model
-        self.pad_id = pad_id
 
-    def forward(self, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
-        """[N, D] last hidden states of the positions that predict the completions' N tokens.
+    def forward(self, ids: Tensor, mask: Tensor, predicts: Tensor) -> Tensor:
+        """[N, D] last hidden states of the positions that predict the completions' N tokens, of
+        sequences as `join` makes them.
 
-        The LM head is never applied, neither to prompts nor to completions. Prompts are padded on
-        the left and completions on the right, with positions counted over real tokens.
+        The LM head is never applied, neither to prompts nor to completions.
         """
-        prompt_ids, prompt_mask = left_pad(prompts, self.pad_id)
-        completion_ids, completion_mask = right_pad(completions, self.pad_id)
         device = self.model.device
-        mask = torch.cat([prompt_mask, completion_mask], dim=1).to(device)
+        mask = mask.to(device)
         h = self.model(
-            input_ids=torch.cat([prompt_ids, completion_ids], dim=1).to(device),
+            input_ids=ids.to(device),
             attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),  # counted over real tokens
             use_cache=False,
         ).last_hidden_state
-        # One position earlier: the hidden state at a token predicts the next one.
-        before = h[:, prompt_ids.shape[1] - 1 : -1]
-        return before[completion_mask.bool().to(device)]
+        return h[predicts.to(device)]
 
     def gathered(self, call: Callable[[], Any]) -> Any:
         """Call something; where the weights are sharded, with this module's own in place."""
         return call()
-
-
-class Teacher(Protocol):
-    """A model, and what it wears while it scores; see teachers.py."""
-
-    backbone: torch.nn.Module
-
-    def worn(self) -> AbstractContextManager[None]: ...
 
 
 def score(
@@ -62,10 +49,11 @@ def score(
     The teacher has no gradient and goes first, so that the student's adapter is on, and as it will
     be, when the student's graph is built (and rebuilt, under activation checkpointing).
     """
+    pad_id = teacher_context.tokenizer.pad_token_id
     teacher_prompts = teacher_context.token_ids(rollout.problems)
     with teacher.worn(), torch.no_grad():
-        h_teacher = teacher.backbone(teacher_prompts, rollout.completions)
-    h_student = backbone(rollout.prompts, rollout.completions)
+        h_teacher = teacher.backbone(*join(teacher_prompts, rollout.completions, pad_id))
+    h_student = backbone(*join(rollout.prompts, rollout.completions, pad_id))
 
     device = h_student.device
     return Scores(

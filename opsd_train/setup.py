@@ -28,7 +28,7 @@ from opsd_train.records import Problem
 from opsd_train.rollout import GenerateSampler, Sampler, Sampling, ShardedSampler
 from opsd_train.score import Backbone
 from opsd_train.sharding import shard
-from opsd_train.teachers import EmaTeacher, InitialTeacher, LiveTeacher, OtherTeacher
+from opsd_train.teachers import EmaTeacher, InitialTeacher, Teacher
 
 ENGINES: dict[str, Callable[..., Sampler]] = {
     "generate": GenerateSampler,
@@ -45,7 +45,7 @@ class Setup:
     model: PeftModelForCausalLM  # the student, to sample from
     backbone: torch.nn.Module  # the student, to score with: a `Backbone`, wrapped if distributed
     W: Tensor  # [V, D] its LM head, frozen
-    teacher: InitialTeacher
+    teacher: Teacher
     sampler: Sampler
     is_correct: Grader | None
 
@@ -79,7 +79,7 @@ def set_up(
     if config.activation_checkpointing:
         base_model(student).activation_checkpointing_enable()
     W = lm_head(base_model(student))
-    backbone = Backbone(base_model(student), tokenizer.pad_token_id)
+    backbone = Backbone(base_model(student))
     if config.shard:
         shard(backbone, accelerator)
     else:
@@ -119,16 +119,18 @@ def make_teacher(
     backbone: torch.nn.Module,
     W: Tensor,
     tokenizer: PreTrainedTokenizerBase,
-) -> InitialTeacher:
+) -> Teacher:
     if config.teacher_model is not None:
         other = load_model(config.teacher_model, config).requires_grad_(False)
         torch.nn.Module.to(other, W.device)
         W_teacher = lm_head(other)
         check_same_vocabulary(tokenizer, load_tokenizer(config.teacher_model), W, W_teacher)
-        return OtherTeacher(Backbone(other, tokenizer.pad_token_id), W_teacher)
+        return Teacher(Backbone(other), W_teacher)
+    if config.teacher == "live":
+        return Teacher(backbone)
     if config.teacher == "ema":
         return EmaTeacher(backbone, student, config.ema_decay)
-    return {"initial": InitialTeacher, "live": LiveTeacher}[config.teacher](backbone, student)
+    return InitialTeacher(backbone, student)
 
 
 def check_distribution(config: Config, accelerator: Accelerator) -> None:

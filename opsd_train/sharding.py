@@ -1,7 +1,10 @@
-"""FSDP2: every process keeps a part of each weight, and all of it only while it is needed."""
+"""FSDP2: every process keeps a part of each weight, and all of it only while it is needed.
+
+What is sharded is a `Backbone`, see score.py.
+"""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -10,10 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from opsd_train.score import Backbone
 
-
-def shard(backbone: Backbone, accelerator: Accelerator) -> None:
+def shard(backbone: Any, accelerator: Accelerator) -> None:
     """Shard a backbone's weights over all processes, layer by layer. The LM head is no part of it,
     and stays whole."""
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -25,7 +26,7 @@ def shard(backbone: Backbone, accelerator: Accelerator) -> None:
     with_whole_weights(backbone, lambda: None)
 
 
-def with_whole_weights(backbone: torch.nn.Module, call: Callable[[], Any]) -> Any:
+def with_whole_weights(backbone: Any, call: Callable[[], Any]) -> Any:
     """Call with all weights of a sharded backbone in place: what is called may then use the model
     as often as it likes, without waiting for other processes."""
     layers = [module for module in backbone.modules() if isinstance(module, FSDPModule)]
@@ -41,7 +42,7 @@ def with_whole_weights(backbone: torch.nn.Module, call: Callable[[], Any]) -> An
                 layer.set_reshard_after_forward(True, recurse=False)
                 layer.reshard()
 
-    return cast(Backbone, backbone).gathered(gather_and_call)
+    return backbone.gathered(gather_and_call)
 
 
 def whole(t: Tensor) -> Tensor:

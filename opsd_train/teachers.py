@@ -16,15 +16,16 @@ from torch import Tensor
 from opsd_train.model import adapter_weights
 
 
-class InitialTeacher:
-    W: Tensor | None = None  # an LM head of its own
+class Teacher:
+    """A backbone as it is: another model's, or the student's own."""
 
-    def __init__(self, backbone: torch.nn.Module, model: PeftModelForCausalLM):
-        self.backbone, self.model = backbone, model
+    def __init__(self, backbone: torch.nn.Module, W: Tensor | None = None):
+        self.backbone = backbone
+        self.W = W  # an LM head of its own
 
     def worn(self) -> AbstractContextManager[None]:
         """What holds while the teacher scores."""
-        return self.model.disable_adapter()
+        return nullcontext()
 
     def follow(self) -> None:
         """Called after each step of the student."""
@@ -34,14 +35,23 @@ class InitialTeacher:
         return {}
 
 
-class LiveTeacher(InitialTeacher):
+class InitialTeacher(Teacher):
+    """The student's backbone without its adapter."""
+
+    def __init__(self, backbone: torch.nn.Module, model: PeftModelForCausalLM):
+        super().__init__(backbone)
+        self.model = model
+
     def worn(self) -> AbstractContextManager[None]:
-        return nullcontext()
+        return self.model.disable_adapter()
 
 
-class EmaTeacher(InitialTeacher):
+class EmaTeacher(Teacher):
+    """The student's backbone with the average of its adapter: ā ← decay · ā + (1 − decay) · a after
+    each step."""
+
     def __init__(self, backbone: torch.nn.Module, model: PeftModelForCausalLM, decay: float):
-        super().__init__(backbone, model)
+        super().__init__(backbone)
         self.decay = decay
         self.student = adapter_weights(model)
         self.average = {name: w.detach().clone() for name, w in self.student.items()}
@@ -66,11 +76,3 @@ class EmaTeacher(InitialTeacher):
 
     def state(self) -> dict[str, Tensor]:
         return self.average
-
-
-class OtherTeacher(InitialTeacher):
-    def __init__(self, backbone: torch.nn.Module, W: Tensor):
-        self.backbone, self.W = backbone, W
-
-    def worn(self) -> AbstractContextManager[None]:
-        return nullcontext()

@@ -21,7 +21,7 @@ from opsd_train.model import (
     load_model,
     load_tokenizer,
 )
-from opsd_train.prompts import Context, Contexts
+from opsd_train.prompts import Context, Contexts, join
 from opsd_train.records import Problem
 
 
@@ -143,6 +143,14 @@ def test_templates_are_checked(folder):
         Contexts(teacher, teacher)
 
 
+def test_a_position_predicts_the_token_after_it():
+    ids, mask, predicts = join([[5, 6, 7], [8]], [[9, 10], [11, 12, 13]], pad_id=0)
+    assert ids.tolist() == [[5, 6, 7, 9, 10, 0], [0, 0, 8, 11, 12, 13]]
+    assert mask.tolist() == [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
+    assert ids[predicts].tolist() == [7, 9, 8, 11, 12]
+    assert ids.roll(-1, dims=1)[predicts].tolist() == [9, 10, 11, 12, 13]
+
+
 # Model
 
 
@@ -162,7 +170,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(folder):
     gradients = []
     for checkpointing in (False, True):
         setup = prepared(folder, activation_checkpointing=checkpointing)
-        h = setup.backbone.train()([[5, 6, 7], [8]], [[9, 10], [11, 12, 13]])
+        h = setup.backbone.train()(*join([[5, 6, 7], [8]], [[9, 10], [11, 12, 13]], pad_id=0))
         h.square().sum().backward()
         gradients.append([w.grad for w in setup.model.parameters() if w.grad is not None])
     assert gradients[0]

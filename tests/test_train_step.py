@@ -12,6 +12,7 @@ from tiny_qwen3 import config, prepared
 from opsd_kernels.reference import reference_jsd_loss
 from opsd_train.model import adapter_weights
 from opsd_train.objective import opsd_loss, token_weights
+from opsd_train.prompts import join
 from opsd_train.records import Scores
 from opsd_train.rollout import GenerateSampler, Sampling, SeededDraws, draw_seed, roll_out
 from opsd_train.score import score
@@ -154,7 +155,7 @@ def test_the_ema_teacher_wears_the_average(folder):
         assert torch.equal(w, student[name])
         torch.testing.assert_close(setup.teacher.state()[name], average[name])
         w.data.copy_(average[name])
-    h_average = setup.backbone(rollout.prompts, rollout.completions)
+    h_average = setup.backbone(*join(rollout.prompts, rollout.completions, pad_id=0))
     torch.testing.assert_close(h_teacher, h_average, rtol=1e-3, atol=1e-4)
 
 
@@ -166,7 +167,7 @@ def test_another_model_as_the_teacher(folder, tmp_path):
     assert torch.equal(setup.teacher.W, alone.W)
     context = setup.contexts.student
     rollout = roll_out(setup.sampler, context, setup.problems[:3], [1, 2, 3])
-    h = alone.backbone(rollout.prompts, rollout.completions)
+    h = alone.backbone(*join(rollout.prompts, rollout.completions, pad_id=0))
     torch.testing.assert_close(scores.h_teacher, h.detach())
     weights = token_weights(scores.lengths, "token", 3, len(scores.tokens))
     loss, _ = opsd_loss(scores, setup.W, config(folder), weights, setup.teacher.W)
