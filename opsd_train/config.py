@@ -185,11 +185,13 @@ def parse(arguments: list[str] | None = None) -> Config:
         name, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
         if f.default not in (None, False, dataclasses.MISSING) and "template" not in f.name:
             help += f" (default: {f.default})"
-        if bool in _kinds(f.name):
+        kinds = _kinds(f.name)
+        if kinds == (bool,):
             action: Any = argparse.BooleanOptionalAction
             parser.add_argument(name, action=action, default=argparse.SUPPRESS, help=help)
         else:
-            metavar = "|".join(_choices(f.name)) or None
+            choices = ("true", "false", "none") if bool in kinds else _choices(f.name)
+            metavar = "|".join(choices) or None
             parser.add_argument(name, default=argparse.SUPPRESS, metavar=metavar, help=help)
     known, unknown = parser.parse_known_args(arguments)
     overrides = vars(known)
@@ -275,7 +277,7 @@ def _convert(name: str, value: Any) -> Any:
     wanted, convert = _CONVERSIONS[typing.get_origin(kind) or kind]
     try:
         return convert(value)
-    except (TypeError, ValueError, yaml.YAMLError):
+    except (KeyError, TypeError, ValueError, yaml.YAMLError):
         raise ValueError(f"{name} must be {wanted}, got {value!r}") from None
 
 
@@ -297,6 +299,10 @@ def _exactly(kind: type, value: Any) -> Any:
     return value
 
 
+def _truth(value: Any) -> bool:
+    return {"true": True, "false": False}[str(value).lower()]
+
+
 def _words(value: Any) -> tuple[str, ...]:
     words = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
     return tuple(_exactly(str, word) for word in words)
@@ -309,7 +315,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 _CONVERSIONS: dict[Any, tuple[str, typing.Callable[[Any], Any]]] = {
     int: ("a whole number", _whole),
     float: ("a number", _number),
-    bool: ("true or false", lambda value: _exactly(bool, value)),
+    bool: ("true or false", _truth),
     str: ("text", lambda value: _exactly(str, value)),
     Path: ("a path", Path),
     tuple: ("a list of names", _words),

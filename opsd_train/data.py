@@ -1,7 +1,7 @@
 """Problems with reference solutions, from the hub or from a file."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,13 @@ def _rows(data: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if data.endswith(".jsonl"):
         yield from _json_lines(Path(data))
         return
-    if data.endswith(".parquet"):
-        table = datasets.load_dataset("parquet", data_files=data, split="train")
-    else:
-        table = datasets.load_dataset(data, split=split)
-    rows: Iterable[Any] = table
+    try:
+        if data.endswith(".parquet"):
+            rows = datasets.load_dataset("parquet", data_files=data, split="train")
+        else:
+            rows = datasets.load_dataset(data, split=split)
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{data} cannot be read: {error.__cause__ or error}") from error
     for i, row in enumerate(rows):
         yield f"{data}, row {i}", row
 

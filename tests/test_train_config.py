@@ -44,13 +44,25 @@ def test_options_override_the_file():
         "authors-2026-05",
         *("--model", "there", "--no-activation-checkpointing", "--entry-clip", "none"),
         *("--lora-targets", "q_proj, v_proj", "--where", "{source: [a, b], level: 3}"),
-        *("--teacher-thinking", "--output-dir", "here", "--tracker", "none", "--top-p", "1"),
+        *(
+            "--teacher-thinking",
+            "none",
+            "--student-thinking",
+            "TRUE",
+            "--output-dir",
+            "here",
+            "--tracker",
+            "none",
+            "--top-p",
+            "1",
+        ),
     )
     assert (config.model, config.activation_checkpointing) == ("there", False)
     assert config.entry_clip is None
     assert config.lora_targets == ("q_proj", "v_proj")
     assert config.where == {"source": ["a", "b"], "level": 3}
-    assert (config.teacher_thinking, config.output_dir) == (True, Path("here"))
+    assert (config.student_thinking, config.teacher_thinking) == (True, None)
+    assert config.output_dir == Path("here")
     assert config.top_p == 1.0
 
 

@@ -54,6 +54,22 @@ def test_jsonl_and_parquet_give_the_same_problems(folder, tmp_path, monkeypatch)
         assert [p.question for p in some] == ["p0", "p2", "p3"]
 
 
+def test_a_data_set_by_name(folder, tmp_path, monkeypatch):
+    """A folder is read as a data set on the hub is."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "named").mkdir()
+    for split in ("train", "test"):
+        rows = [{"problem": f"{split} {i}", "solution": "s"} for i in range(3)]
+        write_rows(tmp_path / "named" / f"{split}.jsonl", rows)
+    problems = load_problems(config(folder, data=str(tmp_path / "named"), split="test"))
+    assert [p.question for p in problems] == ["test 0", "test 1", "test 2"]
+    with pytest.raises(OSError, match="no-such-set"):
+        load_problems(config(folder, data=str(tmp_path / "no-such-set")))
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(ValueError, match=r"torn.parquet cannot be read"):
+        load_problems(config(folder, data=str(tmp_path / "torn.parquet")))
+
+
 def test_columns_and_chat_messages(folder, tmp_path):
     chat = [
         {"role": "system", "content": "be brief"},
