@@ -54,6 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
         fail(str(error), error.status)
     except (OSError, ValueError) as error:
         fail(str(error))
+    except torch.OutOfMemoryError as error:
+        fail(f"no memory for the model; spread it over several processes with --shard. ({error})")
     finally:
         accelerator.end_training()
 

@@ -163,12 +163,13 @@ class Config:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for YAML and JSON."""
-        plain = {Path: str, tuple: list}
         values = dataclasses.asdict(self)
-        return {
-            name: next((to(value) for kind, to in plain.items() if isinstance(value, kind)), value)
-            for name, value in values.items()
-        }
+        for name, value in values.items():
+            if isinstance(value, Path):
+                values[name] = str(value)
+            elif isinstance(value, tuple):
+                values[name] = list(value)
+        return values
 
 
 def parse(arguments: list[str] | None = None) -> Config:

@@ -18,8 +18,8 @@ OUT_OF_MEMORY = {
     "score": "lower --micro-batch-size, or turn on --activation-checkpointing",
     "loss": "lower --workspace-mib or --micro-batch-size",
     "backward": "lower --micro-batch-size, or turn on --activation-checkpointing",
-    "step": "lower --lora-rank",
-    "evaluate": "lower --max-new-tokens",
+    "step": "spread the weights over several processes with --shard",
+    "evaluate": "lower --rollout-batch-size",
 }
 BEFORE_THE_ADAPTER_MOVES = ("rollout", "score", "loss", "backward")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -41,9 +41,9 @@ def explained(run: RunFolder, rescue: Callable[[], None]) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         if run.current_phase in BEFORE_THE_ADAPTER_MOVES:
             rescue()
+        remedy = OUT_OF_MEMORY.get(run.current_phase, "lower --micro-batch-size")
         raise RunFailed(
-            f"out of memory in the {run.current_phase} phase: "
-            f"{OUT_OF_MEMORY[run.current_phase]}, "
+            f"out of memory in the {run.current_phase} phase: {remedy}, "
             f"and go on with --resume. ({error})"
         ) from error
     except OSError as error:
