@@ -83,9 +83,10 @@ def cost(run: RunFolder, setup: Setup, tokens: int) -> dict[str, Any]:
     else:
         unit = 2**20 if sys.platform == "darwin" else 2**10
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    speeds = {name: round(tokens / s, 1) for name, s in seconds.items() if name != "evaluate"}
     return {
         "seconds": {name: round(s, 4) for name, s in seconds.items()},
-        "tokens_per_second": {name: round(tokens / s, 1) for name, s in seconds.items() if s > 0},
+        "tokens_per_second": speeds,
         "peak_memory_mib": round(peak, 1),
     }
 
