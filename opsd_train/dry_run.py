@@ -7,7 +7,6 @@ from opsd_train.config import Config
 from opsd_train.console import say
 from opsd_train.model import adapter_weights
 from opsd_train.objective import loss_name, opsd_loss, token_weights
-from opsd_train.prompts import Context
 from opsd_train.rollout import draw_seed, roll_out
 from opsd_train.score import score
 from opsd_train.setup import Setup
@@ -15,11 +14,7 @@ from opsd_train.setup import Setup
 
 def dry_run(config: Config, setup: Setup) -> None:
     problems = setup.problems[: config.micro_batch_size]
-    contexts: dict[str, Context] = {
-        "student": setup.contexts.student,
-        "teacher": setup.contexts.teacher,
-    }
-    for name, context in contexts.items():
+    for name, context in (("student", setup.contexts.student), ("teacher", setup.contexts.teacher)):
         lengths = [len(ids) for ids in context.token_ids(setup.problems[: config.batch_size])]
         say(f"{name} prompt, {min(lengths)} to {max(lengths)} tokens:")
         say(f"{context.text(problems[0])}\n")

@@ -66,8 +66,8 @@ def end_ids(model: PeftModelForCausalLM, tokenizer: PreTrainedTokenizerBase) -> 
     return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
 
 
-class GenerateSampler:
-    """transformers' `generate`, in left-padded batches of prompts."""
+class BatchSampler:
+    """A sampler that takes so many prompts at once, all of them by default, with `sample_batch`."""
 
     def __init__(
         self,
@@ -81,13 +81,22 @@ class GenerateSampler:
         self.ends = end_ids(model, tokenizer)
 
     def sample(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
+        self.model.eval()  # without activation checkpointing, which knows no cache
         size = self.batch_size or len(prompts)
         completions = []
         for i in range(0, len(prompts), size):
-            completions += self._batch(prompts[i : i + size], seeds[i : i + size])
-        return completions
+            completions += self.sample_batch(prompts[i : i + size], seeds[i : i + size])
+        return [up_to_the_end(completion, self.ends) for completion in completions]
 
-    def _batch(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
+    def sample_batch(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
+        """Completions, and whatever comes after their ends."""
+        raise NotImplementedError
+
+
+class GenerateSampler(BatchSampler):
+    """transformers' `generate`, in left-padded batches of prompts."""
+
+    def sample_batch(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
         ids, mask = left_pad(prompts, self.tokenizer.pad_token_id)
         processors = LogitsProcessorList([TemperatureLogitsWarper(self.sampling.temperature)])
         if self.sampling.top_k:
@@ -95,7 +104,6 @@ class GenerateSampler:
         if self.sampling.top_p < 1:
             processors.append(TopPLogitsWarper(self.sampling.top_p))
         processors.append(SeededDraws(seeds, self.model.device))
-        self.model.eval()  # without activation checkpointing, which knows no cache
         with torch.no_grad():
             out = self.model.generate(
                 input_ids=ids.to(self.model.device),
@@ -108,7 +116,7 @@ class GenerateSampler:
                     pad_token_id=self.tokenizer.pad_token_id,
                 ),
             )
-        return [up_to_the_end(row, self.ends) for row in out[:, ids.shape[1] :].tolist()]
+        return out[:, ids.shape[1] :].tolist()
 
 
 class SeededDraws(LogitsProcessor):
