@@ -177,9 +177,11 @@ def parse(arguments: list[str] | None = None) -> Config:
     say. What does not fit ends the program with a message."""
     parser = argparse.ArgumentParser(
         prog="python -m opsd_train",
+        usage="python -m opsd_train [config.yaml] [--option value ...]",
         allow_abbrev=False,
-        description="On-policy self-distillation. Without a file, a small world: a tiny Qwen3 "
-        "learns long multiplication from itself, on a CPU, in about two minutes.",
+        description="On-policy self-distillation. Without a file, a small world with values of its "
+        "own: a tiny Qwen3 learns long multiplication from itself, on a CPU, in about two minutes. "
+        "The defaults below are those of a file.",
     )
     parser.add_argument("config", nargs="?", type=Path, help="YAML file of the options below")
     for f in dataclasses.fields(Config):

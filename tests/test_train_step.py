@@ -10,7 +10,7 @@ import tiny_qwen3
 from tiny_qwen3 import config, prepared
 
 from opsd_kernels.reference import reference_jsd_loss
-from opsd_train.model import adapter_weights
+from opsd_train.model import adapter_weights, base_model
 from opsd_train.objective import opsd_loss, token_weights
 from opsd_train.prompts import join
 from opsd_train.records import Scores
@@ -175,6 +175,18 @@ def test_another_model_as_the_teacher(folder, tmp_path):
         scores.h_student, scores.h_teacher, setup.W, temperature=1.2, W_teacher=setup.teacher.W
     )
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
+
+
+def test_the_head_sees_neither_prompt_nor_completion(folder):
+    setup = prepared(folder)
+    rollout = roll_out(setup.sampler, setup.contexts.student, setup.problems[:2], [1, 2])
+
+    def refuse(*_):
+        raise AssertionError("the LM head was called")
+
+    base_model(setup.model).get_output_embeddings().register_forward_pre_hook(refuse)
+    scores = score(setup.backbone, setup.teacher, setup.contexts.teacher, rollout)
+    assert scores.h_student.shape == scores.h_teacher.shape == (rollout.tokens, 32)
 
 
 # Objective
