@@ -1,80 +1,326 @@
-"""Everything a run can be asked for, in one place; each field is a command-line option."""
+"""Everything a run can be asked for, in one place. Each field is a key of a YAML file and an option
+of the command line; the defaults are the paper's figures where it gives them."""
 
 import argparse
 import dataclasses
+import difflib
 import math
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import yaml
 
 from opsd_kernels.checks import check_beta, check_clip, check_temperature
-from opsd_train.tiny_world import HELD_OUT
+from opsd_train.tiny_world import DEMO, HELD_OUT, SMALL_WORLD
+
+STUDENT_TEMPLATE = "{problem}\n\nReason step by step, and put your final answer within \\boxed{}."
+TEACHER_TEMPLATE = (
+    "{problem}\n\nFor reference, this is a correct solution:\n\n{solution}\n\n"
+    "Work the problem again from the beginning, in your own words and without mentioning the "
+    "reference. Reason step by step, and put your final answer within \\boxed{}."
+)
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def option(default: Any, help: str) -> Any:
+def option(default: Any = dataclasses.MISSING, *, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class Config:
-    output_dir: Path | None = option(None, "run folder (default: runs/<date>-<time>)")
-    seed: int = option(0, "seeds the world, its warm start, the sampling and the adapter")
-    steps: int = option(60, "OPSD steps")
-    batch_size: int = option(24, "problems, and rollouts, a step")
-    learning_rate: float = option(5e-4, "peak learning rate of AdamW on the adapter")
-    lora_rank: int = option(16, "rank of the adapter; alpha is twice the rank")
-    beta: float = option(0.5, "teacher's weight in the JSD; 0 and 1 name forward and reverse KL")
-    entry_clip: float | None = option(None, "clip of each vocabulary entry's value")
-    temperature: float = option(1.1, "of sampling and of the loss")
-    max_new_tokens: int = option(56, "longest solution")
-    eval_every: int = option(10, "steps between evaluations on held-out problems")
-    eval_problems: int = option(HELD_OUT, "held-out problems before and after training")
-    overwrite: bool = option(False, "replace the run that the run folder holds")
-    dry_run: bool = option(False, "show prompts, lengths and memory, do one step, write nothing")
+    # Model
+    model: str = option(help=f"folder or hub name of a Qwen3, or {SMALL_WORLD}, the demo's own")
+    data: str = option(help=f"data set: hub name, .jsonl or .parquet file, or {SMALL_WORLD}")
+    dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", help="of the weights")
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = option(
+        "auto", help="auto: FlashAttention 2 where it is installed, else sdpa"
+    )
+    liger: bool = option(False, help="Liger's kernels in the layers (CUDA)")
+    activation_checkpointing: bool = option(True, help="recompute layers in backward")
+    lora_rank: int = option(64, help="rank of the adapter")
+    lora_alpha: int = option(128, help="the adapter's scale is alpha / rank")
+    lora_targets: tuple[str, ...] = option(LORA_TARGETS, help="layers with an adapter")
+
+    # Teacher
+    teacher: Literal["initial", "live", "ema"] = option(
+        "initial", help="adapter of the teacher: none, the student's, or the student's average"
+    )
+    ema_decay: float = option(0.99, help="of the average that the ema teacher wears")
+    teacher_model: str | None = option(None, help="another model, same vocabulary, as the teacher")
+
+    # Data
+    split: str = option("train", help="of a data set on the hub")
+    problem_column: str = option("problem", help="text, or chat messages: the user's last")
+    solution_column: str = option("solution", help="text, or chat messages: the assistant's last")
+    where: dict[str, Any] | None = option(
+        None, help="rows to keep, {column: value} or {column: [values]}"
+    )
+    max_problems: int | None = option(None, help="use the first so many rows")
+    max_prompt_tokens: int = option(8192, help="a problem with a longer prompt is dropped")
+
+    # Prompts
+    student_template: str = option(STUDENT_TEMPLATE, help="{problem} stands for the problem")
+    teacher_template: str = option(TEACHER_TEMPLATE, help="{solution} for its reference solution")
+    student_thinking: bool | None = option(None, help="chat template's switch (none: its default)")
+    teacher_thinking: bool | None = option(None, help="chat template's switch (none: its default)")
+
+    # Sampling
+    engine: Literal["generate", "continuous"] = option(
+        "generate", help="transformers' generate, or its continuous batching"
+    )
+    temperature: float = option(1.2, help="of sampling and of the loss")
+    top_p: float = option(1.0, help="sample from the likeliest tokens that make up so much")
+    top_k: int = option(0, help="sample from so many likeliest tokens; 0 for all")
+    max_new_tokens: int = option(2048, help="longest rollout")
+    rollout_batch_size: int | None = option(
+        None, help="rollouts a process samples at once (none: its whole share of the batch)"
+    )
+
+    # Objective
+    objective: Literal["divergence", "sampled_token"] = option(
+        "divergence", help="over the whole vocabulary, or of the sampled token alone"
+    )
+    beta: float = option(
+        0.5, help="teacher's weight in the JSD; 0 and 1 name forward and reverse KL"
+    )
+    entry_clip: float | None = option(None, help="clip of each vocabulary entry's value")
+    advantage_clip: float | None = option(None, help="clip of the sampled token's log-ratio")
+    mean: Literal["rollout", "token"] = option(
+        "rollout", help="over each rollout's tokens, then the batch; or over all tokens alike"
+    )
+    workspace_mib: float | None = option(None, help="bound on the loss's vocabulary-sized tensors")
+
+    # Optimization
+    steps: int = option(100, help="OPSD steps")
+    batch_size: int = option(32, help="problems, and rollouts, a step, over all processes")
+    micro_batch_size: int = option(1, help="rollouts a process scores at once")
+    learning_rate: float = option(2e-5, help="peak learning rate of AdamW on the adapter")
+    schedule: Literal["cosine", "constant"] = option("cosine", help="after warm-up")
+    warmup: float = option(0.1, help="share of the steps over which the learning rate rises")
+    max_grad_norm: float = option(1.0, help="gradients are scaled down to this norm")
+    shard: bool = option(False, help="spread the weights over the processes (FSDP2)")
+    patience: int | None = option(
+        None, help="stop early if the mean loss of so many steps is no less than of those before"
+    )
+    seed: int = option(0, help="of the adapter, the order of problems and all sampling")
+
+    # Run
+    output_dir: Path | None = option(None, help="run folder (default: runs/<date>-<time>)")
+    save_every: int = option(10, help="steps between checkpoints")
+    keep_last: int = option(3, help="checkpoints to keep")
+    resume: bool = option(False, help="go on from the run folder's last checkpoint, if any")
+    overwrite: bool = option(False, help="replace the run that the run folder holds")
+    tracker: Literal["none", "trackio", "wandb", "tensorboard"] = option(
+        "none", help="where metrics go besides metrics.jsonl"
+    )
+    dry_run: bool = option(
+        False, help="show prompts, lengths and memory, do one step, write nothing"
+    )
+    eval_every: int = option(10, help=f"{SMALL_WORLD}: steps between evaluations")
+    eval_problems: int = option(
+        HELD_OUT, help=f"{SMALL_WORLD}: held-out problems, before and after"
+    )
 
     def __post_init__(self) -> None:
         for name in (
-            "steps",
-            "batch_size",
-            "lora_rank",
-            "max_new_tokens",
-            "eval_every",
-            "eval_problems",
+            *("lora_rank", "lora_alpha", "max_problems", "max_prompt_tokens", "max_new_tokens"),
+            *("rollout_batch_size", "steps", "batch_size", "micro_batch_size", "patience"),
+            *("save_every", "keep_last", "eval_every", "eval_problems"),
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("ema_decay", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must not be negative, got {self.top_k}")
         if self.eval_problems > HELD_OUT:
             raise ValueError(f"eval_problems must be at most {HELD_OUT}, got {self.eval_problems}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
         check_beta(self.beta)
         check_temperature(self.temperature)
         check_clip("entry_clip", self.entry_clip)
+        check_clip("advantage_clip", self.advantage_clip)
+        if (self.model == SMALL_WORLD) != (self.data == SMALL_WORLD):
+            raise ValueError(
+                f"model {self.model} and data {self.data}: {SMALL_WORLD} is both or neither"
+            )
+        if self.teacher_model is not None and self.teacher != "initial":
+            raise ValueError(
+                f"teacher must be initial beside a teacher_model, which wears no adapter; "
+                f"got {self.teacher}"
+            )
+        if self.overwrite and self.resume:
+            raise ValueError("overwrite and resume contradict each other; give one of them")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for YAML and JSON."""
         values = dataclasses.asdict(self)
-        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+        for name, value in values.items():
+            if isinstance(value, Path):
+                values[name] = str(value)
+            elif isinstance(value, tuple):
+                values[name] = list(value)
+        return values
 
 
 def parse(arguments: list[str] | None = None) -> Config:
-    """Config from the command line; a value that does not fit ends the program with a message."""
+    """Config from the command line: a YAML file, or else the demo's values, under what the options
+    say. What does not fit ends the program with a message."""
     parser = argparse.ArgumentParser(
         prog="python -m opsd_train",
-        description="On-policy self-distillation in a small world: a tiny Qwen3 learns long "
-        "multiplication from itself, on a CPU, in about two minutes.",
+        usage="python -m opsd_train [config.yaml] [--option value ...]",
+        allow_abbrev=False,
+        description="On-policy self-distillation. Without a file, a small world with values of its "
+        "own: a tiny Qwen3 learns long multiplication from itself, on a CPU, in about two minutes. "
+        "The defaults below are those of a file.",
     )
-    types = {"output_dir": Path, "entry_clip": float}
+    parser.add_argument("config", nargs="?", type=Path, help="YAML file of the options below")
     for f in dataclasses.fields(Config):
         name, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
-        if isinstance(f.default, bool):
-            parser.add_argument(name, action="store_true", help=help)
-            continue
-        if f.default is not None:
+        if f.default not in (None, False, dataclasses.MISSING) and "template" not in f.name:
             help += f" (default: {f.default})"
-        kind = types.get(f.name, type(f.default))
-        parser.add_argument(name, type=kind, default=f.default, help=help)
+        kinds = _kinds(f.name)
+        if kinds == (bool,):
+            action: Any = argparse.BooleanOptionalAction
+            parser.add_argument(name, action=action, default=argparse.SUPPRESS, help=help)
+        else:
+            choices = ("true", "false", "none") if bool in kinds else _choices(f.name)
+            metavar = "|".join(choices) or None
+            parser.add_argument(name, default=argparse.SUPPRESS, metavar=metavar, help=help)
+    known, unknown = parser.parse_known_args(arguments)
+    overrides = vars(known)
+    path = overrides.pop("config")
+    if unknown:
+        named = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
+        nearest = _nearest(named)
+        hint = "; did you mean --" + nearest.replace("_", "-") + "?" if nearest else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     try:
-        return Config(**vars(parser.parse_args(arguments)))
-    except ValueError as error:
-        parser.error(str(error))
+        values = DEMO if path is None else read_yaml(path)
+        return make_config({**values, **overrides})
+    except (ValueError, OSError) as error:
+        parser.error(f"{path}: {error}" if path else str(error))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a config file.
+
+    Raises:
+        OSError: it cannot be read. ValueError: it is not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"must hold `key: value` lines, got {type(values).__name__}")
+    return values
+
+
+def make_config(values: dict[str, Any]) -> Config:
+    """Config of plain values, as YAML or the command line give them.
+
+    Raises:
+        ValueError: an unknown key, a missing one, or a value that does not fit.
+    """
+    names = [f.name for f in dataclasses.fields(Config)]
+    for name in values:
+        if name not in names:
+            nearest = _nearest(str(name))
+            hint = f"; did you mean {nearest}?" if nearest else ""
+            raise ValueError(f"unknown key {name}{hint}")
+    for name in ("model", "data"):
+        if name not in values:
+            raise ValueError(
+                f"{name} must be given: {Config.__dataclass_fields__[name].metadata['help']}"
+            )
+    return Config(**{name: _convert(name, value) for name, value in values.items()})
+
+
+def _nearest(name: str) -> str | None:
+    names = [f.name for f in dataclasses.fields(Config)]
+    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
+
+
+def _kinds(name: str) -> tuple[Any, ...]:
+    """The types a field accepts."""
+    hint = typing.get_type_hints(Config)[name]
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _choices(name: str) -> tuple[str, ...]:
+    (kind, *_) = _kinds(name)
+    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+
+
+def _convert(name: str, value: Any) -> Any:
+    """A plain value as the field's type. Text is read as on a command line: YAML itself takes 1e-5,
+    without a point, for text."""
+    kinds = _kinds(name)
+    (kind, *_) = kinds
+    if value is None or (isinstance(value, str) and value.lower() == "none"):
+        if types.NoneType in kinds:
+            return None
+        if "none" not in _choices(name):
+            raise ValueError(f"{name} cannot be none")
+        return "none"
+    if choices := _choices(name):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value}")
+        return value
+    wanted, convert = _CONVERSIONS[typing.get_origin(kind) or kind]
+    try:
+        return convert(value)
+    except (KeyError, TypeError, ValueError, yaml.YAMLError):
+        raise ValueError(f"{name} must be {wanted}, got {value!r}") from None
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int | str) or isinstance(value, bool):
+        raise TypeError
+    return int(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError
+    return float(value)
+
+
+def _exactly(kind: type, value: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError
+    return value
+
+
+def _truth(value: Any) -> bool:
+    return {"true": True, "false": False}[str(value).lower()]
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    words = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
+    return tuple(_exactly(str, word) for word in words)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return _exactly(dict, yaml.safe_load(value) if isinstance(value, str) else value)
+
+
+_CONVERSIONS: dict[Any, tuple[str, typing.Callable[[Any], Any]]] = {
+    int: ("a whole number", _whole),
+    float: ("a number", _number),
+    bool: ("true or false", _truth),
+    str: ("text", lambda value: _exactly(str, value)),
+    Path: ("a path", Path),
+    tuple: ("a list of names", _words),
+    dict: ("a mapping, {column: value}", _mapping),
+}

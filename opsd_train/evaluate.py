@@ -5,12 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from peft import PeftModelForCausalLM
 from transformers import PreTrainedTokenizerBase
 
-from opsd_train.prompts import student_prompt
+from opsd_train.prompts import Context
 from opsd_train.records import Problem, Rollout
-from opsd_train.rollout import sample
+from opsd_train.rollout import Sampler, draw_seed, roll_out
+
+Grader = Callable[[Problem, str], bool]
+"""Whether a completion, as text, solves the problem."""
 
 
 @dataclass(frozen=True)
@@ -19,19 +21,17 @@ class Completion:
 
     prompt: str
     completion: str
-    correct: bool
+    correct: bool | None  # None where nobody can tell
 
 
 def grade(
-    tokenizer: PreTrainedTokenizerBase,
-    rollout: Rollout,
-    is_correct: Callable[[Problem, str], bool],
+    tokenizer: PreTrainedTokenizerBase, rollout: Rollout, is_correct: Grader | None
 ) -> list[Completion]:
     """Read what was sampled: the only place where token ids become text."""
     prompts = tokenizer.batch_decode(rollout.prompts)
     completions = tokenizer.batch_decode(rollout.completions)
     return [
-        Completion(x, y, is_correct(problem, y))
+        Completion(x, y, is_correct(problem, y) if is_correct else None)
         for problem, x, y in zip(rollout.problems, prompts, completions, strict=True)
     ]
 
@@ -59,27 +59,23 @@ class Accuracy:
         return f"{self.mean:.1%} (95% interval {low:.1%} to {high:.1%}, {self.total} problems)"
 
 
+def accuracy(completions: list[Completion]) -> Accuracy:
+    return Accuracy(sum(bool(c.correct) for c in completions), len(completions))
+
+
 def evaluate(
-    model: PeftModelForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
+    sampler: Sampler,
+    context: Context,
     problems: list[Problem],
-    is_correct: Callable[[Problem, str], bool],
-    *,
-    max_new_tokens: int,
-    prompt: Callable[[Problem], str] = student_prompt,
+    is_correct: Grader,
+    seed: int,
     batch_size: int = 256,
-) -> tuple[Accuracy, list[Completion]]:
-    """Sample one solution a problem at temperature 1 and grade it."""
+) -> list[Completion]:
+    """Sample one solution a problem and grade it."""
     completions = []
     for i in range(0, len(problems), batch_size):
         batch = problems[i : i + batch_size]
-        rollout = sample(
-            model,
-            tokenizer,
-            batch,
-            prompt=prompt,
-            temperature=1.0,
-            max_new_tokens=max_new_tokens,
-        )
-        completions += grade(tokenizer, rollout, is_correct)
-    return Accuracy(sum(c.correct for c in completions), len(completions)), completions
+        seeds = [draw_seed(seed, i + row) for row in range(len(batch))]
+        rollout = roll_out(sampler, context, batch, seeds)
+        completions += grade(context.tokenizer, rollout, is_correct)
+    return completions

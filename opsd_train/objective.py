@@ -1,22 +1,87 @@
-"""The OPSD objective of a batch of rollouts."""
+"""The OPSD objective of a batch of rollouts, and what the same pass tells of it."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from opsd_kernels import fused_jsd_loss
+from opsd_kernels import divergence_name, fused_sampled_token_loss, token_divergence
+from opsd_kernels.loss import SampledTokenLoss
 from opsd_train.config import Config
 from opsd_train.records import Scores
 
 
-def opsd_loss(scores: Scores, W: Tensor, config: Config) -> Tensor:
-    """Divergence of the student from the teacher, averaged over each rollout's tokens, then over
-    the batch (Algorithm 1): a weighted sum, so that it stays right under gradient accumulation."""
-    return fused_jsd_loss(
+def loss_name(config: Config) -> str:
+    if config.objective == "sampled_token":
+        return "sampled-token policy gradient"
+    return divergence_name(config.beta, config.entry_clip)
+
+
+def token_weights(lengths: Tensor, mean: str, rollouts: int, tokens: int) -> Tensor:
+    """[N] a weight for each token, which sum to 1 over the whole batch: all micro-batches of all
+    processes, which hold so many rollouts and tokens. So the parts' weighted sums add up to the
+    batch's mean, however it is divided.
+
+    Args:
+        lengths: [rollouts of this part] tokens of each.
+        mean: "rollout", over each rollout's tokens, then over the rollouts (Algorithm 1); or
+            "token", over all tokens alike.
+    """
+    each = 1 / (rollouts * lengths) if mean == "rollout" else torch.full_like(lengths, 1) / tokens
+    return each.float().repeat_interleave(lengths)
+
+
+def opsd_loss(
+    scores: Scores,
+    W: Tensor,
+    config: Config,
+    weights: Tensor,
+    W_teacher: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Σ w ℓ over the tokens, and Σ w of each statistic: what is added up over all micro-batches and
+    processes is the batch's loss, and each statistic's mean.
+
+    Returns:
+        The loss, with gradient, and the statistics by name, without; KLs are never clipped.
+    """
+    common: dict[str, Any] = {
+        "temperature": config.temperature,
+        "token_weights": weights,
+        "W_teacher": W_teacher,
+        "workspace_mib": config.workspace_mib,
+    }
+    if config.objective == "sampled_token":
+        sampled = fused_sampled_token_loss(
+            scores.h_student,
+            scores.h_teacher,
+            W,
+            scores.tokens,
+            advantage_clip=config.advantage_clip,
+            reduction="sum",
+            return_log_probs=True,
+            **common,
+        )
+        assert isinstance(sampled, SampledTokenLoss)  # what return_log_probs asks for
+        log_ratio = sampled.logp_teacher - sampled.logp_student
+        return sampled.loss, {"log_ratio": (weights * log_ratio).sum()}
+
+    told = token_divergence(
         scores.h_student,
         scores.h_teacher,
         W,
         beta=config.beta,
-        temperature=config.temperature,
         entry_clip=config.entry_clip,
-        token_weights=scores.weights,
-        reduction="sum",
+        targets=scores.tokens,
+        **common,
     )
+    assert told.logp_student is not None  # there are targets
+    assert told.logp_teacher is not None
+    statistics = {
+        "forward_kl": told.forward_kl,
+        "reverse_kl": told.reverse_kl,
+        "clipped_share": told.clipped_share,
+        "entropy_student": told.entropy_student,
+        "entropy_teacher": told.entropy_teacher,
+        "log_ratio": told.logp_teacher - told.logp_student,
+    }
+    return told.loss.sum(), {name: (weights * s).sum() for name, s in statistics.items()}

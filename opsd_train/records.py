@@ -12,7 +12,7 @@ class Problem:
 
     question: str
     solution: str  # the reference solution, worked out
-    answer: str  # what a right solution ends with
+    answer: str = ""  # what a right solution ends with, where it is known
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,22 @@ class Rollout:
     problems: list[Problem]
     prompts: list[list[int]]  # the token ids the student saw
     completions: list[list[int]]  # the token ids it sampled; up to and including the end of text
-    finished: list[bool]  # whether the end of text was reached
+    finished: list[bool]  # whether the end of text was reached, and not the length limit
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.completions))
+
+    def micro_batches(self, size: int) -> "list[Rollout]":
+        """The same rollouts in order, at most `size` at a time."""
+        parts = [slice(i, i + size) for i in range(0, len(self), size)]
+        return [
+            Rollout(self.problems[s], self.prompts[s], self.completions[s], self.finished[s])
+            for s in parts
+        ]
 
 
 @dataclass(frozen=True)
@@ -33,6 +48,6 @@ class Scores:
     """
 
     h_student: Tensor  # [N, D], with graph
-    h_teacher: Tensor  # [N, D], without
+    h_teacher: Tensor  # [N, D_T], without
     tokens: Tensor  # [N] the ids ŷ_n
-    weights: Tensor  # [N] 1 / (rollouts · tokens of the rollout): Algorithm 1's average
+    lengths: Tensor  # [rollouts] tokens of each; they sum to N

@@ -1,145 +1,252 @@
 """The run folder, and what is shown while a run goes on.
 
-config.yaml         what was asked for, and the divergence by name
-metrics.jsonl       a line a step; held-out accuracy where it was measured
-completions.jsonl   every solution sampled: phase, step, prompt, completion, correct
-summary.json        accuracy before and after with intervals, seconds by phase
-adapter/            as PEFT saves it
-curves.png          loss and held-out accuracy over the steps
+config.yaml         what was asked for, as a config file; the divergence by name above it
+metrics.jsonl       a line a step
+completions.jsonl   every solution sampled: phase, step, prompt, completion, and whether it is right
+checkpoints/        what it takes to go on; see checkpoint.py
+summary.json        versions, seconds by phase, hash of the base weights
+adapter/            as PEFT loads it
+failed_batch.json   token ids of a batch whose loss was not finite, if the run ended on one
+
+and of the small world curves.png, and accuracy before and after with intervals.
 """
 
 import json
+import math
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from peft import PeftModelForCausalLM
+from accelerate.tracking import (
+    GeneralTracker,
+    TensorBoardTracker,
+    TrackioTracker,
+    WandBTracker,
+)
 
-from opsd_train.evaluate import Accuracy, Completion
+from opsd_train.checkpoint import FOLDER, copy_adapter, last_step, remove_unfinished
+from opsd_train.evaluate import Completion
 
-FILES = ["config.yaml", "metrics.jsonl", "completions.jsonl", "summary.json", "curves.png"]
+FILES = [
+    *("config.yaml", "metrics.jsonl", "completions.jsonl", "summary.json", "curves.png"),
+    "failed_batch.json",
+]
 ADAPTER = "adapter"
+
+# What may differ when a run is resumed, because the metrics do not depend on it beyond rounding.
+FREE = [
+    *("output_dir", "resume", "overwrite", "dry_run", "tracker", "save_every", "keep_last"),
+    *("attention", "liger", "activation_checkpointing", "workspace_mib"),
+    *("micro_batch_size", "rollout_batch_size", "shard"),
+]
+TRACKERS = {"tensorboard": TensorBoardTracker, "trackio": TrackioTracker, "wandb": WandBTracker}
 
 
 class RunFolder:
-    """Writes a run's files. Lines reach the disk as they are made, so that an interrupted run keeps
-    what it has."""
+    """Writes a run's files, in the main process of several. Lines reach the disk as they are made,
+    so that an interrupted run keeps what it has."""
 
-    def __init__(self, path: Path, overwrite: bool = False):
-        """Open a folder for a new run.
+    def __init__(
+        self, path: Path, *, overwrite: bool = False, resume: bool = False, is_main: bool = True
+    ):
+        """Open a folder for a run.
 
         Raises:
-            FileExistsError: it holds a run already, and `overwrite` does not say to replace it.
+            FileExistsError: it holds a run already, and neither `overwrite` says to replace it nor
+                `resume` to go on with it.
             NotADirectoryError: it is a file.
         """
-        self.path = path
+        self.path, self.resume, self.is_main = path, resume, is_main
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"{path} is not a folder; name another with --output-dir")
-        found = [name for name in [*FILES, ADAPTER] if (path / name).exists()]
-        if found and not overwrite:
+        found = [name for name in [FOLDER, *FILES, ADAPTER] if (path / name).exists()]
+        if found and is_main and not (overwrite or resume):
             raise FileExistsError(
-                f"{path} holds a run already ({', '.join(found)}); "
-                "name another folder with --output-dir, or replace the run with --overwrite"
+                f"{path} holds a run already ({', '.join(found)}); name another folder with "
+                "--output-dir, go on with --resume, or replace the run with --overwrite"
             )
-        path.mkdir(parents=True, exist_ok=True)
+        if is_main:
+            path.mkdir(parents=True, exist_ok=True)
         self.replaced = found
         self.start = time.perf_counter()
         self.seconds: dict[str, float] = {}
+        self.lap_seconds: dict[str, float] = {}
+        self.current_phase = ""
         self.metrics: list[dict[str, Any]] = []
+        self.tracker: GeneralTracker | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the seconds spent within towards a phase."""
+        """Count the seconds spent within towards a phase. What fails within is said to have failed
+        there."""
+        self.current_phase = name
+        synchronize()
         start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        yield
+        synchronize()
+        spent = time.perf_counter() - start
+        for seconds in (self.seconds, self.lap_seconds):
+            seconds[name] = seconds.get(name, 0.0) + spent
+        self.current_phase = ""
 
-    def begin(self, config: dict[str, Any]) -> None:
-        """Remove the run that is replaced, if any, and write config.yaml. Until then the folder is
-        as it was: a run that fails before it begins costs nothing."""
+    def lap(self) -> dict[str, float]:
+        """Seconds by phase since the last call."""
+        lap, self.lap_seconds = self.lap_seconds, {}
+        return lap
+
+    def begin(self, config: dict[str, Any], comment: str) -> None:
+        """Go on with the run in the folder, or remove it and write config.yaml, a comment above.
+        Until then the folder is as it was: a run that fails before it begins costs nothing.
+
+        Raises:
+            ValueError: the run to go on with was asked for something else.
+        """
+        resumed = last_step(self.path) if self.resume else None
+        if resumed is not None:
+            self._check_same(config)
+            self.metrics = self._lines("metrics.jsonl", up_to=resumed)
+        if not self.is_main:
+            return
+        if resumed is not None:
+            # What the run did after its last checkpoint will be done again.
+            for name in ("metrics.jsonl", "completions.jsonl"):
+                self._replace(name, to_lines(self._lines(name, up_to=resumed)))
+            remove_unfinished(self.path)
+            return
         for name in self.replaced:
-            if name == ADAPTER:
+            if (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)
             else:
-                (self.path / name).unlink()
+                (self.path / name).unlink(missing_ok=True)
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        (self.path / "config.yaml").write_text(text, encoding="utf-8")
+        self._replace("config.yaml", f"# {comment}\n{text}")
+
+    def track(self, name: str, config: dict[str, Any]) -> None:
+        """Send metrics to a tracker as well, if any is named."""
+        if self.is_main and name != "none":
+            where = {"logging_dir": self.path} if name == "tensorboard" else {}
+            self.tracker = TRACKERS[name]("opsd", **where)
+            self.tracker.start()
+            plain = (bool, int, float, str)
+            self.tracker.store_init_configuration(
+                {k: v if isinstance(v, plain) else str(v) for k, v in config.items()}
+            )
 
     def write_metrics(self, **metrics: Any) -> None:
+        """A line of metrics.jsonl; what is not finite is null there."""
         self.metrics.append(metrics)
-        self._append("metrics.jsonl", [metrics])
+        self._append("metrics.jsonl", [finite_only(metrics)])
+        if self.tracker is not None:
+            self.tracker.log(flat(metrics), step=metrics["step"])
 
     def write_completions(self, phase: str, step: int, completions: Iterable[Completion]) -> None:
         self._append(
             "completions.jsonl", ({"phase": phase, "step": step, **asdict(c)} for c in completions)
         )
 
+    def completions(self, phase: str) -> list[Completion]:
+        """Those written so far."""
+        rows = [row for row in self._lines("completions.jsonl") if row["phase"] == phase]
+        return [Completion(row["prompt"], row["completion"], row["correct"]) for row in rows]
+
+    def write_json(self, name: str, values: Any) -> Path:
+        if self.is_main:
+            self._replace(name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        return self.path / name
+
     def write_summary(self, **summary: Any) -> None:
         seconds = {**self.seconds, "total": time.perf_counter() - self.start}
         seconds = {name: round(spent, 2) for name, spent in seconds.items()}
-        text = json.dumps({**summary, "seconds": seconds}, indent=2, ensure_ascii=False)
-        (self.path / "summary.json").write_text(text + "\n", encoding="utf-8")
+        self.write_json("summary.json", {**summary, "seconds": seconds})
+        if self.tracker is not None:
+            self.tracker.finish()
 
-    def save_adapter(self, model: PeftModelForCausalLM) -> None:
-        model.save_pretrained(str(self.path / ADAPTER))
+    def save_adapter(self) -> None:
+        """That of the last checkpoint."""
+        if self.is_main:
+            copy_adapter(self.path, self.path / ADAPTER)
 
-    def plot(self, divergence: str) -> None:
-        """Loss and held-out accuracy over the steps, into curves.png."""
-        plot_curves(self.metrics, divergence, self.path / "curves.png")
+    def sync(self) -> None:
+        """Wait until all lines written are on the disk."""
+        for name in ("metrics.jsonl", "completions.jsonl"):
+            if (self.path / name).exists():
+                with (self.path / name).open("rb") as file:
+                    os.fsync(file.fileno())
+
+    def _check_same(self, config: dict[str, Any]) -> None:
+        was = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        for name, value in config.items():
+            if name not in FREE and was.get(name) != value:
+                raise ValueError(
+                    f"{name} was {was.get(name)} in the run to resume, and is {value} now; ask for "
+                    "the same, or name another folder with --output-dir"
+                )
 
     def _append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if self.is_main:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(to_lines(rows))
+
+    def _lines(self, name: str, up_to: float = math.inf) -> list[dict[str, Any]]:
+        """The rows of a file, up to a step. A line cut short by a kill is none of them."""
+        rows: list[dict[str, Any]] = []
+        if not (self.path / name).exists():
+            return rows
+        with (self.path / name).open(encoding="utf-8") as file:
+            for line in file:
+                if not line.endswith("\n") or (row := json.loads(line))["step"] > up_to:
+                    break
+                rows.append(row)
+        return rows
+
+    def _replace(self, name: str, text: str) -> None:
+        unfinished = self.path / f"{name}.unfinished"
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(self.path / name)
 
 
-def accuracy_record(accuracy: Accuracy) -> dict[str, Any]:
-    low, high = accuracy.interval
-    return {
-        "accuracy": round(accuracy.mean, 4),
-        "interval_95": [round(low, 4), round(high, 4)],
-        "correct": accuracy.correct,
-        "problems": accuracy.total,
-    }
+def check_tracker(name: str) -> None:
+    """Raises:
+    ValueError: the tracker is not installed.
+    """
+    if name != "none" and find_spec(name) is None:
+        raise ValueError(f"tracker {name} is not installed; install it with `pip install {name}`")
 
 
-def plot_curves(metrics: list[dict[str, Any]], divergence: str, path: Path) -> None:
-    # A figure of its own, without pyplot: no global state, no display.
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+def synchronize() -> None:
+    """Wait for what a GPU has been asked to do, so that seconds are those of the work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
-    student, teacher, ink = "#1f6fb4", "#c7502b", "#333333"
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    losses = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
-    left.plot(*zip(*losses, strict=True), color=student, linewidth=1.6)
-    left.set_title(f"Loss: {divergence}", loc="left", fontsize=10, color=ink)
-    left.set_ylim(bottom=0)
 
-    measured = [m for m in metrics if "accuracy" in m]
-    steps = [m["step"] for m in measured]
-    means = [m["accuracy"] for m in measured]
-    low, high = zip(*(m["interval_95"] for m in measured), strict=True)
-    right.fill_between(steps, low, high, color=student, alpha=0.18, linewidth=0)
-    right.plot(steps, means, color=student, marker="o", markersize=4, label="student, alone")
-    taught = [m["teacher_accuracy"] for m in metrics if "teacher_accuracy" in m]
-    if taught:
-        right.axhline(taught[0], color=teacher, linestyle="--", label="teacher, sees the solution")
-    right.set_title(
-        "Held-out problems solved, sampled at T = 1", loc="left", fontsize=10, color=ink
-    )
-    right.set_ylim(0, 1.02)
-    right.yaxis.set_major_formatter(PercentFormatter(1))
-    right.legend(loc="lower right", frameon=False, fontsize=9)
-    for axes in (left, right):
-        axes.set_xlabel("OPSD step")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=150)
+def to_lines(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def finite_only(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows neither infinity nor NaN."""
+    finite = {}
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            value = None
+        finite[name] = value
+    return finite
+
+
+def flat(values: dict[str, Any]) -> dict[str, float]:
+    """Numbers by name, those within a mapping as outer/inner."""
+    numbers: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            numbers |= {f"{name}/{inner}": v for inner, v in flat(value).items()}
+        elif isinstance(value, int | float):
+            numbers[name] = value
+    return numbers

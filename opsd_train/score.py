@@ -1,59 +1,64 @@
 """Run student and teacher over the same sampled tokens and keep the hidden states that matter."""
 
-import torch
-from peft import PeftModelForCausalLM
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from collections.abc import Callable
+from typing import Any
 
-from opsd_train.model import base_model
-from opsd_train.prompts import encode, left_pad, right_pad, teacher_prompt
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from opsd_train.prompts import Context, join
 from opsd_train.records import Rollout, Scores
+from opsd_train.teachers import Teacher
+
+
+class Backbone(torch.nn.Module):
+    """The model without its LM head, as a module whose forward returns what the loss reads: so data
+    parallelism can wrap it, and nobody has to reach around the wrapper."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model: Any = model.base_model
+
+    def forward(self, ids: Tensor, mask: Tensor, predicts: Tensor) -> Tensor:
+        """[N, D] last hidden states of the positions that predict the completions' N tokens, of
+        sequences as `join` makes them.
+
+        The LM head is never applied, neither to prompts nor to completions.
+        """
+        device = self.model.device
+        mask = mask.to(device)
+        h = self.model(
+            input_ids=ids.to(device),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),  # counted over real tokens
+            use_cache=False,
+        ).last_hidden_state
+        return h[predicts.to(device)]
+
+    def gathered(self, call: Callable[[], Any]) -> Any:
+        """Call something; where the weights are sharded, with this module's own in place."""
+        return call()
 
 
 def score(
-    model: PeftModelForCausalLM, tokenizer: PreTrainedTokenizerBase, rollout: Rollout
+    backbone: torch.nn.Module, teacher: Teacher, teacher_context: Context, rollout: Rollout
 ) -> Scores:
     """Hidden states of both contexts at the completion's positions.
 
-    The teacher is the initial policy: the same weights with the adapter off, without gradient. It
-    goes first, so that the adapter is on when the student's graph is built (and rebuilt, under
-    activation checkpointing).
+    The teacher has no gradient and goes first, so that the student's adapter is on, and as it will
+    be, when the student's graph is built (and rebuilt, under activation checkpointing).
     """
-    teacher_prompts = encode(tokenizer, [teacher_prompt(p) for p in rollout.problems])
-    pad_id = tokenizer.pad_token_id
-    with model.disable_adapter(), torch.no_grad():
-        h_teacher = completion_hidden_states(model, teacher_prompts, rollout.completions, pad_id)
-    h_student = completion_hidden_states(model, rollout.prompts, rollout.completions, pad_id)
+    pad_id = teacher_context.tokenizer.pad_token_id
+    teacher_prompts = teacher_context.token_ids(rollout.problems)
+    with teacher.worn(), torch.no_grad():
+        h_teacher = teacher.backbone(*join(teacher_prompts, rollout.completions, pad_id))
+    h_student = backbone(*join(rollout.prompts, rollout.completions, pad_id))
 
     device = h_student.device
-    lengths = torch.tensor([len(c) for c in rollout.completions], device=device)
     return Scores(
         h_student,
         h_teacher,
         tokens=torch.tensor([t for c in rollout.completions for t in c], device=device),
-        weights=(1 / (len(lengths) * lengths)).repeat_interleave(lengths),
+        lengths=torch.tensor([len(c) for c in rollout.completions], device=device),
     )
-
-
-def completion_hidden_states(
-    model: PeftModelForCausalLM, prompts: list[list[int]], completions: list[list[int]], pad_id: int
-) -> Tensor:
-    """[N, D] last hidden states of the positions that predict the completions' N tokens.
-
-    Backbone only: the LM head is never applied, neither to prompts nor to completions. Prompts are
-    padded on the left and completions on the right, with positions counted over real tokens.
-    """
-    prompt_ids, prompt_mask = left_pad(prompts, pad_id)
-    completion_ids, completion_mask = right_pad(completions, pad_id)
-    ids = torch.cat([prompt_ids, completion_ids], dim=1).to(model.device)
-    mask = torch.cat([prompt_mask, completion_mask], dim=1).to(model.device)
-    backbone = base_model(model).base_model
-    h = backbone(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        use_cache=False,
-    ).last_hidden_state
-    # One position earlier: the hidden state at a token predicts the next one.
-    before = h[:, prompt_ids.shape[1] - 1 : -1]
-    return before[completion_mask.bool().to(model.device)]

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -32,7 +33,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from opsd_train.prompts import encode, student_prompt, teacher_prompt
+from opsd_train.prompts import fill
 from opsd_train.records import Problem
 
 SPECIAL_TOKENS = [
@@ -46,6 +47,28 @@ SPECIAL_TOKENS = [
 ]
 CHARACTERS = "0123456789*+=? "
 HELD_OUT, TRAIN = 512, 8000  # problems; the warm start has the other 63,488
+
+SMALL_WORLD = "small-world"
+STUDENT_TEMPLATE = "<problem>{problem}<solution>"
+TEACHER_TEMPLATE = "<problem>{problem}<reference>{solution}<rework><solution>"
+DEMO: dict[str, Any] = {  # what a run here is asked for, unless it is told otherwise
+    "model": SMALL_WORLD,
+    "data": SMALL_WORLD,
+    "dtype": "float32",
+    "activation_checkpointing": False,
+    "max_prompt_tokens": 128,
+    "lora_rank": 16,
+    "lora_alpha": 32,
+    "student_template": STUDENT_TEMPLATE,
+    "teacher_template": TEACHER_TEMPLATE,
+    "temperature": 1.1,
+    "max_new_tokens": 56,
+    "steps": 60,
+    "batch_size": 24,
+    "micro_batch_size": 24,
+    "learning_rate": 5e-4,
+    "warmup": 0.08,
+}
 
 
 @dataclass(frozen=True)
@@ -256,12 +279,12 @@ def _warm_batch(
     texts, all_slips = [], []
     for a, b in numbers:
         problem = make_problem(a, b)
-        prompt = teacher_prompt(problem) if with_reference else student_prompt(problem)
+        prompt = fill(TEACHER_TEMPLATE if with_reference else STUDENT_TEMPLATE, problem)
         clean = with_reference and rng.random() >= 0.15
         solution, slips = work_out(a, b, rng, 0.0 if clean else slip_rate)
         texts.append(prompt + solution + "<end>")
         all_slips.append([*slips, False])
-    ids = torch.tensor(encode(tokenizer, texts))
+    ids = torch.tensor(tokenizer(texts, add_special_tokens=False)["input_ids"])
     slipped = torch.tensor(all_slips)
     labels = ids.clone()
     start = ids.shape[1] - slipped.shape[1]  # of the solution

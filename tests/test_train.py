@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,36 +17,72 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-import yaml
+from accelerate import Accelerator
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opsd_train import tiny_world
-from opsd_train.config import Config, parse
+from opsd_train.checkpoint import last_step
+from opsd_train.config import make_config, parse
 from opsd_train.evaluate import Accuracy, grade
-from opsd_train.model import add_adapter, base_model, base_weights_sha256, lm_head
-from opsd_train.objective import opsd_loss
-from opsd_train.prompts import encode, student_prompt, teacher_prompt
-from opsd_train.records import Problem, Rollout
+from opsd_train.model import adapter_weights, base_model, base_weights_sha256
+from opsd_train.objective import opsd_loss, token_weights
+from opsd_train.prompts import Context
+from opsd_train.records import Rollout, Scores
 from opsd_train.report import RunFolder
-from opsd_train.rollout import sample
+from opsd_train.rollout import GenerateSampler, Sampling, roll_out
 from opsd_train.score import score
-from opsd_train.tiny_world import build_model, build_tokenizer, is_correct, make_problem, work_out
+from opsd_train.setup import Setup, set_up
+from opsd_train.tiny_world import (
+    DEMO,
+    STUDENT_TEMPLATE,
+    build_model,
+    build_tokenizer,
+    is_correct,
+    make_problem,
+    work_out,
+)
+
+
+def demo_config(**options):
+    return make_config({**DEMO, **options})
 
 
 @pytest.fixture
-def tiny():
+def tiny() -> Setup:
     """A randomly initialised model with an adapter that does something, its tokenizer, problems of
     different lengths."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
-    model = add_adapter(build_model(tokenizer), rank=4)
-    for name, weight in model.named_parameters():
+    problems = [make_problem(a, b) for a, b in [(1234, 5), (7, 6), (98, 3), (31415, 9)]]
+    setup = set_up(
+        demo_config(lora_rank=4, lora_alpha=8),
+        Accelerator(cpu=True),
+        build_model(tokenizer),
+        tokenizer,
+        problems,
+        is_correct,
+    )
+    for name, weight in adapter_weights(setup.model).items():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
-    model.eval()
-    problems = [make_problem(a, b) for a, b in [(1234, 5), (7, 6), (98, 3), (31415, 9)]]
-    return model, tokenizer, problems
+    return setup
+
+
+def sampled(tiny: Setup, temperature: float, max_new_tokens: int, problems=None) -> Rollout:
+    sampler = GenerateSampler(tiny.model, tiny.tokenizer, Sampling(temperature, max_new_tokens))
+    problems = problems or tiny.problems
+    return roll_out(sampler, tiny.contexts.student, problems, seeds=list(range(len(problems))))
+
+
+def scored(tiny: Setup, rollout: Rollout) -> Scores:
+    return score(tiny.backbone, tiny.teacher, tiny.contexts.teacher, rollout)
+
+
+def loss_of(tiny: Setup, scores: Scores, **options) -> torch.Tensor:
+    weights = token_weights(scores.lengths, "rollout", len(scores.lengths), len(scores.tokens))
+    loss, _ = opsd_loss(scores, tiny.W, demo_config(**options), weights)
+    return loss
 
 
 # The world
@@ -130,18 +167,16 @@ def test_world_is_cached_and_loaded_from_disk(tmp_path, monkeypatch):
 def test_row_n_predicts_token_n(tiny):
     """Off by one here trains nonsense quietly. Recomputed sequence by sequence, without padding,
     from the model's full logits."""
-    model, tokenizer, problems = tiny
-    torch.manual_seed(1)
-    rollout = sample(model, tokenizer, problems, temperature=1.2, max_new_tokens=20)
+    model, W = tiny.model, tiny.W
+    rollout = sampled(tiny, temperature=1.2, max_new_tokens=20)
     assert len({len(c) for c in rollout.completions}) > 1, "the test wants ragged completions"
     assert len({len(p) for p in rollout.prompts}) > 1, "the test wants ragged prompts"
-    scores = score(model, tokenizer, rollout)
-    W = lm_head(model)
+    scores = scored(tiny, rollout)
 
     expected = {"student": [], "teacher": []}
     for problem, completion in zip(rollout.problems, rollout.completions, strict=True):
-        for who, prompt in (("student", student_prompt), ("teacher", teacher_prompt)):
-            (prompt_ids,) = encode(tokenizer, [prompt(problem)])
+        for who in ("student", "teacher"):
+            (prompt_ids,) = getattr(tiny.contexts, who).token_ids([problem])
             ids = torch.tensor([prompt_ids + completion])
             with torch.no_grad():
                 if who == "teacher":
@@ -160,38 +195,34 @@ def test_row_n_predicts_token_n(tiny):
 
 def test_token_ids_are_never_re_encoded(tiny, monkeypatch):
     """A completion whose text would be read back differently keeps the ids that were sampled."""
-    model, tokenizer, problems = tiny
+    tokenizer, problems = tiny.tokenizer, tiny.problems[:1]
     odd = [tokenizer.pad_token_id, 9, tokenizer.pad_token_id, 8, tokenizer.eos_token_id]
-    prompts = encode(tokenizer, [student_prompt(problems[0])])
-    rollout = Rollout(problems[:1], prompts, [odd], [True])
+    rollout = Rollout(problems, tiny.contexts.student.token_ids(problems), [odd], [True])
     monkeypatch.setattr(type(tokenizer), "decode", None)
     monkeypatch.setattr(type(tokenizer), "batch_decode", None)
-    assert score(model, tokenizer, rollout).tokens.tolist() == odd
+    assert scored(tiny, rollout).tokens.tolist() == odd
 
 
 def test_objective_is_the_mean_over_tokens_then_rollouts(tiny):
-    model, tokenizer, problems = tiny
-    torch.manual_seed(1)
-    rollout = sample(model, tokenizer, problems, temperature=1.2, max_new_tokens=20)
-    scores = score(model, tokenizer, rollout)
-    config = Config(temperature=1.2)
-    W = lm_head(model)
+    W = tiny.W
+    rollout = sampled(tiny, temperature=1.2, max_new_tokens=20)
+    scores = scored(tiny, rollout)
     log_p = (scores.h_student @ W.T / 1.2).log_softmax(-1)
     log_q = (scores.h_teacher @ W.T / 1.2).log_softmax(-1)
     log_m = (0.5 * log_p.exp() + 0.5 * log_q.exp()).log()
     jsd = 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1)
     rollouts = jsd.split([len(c) for c in rollout.completions])
     expected = torch.stack([r.mean() for r in rollouts]).mean()
-    torch.testing.assert_close(opsd_loss(scores, W, config), expected, rtol=1e-4, atol=1e-7)
+    loss = loss_of(tiny, scores, temperature=1.2)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_gradient_reaches_the_adapter_and_nothing_else(tiny):
-    model, tokenizer, problems = tiny
+    model = tiny.model
     before = base_weights_sha256(model)
-    rollout = sample(model, tokenizer, problems, temperature=1.0, max_new_tokens=8)
-    scores = score(model, tokenizer, rollout)
+    scores = scored(tiny, sampled(tiny, temperature=1.0, max_new_tokens=8))
     assert not scores.h_teacher.requires_grad
-    opsd_loss(scores, lm_head(model), Config()).backward()
+    loss_of(tiny, scores).backward()
     for name, weight in model.named_parameters():
         assert (weight.grad is not None and weight.grad.any()) == ("lora_" in name), name
     torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1.0).step()
@@ -202,15 +233,15 @@ def test_gradient_reaches_the_adapter_and_nothing_else(tiny):
 
 
 def test_completions_stop_at_the_end_of_text(tiny):
-    model, tokenizer, problems = tiny
-    torch.manual_seed(1)
-    rollout = sample(model, tokenizer, problems * 4, temperature=1.2, max_new_tokens=12)
+    tokenizer = tiny.tokenizer
+    rollout = sampled(tiny, temperature=1.2, max_new_tokens=12, problems=tiny.problems * 4)
     for completion, finished in zip(rollout.completions, rollout.finished, strict=True):
         assert (completion[-1] == tokenizer.eos_token_id) == finished
         assert tokenizer.eos_token_id not in completion[:-1]
         assert finished or len(completion) == 12
     graded = grade(tokenizer, rollout, is_correct)
-    assert [g.prompt for g in graded] == [student_prompt(p) for p in problems * 4]
+    prompts = [tiny.contexts.student.text(p) for p in tiny.problems * 4]
+    assert [g.prompt for g in graded] == prompts
 
 
 # Around the run
@@ -234,6 +265,8 @@ def test_wilson_interval():
         (["--eval-problems", "513"], "eval_problems must be at most 512, got 513"),
         (["--entry-clip", "0"], "entry_clip must be positive"),
         (["--unknown"], "unrecognized arguments: --unknown"),
+        (["--max-tokens", "9"], "--max-tokens; did you mean --max-new-tokens?"),
+        (["--steps", "many"], "steps must be a whole number, got 'many'"),
     ],
 )
 def test_bad_options_end_with_a_message(arguments, message, capsys):
@@ -247,7 +280,7 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     first = RunFolder(tmp_path)
     RunFolder(tmp_path)  # one that never began is in nobody's way
-    first.begin({"seed": 0})
+    first.begin({"seed": 0}, "a loss")
     first.write_metrics(step=1)
     with pytest.raises(
         FileExistsError, match=r"holds a run already \(config.yaml, metrics.jsonl\)"
@@ -255,7 +288,7 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
         RunFolder(tmp_path)
     second = RunFolder(tmp_path, overwrite=True)
     assert (tmp_path / "metrics.jsonl").exists(), "nothing is lost before the new run begins"
-    second.begin({"seed": 1})
+    second.begin({"seed": 1}, "a loss")
     (tmp_path / "config.yaml").unlink()
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(NotADirectoryError, match="not a folder"):
@@ -311,9 +344,8 @@ def test_the_demo_learns(tmp_path):
     assert low < summary["student_after"]["accuracy"] < high
     assert set(summary["seconds"]) >= {"warm_start", "rollout", "score", "loss", "step", "total"}
 
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    assert config["divergence"] == "JSD(β=0.5 on the teacher)"
-    assert config["seed"] == 0
+    assert (run / "config.yaml").read_text().startswith("# JSD(β=0.5 on the teacher)\n")
+    assert parse([str(run / "config.yaml")]) == demo_config(output_dir=str(run))
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if "loss" in m] == list(range(1, 61))
     rates = [m["learning_rate"] for m in metrics if "loss" in m]
@@ -332,19 +364,14 @@ def test_the_demo_learns(tmp_path):
     (world,) = (tmp_path / "cache" / "opsd_train").iterdir()
     tokenizer = AutoTokenizer.from_pretrained(world)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world), run / "adapter")
-    problems = [
-        Problem(c["prompt"].removeprefix("<problem>").removesuffix("<solution>"), "", "")
-        for c in after[:100]
-    ]
-    torch.manual_seed(0)
-    rollout = sample(model, tokenizer, problems, temperature=1.0, max_new_tokens=56)
-    right = 0
-    for problem, text in zip(problems, tokenizer.batch_decode(rollout.completions), strict=True):
-        a, b = problem.question.removesuffix("=?").split("*")
-        right += is_correct(make_problem(int(a), int(b)), text)
-    assert right >= 75
+    numbers = [re.findall(r"\d+", c["prompt"]) for c in after[:100]]
+    problems = [make_problem(int(a), int(b)) for a, b in numbers]
+    sampler = GenerateSampler(model, tokenizer, Sampling(1.0, 56))
+    context = Context(tokenizer, STUDENT_TEMPLATE)
+    rollout = roll_out(sampler, context, problems, seeds=list(range(100)))
+    assert sum(c.correct for c in grade(tokenizer, rollout, is_correct)) >= 75
 
-    # Interrupted, a run keeps what it has.
+    # Interrupted, a run keeps what it has, and can go on.
     long = tmp_path / "long"
     process = start_opsd_train(
         "--steps", "9999", "--output-dir", str(long), cache=tmp_path / "cache"
@@ -357,9 +384,8 @@ def test_the_demo_learns(tmp_path):
     _, errors = process.communicate()
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert (long / "adapter" / "adapter_model.safetensors").exists()
-    for line in (long / "metrics.jsonl").read_text().splitlines():
-        json.loads(line)
+    rows = [json.loads(line) for line in (long / "metrics.jsonl").read_text().splitlines()]
+    assert last_step(long) == rows[-1]["step"]
 
     # A second run in the same folder is refused, and loses nothing.
     refused = opsd_train("--output-dir", str(run), cache=tmp_path / "cache")

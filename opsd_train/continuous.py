@@ -1,0 +1,45 @@
+"""Sampling with transformers' continuous batching: a rollout that ends makes room for the next."""
+
+from typing import Any
+
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from opsd_train.model import base_model
+from opsd_train.rollout import BatchSampler, draw_seed
+
+PAGE = 256  # tokens whose keys and values are stored together
+
+
+class ContinuousSampler(BatchSampler):
+    """transformers' `generate_batch`, with the adapter's layers where they are.
+
+    It draws from one stream of random numbers for all rows: seeded, but what a row draws depends on
+    the rows beside it, and so on how many processes share a batch.
+    """
+
+    def sample_batch(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
+        sampling = self.sampling
+        # Room for these rollouts and no more: by default it takes most of the memory there is.
+        pages = sum(-(-(len(p) + sampling.max_new_tokens) // PAGE) + 1 for p in prompts)
+        model: Any = base_model(self.model)
+        results = model.generate_batch(
+            prompts,
+            generation_config=GenerationConfig(
+                do_sample=True,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                max_new_tokens=sampling.max_new_tokens,
+                eos_token_id=sorted(self.ends),
+                pad_token_id=self.tokenizer.pad_token_id,
+            ),
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=PAGE, num_blocks=pages, seed=abs(draw_seed(*seeds)) % 2**31
+            ),
+        )
+        if len(results) != len(prompts):
+            raise RuntimeError(
+                f"continuous batching returned {len(results)} of {len(prompts)} completions; "
+                "sample with --engine generate"
+            )
+        return [result.generated_tokens for result in results.values()]

@@ -1,0 +1,102 @@
+"""A Qwen3 of 30,000 parameters on the disk, with a tokenizer and a chat template like the real
+one's, thinking switch included; and problems for it."""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from opsd_train.config import Config, make_config
+from opsd_train.data import load_problems
+from opsd_train.model import load_model, load_tokenizer
+from opsd_train.setup import Setup, set_up
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+
+
+def save_tokenizer(path: Path, chat_template: str | None = CHAT_TEMPLATE) -> None:
+    characters = [chr(i) for i in range(32, 127)] + ["\n"]
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=SPECIAL_TOKENS[1:2] + SPECIAL_TOKENS[3:],
+        chat_template=chat_template,
+    ).save_pretrained(path)
+
+
+def save_model(path: Path, seed: int = 0, vocab_size: int = 104, **options: object) -> None:
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=2048,
+        initializer_range=0.2,
+        pad_token_id=0,
+        eos_token_id=[2, 0],
+        bos_token_id=None,
+        **options,
+    )
+    model = Qwen3ForCausalLM(config)
+    # As the real ones say how they would be sampled; a run has its own mind about that.
+    model.generation_config.update(do_sample=True, temperature=0.6, top_k=20, top_p=0.95)
+    model.save_pretrained(path)
+
+
+def save_qwen3(path: Path, **options: object) -> Path:
+    save_model(path, **options)
+    save_tokenizer(path)
+    return path
+
+
+def save_problems(path: Path, total: int = 20) -> Path:
+    """As JSONL, with one that is far too long."""
+    rng = random.Random(0)
+    rows = []
+    for _ in range(total - 1):
+        a, b = rng.randrange(100), rng.randrange(100)
+        rows.append({"problem": f"{a} + {b}?", "solution": f"It is \\boxed{{{a + b}}}."})
+    rows.insert(3, {"problem": "1 + 1? " * 200, "solution": "2"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config(folder: Path, **options: object) -> Config:
+    """Of a folder with a model and problems.jsonl."""
+    values = {
+        "model": str(folder / "model"),
+        "data": str(folder / "problems.jsonl"),
+        "dtype": "float32",
+        "lora_rank": 4,
+        "max_prompt_tokens": 512,
+        "max_new_tokens": 12,
+    }
+    return make_config(values | options)
+
+
+def prepared(folder: Path, **options: object) -> Setup:
+    """As a run prepares itself."""
+    asked = config(folder, **options)
+    model, tokenizer = load_model(asked.model, asked), load_tokenizer(asked.model)
+    return set_up(asked, Accelerator(cpu=True), model, tokenizer, load_problems(asked))

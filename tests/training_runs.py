@@ -1,0 +1,158 @@
+"""Runs of `python -m opsd_train` in processes of their own, forked from one that has imported
+everything already; and ways to end them early."""
+
+import itertools
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).parents[1]
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def processes() -> multiprocessing.context.ForkServerContext:
+    """Forked from a server: without the imports of a run, which take longer than the run."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["opsd_train.__main__"])
+    # The package of this checkout, whichever one is installed.
+    with environment(PYTHONPATH=f"{REPOSITORY}:{REPOSITORY / 'tests'}", OMP_NUM_THREADS="1"):
+        forkserver.ensure_running()
+    return context
+
+
+def start(
+    log: Path, *arguments: object, before: Callable[[], None] | None = None, **env: str
+) -> ForkServerProcess:
+    """Start a run that writes what it says to `log`, and calls `before` in its process first."""
+    options = [str(a) for a in arguments]
+    process = processes().Process(target=_run, args=(log, options, before, env))
+    process.start()
+    return process
+
+
+def run(
+    log: Path, *arguments: object, status: int = 0, before: Callable[[], None] | None = None
+) -> str:
+    """Run to the end, which has to be with this status, and return what it said."""
+    process = start(log, *arguments, before=before)
+    process.join()
+    assert process.exitcode == status, log.read_text()
+    return log.read_text()
+
+
+def run_distributed(log: Path, *arguments: object, world_size: int = 2, status: int = 0) -> None:
+    """As a launcher would start it, one process a rank, each with a log of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {
+        "ACCELERATE_USE_CPU": "true",
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    ranks = [
+        start(log.with_suffix(f".{r}"), *arguments, RANK=str(r), LOCAL_RANK=str(r), **common)
+        for r in range(world_size)
+    ]
+    for r, process in enumerate(ranks):
+        process.join()
+        assert process.exitcode == status, log.with_suffix(f".{r}").read_text()
+
+
+def wait_for(condition, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def die_at_change(number: int, folder: Path) -> None:
+    """Have this process kill itself just before it changes something in a folder for the n-th
+    time: opens a file to write, makes, renames or removes something."""
+    left = number
+
+    def watch(event: str, arguments: tuple) -> None:
+        nonlocal left
+        changes = event in CHANGES
+        if event == "open" and isinstance(arguments[2], int):
+            changes = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if changes and str(arguments[0]).startswith(str(folder)):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def let_no_file_grow(limit: int) -> None:
+    """As on a full disk, writing fails: a file beyond so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+def lose_the_loss(calls: range) -> None:
+    """Make the loss NaN in these calls, that is micro-batches."""
+    from opsd_train import step
+
+    opsd_loss, count = step.opsd_loss, itertools.count()
+
+    def broken(*arguments):
+        loss, told = opsd_loss(*arguments)
+        return (loss * float("nan") if next(count) in calls else loss), told
+
+    step.opsd_loss = broken
+
+
+def run_out_of_memory(call: int) -> None:
+    """Have no memory for the forward passes of a micro-batch."""
+    from opsd_train import step
+
+    score, count = step.score, itertools.count()
+
+    def broken(*arguments):
+        if next(count) == call:
+            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+        return score(*arguments)
+
+    step.score = broken
+
+
+def _run(
+    log: Path, arguments: list[str], before: Callable[[], None] | None, env: dict[str, str]
+) -> None:
+    from opsd_train.__main__ import main
+
+    os.environ.update(env)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        if before is not None:
+            before()
+        main(arguments)
+    except Exception:
+        traceback.print_exc()
+        os._exit(70)
