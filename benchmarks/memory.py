@@ -32,7 +32,7 @@ from benchmarks.shapes import MODELS
 
 # Model and numbers of tokens.
 MEASURED = {
-    "cpu": ("qwen3-0.6b", [256, 1024, 4096]),
+    "cpu": ("qwen3-0.6b", [256, 1024, 2048]),
     "cuda": ("qwen3-8b", [1024, 4096, 16384, 65536]),
 }
 COUNTED = [2**i for i in range(10, 17)]
