@@ -1,12 +1,12 @@
 """The OPSD objective of a batch of rollouts, and what the same pass tells of it."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from opsd_kernels import divergence_name, fused_sampled_token_loss, token_divergence
-from opsd_kernels.loss import SampledTokenLoss
 from opsd_train.config import Config
 from opsd_train.records import Scores
 
@@ -50,7 +50,19 @@ def opsd_loss(
         "W_teacher": W_teacher,
         "workspace_mib": config.workspace_mib,
     }
-    if config.objective == "sampled_token":
+    is_sampled = config.objective == "sampled_token"
+    with torch.no_grad() if is_sampled else nullcontext():
+        told = token_divergence(
+            scores.h_student,
+            scores.h_teacher,
+            W,
+            beta=config.beta,
+            entry_clip=config.entry_clip,
+            targets=scores.tokens,
+            **common,
+        )
+    loss = told.loss.sum()
+    if is_sampled:
         sampled = fused_sampled_token_loss(
             scores.h_student,
             scores.h_teacher,
@@ -58,22 +70,10 @@ def opsd_loss(
             scores.tokens,
             advantage_clip=config.advantage_clip,
             reduction="sum",
-            return_log_probs=True,
             **common,
         )
-        assert isinstance(sampled, SampledTokenLoss)  # what return_log_probs asks for
-        log_ratio = sampled.logp_teacher - sampled.logp_student
-        return sampled.loss, {"log_ratio": (weights * log_ratio).sum()}
-
-    told = token_divergence(
-        scores.h_student,
-        scores.h_teacher,
-        W,
-        beta=config.beta,
-        entry_clip=config.entry_clip,
-        targets=scores.tokens,
-        **common,
-    )
+        assert isinstance(sampled, Tensor)  # without return_log_probs
+        loss = sampled
     assert told.logp_student is not None  # there are targets
     assert told.logp_teacher is not None
     statistics = {
@@ -84,4 +84,4 @@ def opsd_loss(
         "entropy_teacher": told.entropy_teacher,
         "log_ratio": told.logp_teacher - told.logp_student,
     }
-    return told.loss.sum(), {name: (weights * s).sum() for name, s in statistics.items()}
+    return loss, {name: (weights * s).sum() for name, s in statistics.items()}
