@@ -18,10 +18,11 @@ def generated(text: str) -> str:
     """The README's text, with the tables of the recorded results."""
     for name, table in tables().items():
         marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-        before, *places, after = marks.split(text)
-        if len(places) != 2:
+        parts = marks.split(text)
+        if len(parts) != 4:
             raise ValueError(f"README.md has no place for the table of {name}, or two")
-        text = f"{before}{places[0]}\n{table}\n\n{places[1]}{after}"
+        before, start, end, after = parts
+        text = f"{before}{start}\n{table}\n\n{end}{after}"
     return text
 
 
