@@ -129,6 +129,8 @@ def open_run_folder(config: Config, accelerator: Accelerator) -> RunFolder:
 
 def begin(config: Config, run: RunFolder) -> None:
     values = {**config.as_dict(), "output_dir": str(run.path)}
+    # How a run is started is asked each time: its config.yaml alone must not replace the run.
+    values |= {"overwrite": False, "resume": False, "dry_run": False}
     run.begin(values, comment=loss_name(config))
     run.track(config.tracker, values)
 

@@ -202,6 +202,37 @@ def test_a_resumed_run_asks_for_the_same(folder, undisturbed, tmp_path):
     assert contents(undisturbed) == before
 
 
+def test_resume_removes_no_results(folder, undisturbed, tmp_path):
+    """A finished run whose checkpoints someone has deleted."""
+    output = tmp_path / "run"
+    shutil.copytree(undisturbed, output)
+    shutil.rmtree(output / FOLDER)
+    for options in (["--resume"], ["--resume", "--beta", "0"]):
+        said = run(tmp_path / "log", *shrunk(folder, output, *options), status=1)
+        assert "no whole checkpoint to go on from" in said
+        assert "(adapter, summary.json)" in said
+    assert contents(output) == contents(undisturbed)
+
+
+def test_resumed_before_the_first_checkpoint_a_run_asks_for_the_same(tmp_path):
+    report.RunFolder(tmp_path).begin({"beta": 0.5}, "")
+    folder = report.RunFolder(tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"beta was 0\.5 in the run to resume, and is 0 now"):
+        folder.begin({"beta": 0}, "")
+    folder.begin({"beta": 0.5}, "")
+
+
+def test_a_run_that_replaced_another_resumes_from_its_own_config(folder, tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "metrics.jsonl").write_text("")
+    run(tmp_path / "log", *shrunk(folder, output, "--overwrite", "--steps", 1))
+    said = run(tmp_path / "log", output / "config.yaml", status=1)
+    assert "holds a run already" in said
+    said = run(tmp_path / "log", output / "config.yaml", "--resume")
+    assert "Resumed after step 1." in said
+
+
 # Checkpoints
 
 
