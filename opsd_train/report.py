@@ -32,7 +32,7 @@ from accelerate.tracking import (
     WandBTracker,
 )
 
-from opsd_train.checkpoint import FOLDER, copy_adapter, last_step, remove_unfinished
+from opsd_train.checkpoint import FOLDER, copy_adapter, last_step, remove_unfinished, write_through
 from opsd_train.evaluate import Completion
 
 FILES = [
@@ -201,6 +201,11 @@ class RunFolder:
 
     def _check_same(self, config: dict[str, Any]) -> None:
         was = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        if not isinstance(was, dict):
+            raise ValueError(
+                f"{self.path / 'config.yaml'} does not say what the run to resume was asked for; "
+                "replace the run with --overwrite, or name another folder with --output-dir"
+            )
         for name, value in config.items():
             if name not in FREE and was.get(name) != value:
                 raise ValueError(
@@ -227,7 +232,7 @@ class RunFolder:
 
     def _replace(self, name: str, text: str) -> None:
         unfinished = self.path / f"{name}.unfinished"
-        unfinished.write_text(text, encoding="utf-8")
+        write_through(unfinished, text.encode())
         unfinished.replace(self.path / name)
 
 

@@ -34,7 +34,7 @@ from training_runs import (
 from transformers import AutoModelForCausalLM
 
 from opsd_train import report
-from opsd_train.checkpoint import FOLDER, Checkpoint, last_checkpoint, save_checkpoint
+from opsd_train.checkpoint import FOLDER, Checkpoint, copy_adapter, last_checkpoint, save_checkpoint
 
 COST = ("seconds", "tokens_per_second", "peak_memory_mib")
 
@@ -220,6 +220,9 @@ def test_resumed_before_the_first_checkpoint_a_run_asks_for_the_same(tmp_path):
     with pytest.raises(ValueError, match=r"beta was 0\.5 in the run to resume, and is 0 now"):
         folder.begin({"beta": 0}, "")
     folder.begin({"beta": 0.5}, "")
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"config\.yaml does not say what the run to resume was"):
+        folder.begin({"beta": 0.5}, "")
 
 
 def test_a_run_that_replaced_another_resumes_from_its_own_config(folder, tmp_path):
@@ -274,8 +277,32 @@ def test_a_torn_checkpoint_is_not_loaded(tmp_path):
     assert last_checkpoint(tmp_path).step == 1
     save_checkpoint(tmp_path, checkpoint(2), "{}", keep_last=2)
     assert last_checkpoint(tmp_path).step == 2
-    (tmp_path / FOLDER / "step-000002" / "state.json").unlink()
+    state = tmp_path / FOLDER / "step-000002" / "state.json"
+    for text in ("", "{}", "[]", '{"bytes": 3}'):
+        state.write_text(text)
+        assert last_checkpoint(tmp_path).step == 1
+    state.unlink()
     assert last_checkpoint(tmp_path).step == 1
+
+
+def test_an_adapter_is_there_whole_or_not(tmp_path):
+    save_checkpoint(tmp_path, checkpoint(1), "{}", keep_last=1)
+    for number in range(1, 20):
+        process = processes().Process(target=copy_and_die, args=(tmp_path, number))
+        process.start()
+        process.join()
+        if (tmp_path / "adapter").exists():
+            safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+            assert (tmp_path / "adapter" / "adapter_config.json").read_text() == "{}"
+        if process.exitcode == 0:
+            break
+    assert process.exitcode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", FOLDER]
+
+
+def copy_and_die(folder: Path, number: int) -> None:
+    die_at_change(number, folder)
+    copy_adapter(folder, folder / "adapter")
 
 
 # Several processes
