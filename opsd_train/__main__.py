@@ -28,7 +28,7 @@ from opsd_train.failures import RunFailed
 from opsd_train.model import base_weights_sha256, load_model, load_tokenizer
 from opsd_train.objective import loss_name
 from opsd_train.report import RunFolder, check_tracker
-from opsd_train.setup import Setup, set_up
+from opsd_train.setup import Setup, check_distribution, set_up
 from opsd_train.tiny_world import SMALL_WORLD, World, cache_path, is_correct, load_world
 from opsd_train.train import train
 
@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     console.quiet = not accelerator.is_main_process
     try:
         check_tracker(config.tracker)
+        check_distribution(config, accelerator)
         if config.model == SMALL_WORLD:
             # Matrices this small do not feed more cores, and threads that wait cost more.
             torch.set_num_threads(min(2, torch.get_num_threads()))

@@ -352,7 +352,9 @@ def test_two_processes_are_one(folder, tmp_path, options, tied):
 
 
 def test_launches_that_do_not_fit_are_refused(folder, tmp_path):
-    said = run(tmp_path / "log", *shrunk(folder, tmp_path / "run", "--shard"), status=1)
+    # Before the model is loaded, which may take minutes.
+    options = shrunk(folder, tmp_path / "run", "--shard", "--model", tmp_path / "nowhere")
+    said = run(tmp_path / "log", *options, status=1)
     assert "shard spreads weights over several processes; there is only one" in said
     options = shrunk(folder, tmp_path / "run", "--batch-size", 3)
     run_distributed(tmp_path / "log", *options, status=1)
