@@ -63,6 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run_full(config: Config, accelerator: Accelerator) -> None:
     run = None if config.dry_run else open_run_folder(config, accelerator)
+    say(f"Loading {config.data} and {config.model} ...")
     problems = load_problems(config)
     model, tokenizer = load_model(config.model, config), load_tokenizer(config.model)
     setup = set_up(config, accelerator, model, tokenizer, problems)
@@ -76,7 +77,8 @@ def run_full(config: Config, accelerator: Accelerator) -> None:
     )
     say_plan(config, setup)
     begin(config, run)
-    before = base_weights_sha256(setup.model)
+    say("Hashing the base weights, to see at the end that they did not move ...")
+    before = hash_base_weights(config, setup)
     train(config, setup, run, evaluate=lambda step, is_last: {})
     finish(config, setup, run, before)
 
@@ -107,7 +109,7 @@ def run_in_small_world(config: Config, accelerator: Accelerator) -> None:
     say(f"Data: {len(setup.problems):,} problems of long multiplication.")
     say_plan(config, setup)
     begin(config, run)
-    before = base_weights_sha256(setup.model)
+    before = hash_base_weights(config, setup)
     train(config, setup, run, demo.measure_held_out(config, setup, world, run))
     demo.plot(config, run)
     finish(config, setup, run, before, **demo.show(config, world, run))
@@ -136,8 +138,15 @@ def begin(config: Config, run: RunFolder) -> None:
     run.track(config.tracker, values)
 
 
+def hash_base_weights(config: Config, setup: Setup) -> str:
+    """By the main process alone, "" in others; but all take part where each holds a share."""
+    if config.shard or setup.accelerator.is_main_process:
+        return base_weights_sha256(setup.model)
+    return ""
+
+
 def finish(config: Config, setup: Setup, run: RunFolder, sha256: str, **summary: object) -> None:
-    if base_weights_sha256(setup.model) != sha256:
+    if hash_base_weights(config, setup) != sha256:
         raise RuntimeError("the base weights, which are the teacher, changed during training")
     run.save_adapter()
     run.write_summary(

@@ -41,7 +41,8 @@ FILES = [
 ]
 ADAPTER = "adapter"
 
-# What may differ when a run is resumed, because the metrics do not depend on it beyond rounding.
+# What may differ when a run is resumed, because the metrics do not depend on it beyond rounding;
+# rollout_batch_size not with continuous batching, where a rollout depends on those beside it.
 FREE = [
     *("output_dir", "resume", "overwrite", "dry_run", "tracker", "save_every", "keep_last"),
     *("attention", "liger", "activation_checkpointing", "workspace_mib"),
@@ -206,8 +207,11 @@ class RunFolder:
                 f"{self.path / 'config.yaml'} does not say what the run to resume was asked for; "
                 "replace the run with --overwrite, or name another folder with --output-dir"
             )
+        free = set(FREE)
+        if config.get("engine") == "continuous":
+            free.remove("rollout_batch_size")
         for name, value in config.items():
-            if name not in FREE and was.get(name) != value:
+            if name not in free and was.get(name) != value:
                 raise ValueError(
                     f"{name} was {was.get(name)} in the run to resume, and is {value} now; ask for "
                     "the same, or name another folder with --output-dir"

@@ -4,6 +4,7 @@ on several processes, and how they end when they cannot go on."""
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -83,15 +84,20 @@ def undisturbed(folder, tmp_path_factory) -> Path:
 def test_a_preset_shrunk_by_options_alone(folder, undisturbed):
     said = undisturbed.with_suffix(".log").read_text()
     for line in [
+        f"Loading {folder / 'problems.jsonl'} and {folder / 'model'} ...",
         "Data: 19 problems of",
         "1 dropped, with a prompt of more than 512 tokens",
         "Model: Qwen3 with 25,312 parameters in torch.float32, sdpa attention, on cpu",
         "Loss: JSD(β=0.5 on the teacher), temperature 1.2, mean over each rollout, then the batch",
         "(processes × micro-batches × at most so many rollouts: 1 × 2 × 2)",
         "Schedule: 6 steps, 24 rollouts; learning rate up to 0.01 over 1 steps, then cosine",
+        "Hashing the base weights",
         "The base weights, which are the teacher, did not move",
     ]:
         assert line in said
+    # Without a terminal, a line a step.
+    told = re.findall(r"OPSD: (\d)/6  loss \S+  forward KL \S+  length \d  truncated \d+%", said)
+    assert told == ["1", "2", "3", "4", "5", "6"]
     rows = metrics(undisturbed)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     for row in rows:
@@ -106,7 +112,6 @@ def test_a_preset_shrunk_by_options_alone(folder, undisturbed):
         assert 4 <= row["tokens"] <= 24
         assert row["length_mean"] == row["tokens"] / 4
         assert row["finished"] + row["truncated"] == 1
-    assert rows[-1]["loss"] < rows[0]["loss"]
     first = json.loads((undisturbed / "metrics.jsonl").read_text().splitlines()[0])
     assert set(first["seconds"]) == {"rollout", "score", "loss", "backward", "step"}
     assert set(first["tokens_per_second"]) == set(first["seconds"])
@@ -125,6 +130,7 @@ def test_a_preset_shrunk_by_options_alone(folder, undisturbed):
         assert len(saved) == 28
         for name, value in saved.items():
             assert torch.equal(weights[name.replace(".weight", ".default.weight")], value)
+            assert value.any()  # B begins at 0
 
 
 # Killed and resumed
@@ -223,6 +229,17 @@ def test_resumed_before_the_first_checkpoint_a_run_asks_for_the_same(tmp_path):
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(ValueError, match=r"config\.yaml does not say what the run to resume was"):
         folder.begin({"beta": 0.5}, "")
+
+
+def test_rollouts_at_once_are_free_but_for_continuous_batching(tmp_path):
+    report.RunFolder(tmp_path).begin({"engine": "generate", "rollout_batch_size": 2}, "")
+    folder = report.RunFolder(tmp_path, resume=True)
+    folder.begin({"engine": "generate", "rollout_batch_size": 4}, "")
+    folder = report.RunFolder(tmp_path, overwrite=True)
+    folder.begin({"engine": "continuous", "rollout_batch_size": 2}, "")
+    folder = report.RunFolder(tmp_path, resume=True)
+    with pytest.raises(ValueError, match="rollout_batch_size was 2 in the run to resume"):
+        folder.begin({"engine": "continuous", "rollout_batch_size": 4}, "")
 
 
 def test_a_run_that_replaced_another_resumes_from_its_own_config(folder, tmp_path):
