@@ -56,7 +56,10 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         fail(str(error))
     except torch.OutOfMemoryError as error:
-        fail(f"no memory for the model; spread it over several processes with --shard. ({error})")
+        fail(
+            "no memory for the model, which each process loads whole, with --shard too: take a "
+            f"smaller one, or a larger card. ({error})"
+        )
     finally:
         accelerator.end_training()
 

@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM
 
 from opsd_train import report
 from opsd_train.checkpoint import FOLDER, Checkpoint, copy_adapter, last_checkpoint, save_checkpoint
+from opsd_train.failures import StopRequest
 
 COST = ("seconds", "tokens_per_second", "peak_memory_mib")
 
@@ -178,6 +179,23 @@ def test_asked_to_stop_a_run_saves_what_it_did(folder, tmp_path):
     last = metrics(output)[-1]["step"]
     assert last_checkpoint(output).step == last
     assert f"stopped after step {last}" in (tmp_path / "log").read_text()
+
+
+def test_a_signal_passed_on_by_a_launcher_is_one_request(monkeypatch):
+    monkeypatch.setattr(StopRequest, "SIGNALS", (signal.SIGUSR1, signal.SIGUSR2))
+    ended = []
+    for number in StopRequest.SIGNALS:
+        signal.signal(number, lambda number, frame: ended.append(number))
+    with StopRequest() as stop:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGUSR1)
+        assert (stop.signal, ended) == (signal.SIGUSR1, [])
+        stop.time -= 9  # seconds later it is another request
+        signal.raise_signal(signal.SIGUSR1)
+    with StopRequest():
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR2)
+    assert ended == [signal.SIGUSR1, signal.SIGUSR2]
 
 
 def steps_done(output: Path) -> int:
