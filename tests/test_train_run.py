@@ -23,6 +23,7 @@ from peft import PeftModel
 from training_runs import (
     REPOSITORY,
     die_at_change,
+    have_no_room_for_the_model,
     let_no_file_grow,
     lose_the_loss,
     processes,
@@ -459,6 +460,13 @@ def test_out_of_memory_names_the_remedy(folder, undisturbed, tmp_path):
     run(tmp_path / "log", *shrunk(folder, output, "--resume", "--micro-batch-size", 1))
     for a, b in zip(metrics(output), metrics(undisturbed), strict=True):
         assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_a_model_without_room_names_the_remedy(folder, tmp_path):
+    options = shrunk(folder, tmp_path / "run")
+    said = run(tmp_path / "log", *options, status=1, before=have_no_room_for_the_model)
+    assert "take a smaller one, or a larger card. (tried to allocate 2.00 GiB)" in said
+    assert "Traceback" not in said
 
 
 def test_bad_data_ends_before_anything_is_written(folder, tmp_path):
