@@ -28,7 +28,7 @@ from opsd_train.failures import RunFailed
 from opsd_train.model import base_weights_sha256, load_model, load_tokenizer
 from opsd_train.objective import loss_name
 from opsd_train.report import RunFolder, check_tracker
-from opsd_train.setup import Setup, set_up
+from opsd_train.setup import Setup, check_distribution, set_up
 from opsd_train.tiny_world import SMALL_WORLD, World, cache_path, is_correct, load_world
 from opsd_train.train import train
 
@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     console.quiet = not accelerator.is_main_process
     try:
         check_tracker(config.tracker)
+        check_distribution(config, accelerator)
         if config.model == SMALL_WORLD:
             # Matrices this small do not feed more cores, and threads that wait cost more.
             torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -55,13 +56,17 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         fail(str(error))
     except torch.OutOfMemoryError as error:
-        fail(f"no memory for the model; spread it over several processes with --shard. ({error})")
+        fail(
+            "no memory for the model, which each process loads whole, with --shard too: take a "
+            f"smaller one, or a larger card. ({error})"
+        )
     finally:
         accelerator.end_training()
 
 
 def run_full(config: Config, accelerator: Accelerator) -> None:
     run = None if config.dry_run else open_run_folder(config, accelerator)
+    say(f"Loading {config.data} and {config.model} ...")
     problems = load_problems(config)
     model, tokenizer = load_model(config.model, config), load_tokenizer(config.model)
     setup = set_up(config, accelerator, model, tokenizer, problems)
@@ -75,7 +80,8 @@ def run_full(config: Config, accelerator: Accelerator) -> None:
     )
     say_plan(config, setup)
     begin(config, run)
-    before = base_weights_sha256(setup.model)
+    say("Hashing the base weights, to see at the end that they did not move ...")
+    before = hash_base_weights(config, setup)
     train(config, setup, run, evaluate=lambda step, is_last: {})
     finish(config, setup, run, before)
 
@@ -106,7 +112,7 @@ def run_in_small_world(config: Config, accelerator: Accelerator) -> None:
     say(f"Data: {len(setup.problems):,} problems of long multiplication.")
     say_plan(config, setup)
     begin(config, run)
-    before = base_weights_sha256(setup.model)
+    before = hash_base_weights(config, setup)
     train(config, setup, run, demo.measure_held_out(config, setup, world, run))
     demo.plot(config, run)
     finish(config, setup, run, before, **demo.show(config, world, run))
@@ -129,12 +135,21 @@ def open_run_folder(config: Config, accelerator: Accelerator) -> RunFolder:
 
 def begin(config: Config, run: RunFolder) -> None:
     values = {**config.as_dict(), "output_dir": str(run.path)}
+    # How a run is started is asked each time: its config.yaml alone must not replace the run.
+    values |= {"overwrite": False, "resume": False, "dry_run": False}
     run.begin(values, comment=loss_name(config))
     run.track(config.tracker, values)
 
 
+def hash_base_weights(config: Config, setup: Setup) -> str:
+    """By the main process alone, "" in others; but all take part where each holds a share."""
+    if config.shard or setup.accelerator.is_main_process:
+        return base_weights_sha256(setup.model)
+    return ""
+
+
 def finish(config: Config, setup: Setup, run: RunFolder, sha256: str, **summary: object) -> None:
-    if base_weights_sha256(setup.model) != sha256:
+    if hash_base_weights(config, setup) != sha256:
         raise RuntimeError("the base weights, which are the teacher, changed during training")
     run.save_adapter()
     run.write_summary(

@@ -58,10 +58,8 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, adapter_config: str, keep
     unfinished.mkdir(parents=True)
     try:
         for name, data in contents.items():
-            with (unfinished / name).open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            write_through(unfinished / name, data)
+        _sync_folder(unfinished)
         if path.exists():  # one that is not whole
             _remove(path)
         unfinished.rename(path)
@@ -92,10 +90,27 @@ def last_checkpoint(run: Path) -> Checkpoint | None:
 
 
 def copy_adapter(run: Path, to: Path) -> None:
-    """Copy the adapter of the newest checkpoint to a folder of its own."""
-    to.mkdir(exist_ok=True)
+    """Copy the adapter of the newest checkpoint to a folder of its own, in place of what is there.
+    At any instant it is there whole, or not."""
+    remove_unfinished(run)
+    unfinished = run / FOLDER / "unfinished-adapter"
+    unfinished.mkdir()
     for name in ADAPTER_FILES:
-        shutil.copy(_path(run, last_step(run) or 0) / name, to / name)
+        write_through(unfinished / name, (_path(run, last_step(run) or 0) / name).read_bytes())
+    _sync_folder(unfinished)
+    if to.exists():
+        to.rename(run / FOLDER / "unfinished-removal-adapter")
+    unfinished.rename(to)
+    _sync_folder(to.parent)
+    remove_unfinished(run)
+
+
+def write_through(path: Path, data: bytes) -> None:
+    """Write a file, and wait until it is on the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def remove_unfinished(run: Path) -> None:
@@ -117,8 +132,8 @@ def _is_whole(path: Path) -> bool:
     try:
         state = json.loads((path / STATE).read_text())
         return all((path / name).stat().st_size == n for name, n in state["bytes"].items())
-    except (OSError, ValueError):
-        return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # a file that is missing, or state.json says something else
 
 
 def _remove(path: Path) -> None:

@@ -26,8 +26,8 @@ def fail(message: str, status: int = 1) -> NoReturn:
 class Bar:
     """Progress of one stage; `advance_to` also takes figures to show."""
 
-    def __init__(self, progress: Progress | None, name: str, total: int):
-        self.progress, self.name, self.total = progress, name, total
+    def __init__(self, progress: Progress | None, name: str, total: int, lines: int):
+        self.progress, self.name, self.total, self.lines = progress, name, total, lines
         self.done = 0
         self.task = progress.add_task(name, total=total, figures="") if progress else None
 
@@ -35,15 +35,16 @@ class Bar:
         shown = "  ".join(f"{name} {value}" for name, value in figures.items())
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=done, figures=shown)
-        elif done * 10 // self.total > self.done * 10 // self.total:
+        elif done * self.lines // self.total > self.done * self.lines // self.total:
             say(f"{self.name}: {done}/{self.total}  {shown}")
         self.done = done
 
 
 @contextmanager
-def progress_bar(name: str, total: int) -> Iterator[Bar]:
+def progress_bar(name: str, total: int, lines: int = 10) -> Iterator[Bar]:
+    """A bar in a terminal, elsewhere so many plain lines."""
     if not console.is_terminal:
-        yield Bar(None, name, total)
+        yield Bar(None, name, total, lines)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -53,7 +54,7 @@ def progress_bar(name: str, total: int) -> Iterator[Bar]:
         TextColumn("{task.fields[figures]}"),
     )
     with Progress(*columns, console=console) as progress:
-        yield Bar(progress, name, total)
+        yield Bar(progress, name, total, lines)
 
 
 def show_attempt(who: str, attempt: Completion) -> None:

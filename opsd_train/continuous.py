@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from opsd_train.failures import RunFailed
 from opsd_train.model import base_model
 from opsd_train.rollout import BatchSampler, draw_seed
 
@@ -37,9 +39,25 @@ class ContinuousSampler(BatchSampler):
                 page_size=PAGE, num_blocks=pages, seed=abs(draw_seed(*seeds)) % 2**31
             ),
         )
-        if len(results) != len(prompts):
-            raise RuntimeError(
-                f"continuous batching returned {len(results)} of {len(prompts)} completions; "
-                "sample with --engine generate"
-            )
-        return [result.generated_tokens for result in results.values()]
+        return completed(list(results.values()), len(prompts))
+
+
+def completed(results: list[Any], expected: int) -> list[list[int]]:
+    """The completions of requests, of which `generate_batch` also returns those that failed, with
+    what they had until then and an error's text.
+
+    Raises:
+        torch.OutOfMemoryError: a request failed for want of memory.
+        RunFailed: a request failed, has no tokens, or is missing.
+    """
+    for result in results:
+        if result.error is not None and "out of memory" in result.error.lower():
+            raise torch.OutOfMemoryError(result.error)
+    whole = [r.generated_tokens for r in results if r.error is None and r.generated_tokens]
+    if len(whole) < expected:
+        why = next((f" ({r.error})" for r in results if r.error is not None), "")
+        raise RunFailed(
+            f"continuous batching completed {len(whole)} of {expected} rollouts{why}; go on with "
+            "--resume, or begin anew with --engine generate"
+        )
+    return whole

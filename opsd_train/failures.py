@@ -3,6 +3,7 @@
 import errno
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,6 +13,7 @@ import torch
 from opsd_train.report import RunFolder
 
 MAX_SKIPPED = 3  # steps in a row without a finite loss
+SAME_REQUEST_SECONDS = 5.0
 
 OUT_OF_MEMORY = {
     "rollout": "lower --rollout-batch-size",
@@ -59,12 +61,14 @@ def explained(run: RunFolder, rescue: Callable[[], None]) -> Iterator[None]:
 
 class StopRequest:
     """Within it, SIGTERM and Ctrl-C ask a run to stop after the step under way; a second one ends
-    it at once."""
+    it at once, but for the same again within seconds: a scheduler may send a signal both to a
+    process and to its launcher, which passes it on."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.time = 0.0  # of the request
 
     def __enter__(self) -> "StopRequest":
         self.before = {s: signal.signal(s, self._ask) for s in self.SIGNALS}
@@ -74,8 +78,11 @@ class StopRequest:
         self._restore()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
+        if self.signal is None:
+            self.signal, self.time = number, time.monotonic()
+        elif number != self.signal or time.monotonic() - self.time > SAME_REQUEST_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self.before.items():

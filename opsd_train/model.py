@@ -26,7 +26,8 @@ def load_model(name: str, config: Config) -> PreTrainedModel:
 
     Raises:
         OSError: there is none.
-        ValueError: it is another kind of model, whose logits may not be h Wᵀ.
+        ValueError: it is another kind of model, whose logits may not be h Wᵀ; or the kernels asked
+            for are not installed.
     """
     kind = AutoConfig.from_pretrained(name).model_type
     if kind != "qwen3":
@@ -38,9 +39,15 @@ def load_model(name: str, config: Config) -> PreTrainedModel:
         on_gpu = torch.cuda.is_available() and config.dtype != "float32"
         flash = on_gpu and is_flash_attn_2_available()
         attention = "flash_attention_2" if flash else "sdpa"
-    return AutoModelForCausalLM.from_pretrained(
-        name, dtype=getattr(torch, config.dtype), attn_implementation=attention
-    )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, config.dtype), attn_implementation=attention
+        )
+    except ImportError as error:
+        raise ValueError(
+            f"attention {attention} cannot be used: {error} Install it with "
+            "`pip install -e '.[flash]'`, or ask for --attention sdpa"
+        ) from error
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -53,7 +60,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def _patch_layers() -> None:
     if not torch.cuda.is_available():
         raise ValueError("liger needs a CUDA device; leave it off on a CPU")
-    from liger_kernel.transformers import apply_liger_kernel_to_qwen3
+    try:
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen3
+    except ImportError as error:
+        raise ValueError(
+            f"liger cannot be used: {error}; install it with `pip install -e '.[gpu]'`, or leave "
+            "it off with --no-liger"
+        ) from error
 
     # The layers alone: the loss is this package's, and the model's own head is never called.
     apply_liger_kernel_to_qwen3(cross_entropy=False, fused_linear_cross_entropy=False)

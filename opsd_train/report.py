@@ -32,7 +32,7 @@ from accelerate.tracking import (
     WandBTracker,
 )
 
-from opsd_train.checkpoint import FOLDER, copy_adapter, last_step, remove_unfinished
+from opsd_train.checkpoint import FOLDER, copy_adapter, last_step, remove_unfinished, write_through
 from opsd_train.evaluate import Completion
 
 FILES = [
@@ -41,7 +41,8 @@ FILES = [
 ]
 ADAPTER = "adapter"
 
-# What may differ when a run is resumed, because the metrics do not depend on it beyond rounding.
+# What may differ when a run is resumed, because the metrics do not depend on it beyond rounding;
+# rollout_batch_size not with continuous batching, where a rollout depends on those beside it.
 FREE = [
     *("output_dir", "resume", "overwrite", "dry_run", "tracker", "save_every", "keep_last"),
     *("attention", "liger", "activation_checkpointing", "workspace_mib"),
@@ -61,7 +62,7 @@ class RunFolder:
 
         Raises:
             FileExistsError: it holds a run already, and neither `overwrite` says to replace it nor
-                `resume` to go on with it.
+                `resume` to go on with it; or one to resume that has lost its checkpoints.
             NotADirectoryError: it is a file.
         """
         self.path, self.resume, self.is_main = path, resume, is_main
@@ -73,6 +74,8 @@ class RunFolder:
                 f"{path} holds a run already ({', '.join(found)}); name another folder with "
                 "--output-dir, go on with --resume, or replace the run with --overwrite"
             )
+        if resume and is_main:
+            self._check_not_lost()
         if is_main:
             path.mkdir(parents=True, exist_ok=True)
         self.replaced = found
@@ -107,7 +110,8 @@ class RunFolder:
         Until then the folder is as it was: a run that fails before it begins costs nothing.
 
         Raises:
-            ValueError: the run to go on with was asked for something else.
+            ValueError: the run to go on with was asked for something else, whether or not it came
+                to a checkpoint.
         """
         resumed = last_step(self.path) if self.resume else None
         if resumed is not None:
@@ -121,6 +125,8 @@ class RunFolder:
                 self._replace(name, to_lines(self._lines(name, up_to=resumed)))
             remove_unfinished(self.path)
             return
+        if self.resume and (self.path / "config.yaml").exists():
+            self._check_same(config)
         for name in self.replaced:
             if (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)
@@ -181,10 +187,31 @@ class RunFolder:
                 with (self.path / name).open("rb") as file:
                     os.fsync(file.fileno())
 
+    def _check_not_lost(self) -> None:
+        """Without a checkpoint a resumed run starts anew: right if it was killed before the first,
+        but not if that would remove more than the lines written until then."""
+        if last_step(self.path) is not None:
+            return
+        kept = [ADAPTER, "summary.json", f"{FOLDER}/step-*"]
+        if found := [name for name in kept if any(self.path.glob(name))]:
+            raise FileExistsError(
+                f"{self.path} has no whole checkpoint to go on from, but results of a run "
+                f"({', '.join(found)}), which --resume does not remove; name another folder with "
+                "--output-dir, or replace the run with --overwrite"
+            )
+
     def _check_same(self, config: dict[str, Any]) -> None:
         was = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        if not isinstance(was, dict):
+            raise ValueError(
+                f"{self.path / 'config.yaml'} does not say what the run to resume was asked for; "
+                "replace the run with --overwrite, or name another folder with --output-dir"
+            )
+        free = set(FREE)
+        if config.get("engine") == "continuous":
+            free.remove("rollout_batch_size")
         for name, value in config.items():
-            if name not in FREE and was.get(name) != value:
+            if name not in free and was.get(name) != value:
                 raise ValueError(
                     f"{name} was {was.get(name)} in the run to resume, and is {value} now; ask for "
                     "the same, or name another folder with --output-dir"
@@ -209,7 +236,7 @@ class RunFolder:
 
     def _replace(self, name: str, text: str) -> None:
         unfinished = self.path / f"{name}.unfinished"
-        unfinished.write_text(text, encoding="utf-8")
+        write_through(unfinished, text.encode())
         unfinished.replace(self.path / name)
 
 

@@ -64,7 +64,6 @@ def set_up(
         OSError: teacher_model cannot be loaded.
         ValueError: what does not fit together, by name.
     """
-    check_distribution(config, accelerator)
     contexts = Contexts(
         Context(tokenizer, config.student_template, config.student_thinking),
         Context(tokenizer, config.teacher_template, config.teacher_thinking),
@@ -134,6 +133,9 @@ def make_teacher(
 
 
 def check_distribution(config: Config, accelerator: Accelerator) -> None:
+    """Raises:
+    ValueError: what was launched is not what the config can be trained on.
+    """
     supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in supported:
         raise ValueError(

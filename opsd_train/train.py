@@ -21,6 +21,7 @@ from opsd_train.report import RunFolder
 from opsd_train.setup import Setup
 from opsd_train.sharding import copy_whole, whole
 from opsd_train.step import take_step
+from opsd_train.tiny_world import SMALL_WORLD
 
 Evaluate = Callable[[int, bool], dict[str, Any]]
 """Called with the number of steps taken, 0 before the first, and whether it was the last; returns
@@ -45,7 +46,13 @@ def train(config: Config, setup: Setup, run: RunFolder, evaluate: Evaluate) -> N
 
     # Sharded weights are gathered by all processes, not by one that ran out of memory.
     rescue = (lambda: None) if config.shard else save
-    with progress_bar("OPSD", config.steps) as bar, StopRequest() as stop, explained(run, rescue):
+    # A step of a real model takes long enough to be told of.
+    lines = 10 if config.model == SMALL_WORLD else config.steps
+    with (
+        progress_bar("OPSD", config.steps, lines) as bar,
+        StopRequest() as stop,
+        explained(run, rescue),
+    ):
         if step == 0 and (measured := evaluate(0, False)):
             run.write_metrics(step=0, **measured)
         while step < config.steps and not has_stalled(run.metrics, config.patience):
@@ -92,13 +99,19 @@ def cost(run: RunFolder, setup: Setup, tokens: int) -> dict[str, Any]:
 
 
 def figures(metrics: list[dict[str, Any]]) -> dict[str, str]:
-    """What the progress bar shows."""
-    shown = {"loss": f"{metrics[-1]['loss']:.4f}"}
+    """What is shown of the last step, beside the progress."""
+    last = metrics[-1]
+    shown = {"loss": f"{last['loss']:.4f}"}
     if skipped := sum(m["skipped"] for m in steps_of(metrics)):
         shown["skipped"] = f"{skipped}"
     if measured := [m["accuracy"] for m in metrics if "accuracy" in m]:
-        shown["held-out accuracy"] = f"{measured[-1]:.0%}"
-    return shown
+        return shown | {"held-out accuracy": f"{measured[-1]:.0%}"}
+    return shown | {
+        "forward KL": f"{last['forward_kl']:.4f}",
+        "length": f"{last['length_mean']:.0f}",
+        "truncated": f"{last['truncated']:.0%}",
+        "seconds": f"{sum(last['seconds'].values()):.1f}",
+    }
 
 
 def steps_of(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """From a data set and a model on the disk to prompts as token ids; what is refused on the way."""
 
 import json
+import sys
 
 import datasets
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("transformers")
 
 import tiny_qwen3
 from tiny_qwen3 import config, prepared
+from transformers import AutoModelForCausalLM
 
 from opsd_train.data import load_problems
 from opsd_train.model import (
@@ -205,6 +207,20 @@ def test_other_models_are_refused(folder, tmp_path):
             prepared(folder, liger=True)
     with pytest.raises(ValueError, match="exceed the model's 2048 positions"):
         prepared(folder, max_new_tokens=2000)
+
+
+def test_kernels_that_are_not_installed_are_named(folder, monkeypatch):
+    def not_installed(*_, **__):
+        raise ImportError("there is no FlashAttention2.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
+    with pytest.raises(ValueError, match=r"liger cannot be used: .* `pip install -e '\.\[gpu\]'`"):
+        load_model(str(folder / "model"), config(folder, liger=True))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", not_installed)
+    message = r"flash_attention_2 cannot be used: there is no .* `pip install -e '\.\[flash\]'`"
+    with pytest.raises(ValueError, match=message):
+        load_model(str(folder / "model"), config(folder, attention="flash_attention_2"))
 
 
 def test_an_adapter_on_the_head_is_refused(folder, tmp_path):

@@ -4,6 +4,7 @@ on several processes, and how they end when they cannot go on."""
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -22,6 +23,7 @@ from peft import PeftModel
 from training_runs import (
     REPOSITORY,
     die_at_change,
+    have_no_room_for_the_model,
     let_no_file_grow,
     lose_the_loss,
     processes,
@@ -34,7 +36,8 @@ from training_runs import (
 from transformers import AutoModelForCausalLM
 
 from opsd_train import report
-from opsd_train.checkpoint import FOLDER, Checkpoint, last_checkpoint, save_checkpoint
+from opsd_train.checkpoint import FOLDER, Checkpoint, copy_adapter, last_checkpoint, save_checkpoint
+from opsd_train.failures import StopRequest
 
 COST = ("seconds", "tokens_per_second", "peak_memory_mib")
 
@@ -83,15 +86,20 @@ def undisturbed(folder, tmp_path_factory) -> Path:
 def test_a_preset_shrunk_by_options_alone(folder, undisturbed):
     said = undisturbed.with_suffix(".log").read_text()
     for line in [
+        f"Loading {folder / 'problems.jsonl'} and {folder / 'model'} ...",
         "Data: 19 problems of",
         "1 dropped, with a prompt of more than 512 tokens",
         "Model: Qwen3 with 25,312 parameters in torch.float32, sdpa attention, on cpu",
         "Loss: JSD(β=0.5 on the teacher), temperature 1.2, mean over each rollout, then the batch",
         "(processes × micro-batches × at most so many rollouts: 1 × 2 × 2)",
         "Schedule: 6 steps, 24 rollouts; learning rate up to 0.01 over 1 steps, then cosine",
+        "Hashing the base weights",
         "The base weights, which are the teacher, did not move",
     ]:
         assert line in said
+    # Without a terminal, a line a step.
+    told = re.findall(r"OPSD: (\d)/6  loss \S+  forward KL \S+  length \d  truncated \d+%", said)
+    assert told == ["1", "2", "3", "4", "5", "6"]
     rows = metrics(undisturbed)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     for row in rows:
@@ -106,7 +114,6 @@ def test_a_preset_shrunk_by_options_alone(folder, undisturbed):
         assert 4 <= row["tokens"] <= 24
         assert row["length_mean"] == row["tokens"] / 4
         assert row["finished"] + row["truncated"] == 1
-    assert rows[-1]["loss"] < rows[0]["loss"]
     first = json.loads((undisturbed / "metrics.jsonl").read_text().splitlines()[0])
     assert set(first["seconds"]) == {"rollout", "score", "loss", "backward", "step"}
     assert set(first["tokens_per_second"]) == set(first["seconds"])
@@ -125,6 +132,7 @@ def test_a_preset_shrunk_by_options_alone(folder, undisturbed):
         assert len(saved) == 28
         for name, value in saved.items():
             assert torch.equal(weights[name.replace(".weight", ".default.weight")], value)
+            assert value.any()  # B begins at 0
 
 
 # Killed and resumed
@@ -174,6 +182,23 @@ def test_asked_to_stop_a_run_saves_what_it_did(folder, tmp_path):
     assert f"stopped after step {last}" in (tmp_path / "log").read_text()
 
 
+def test_a_signal_passed_on_by_a_launcher_is_one_request(monkeypatch):
+    monkeypatch.setattr(StopRequest, "SIGNALS", (signal.SIGUSR1, signal.SIGUSR2))
+    ended = []
+    for number in StopRequest.SIGNALS:
+        signal.signal(number, lambda number, frame: ended.append(number))
+    with StopRequest() as stop:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGUSR1)
+        assert (stop.signal, ended) == (signal.SIGUSR1, [])
+        stop.time -= 9  # seconds later it is another request
+        signal.raise_signal(signal.SIGUSR1)
+    with StopRequest():
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR2)
+    assert ended == [signal.SIGUSR1, signal.SIGUSR2]
+
+
 def steps_done(output: Path) -> int:
     path = output / "metrics.jsonl"
     return len(path.read_text().splitlines()) if path.exists() else 0
@@ -200,6 +225,51 @@ def test_a_resumed_run_asks_for_the_same(folder, undisturbed, tmp_path):
     finished = shrunk(folder, undisturbed, "--resume", "--micro-batch-size", 4)
     assert "Resumed after step 6." in run(tmp_path / "log", *finished)
     assert contents(undisturbed) == before
+
+
+def test_resume_removes_no_results(folder, undisturbed, tmp_path):
+    """A finished run whose checkpoints someone has deleted."""
+    output = tmp_path / "run"
+    shutil.copytree(undisturbed, output)
+    shutil.rmtree(output / FOLDER)
+    for options in (["--resume"], ["--resume", "--beta", "0"]):
+        said = run(tmp_path / "log", *shrunk(folder, output, *options), status=1)
+        assert "no whole checkpoint to go on from" in said
+        assert "(adapter, summary.json)" in said
+    assert contents(output) == contents(undisturbed)
+
+
+def test_resumed_before_the_first_checkpoint_a_run_asks_for_the_same(tmp_path):
+    report.RunFolder(tmp_path).begin({"beta": 0.5}, "")
+    folder = report.RunFolder(tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"beta was 0\.5 in the run to resume, and is 0 now"):
+        folder.begin({"beta": 0}, "")
+    folder.begin({"beta": 0.5}, "")
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"config\.yaml does not say what the run to resume was"):
+        folder.begin({"beta": 0.5}, "")
+
+
+def test_rollouts_at_once_are_free_but_for_continuous_batching(tmp_path):
+    report.RunFolder(tmp_path).begin({"engine": "generate", "rollout_batch_size": 2}, "")
+    folder = report.RunFolder(tmp_path, resume=True)
+    folder.begin({"engine": "generate", "rollout_batch_size": 4}, "")
+    folder = report.RunFolder(tmp_path, overwrite=True)
+    folder.begin({"engine": "continuous", "rollout_batch_size": 2}, "")
+    folder = report.RunFolder(tmp_path, resume=True)
+    with pytest.raises(ValueError, match="rollout_batch_size was 2 in the run to resume"):
+        folder.begin({"engine": "continuous", "rollout_batch_size": 4}, "")
+
+
+def test_a_run_that_replaced_another_resumes_from_its_own_config(folder, tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "metrics.jsonl").write_text("")
+    run(tmp_path / "log", *shrunk(folder, output, "--overwrite", "--steps", 1))
+    said = run(tmp_path / "log", output / "config.yaml", status=1)
+    assert "holds a run already" in said
+    said = run(tmp_path / "log", output / "config.yaml", "--resume")
+    assert "Resumed after step 1." in said
 
 
 # Checkpoints
@@ -243,8 +313,32 @@ def test_a_torn_checkpoint_is_not_loaded(tmp_path):
     assert last_checkpoint(tmp_path).step == 1
     save_checkpoint(tmp_path, checkpoint(2), "{}", keep_last=2)
     assert last_checkpoint(tmp_path).step == 2
-    (tmp_path / FOLDER / "step-000002" / "state.json").unlink()
+    state = tmp_path / FOLDER / "step-000002" / "state.json"
+    for text in ("", "{}", "[]", '{"bytes": 3}'):
+        state.write_text(text)
+        assert last_checkpoint(tmp_path).step == 1
+    state.unlink()
     assert last_checkpoint(tmp_path).step == 1
+
+
+def test_an_adapter_is_there_whole_or_not(tmp_path):
+    save_checkpoint(tmp_path, checkpoint(1), "{}", keep_last=1)
+    for number in range(1, 20):
+        process = processes().Process(target=copy_and_die, args=(tmp_path, number))
+        process.start()
+        process.join()
+        if (tmp_path / "adapter").exists():
+            safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+            assert (tmp_path / "adapter" / "adapter_config.json").read_text() == "{}"
+        if process.exitcode == 0:
+            break
+    assert process.exitcode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", FOLDER]
+
+
+def copy_and_die(folder: Path, number: int) -> None:
+    die_at_change(number, folder)
+    copy_adapter(folder, folder / "adapter")
 
 
 # Several processes
@@ -294,7 +388,9 @@ def test_two_processes_are_one(folder, tmp_path, options, tied):
 
 
 def test_launches_that_do_not_fit_are_refused(folder, tmp_path):
-    said = run(tmp_path / "log", *shrunk(folder, tmp_path / "run", "--shard"), status=1)
+    # Before the model is loaded, which may take minutes.
+    options = shrunk(folder, tmp_path / "run", "--shard", "--model", tmp_path / "nowhere")
+    said = run(tmp_path / "log", *options, status=1)
     assert "shard spreads weights over several processes; there is only one" in said
     options = shrunk(folder, tmp_path / "run", "--batch-size", 3)
     run_distributed(tmp_path / "log", *options, status=1)
@@ -364,6 +460,13 @@ def test_out_of_memory_names_the_remedy(folder, undisturbed, tmp_path):
     run(tmp_path / "log", *shrunk(folder, output, "--resume", "--micro-batch-size", 1))
     for a, b in zip(metrics(output), metrics(undisturbed), strict=True):
         assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_a_model_without_room_names_the_remedy(folder, tmp_path):
+    options = shrunk(folder, tmp_path / "run")
+    said = run(tmp_path / "log", *options, status=1, before=have_no_room_for_the_model)
+    assert "take a smaller one, or a larger card. (tried to allocate 2.00 GiB)" in said
+    assert "Traceback" not in said
 
 
 def test_bad_data_ends_before_anything_is_written(folder, tmp_path):

@@ -1,5 +1,7 @@
 """What a step is made of: sampling, teachers, the objective and its statistics."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,8 +10,10 @@ pytest.importorskip("transformers")
 
 import tiny_qwen3
 from tiny_qwen3 import config, prepared
+from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from opsd_kernels.reference import reference_jsd_loss
+from opsd_train.failures import RunFailed
 from opsd_train.model import adapter_weights, base_model
 from opsd_train.objective import opsd_loss, token_weights
 from opsd_train.prompts import join
@@ -100,6 +104,26 @@ def test_engines_agree_where_there_is_nothing_to_draw(folder):
         both.append(roll_out(setup.sampler, context, problems, [1, 2, 3]))
     assert both[0] == both[1]
     assert both[1] == roll_out(setup.sampler, context, problems, [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised", "message"),
+    [
+        ({"error": "CUDA out of memory. Tried to allocate 2 GiB"}, torch.OutOfMemoryError, "2 GiB"),
+        ({"error": "a block is lost"}, RunFailed, r"completed 1 of 2 rollouts \(a block is lost\)"),
+        ({"generated_tokens": []}, RunFailed, "completed 1 of 2 rollouts; go on with --resume"),
+        (None, RunFailed, "completed 1 of 2 rollouts; go on with --resume"),
+    ],
+)
+def test_a_request_that_failed_is_not_trained_on(folder, monkeypatch, failure, raised, message):
+    setup = prepared(folder, engine="continuous")
+    fine = GenerationOutput("a", generated_tokens=[5, 6])
+    results = {"a": fine}
+    if failure is not None:
+        results["b"] = replace(fine, **failure)
+    monkeypatch.setattr(base_model(setup.model), "generate_batch", lambda *_, **__: results)
+    with pytest.raises(raised, match=message):
+        setup.sampler.sample([[1], [2]], [1, 2])
 
 
 def test_every_problem_once_before_any_comes_again(folder):

@@ -140,6 +140,15 @@ def run_out_of_memory(call: int) -> None:
     step.score = broken
 
 
+def have_no_room_for_the_model() -> None:
+    from opsd_train import __main__
+
+    def broken(*arguments):
+        raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+
+    __main__.load_model = broken
+
+
 def _run(
     log: Path, arguments: list[str], before: Callable[[], None] | None, env: dict[str, str]
 ) -> None:
