@@ -61,8 +61,8 @@ def explained(run: RunFolder, rescue: Callable[[], None]) -> Iterator[None]:
 
 class StopRequest:
     """Within it, SIGTERM and Ctrl-C ask a run to stop after the step under way; a second one ends
-    it at once, but for the same again within seconds: a scheduler may send a signal both to a
-    process and to its launcher, which passes it on."""
+    it at once, but for SIGTERM again within seconds: a scheduler may send it both to a process and
+    to its launcher, which passes it on."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -80,7 +80,9 @@ class StopRequest:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal, self.time = number, time.monotonic()
-        elif number != self.signal or time.monotonic() - self.time > SAME_REQUEST_SECONDS:
+            return
+        passed_on = number == self.signal == signal.SIGTERM
+        if not passed_on or time.monotonic() - self.time > SAME_REQUEST_SECONDS:
             self._restore()
             signal.raise_signal(number)
 

@@ -182,21 +182,33 @@ def test_asked_to_stop_a_run_saves_what_it_did(folder, tmp_path):
     assert f"stopped after step {last}" in (tmp_path / "log").read_text()
 
 
-def test_a_signal_passed_on_by_a_launcher_is_one_request(monkeypatch):
-    monkeypatch.setattr(StopRequest, "SIGNALS", (signal.SIGUSR1, signal.SIGUSR2))
-    ended = []
-    for number in StopRequest.SIGNALS:
-        signal.signal(number, lambda number, frame: ended.append(number))
+@pytest.fixture
+def ended():
+    """Signals that reach what was there before a `StopRequest`."""
+    seen: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {n: signal.signal(n, lambda number, frame: seen.append(number)) for n in numbers}
+    yield seen
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_sigterm_passed_on_by_a_launcher_is_one_request(ended):
     with StopRequest() as stop:
         for _ in range(3):
-            signal.raise_signal(signal.SIGUSR1)
-        assert (stop.signal, ended) == (signal.SIGUSR1, [])
+            signal.raise_signal(signal.SIGTERM)
+        assert (stop.signal, ended) == (signal.SIGTERM, [])
         stop.time -= 9  # seconds later it is another request
-        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)
+    assert ended == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_ctrl_c_is_a_request_of_its_own(ended, first):
     with StopRequest():
-        signal.raise_signal(signal.SIGUSR1)
-        signal.raise_signal(signal.SIGUSR2)
-    assert ended == [signal.SIGUSR1, signal.SIGUSR2]
+        signal.raise_signal(first)
+        signal.raise_signal(signal.SIGINT)
+    assert ended == [signal.SIGINT]
 
 
 def steps_done(output: Path) -> int:
