@@ -1,4 +1,4 @@
-"""Put what was recorded into the README: each table stands between two marks and is generated.
+"""Put what was recorded into the README: each table of results stands between two marks.
 
 python benchmarks/readme.py
 """

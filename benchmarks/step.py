@@ -4,10 +4,11 @@ projection, activation checkpointing; teacher pass, student pass, loss, backward
     python benchmarks/step.py [--model qwen3-8b] [--tokens 1024 16384] [--quick] [--output FOLDER]
 
 One rollout of N tokens, behind a prompt of 256 for the student and 1280 for the teacher. Measured
-on this machine, each figure in a process of its own: peak memory above the weights, as memory.py
-takes it, and seconds. Counted as on a GPU, without one: the bytes alive at once in the step of a
-whole model, its tensors without contents; from these, and the weights, the longest rollout that
-fits a memory, between two counts in proportion. Optimizer and sampler are not part of it.
+on this machine, each figure in a process of its own and after a short step: peak memory above the
+weights, and seconds, the median of three. Counted as on a GPU, without one: the bytes alive at once
+in the step of a whole model, its tensors without contents; from these, and the weights, the longest
+rollout that fits a memory, between two counts in proportion. Optimizer and sampler are not part of
+it.
 
 With --output it writes step.csv, step.md and step.png to the folder.
 """
