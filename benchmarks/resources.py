@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +106,11 @@ def compiled(variant: Variant, row: Row | None = None, stored: str | None = None
     """What Triton makes of a variant: see `compile_variant`."""
     row = row or tiles.TABLE[variant.arch, variant.dtype]
     kernel, constants, options = _specialized(variant, row)
+    tile = _tile(variant, row)
     names = kernel.arg_names
     signature, attributes = {}, {}
     for i, name in enumerate(names):
-        signature[name] = "constexpr" if name in constants else _type(name, variant, stored)
+        signature[name] = "constexpr" if name in constants else _type(name, variant, stored, tile)
         divisible = signature[name].startswith("*") or name in DIVISIBLE
         if divisible and name not in constants:
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -129,7 +130,7 @@ DIVISIBLE = {
 }  # fmt: skip
 
 
-def _type(name: str, variant: Variant, stored: str | None) -> str:
+def _type(name: str, variant: Variant, stored: str | None, tile: Tile | None) -> str:
     dtype = variant.dtype
     if name in ("index_ptr", "top_ptr", "targets_ptr"):
         return "*i32"
@@ -137,8 +138,11 @@ def _type(name: str, variant: Variant, stored: str | None) -> str:
         return "*fp32"
     if name == "keep_ptr":
         return "*i1"
-    if name.startswith(("h_", "W_")) and name.endswith("_ptr"):
-        return POINTERS[stored or dtype]
+    if name in ("h_S", "h_T", "W", "W_T", "W_ptr"):
+        pointer = POINTERS[stored or dtype]
+        if tile is None or not tile.BULK:
+            return pointer
+        return f"tensordesc<{pointer[1:]}[{tile.BM if name[0] == 'h' else tile.BV},{tile.BK}]>"
     if name in ("s_ptr", "p_ptr", "g_ptr"):
         return POINTERS["float32" if dtype == "float16" else dtype]
     if name.endswith("_ptr"):
@@ -158,7 +162,7 @@ def _specialized(variant: Variant, row: Row) -> tuple[Any, dict[str, Any], dict[
     operand = {"OPERAND": TRITON_DTYPES[variant.dtype]}
     logits = {
         **operand, "keep_ptr": None, "stride_Wd": 1, "stride_W_Td": 1, "SHARED": True,
-        "MASKED": False, "EVEN_D": True, "PRECISION": "ieee",
+        "MASKED": False, "EVEN_D": True, "EVEN_V": True, "PRECISION": "ieee",
     }  # fmt: skip
     small = {"num_warps": 4}
     if variant.kernel == "lse":
@@ -174,24 +178,26 @@ def _specialized(variant: Variant, row: Row) -> tuple[Any, dict[str, Any], dict[
         )
     if variant.kernel == "pair":
         statistics = case.statistics and case.beta is not None
-        tile = row.pair_wide if wide else row.pair
-        constants = {**logits, **divergence, "STATISTICS": statistics, **_shape(tile)}
+        tile = _tile(variant, row)
+        assert tile is not None
+        constants = {**logits, **divergence, "STATISTICS": statistics, "SCALE": 1.0, **_shape(tile)}
         if no_P:
             constants["p_ptr"] = None
         if case.beta is None:
-            constants |= {"h_T_ptr": None, "W_T_ptr": None}
+            constants |= {"h_T": None, "W_T": None}
         return pair.pair_kernel, constants, _options(tile)
     if variant.kernel == "rows":
-        block, num_warps = row.rows_wide if wide else row.rows
+        block, parts, num_warps = row.rows_wide if wide else row.rows
         constants = {
             **divergence, **no_targets, **no_statistics, "NEEDS_SCORE": True, **limit,
-            "BLOCK": block,
+            "SCALE": 1.0, "FINITE": True, "BLOCK": block, "PARTS": parts,
         }  # fmt: skip
         return rows.rows_kernel, constants, {"num_warps": num_warps}
     if variant.kernel == "merge":
         constants = {
             **divergence,
             **limit,
+            "SCALE": 1.0,
             "TARGETS": case.statistics,
             "BM": lse.MERGE_BM,
             "SPANS": triton.next_power_of_2(row.spans),
@@ -208,8 +214,15 @@ def _specialized(variant: Variant, row: Row) -> tuple[Any, dict[str, Any], dict[
     return finish.finish_kernel, constants, small
 
 
-def _shape(tile: Tile) -> dict[str, int]:
-    return {"BM": tile.BM, "BV": tile.BV, "BK": tile.BK, "PARTS": tile.PARTS}
+def _tile(variant: Variant, row: Row) -> Tile | None:
+    """Of a kernel that makes logits."""
+    case = CASES[variant.divergence]
+    wide = is_wide(case.beta, case.statistics)
+    return {"lse": row.lse, "pair": row.pair_wide if wide else row.pair}.get(variant.kernel)
+
+
+def _shape(tile: Tile) -> dict[str, Any]:
+    return {k: v for k, v in asdict(tile).items() if k.isupper()}
 
 
 def _options(tile: Tile) -> dict[str, int]:

@@ -25,6 +25,12 @@ class Problem:
     def heads(self) -> tuple[Tensor, ...]:
         return (self.W,) if self.W_T is None else (self.W, self.W_T)
 
+    @property
+    def has_bounded_scores(self) -> bool:
+        """Whether no score is larger than 1, and neither is G: all but those of the reverse KL,
+        which grow with the log-ratio."""
+        return not isinstance(self.beta, Tensor) and self.beta != 1
+
     def tokens(self, rows: slice | Tensor) -> "Problem":
         """The same problem for some of the tokens; of a slice no copy is made."""
         return replace(
