@@ -285,16 +285,24 @@ def by_class(counts: Counter[str]) -> Counter[str]:
 
 
 def width(name: str) -> int:
-    """Bytes that a load or store moves for a thread; of a bulk copy, which moves a tile, 0."""
+    """Bytes that an instruction moves for each thread; of a bulk copy, which moves a tile, 0."""
     if name.startswith(("UTMA", "UBLKCP")):
         return 0
     if name[0].islower():
-        if "dword" in name:
-            return 4 * int((re.search(r"dwordx(\d)", name) or ("", "1"))[1])
+        twice = 2 if re.match(r"ds_(read|write)2", name) else 1
+        if size := re.search(r"dwordx?(\d?)", name):
+            return 4 * int(size[1] or 1)
+        if size := re.search(r"_b(\d+)$", name):
+            return twice * int(size[1]) // 8
         return 1 if "byte" in name else 2
-    for modifier, size in {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}.items():
-        if modifier in name.split(".")[1:]:
-            return size
+    modifiers = name.split(".")[1:]
+    if name.startswith(("LDSM", "STSM")):  # 1, 2 or 4 matrices of 8 × 8, of which a thread has 4 B
+        return 4 * int(modifiers[-1]) if modifiers[-1].isdigit() else 4
+    if name.startswith(("LDTM", "STTM")):  # x columns of tensor memory
+        return 4 * int(modifiers[-1].removeprefix("x")) if modifiers else 4
+    for modifier, bytes in {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}.items():
+        if modifier in modifiers:
+            return bytes
     return 4
 
 

@@ -113,6 +113,8 @@ def test_code_without_a_loop_has_no_products():
     [
         ("STG.E", 4), ("STG.E.U16", 2), ("STG.E.64", 8), ("STG.E.EF.128", 16), ("LDL.LU", 4),
         ("UTMASTG.2D", 0), ("global_store_short", 2), ("global_store_short_d16_hi", 2),
+        ("LDSM.16.M88.4", 16), ("STSM.16.MT88", 4), ("LDTM.x64", 256), ("ds_read_b128", 16),
+        ("ds_read2st64_b64", 16), ("ds_read_u16", 2), ("ds_write2_b32", 8),
         ("global_store_dword", 4), ("global_load_dwordx4", 16), ("buffer_store_byte", 1),
     ],
 )  # fmt: skip
