@@ -1,12 +1,13 @@
-"""Compile candidate tiles and sort them by the rate that their instructions predict (see cycles.py).
+"""Compile candidate tiles and sort them by the rate predicted from their code (see cycles.py).
 
     python benchmarks/choose_tiles.py --arch sm_90 --kernel pair [--dtype bfloat16]
         [--divergence JSD] [--features 4096] [--seconds 600] [--jobs 1]
 
 No GPU is needed. Those that need not be compiled to be ruled out are not: what does not fit in
 shared memory, or leaves no registers beside two tiles of logits. The tile of the table comes first,
-then the others, those first whose K-steps should be quickest. The best few are for
-`benchmarks/tune.py` to measure; the prediction is a range, and ranges that overlap are no order.
+then the others, those first whose K-steps should be quickest, and of these those most like it. The
+best few are for `benchmarks/tune.py` to measure; the prediction is a range, and ranges that overlap
+are no order.
 """
 
 import argparse
@@ -16,16 +17,23 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import triton
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import cycles
-from benchmarks.resources import CASES, POINTERS, Usage, Variant, compile_variant
+from benchmarks.resources import (
+    CASES,
+    POINTERS,
+    Usage,
+    Variant,
+    compile_variant,
+    tile_of,
+    wide,
+)
 from opsd_kernels.kernels import tiles
-from opsd_kernels.kernels.pointwise import is_wide
 from opsd_kernels.kernels.tiles import Row, Tile
 
 
@@ -41,7 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     variant = Variant(args.arch, args.dtype, args.kernel, args.divergence)
     row = tiles.TABLE[args.arch, args.dtype]
-    start = getattr(row, field(variant))
+    start = tile_of(variant, row)
     asked = [start, *candidates(start, variant)]
     until = time.monotonic() + args.seconds
     found = []
@@ -60,17 +68,16 @@ def main() -> None:
               f"{usage.shared:>9}{usage.instructions:>10}  {tile}{ours}")  # fmt: skip
 
 
-def field(variant: Variant) -> str:
-    """The field of the table's row that holds the tile of a variant."""
-    case = CASES[variant.divergence]
-    if variant.kernel == "pair" and is_wide(case.beta, case.statistics):
-        return "pair_wide"
-    return variant.kernel
+def with_tile(variant: Variant, row: Row, tile: Tile) -> Row:
+    """The row with that tile where `tile_of` finds the variant's."""
+    if variant.kernel == "lse":
+        return replace(row, lse=tile)
+    return replace(row, pair_wide=tile) if wide(variant) else replace(row, pair=tile)
 
 
 def candidates(start: Tile, variant: Variant) -> Iterator[Tile]:
-    """Tiles other than `start` that may fit, the quickest K-steps first; what is not a size of the
-    tile is as in `start`."""
+    """Tiles other than `start` that may fit, the quickest K-steps first, then those most like it;
+    what is not a size of the tile is as in `start`."""
     if variant.dtype == "float32":
         sizes = itertools.product((32, 64), (32, 64, 128), (16, 32), (1, 2, 4, 8), (4, 8), (2, 3))
     else:
@@ -88,8 +95,9 @@ def candidates(start: Tile, variant: Variant) -> Iterator[Tile]:
                 operand=4 if variant.dtype == "float32" else 2,
             )  # fmt: skip
             step, _ = cycles.step_cycles(Counter({"LDGSTS": 1}), shape, gpu)
-            fitting.append((step / (tile.BM * tile.BV * tile.BK), tile))
-    yield from (tile for _, tile in sorted(fitting, key=lambda of: of[0]))
+            unlike = sum(a != b for a, b in zip(astuple(tile), astuple(start), strict=True))
+            fitting.append((step / (tile.BM * tile.BV * tile.BK), unlike, tile))
+    yield from (tile for _, _, tile in sorted(fitting, key=lambda of: of[:2]))
 
 
 def fits(tile: Tile, variant: Variant) -> bool:
@@ -100,7 +108,7 @@ def fits(tile: Tile, variant: Variant) -> bool:
     if in_tensor_memory:
         accumulators = 2 * tile.BV <= 512
     else:
-        accumulators = 2 * tile.BM * tile.BV <= threads * 160
+        accumulators = threads * 160 >= 2 * tile.BM * tile.BV
     operand = 4 if variant.dtype == "float32" else 2
     stages = tile.num_stages if variant.arch != "gfx942" else tile.num_stages - 1
     staged = stages * (2 * tile.BM + tile.BV) * tile.BK * operand
@@ -120,7 +128,7 @@ def compiled_usages(
     pool = ProcessPoolExecutor(jobs)
     try:
         futures: dict[Future[Usage], Tile] = {
-            pool.submit(compile_variant, variant, replace(row, **{field(variant): tile})): tile
+            pool.submit(compile_variant, variant, with_tile(variant, row, tile)): tile
             for tile in asked
         }
         for future in as_completed(futures):

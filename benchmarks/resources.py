@@ -257,7 +257,7 @@ def _usage(compiled: Any, variant: Variant, row: Row) -> Usage:
     warps = compiled.metadata.num_warps
     predicted: list[float] = []
     if multiplies:
-        tile, shape = _tile(variant, row), _compiled_shape(variant, row, registers, shared)
+        tile, shape = tile_of(variant, row), _compiled_shape(variant, row, registers, shared)
         entries = tile.BM * tile.BV
         even = _evenness(variant, row, gpu)
         for features in (4096, 2048):
@@ -283,22 +283,26 @@ def _usage(compiled: Any, variant: Variant, row: Row) -> Usage:
     )
 
 
-def _tile(variant: Variant, row: Row) -> Tile:
+def tile_of(variant: Variant, row: Row) -> Tile:
     """The tile of `lse` or `pair`, as the launchers choose it."""
-    case = CASES[variant.divergence]
     if variant.kernel == "lse":
         return row.lse
-    return row.pair_wide if is_wide(case.beta, case.statistics) else row.pair
+    return row.pair_wide if wide(variant) else row.pair
+
+
+def wide(variant: Variant) -> bool:
+    """Whether a variant takes what the table has for more than f and s of an entry."""
+    case = CASES[variant.divergence]
+    return is_wide(case.beta, case.statistics)
 
 
 def _rows_shape(variant: Variant, row: Row) -> tuple[int, int]:
     """BLOCK and num_warps of `rows`."""
-    case = CASES[variant.divergence]
-    return row.rows_wide if is_wide(case.beta, case.statistics) else row.rows
+    return row.rows_wide if wide(variant) else row.rows
 
 
 def _compiled_shape(variant: Variant, row: Row, registers: int, shared: int) -> cycles.Shape:
-    tile = _tile(variant, row)
+    tile = tile_of(variant, row)
     student_alone = variant.kernel == "pair" and CASES[variant.divergence].beta is None
     return cycles.Shape(
         tile.BM, tile.BV, tile.BK, tile.num_warps, registers, shared,
@@ -308,7 +312,7 @@ def _compiled_shape(variant: Variant, row: Row, registers: int, shared: int) -> 
 
 def _evenness(variant: Variant, row: Row, gpu: cycles.Gpu) -> float:
     """What the rounds of tiles of one launch fill, of `lse` and `pair`."""
-    tile = _tile(variant, row)
+    tile = tile_of(variant, row)
     if variant.kernel == "pair":
         programs = row.chunk // tile.BM * row.columns // tile.BV
         return cycles.evenness(programs, programs, 1, gpu)
