@@ -125,7 +125,7 @@ def test_two_blocks_hide_what_is_beside_the_steps():
     [
         ({}, "sm_90", 1),
         ({"registers": 128}, "sm_90", 1),  # of shared memory there is room for one
-        ({"registers": 121, "shared": 64 * 1024}, "sm_90", 2),  # 128 registers are taken
+        ({"registers": 81, "shared": 0}, "sm_90", 2),  # 88 registers are taken
         ({"registers": 32, "shared": 0}, "sm_90", 8),  # of 64 warps
         ({"registers": 32, "shared": 0}, "sm_89", 6),  # of 48 warps
         ({"registers": 64, "shared": 32 * 1024}, "sm_100", 2),  # 512 columns of tensor memory
