@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from opsd_kernels import kernels
-from opsd_kernels.kernels import finish, lse, pair, tiles
+from opsd_kernels.kernels import cdiv, finish, lse, pair, tiles
 from opsd_kernels.kernels.pointwise import arguments, is_wide, knows_G, mean_limit
 from opsd_kernels.problem import Outputs, Problem
 from opsd_kernels.products import copied_bytes, project_back, score_dtype, score_scale
@@ -40,8 +40,6 @@ COPIES_MIB = 8
 # Up to this size A and P of a chunk are made by one product, for which A needs room of its own;
 # above they are two, each with tiles enough.
 STACKED_MIB = 20
-# Parts of the vocabulary in `lse` at most, which bounds what it writes.
-MAX_SPANS = 160
 
 TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -111,8 +109,8 @@ def allocate(problem: Problem, needs_gradient: bool, needs_statistics: bool) -> 
     row = tiles.lookup(h_S.device, problem.operand_dtype)
     R = min(row.chunk, max(N, 1))
     BV = _pair_tile(row, problem, needs_statistics).BV
-    slots = min(row.columns // BV, _cdiv(V, BV))
-    spans = _cdiv(V, _span(V, row))
+    slots = min(row.columns // BV, cdiv(V, BV))
+    spans = cdiv(V, lse.span(V, row))
     statistics = needs_statistics and problem.beta is not None
 
     def fp32(*shape: int) -> Tensor:
@@ -166,16 +164,16 @@ def launch_lse(scratch: Scratch, chunk: Problem) -> None:
     R, V = chunk.h_S.shape[0], chunk.W.shape[0]
     spans, stride = scratch.index.shape
     limit = 0.0 if scratch.s_p is None else mean_limit(chunk.beta)  # scores alone need the mean
-    lse.lse_kernel[(_cdiv(R, scratch.row.lse.BM), spans)](
+    lse.lse_kernel[(cdiv(R, scratch.row.lse.BM), spans)](
         partials_ptr=scratch.partials,
         index_ptr=scratch.index,
         stride_partials=stride,
-        span=_span(V, scratch.row),
+        span=lse.span(V, scratch.row),
         targets_ptr=chunk.targets,
         LIMIT=limit,
         **_logits(chunk, scratch.row.lse),
     )
-    lse.merge_kernel[(_cdiv(R, lse.MERGE_BM),)](
+    lse.merge_kernel[(cdiv(R, lse.MERGE_BM),)](
         stats_ptr=scratch.stats,
         top_ptr=scratch.top,
         partials_ptr=scratch.partials,
@@ -218,11 +216,11 @@ def pair_launcher(scratch: Scratch, chunk: Problem) -> Callable[[int], None]:
         **logits,
         **arguments(chunk.beta, chunk.entry_clip),
     }
-    rows, V = _cdiv(R, tile.BM), chunk.W.shape[0]
+    rows, V = cdiv(R, tile.BM), chunk.W.shape[0]
     at_once = max(1, scratch.row.multiprocessors // rows) if tile.FLAT else slots
 
     def launch(v: int) -> None:
-        programs = min(at_once, slots, _cdiv(V - v, tile.BV))
+        programs = min(at_once, slots, cdiv(V - v, tile.BV))
         pair.pair_kernel[(rows, programs)](v_begin=v, **given)
 
     return launch
@@ -254,7 +252,7 @@ def launch_finish(outputs: Outputs, scratch: Scratch, chunk: Problem) -> None:
     statistics = outputs.statistics
     _terms, slots, stride = scratch.sums.shape
     divergence = arguments(chunk.beta, chunk.entry_clip)
-    finish.finish_kernel[(_cdiv(R, finish.BM),)](
+    finish.finish_kernel[(cdiv(R, finish.BM),)](
         loss_ptr=outputs.loss,
         statistics_ptr=statistics,
         dh_ptr=outputs.dh_S,
@@ -332,23 +330,6 @@ def _has_bulk_strides(t: Tensor) -> bool:
 
 def _pair_tile(row: tiles.Row, problem: Problem, needs_statistics: bool) -> tiles.Tile:
     return row.pair_wide if is_wide(problem.beta, needs_statistics) else row.pair
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)  # triton.cdiv, which PyTorch's compiler cannot look into
-
-
-def _span(V: int, row: tiles.Row) -> int:
-    """Columns of one program of `lse`: as many tiles of the vocabulary as leave the fewest
-    multiprocessors idle at the end, with a full chunk. (Nothing here depends on the number of
-    tokens.)"""
-    all_tiles, row_tiles = _cdiv(V, row.lse.BV), row.chunk // row.lse.BM
-
-    def time(span: int) -> int:  # in tiles, and one for the beginning and end of a program
-        return _cdiv(row_tiles * _cdiv(all_tiles, span), row.multiprocessors) * (span + 1)
-
-    least = _cdiv(all_tiles, min(MAX_SPANS, row.multiprocessors))
-    return min(range(least, 2 * least + 1), key=time) * row.lse.BV
 
 
 def _stacked(t: Tensor | None, R: int, most: int) -> tuple[Tensor | None, Tensor | None]:

@@ -27,9 +27,7 @@ class Problem:
 
     @property
     def has_bounded_scores(self) -> bool:
-        """Whether no score is larger than 1, and neither is G: all but those of the reverse KL,
-        which grow with the log-ratio."""
-        return not isinstance(self.beta, Tensor) and self.beta != 1
+        return has_bounded_scores(self.beta)
 
     def tokens(self, rows: slice | Tensor) -> "Problem":
         """The same problem for some of the tokens; of a slice no copy is made."""
@@ -41,6 +39,12 @@ class Problem:
             keep=None if self.keep is None else self.keep[rows],
             targets=None if self.targets is None else self.targets[rows],
         )
+
+
+def has_bounded_scores(beta: float | Tensor | None) -> bool:
+    """Whether no score is larger than 1, and neither is G: all but those of the reverse KL, which
+    grow with the log-ratio."""
+    return not isinstance(beta, Tensor) and beta != 1
 
 
 @dataclass(frozen=True)

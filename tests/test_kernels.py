@@ -95,9 +95,9 @@ def test_rounding_is_to_nearest_even(dtype, triton_dtype):
 
 @contextmanager
 def approximated():
-    """2ʸ, log₂ w and quotients of the interpreter, as wrong as the instructions of a GPU may be (PTX
-    ISA: ex2.approx and lg2.approx 2⁻²², the latter absolute between ½ and 2; div.approx 2 of the
-    last bit), each number in its own direction."""
+    """2ʸ, log₂ w and quotients of the interpreter, as wrong as the instructions of a GPU may be
+    (PTX ISA: ex2.approx and lg2.approx 2⁻²², the latter absolute between ½ and 2; div.approx 2 of
+    the last bit), each number in its own direction."""
     from triton.runtime.interpreter import InterpreterBuilder as Builder
 
     exp2, log2, divide = Builder.create_exp2, Builder.create_log2, Builder.create_fdiv

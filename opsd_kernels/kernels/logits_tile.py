@@ -5,8 +5,8 @@ descriptors: then the copy engine of a GPU (9.0 or above) does what otherwise ta
 instructions of every thread.
 
 By pointers, rows and columns beyond the last are loaded from the last, which needs no mask in the
-inner loop; only a D that BK does not divide is masked. In bulk they are 0. Either way what they give
-is for the caller to leave out. Any strides of the head are right; contiguous features, and a D
+inner loop; only a D that BK does not divide is masked. In bulk they are 0. Either way what they
+give is for the caller to leave out. Any strides of the head are right; contiguous features, and a D
 divisible by 16 as language models have it, are fast.
 """
 

@@ -1,11 +1,11 @@
 """lse: the normalizers of both sides of every token, and the student's most likely entry.
 
-    top_S = max_v z_S,   sum_S = Σ_v exp((z_S − top_S)/T),   L_S = top_S/T + log sum_S   (z_T likewise)
+    top_S = max_v z_S,   sum_S = Σ_v exp((z_S − top_S)/T),   L_S = top_S/T + log sum_S
 
-They are kept as p = exp((z_S − top_S)/T) p_max and L_T − L_S = (top_T − top_S)/T + log_sums need
-them: p_max = 1 / sum_S, the largest probability, and log_sums = log(sum_T / sum_S), each rounded
-once. Logits are those before temperature: what 1/T multiplies is their differences, of which equal
-ones leave 0 and near ones all their digits.
+and likewise of z_T. They are kept as p = exp((z_S − top_S)/T) p_max and L_T − L_S =
+(top_T − top_S)/T + log_sums need them: p_max = 1 / sum_S, the largest probability, and
+log_sums = log(sum_T / sum_S), each rounded once. Logits are those before temperature: what 1/T
+multiplies is their differences, of which equal ones leave 0 and near ones all their digits.
 
 A matrix product with an online log-sum-exp for an epilogue: logits exist in registers only. The
 vocabulary is split into spans, so that a few tokens fill a GPU too; a program takes one tile of
@@ -18,9 +18,10 @@ rows and one span, tile by tile of the vocabulary, and writes what it found:
 
 Until its span is done a program keeps all that for every BV / PARTS-th column on its own: a column
 of the state meets columns of logits that the same thread holds, so that nothing passes between
-threads but once, at the end (`combined`). `merge` then puts the spans together by the same function,
-in their order, and finds the shift c of the row's scores. How the vocabulary is split depends on
-its size alone, never on the number of tokens: a token's numbers are the same in any batch.
+threads but once, at the end (`combined`). `merge` then puts the spans together by the same
+function, in their order, and finds the shift c of the row's scores. How the vocabulary is split
+depends on its size alone, never on the number of tokens: a token's numbers are the same in any
+batch.
 
 E / sum_S is the student's mean of d − d_top. From it follows the reverse KL's G, to the last digit
 because only differences to the top entry enter it, and for the others a guess of G (see `shift`).
@@ -29,6 +30,7 @@ because only differences to the top entry enter it, and for the others a guess o
 import triton
 import triton.language as tl
 
+from opsd_kernels.kernels import cdiv
 from opsd_kernels.kernels.logits_tile import halves, logits_tiles
 from opsd_kernels.kernels.pointwise import (
     LOG_PROB,
@@ -39,6 +41,7 @@ from opsd_kernels.kernels.pointwise import (
     log_ratio,
     shift,
 )
+from opsd_kernels.kernels.tiles import Row
 
 # Fields of `partials` [6 or 8, spans, R] fp32, the last two those of the sampled tokens …
 TOP_S, SUM_S, TOP_T, SUM_T, AT_TOP, E_SUM, Z_S, Z_T = (tl.constexpr(i) for i in range(8))
@@ -50,6 +53,21 @@ P_MAX, Q_MAX, S_TOP = tl.constexpr(1), tl.constexpr(3), tl.constexpr(7)
 STATS, STATS_OF_TARGETS = tl.constexpr(8), tl.constexpr(3)
 # Rows of a program of `merge`.
 MERGE_BM = 8
+# Parts of the vocabulary at most, which bounds the size of `partials`.
+MAX_SPANS = 160
+
+
+def span(V: int, row: Row) -> int:
+    """Columns of one program of `lse`: as many tiles of the vocabulary as leave the fewest
+    multiprocessors idle at the end, with a full chunk. (Nothing here depends on the number of
+    tokens.)"""
+    all_tiles, row_tiles = cdiv(V, row.lse.BV), row.chunk // row.lse.BM
+
+    def time(tiles: int) -> int:  # in tiles, and one for the beginning and end of a program
+        return cdiv(row_tiles * cdiv(all_tiles, tiles), row.multiprocessors) * (tiles + 1)
+
+    least = cdiv(all_tiles, min(MAX_SPANS, row.multiprocessors))
+    return min(range(least, 2 * least + 1), key=time) * row.lse.BV
 
 
 # What depends on the batch is no reason to compile again.

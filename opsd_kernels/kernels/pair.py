@@ -25,8 +25,8 @@ entropies' p (top_S − z_S) and q (top_T − z_T), and of what the clip took.
 Sums go to slots, one a block of columns, which the next tile of the vocabulary adds to: no atomics,
 and one order of summation whatever runs first.
 
-An entry's terms are made in PARTS parts of the columns, one after the other: the registers that hold
-two tiles of logits leave no room for the rest at once. Parts are added column by column, where
+An entry's terms are made in PARTS parts of the columns, one after the other: the registers that
+hold two tiles of logits leave no room for the rest at once. Parts are added column by column, where
 nothing passes between threads; a row's columns meet once, at the end.
 """
 

@@ -14,9 +14,9 @@ the values of entries on which the two sides agree are sums of second-order term
 The right sides are used where |y| < ½; elsewhere the left sides, which do not cancel there.
 
 How exp, log and quotients are made is said once, in `exp`, `log_far` and `quotient`: a GPU has
-instructions for 2ʸ, log₂ and 1/w that are right to 2⁻²², relative for the first and the last and, near
-a result of 0, absolute for the second. It is taken only where the result is not near 0; what is
-left is two instructions where the exact logarithm takes two dozen.
+instructions for 2ʸ, log₂ and 1/w that are right to 2⁻²², of the result, but for a logarithm near 0
+absolutely. That is taken only where it is not near 0: two instructions, where an exact logarithm
+takes two dozen.
 
 Where every token has a β of its own, one formula is all of the family: that of the JSD with lm / b
 in place of lm. It then has a factor b, which the KLs are without, and is theirs at b = 0, where
