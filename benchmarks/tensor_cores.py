@@ -1,4 +1,4 @@
-"""Products as NVIDIA's tensor cores make them: exact, then cut off where a sum has to fit a register.
+"""Products as NVIDIA's tensor cores make them: exact, then cut off where a sum must fit a register.
 
 A matrix instruction adds a block of K products to an fp32 accumulator, in four steps:
 
@@ -8,15 +8,17 @@ A matrix instruction adds a block of K products to an fp32 accumulator, in four 
     3. the sum of what is left is exact
     4. it is cut off to the 24 bits of fp32, towards zero again
 
-The exponent of a product is the sum of its factors', so that its significand is in [1, 4). A product
-over D features is a chain of D / K such additions, each of which loses a little, always towards zero.
+The exponent of a product is the sum of its factors', so that its significand is in [1, 4). A
+product over D features is a chain of D / K such additions, each of which loses a little.
 
 What is known, and from where: truncation, and the alignment to the largest exponent, from Fasi et
-al., "Numerical behavior of NVIDIA tensor cores", PeerJ CS 330 (V100, T4, A100); K and F from Khattak
-and Mikaitis, "Accurate models of NVIDIA tensor cores", arXiv 2512.07004 (which calls F − 23 extra
-alignment bits), and Xie et al., "MMA-Sim", arXiv 2511.10909, who compared with A100, Ada, H100 and
-B200 bit by bit and agree. On sm_80 and sm_89 an instruction of 16 products is two blocks of 8, one
-after the other. Not modelled are infinities, NaN, and what underflows.
+al., "Numerical behavior of NVIDIA tensor cores", PeerJ CS 330 (V100, T4, A100); K and F from
+Khattak and Mikaitis, "Accurate models of NVIDIA tensor cores", arXiv 2512.07004 (which calls F − 23
+extra alignment bits), and Xie et al., "MMA-Sim", arXiv 2511.10909; both compared their models bit
+by bit with A100, Ada, H100 and B200, and they agree. On sm_80 and sm_89 an instruction of 16
+products is two blocks of 8, one after the other. `sm_89` stands for sm_86 and sm_120 too, as in the
+table of tiles: of sm_120 MMA-Sim has K = 16, F = 25, so what is said of it here is too much. Not
+modelled are infinities, NaN, and what underflows.
 """
 
 import math
@@ -191,9 +193,7 @@ def truncation(
     of_walk = steps * last_bit * (1 - g) / 2 * size / math.sqrt(12)
     of_signs = steps * last_bit_squared * K * g**2 * cut / 4 * A_squared
     own = steps * last_bit_squared * (1 - g**2 + K * g**2 * cut) / 12 * A_squared
-    return Truncation(
-        steps * last_bit / 2 * mean, (of_walk.square() + of_signs).sqrt(), own.sqrt()
-    )
+    return Truncation(steps * last_bit / 2 * mean, (of_walk.square() + of_signs).sqrt(), own.sqrt())
 
 
 @contextmanager

@@ -5,7 +5,8 @@
 The op as it is, its kernels interpreted, with every product made as an A100 or an H100 makes it
 (`benchmarks/tensor_cores.py`), against float64; beside it products in fp32. The teacher's hidden
 states are at given distances from the student's, whose features have size 1. Then, of the logits
-alone, what would help; and of the last product alone, over a whole vocabulary, what its length does.
+alone, what would help; and of the last product alone, over a whole vocabulary, what its length
+does.
 
 Writes truncation.csv to the folder, and prints the tables that docs/maths.md shows. It takes about
 ten minutes on one core, and needs no GPU.
@@ -182,7 +183,7 @@ def of_the_last_product(N: int, V: int, D: int) -> Iterator[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--vocabulary", type=int, default=2048)
+    parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--output", type=Path, help="folder for truncation.csv")
     args = parser.parse_args()
     N, V = args.tokens, args.vocabulary
@@ -195,8 +196,8 @@ def main() -> None:
         for row in part:
             rows.append(row)
             print(
-                f"{NAMES[row.arch]:<5} D {row.D:<5} distance {row.distance:<6} {row.divergence:<50} "
-                f"{row.method:<40} loss {row.loss_error:8.1e}  gradient "
+                f"{NAMES[row.arch]:<5} D {row.D:<5} distance {row.distance:<6} "
+                f"{row.divergence:<50} {row.method:<40} loss {row.loss_error:8.1e}  gradient "
                 f"{row.grad_error / row.rounding:5.2f} roundings",
                 flush=True,
             )
