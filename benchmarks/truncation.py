@@ -35,7 +35,6 @@ from opsd_kernels.divergence import divergence_rows_
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 DISTANCES = [1e-3, 1e-2, 0.1, 1.0, 3.0]
-FEATURES = [1024, 2048, 4096]
 NAMES = {"fp32": "fp32", "sm_80": "A100", "sm_90": "H100"}
 OURS = [name for name in METHODS if name.startswith("ours")]
 Logits = tuple[Tensor, Tensor]
@@ -61,9 +60,9 @@ class Row:
     """That of the exact gradient, rounded to bf16."""
 
 
-def of_the_op(N: int, V: int) -> Iterator[Row]:
+def of_the_op(N: int, V: int, features: list[int]) -> Iterator[Row]:
     """Loss and gradient as they are returned."""
-    for D in FEATURES:
+    for D in features:
         for distance in DISTANCES:
             h_S, h_T, W = make_inputs(N, V, D, BF16, CPU, distance=distance)
             jsd = float(reference_jsd_loss(h_S, h_T, W))
@@ -184,13 +183,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--vocabulary", type=int, default=1024)
+    parser.add_argument("--features", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--output", type=Path, help="folder for truncation.csv")
     args = parser.parse_args()
     N, V = args.tokens, args.vocabulary
     rows = []
     for part in (
-        of_the_op(N, V),
-        of_the_logits(N, 4 * V, 2048),
+        of_the_op(N, V, args.features),
+        of_the_logits(N, V, 2048),
         of_the_last_product(N // 4, 151936, 128),
     ):
         for row in part:
@@ -223,6 +223,7 @@ def summary(path: Path) -> str:
         return row.grad_error / row.rounding
 
     of_op = [row for row in rows if row.method in OURS]
+    features = list(dict.fromkeys(row.D for row in of_op))
     heads = [
         f"{distance:g} ({next(r.mean_jsd for r in of_op if r.distance == distance):.0e})"
         for distance in DISTANCES
@@ -232,7 +233,7 @@ def summary(path: Path) -> str:
         for method in schedules:
             cells = []
             for arch, name in NAMES.items():
-                for D in FEATURES:
+                for D in features:
                     wanted = {"arch": arch, "D": D, "method": method}
                     told = [
                         f"{largest(roundings, distance=distance, **wanted):.2f}"

@@ -249,10 +249,9 @@ def test_fp32_has_no_such_products():
 
 @interpreted
 def test_the_benchmark_runs(monkeypatch, tmp_path):
-    monkeypatch.setattr(truncation_benchmark, "FEATURES", [256])
     monkeypatch.setattr(truncation_benchmark, "DISTANCES", [0.1])
     rows = [
-        *truncation_benchmark.of_the_op(4, 64),
+        *truncation_benchmark.of_the_op(4, 64, [256]),
         *truncation_benchmark.of_the_logits(4, 64, 2048),
         *truncation_benchmark.of_the_last_product(2, 10_000, 16),
     ]
