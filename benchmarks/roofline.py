@@ -165,10 +165,10 @@ def _interpreted() -> Iterator[dict[str, int]]:
     def launching(name: str) -> Callable[..., None]:
         launch = getattr(logit_free, name)
 
-        def noted(*args: Any) -> None:
+        def noted(*args: Any, **options: Any) -> None:
             nonlocal launched
             launched = name
-            launch(*args)
+            launch(*args, **options)
 
         return noted
 
