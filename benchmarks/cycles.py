@@ -222,7 +222,9 @@ def fraction(parts: Parts, shape: Shape, gpu: Gpu, features: int, evenness: floa
     """
     product = product_cycles(shape, gpu, features)
     tile = tile_cycles(parts, shape, gpu, features)
-    most, least = (product / f / t * evenness for f, t in zip(LIBRARY, tile, strict=True))
+    ends = (product / f / t * evenness for f, t in zip(LIBRARY, tile, strict=True))
+    # What is not bound by matrix units looks better beside the slower library.
+    least, most = sorted(ends)
     return least, most
 
 

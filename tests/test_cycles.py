@@ -100,6 +100,9 @@ def test_products_without_matrix_units_are_what_is_issued():
     step = step_cycles(Counter({"FFMA": 1024, "IADD3": 26}), tile, H200)
     assert product_cycles(tile, H200, 16) == 1024
     assert step == pytest.approx((1024 / LIBRARY[0], 1024 / LIBRARY[1]))
+    busy = Parts(Counter({"FFMA": 1024, "IADD3": 976}), Counter(), Counter())
+    least, most = fraction(busy, tile, H200, 4096)
+    assert least < most
 
 
 def test_a_tile():
