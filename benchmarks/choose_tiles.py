@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import astuple, replace
 from pathlib import Path
+from typing import Any
 
 import triton
 
@@ -88,7 +89,8 @@ def candidates(start: Tile, variant: Variant) -> Iterator[Tile]:
     names = ("BM", "BV", "BK", "PARTS", "num_warps", "num_stages")
     fitting = []
     for values in sizes:
-        tile = replace(start, **dict(zip(names, values, strict=True)))
+        sizes_of_it: dict[str, Any] = dict(zip(names, values, strict=True))
+        tile = replace(start, **sizes_of_it)
         if tile != start and fits(tile, variant):
             shape = cycles.Shape(
                 tile.BM, tile.BV, tile.BK, tile.num_warps, 0, 0,

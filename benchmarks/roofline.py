@@ -129,7 +129,7 @@ def _of_kernels(case: str, run: Callable[[], None], bytes: float, rows: float = 
     with _interpreted() as seen, FlopCounterMode(display=False) as library:
         run()
     U, entries = 2 * N * D * V, N * V
-    lse, pair = 2 * seen["launch_lse"] / U, 2 * seen["launch_pair"] / U
+    lse, pair = 2 * seen["launch_lse"] / U, 2 * seen["pair_launcher"] / U
     return Cost(
         lse + pair + library.get_total_flops() / U,
         lse,
@@ -157,18 +157,18 @@ def _interpreted() -> Iterator[dict[str, int]]:
     multiplications, by the launch that they belong to."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    seen = {"launch_lse": 0, "launch_pair": 0, "operation": 0, "transcendental": 0}
+    seen = {"launch_lse": 0, "pair_launcher": 0, "operation": 0, "transcendental": 0}
     launched = ""
     builder = InterpreterBuilder
     create_dot, binary_op, unary_op = builder.create_dot, builder.binary_op, builder.unary_op
 
-    def launching(name: str) -> Callable[..., None]:
+    def launching(name: str) -> Callable[..., Any]:
         launch = getattr(logit_free, name)
 
-        def noted(*args: Any, **options: Any) -> None:
+        def noted(*args: Any, **options: Any) -> Any:
             nonlocal launched
             launched = name
-            launch(*args, **options)
+            return launch(*args, **options)
 
         return noted
 
@@ -191,7 +191,7 @@ def _interpreted() -> Iterator[dict[str, int]]:
 
     with (
         mock.patch.object(logit_free, "launch_lse", launching("launch_lse")),
-        mock.patch.object(logit_free, "launch_pair", launching("launch_pair")),
+        mock.patch.object(logit_free, "pair_launcher", launching("pair_launcher")),
         mock.patch.object(builder, "create_dot", dot),
         mock.patch.object(builder, "binary_op", binary),
         mock.patch.object(builder, "unary_op", unary),
@@ -264,7 +264,7 @@ def predict(
             for i, rate in enumerate(rates(of_it, D)):
                 kernels[i] += seconds / rate
     moved = (cost.bytes - cost.rows) * copied
-    gaps = [_launches(cost, gpu, N, V) * gap for gap in GAP]
+    gaps = [_launches(cost, gpu, N, D, V) * gap for gap in GAP]
     overlapped = max(library + kernels[0], moved) + gaps[0]
     serial = library + kernels[1] + moved + gaps[1]
     return Row(
@@ -284,13 +284,15 @@ def predict(
     )
 
 
-def _launches(cost: Cost, gpu: Gpu, N: int, V: int) -> int:
+def _launches(cost: Cost, gpu: Gpu, N: int, D: int, V: int) -> int:
     """Kernels that the logit-free schedule runs, one after the other: of each chunk of rows `lse`,
     `merge`, `finish` and a zeroing, and for each part of the vocabulary `pair` and the products."""
     if not cost.pair:
         return 0
     row = tiles.TABLE[gpu.arch, "bfloat16"]
     products = round(cost.products - cost.lse - cost.pair)
+    if logit_free.is_stacked(row.chunk, D):
+        products = 1
     return -(-N // row.chunk) * (4 + -(-V // row.columns) * (1 + products))
 
 

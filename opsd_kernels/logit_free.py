@@ -128,9 +128,13 @@ def allocate(problem: Problem, needs_gradient: bool, needs_statistics: bool) -> 
         knows = knows_G(problem.beta, problem.entry_clip)
         tensors.append(h_S.new_empty((1 if knows else 2) * R, slots * BV, dtype=dtype))
         if not knows:
-            stacked = 8 * R * D <= STACKED_MIB * MIB
-            tensors.append(fp32((2 if stacked else 1) * R, D))
+            tensors.append(fp32((2 if is_stacked(R, D) else 1) * R, D))
     return tensors
+
+
+def is_stacked(R: int, D: int) -> bool:
+    """Whether A and P of a chunk come from one product of s and p."""
+    return 8 * R * D <= STACKED_MIB * MIB
 
 
 def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem) -> None:
