@@ -84,6 +84,12 @@ def exact(h_S: Tensor, h_T: Tensor, W: Tensor, **divergence: Any) -> tuple[Tenso
     return loss.detach(), h.grad
 
 
+def last_bits(h_S: Tensor, h_T: Tensor, W: Tensor, **divergence: Any) -> tuple[float, float]:
+    """RMS change of losses and gradient when the last bit of what is fp32 in between is noise:
+    how far apart two right results are, that differ in the order of their sums, over √2."""
+    return _rounding(h_S, h_T, W, tiles=False, normalizers=False, **divergence)
+
+
 def _rounding(
     h_S: Tensor,
     h_T: Tensor,
@@ -122,7 +128,7 @@ def _rounding(
     generator = torch.Generator().manual_seed(0)
     of_rows = torch.Generator().manual_seed(1)
 
-    def last_bits() -> Tensor:
+    def noise() -> Tensor:
         return 2.0**-24 * torch.randn(z_S.shape, generator=generator, dtype=torch.float64)
 
     g = z_S.clone()
@@ -130,9 +136,9 @@ def _rounding(
     grad = g @ W / temperature
     changes = []
     for _ in range(draws):
-        moved_loss, moved_grad = evaluate(z_S + last_bits() * size_S, z_T + last_bits() * size_T)
-        moved_loss += (last_bits() * size_f).sum(-1)
-        moved_grad += (last_bits() * size_a) @ W / temperature
+        moved_loss, moved_grad = evaluate(z_S + noise() * size_S, z_T + noise() * size_T)
+        moved_loss += (noise() * size_f).sum(-1)
+        moved_grad += (noise() * size_a) @ W / temperature
         if normalizers:
             bit = 2.0**-24 * torch.randn(len(p), 1, generator=of_rows, dtype=torch.float64)
             bit *= 1 + torch.tensor(p.shape[1]).log()
@@ -144,7 +150,7 @@ def _rounding(
                 # Kernels know G = 0 beforehand, and do not project.
                 moved_grad += (bit * p) @ W / temperature
         if tiles:
-            moved_grad += (2.0**16 * last_bits() * g) @ W / temperature
+            moved_grad += (2.0**16 * noise() * g) @ W / temperature
         changes.append([(moved_loss - loss).norm(), (moved_grad - grad).norm()])
     rms = torch.tensor(changes).square().mean(0).sqrt()
     return float(rms[0]), float(rms[1])

@@ -1,0 +1,135 @@
+"""What was predicted of a GPU beside what was measured on it.
+
+    python benchmarks/prediction.py FOLDER
+
+prints the page of a folder that `make gpu` wrote (which puts it there as prediction.md). Predicted:
+benchmarks/results/roofline.csv, of the GPU that hardware.txt names. Measured: speed.csv and
+tune.json of the folder, as far as they are there.
+"""
+
+import argparse
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import report
+
+ROOT = Path(__file__).parents[1]
+ROOFLINE = ROOT / "benchmarks" / "results" / "roofline.csv"
+KERNELS = ("lse", "pair", "rows")
+NOTHING = "not measured"
+
+
+def page(gpu: str, folder: Path, roofline: Path = ROOFLINE) -> str:
+    """A GPU, as it names itself: predicted and measured multiples of three bare products, and of
+    each kernel the fraction of what bounds it, as Markdown."""
+    setting, predicted = read(roofline)
+    of_gpu = [row for row in predicted if is_named(row["gpu"], gpu)]
+    measured_at, speed = read(folder / "speed.csv")
+    known = f"Predicted: {setting}" if of_gpu else f"Nothing is predicted of this GPU ({setting})"
+    return "\n\n".join(
+        [
+            f"# {gpu}: prediction and measurement",
+            f"{known}. Measured: {measured_at or 'nothing yet'}.",
+            "## Forward and backward, as multiples of three bare products",
+            multiples(of_gpu, speed, setting),
+            "A measurement belongs between the two predicted multiples: the lower if everything "
+            "overlaps, the upper if nothing does. The quotient is that of the measured and each.",
+            "## Each kernel, as a fraction of what bounds it",
+            fractions(of_gpu, folder / "tune.json"),
+            "`lse` and `pair`: of the rate of a library product of the same size. `rows`: of the "
+            "bandwidth of a copy. Measured with the tiles of the table, and with the best tried.",
+        ]
+    )
+
+
+def multiples(predicted: list[dict[str, str]], speed: list[dict[str, str]], setting: str) -> str:
+    """A row for each method that is predicted or measured, at the number of tokens of the
+    prediction or else the most that was measured."""
+    wanted = re.search(r"\bN = (\d+)", setting)
+    tokens = {int(row["N"]) for row in speed}
+    N = int(wanted[1]) if wanted and int(wanted[1]) in tokens else max(tokens, default=0)
+    bounds = {row["method"]: (row["overlapped"], row["serial"]) for row in predicted}
+    measured = {
+        row["method"]: row["failure"] or row["floors"] for row in speed if int(row["N"]) == N
+    }
+    measured.pop("3 GEMMs", None)
+    rows = []
+    for method in dict.fromkeys([*bounds, *measured]):
+        value = measured.get(method, NOTHING)
+        low, high = (float(bound) for bound in bounds.get(method, ("nan", "nan")))
+        told = f"{low:.2f} – {high:.2f}" if method in bounds else "not predicted"
+        quotient = "–"
+        if _is_number(value):
+            if method in bounds:
+                quotient = f"{float(value) / low:.2f} – {float(value) / high:.2f}"
+            value = f"{float(value):.2f}"
+        rows.append([method, told, value, quotient])
+    column = f"measured, N = {N}" if N else "measured"
+    return report.table(["", "predicted", column, "measured / predicted"], rows)
+
+
+def fractions(predicted: list[dict[str, str]], tune: Path) -> str:
+    """A row for each kernel."""
+    told = json.loads(tune.read_text()) if tune.exists() else {}
+    rows = []
+    for kernel in KERNELS:
+        expected = predicted_fraction(predicted, kernel)
+        tried = told.get(kernel, [])
+        table = next((t["fraction"] for t in tried if t["of_table"]), None)
+        best = max((t["fraction"] for t in tried), default=None)
+        quotient = "–" if expected is None or table is None else f"{table / expected:.2f}"
+        rows.append([kernel, _percent(expected, "not predicted"), _percent(table), quotient,
+                     _percent(best)])  # fmt: skip
+    return report.table(
+        ["", "predicted", "measured", "measured / predicted", "best of those tried"], rows
+    )
+
+
+def predicted_fraction(predicted: list[dict[str, str]], kernel: str) -> float | None:
+    """Of a library product (or a copy), where the prediction has a column for it: its name has the
+    kernel's and "fraction" among its words."""
+    for row in predicted:
+        for column, value in row.items():
+            if {kernel, "fraction"} <= set(column.split("_")) and _is_number(value):
+                return float(value)
+    return None
+
+
+def read(path: Path) -> tuple[str, list[dict[str, str]]]:
+    """The setting and the rows of a csv that `report.write` wrote, whatever columns it has; nothing
+    where there is none."""
+    if not path.exists():
+        return "", []
+    with path.open(newline="") as file:
+        setting = file.readline().removeprefix("# ").strip()
+        return setting, list(csv.DictReader(file))
+
+
+def is_named(known: str, gpu: str) -> bool:
+    """Whether a GPU of the prediction is the one that names itself so: its words are among it."""
+    return set(known.lower().split()) <= set(re.split(r"[^a-z0-9]+", gpu.lower()))
+
+
+def _is_number(value: str) -> bool:
+    return re.fullmatch(r"[0-9.]+(e[+-]?\d+)?", value or "") is not None
+
+
+def _percent(fraction: float | None, otherwise: str = NOTHING) -> str:
+    return otherwise if fraction is None else f"{fraction:.0%}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="that make gpu wrote")
+    args = parser.parse_args()
+    hardware = (args.folder / "hardware.txt").read_text()
+    name = hardware.partition(", driver")[0].partition(" x ")[2]
+    print(page(name, args.folder))
+
+
+if __name__ == "__main__":
+    main()
