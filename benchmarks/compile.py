@@ -1,6 +1,6 @@
 """Compile what a run will launch, in parallel, into Triton's cache, where the run then finds it.
 
-    python benchmarks/compile.py FOLDER [--jobs 15] [--seconds 150] [-- SCRIPT and its arguments]
+    python benchmarks/compile.py FOLDER [--jobs 15] [--seconds 150] [--script ...]
 
 A script, or else everything that `make gpu` runs, is run once without launching anything (see
 launches.py), and each kernel that it asks for is compiled as soon as it is known, in a process of
@@ -46,7 +46,7 @@ EACH = 40.0  # seconds
 class Compiled:
     kernel: str  # module:name
     digest: str  # see `Launch`
-    seconds: float
+    seconds: float  # of a processor
     registers: int = 0  # a thread
     spilled: int = 0  # bytes a thread
     shared: int = 0  # bytes a program
@@ -138,10 +138,12 @@ def _compile(launch: Launch, told: Connection) -> None:
 
         from benchmarks.resources import _usage
 
+        launches.settle_hashes()
         runtime.driver.set_active(launches.NoDriver(GPUTarget(*launch.target)))
         kernel, args, kwargs = launch.loads()
         compiled = kernel.warmup(*args, grid=(1,), **kwargs)
-        seconds, usage = time.monotonic() - start, _usage(compiled)
+        times = os.times()  # the assembler's are those of a child
+        seconds, usage = sum(times[:4]), _usage(compiled)
         result = Compiled(
             launch.kernel, launch.digest, seconds, usage.registers, usage.spilled, usage.shared
         )
@@ -244,7 +246,9 @@ def main() -> None:
     parser.add_argument("--arch", help="of a GPU that is not there, as sm_90")
     parser.add_argument("--only", nargs="+", help="some of what make gpu runs, by name")
     parser.add_argument("--sample", type=int, help="kernels at most")
-    parser.add_argument("script", nargs="*", help="instead, after --")
+    parser.add_argument(
+        "--script", nargs=argparse.REMAINDER, help="instead, with its arguments: the last option"
+    )
     args = parser.parse_args()
     commands = gpu.recorded_commands(rehearsed=args.arch is not None)
     if args.only:
@@ -263,7 +267,7 @@ def summary(pool: Pool, recorded: float, elapsed: float) -> str:
     failed = [c for c in pool.done if c.failure]
     lines = [
         f"{len(pool.done) - len(failed)} of {len(pool.known)} kernels compiled in {elapsed:.0f} s "
-        f"({sum(c.seconds for c in pool.done):.0f} s of them all, the slowest "
+        f"({sum(c.seconds for c in pool.done):.0f} s of processors, the slowest "
         f"{max((c.seconds for c in pool.done), default=0):.0f} s); recorded in {recorded:.0f} s"
     ]
     lines += [f"  {c.kernel} {c.digest}: {c.failure} ({c.seconds:.0f} s)" for c in failed]

@@ -78,7 +78,7 @@ def fractions(predicted: list[dict[str, str]], tune: Path) -> str:
     rows = []
     for kernel in KERNELS:
         expected = predicted_fraction(predicted, kernel)
-        tried = told.get(kernel, [])
+        tried = [t for t in told.get(kernel, []) if "fraction" in t]
         table = next((t["fraction"] for t in tried if t["of_table"]), None)
         best = max((t["fraction"] for t in tried), default=None)
         quotient = "–" if expected is None or table is None else f"{table / expected:.2f}"

@@ -87,6 +87,7 @@ def main() -> None:
         parser.error("needs a GPU: nothing else can say which tiles are fast")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, start = getattr(torch, args.dtype), time.monotonic()
+    launches.settle_hashes()
     row = tiles.lookup(device, dtype)
     if args.dry:
         problem = chunk(row.chunk, args.features, dtype, device, torch.zeros)
