@@ -23,6 +23,7 @@ import pkgutil
 import runpy
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -185,12 +186,9 @@ def record(path: Path) -> None:
                 file.write(json.dumps(asdict(launch)) + "\n")
         return True  # neither compiled nor launched
 
-    # What no kernel fills is read as zeros: an index made of whatever memory held would end a run
-    # on a GPU.
+    # An index that no kernel fills is 0: whatever memory held would end a run on a GPU.
     changes: list[tuple[Any, str, Any]] = [
-        (torch, "empty", torch.zeros),
-        (torch, "empty_like", torch.zeros_like),
-        (Tensor, "new_empty", Tensor.new_zeros),
+        *((module, name, _zeroed(getattr(module, name))) for module, name in EMPTY),
         (torch.testing, "assert_close", lambda *args, **kwargs: None),
         (JITFunction, "run", remember),
         (triton.knobs.runtime, "jit_cache_hook", write),
@@ -200,6 +198,15 @@ def record(path: Path) -> None:
 
 
 TRITONS = ("debug", "instrumentation_mode")
+EMPTY = ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty"))
+
+
+def _zeroed(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def zeros(*args: Any, **kwargs: Any) -> Tensor:
+        made = empty(*args, **kwargs)
+        return made if made.is_floating_point() else made.zero_()
+
+    return zeros
 
 
 def write_misses(path: Path) -> None:
