@@ -236,6 +236,12 @@ def pytest_configure() -> None:
     start()
 
 
+def pytest_runtest_logreport(report: Any) -> None:
+    """A failure is told at once: should the run be ended, pytest does not come to its summary."""
+    if report.failed and "OPSD_RECORD" not in os.environ:
+        print(f"\n{report.longreprtext}", flush=True)
+
+
 if __name__ == "__main__":
     from benchmarks import launches  # what is pickled is named by its module
 

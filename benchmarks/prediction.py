@@ -3,8 +3,9 @@
     python benchmarks/prediction.py FOLDER
 
 prints the page of a folder that `make gpu` wrote (which puts it there as prediction.md). Predicted:
-benchmarks/results/roofline.csv, of the GPU that hardware.txt names. Measured: speed.csv and
-tune.json of the folder, as far as they are there.
+benchmarks/results/roofline.csv, of the GPU that hardware.txt names, and resources.csv, of its
+architecture, as far as they predict. Measured: speed.csv and tune.json of the folder, as far as
+they are there.
 """
 
 import argparse
@@ -18,15 +19,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import report
 
 ROOT = Path(__file__).parents[1]
-ROOFLINE = ROOT / "benchmarks" / "results" / "roofline.csv"
+RESULTS = ROOT / "benchmarks" / "results"
+# By the names of the prediction, where nothing measured says it.
+ARCHS = {"A100": "sm_80", "RTX 4090": "sm_89", "H100": "sm_90", "H200": "sm_90", "B200": "sm_100"}
 KERNELS = ("lse", "pair", "rows")
 NOTHING = "not measured"
 
 
-def page(gpu: str, folder: Path, roofline: Path = ROOFLINE) -> str:
+def page(gpu: str, folder: Path, results: Path = RESULTS) -> str:
     """A GPU, as it names itself: predicted and measured multiples of three bare products, and of
     each kernel the fraction of what bounds it, as Markdown."""
-    setting, predicted = read(roofline)
+    setting, predicted = read(results / "roofline.csv")
     of_gpu = [row for row in predicted if is_named(row["gpu"], gpu)]
     measured_at, speed = read(folder / "speed.csv")
     known = f"Predicted: {setting}" if of_gpu else f"Nothing is predicted of this GPU ({setting})"
@@ -39,7 +42,7 @@ def page(gpu: str, folder: Path, roofline: Path = ROOFLINE) -> str:
             "A measurement belongs between the two predicted multiples: the lower if everything "
             "overlaps, the upper if nothing does. The quotient is that of the measured and each.",
             "## Each kernel, as a fraction of what bounds it",
-            fractions(of_gpu, folder / "tune.json"),
+            fractions(gpu, folder / "tune.json", results / "resources.csv"),
             "`lse` and `pair`: of the rate of a library product of the same size. `rows`: of the "
             "bandwidth of a copy. Measured with the tiles of the table, and with the best tried.",
         ]
@@ -72,30 +75,42 @@ def multiples(predicted: list[dict[str, str]], speed: list[dict[str, str]], sett
     return report.table(["", "predicted", column, "measured / predicted"], rows)
 
 
-def fractions(predicted: list[dict[str, str]], tune: Path) -> str:
+def fractions(gpu: str, tune: Path, resources: Path) -> str:
     """A row for each kernel."""
     told = json.loads(tune.read_text()) if tune.exists() else {}
+    arch = told.get("arch") or next((a for known, a in ARCHS.items() if is_named(known, gpu)), "")
+    of = arch, told.get("dtype", "bfloat16"), told.get("features", 4096)
     rows = []
     for kernel in KERNELS:
-        expected = predicted_fraction(predicted, kernel)
+        bounds = predicted_fractions(resources, kernel, *of)
         tried = [t for t in told.get(kernel, []) if "fraction" in t]
         table = next((t["fraction"] for t in tried if t["of_table"]), None)
         best = max((t["fraction"] for t in tried), default=None)
-        quotient = "–" if expected is None or table is None else f"{table / expected:.2f}"
-        rows.append([kernel, _percent(expected, "not predicted"), _percent(table), quotient,
-                     _percent(best)])  # fmt: skip
+        predicted, quotient = "not predicted", "–"
+        if bounds:
+            predicted = " – ".join(_percent(bound) for bound in bounds)
+            if table is not None:
+                quotient = " – ".join(f"{table / bound:.2f}" for bound in bounds)
+        rows.append([kernel, predicted, _percent(table), quotient, _percent(best)])
     return report.table(
         ["", "predicted", "measured", "measured / predicted", "best of those tried"], rows
     )
 
 
-def predicted_fraction(predicted: list[dict[str, str]], kernel: str) -> float | None:
-    """Of a library product (or a copy), where the prediction has a column for it: its name has the
-    kernel's and "fraction" among its words."""
-    for row in predicted:
-        for column, value in row.items():
-            if {kernel, "fraction"} <= set(column.split("_")) and _is_number(value):
-                return float(value)
+def predicted_fractions(
+    path: Path, kernel: str, arch: str, dtype: str, features: int
+) -> tuple[float, float] | None:
+    """Of a library product's rate (of `rows`, a copy's) the least and the most, for the JSD, where
+    the table of resources has them."""
+    if not path.exists():
+        return None
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if (row["arch"], row["dtype"], row["kernel"]) != (arch, dtype, kernel):
+                continue
+            least, most = (row.get(f"{end}_{features}", "") for end in ("least", "most"))
+            if row["divergence"] == "JSD" and _is_number(least) and _is_number(most):
+                return float(least), float(most)
     return None
 
 
@@ -118,8 +133,8 @@ def _is_number(value: str) -> bool:
     return re.fullmatch(r"[0-9.]+(e[+-]?\d+)?", value or "") is not None
 
 
-def _percent(fraction: float | None, otherwise: str = NOTHING) -> str:
-    return otherwise if fraction is None else f"{fraction:.0%}"
+def _percent(fraction: float | None) -> str:
+    return NOTHING if fraction is None else f"{fraction:.0%}"
 
 
 def main() -> None:

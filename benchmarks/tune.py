@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,8 +31,8 @@ import torch
 import triton
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import launches
-from benchmarks.compile import Compiled, Pool, compile_launches, summary
+from benchmarks import gpu, launches, report
+from benchmarks.compile import Compiled
 from opsd_kernels import logit_free, row_workspace
 from opsd_kernels.kernels import tiles
 from opsd_kernels.kernels.tiles import Row, Tile
@@ -101,7 +102,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         compiled = compile_first(args, Path(temporary), SHARES["compile"] * args.seconds)
     problem = chunk(row.chunk, args.features, dtype, device, torch.randn)
-    report = Report(
+    found = Report(
         torch.cuda.get_device_name(),
         tiles.architecture(device),
         torch.__version__,
@@ -110,18 +111,19 @@ def main() -> None:
         args.features,
         seconds_of(lambda: problem.h_S @ problem.W.t()),
     )
-    print(f"{report.device}, {report.arch}, torch {report.torch}, triton {report.triton}; ", end="")
-    print(f"a product of this size takes {report.product_seconds * 1e3:.2f} ms")
-    bounds = {"lse": 2 * report.product_seconds, "pair": 2 * report.product_seconds}  # both sides
+    print(f"{found.device}, {found.arch}, torch {found.torch}, triton {found.triton}; ", end="")
+    print(f"a product of this size takes {found.product_seconds * 1e3:.2f} ms")
+    both_sides = 2 * found.product_seconds
+    bounds = {"lse": both_sides, "pair": both_sides}
     bounds["rows"] = rows_bound(problem)
     with compiled_beforehand(compiled):
         for kernel, bound in bounds.items():
             until = start + SHARES[kernel] * args.seconds
             for told in tried(kernel, row, problem, bound, seconds_of, until):
-                getattr(report, kernel).append(told)
+                getattr(found, kernel).append(told)
                 if args.output:
-                    report.write(args.output)
-    print("\n" + best(report))
+                    found.write(args.output)
+    print("\n" + best(found))
 
 
 def chunk(
@@ -167,13 +169,14 @@ MOST_CANDIDATES = 24
 
 
 def compile_first(args: argparse.Namespace, folder: Path, seconds: float) -> dict[str, Compiled]:
-    """All candidates, in parallel; by digest."""
-    script = [__file__, "--dry", "--dtype", args.dtype, "--features", str(args.features)]
-    command = [sys.executable, "-m", "benchmarks.launches", *script]
-    pool, start = Pool(max(1, (os.cpu_count() or 2) - 1)), time.monotonic()
-    recorded = compile_launches({"tune": (0, command)}, folder, pool, seconds)
-    print(summary(pool, recorded, time.monotonic() - start), flush=True)
-    return {c.digest: c for c in pool.done}
+    """All candidates, in parallel, in the process of compile.py; by digest."""
+    here = Path(__file__).resolve()
+    command = [str(here.with_name("compile.py")), str(folder), "--seconds", f"{seconds:.0f}"]
+    dry = [str(here), "--dry", "--dtype", args.dtype, "--features", str(args.features)]
+    subprocess.run([sys.executable, *command, "--script", *dry], env=gpu.environment(), check=False)
+    path = folder / "compile.csv"
+    rows = report.read(path, Compiled)[1] if path.exists() else []
+    return {row.digest: row for row in rows}
 
 
 @contextmanager
@@ -285,12 +288,12 @@ def once(run: Callable[[], object]) -> float:
     return 1.0
 
 
-def best(report: Report) -> str:
+def best(found: Report) -> str:
     """The row of the table with the best of all that were tried."""
-    lines = [f"    ({report.arch!r}, {report.dtype!r}): Row("]
+    lines = [f"    ({found.arch!r}, {found.dtype!r}): Row("]
     for kernel, bound in (("lse", "product's rate"), ("pair", "product's rate"),
                           ("rows", "copy's bandwidth")):  # fmt: skip
-        measured = [t for t in getattr(report, kernel) if "fraction" in t]
+        measured = [t for t in getattr(found, kernel) if "fraction" in t]
         if measured:
             first = max(measured, key=lambda told: told["fraction"])
             values = tuple(first["candidate"].values())

@@ -334,10 +334,17 @@ def test_tune_json_is_whole_at_any_time(tmp_path):
 
 
 ROOFLINE = """# predicted, N = 16384, D = 4096
-gpu,method,overlapped,serial,lse_fraction,pair_fraction
-H100,"ours, logit-free",2.0,2.5,0.8,0.6
-H100,eager,3.4,4.4,,
-A100,eager,9.0,9.9,,
+gpu,method,overlapped,serial
+H100,"ours, logit-free",2.0,2.5
+H100,eager,3.4,4.4
+A100,eager,9.0,9.9
+"""
+RESOURCES = """arch,dtype,kernel,divergence,least_2048,least_4096,most_4096
+sm_90,bfloat16,lse,JSD,0.1,0.75,0.8
+sm_90,bfloat16,lse,forward KL,0.1,0.2,0.3
+sm_80,bfloat16,pair,JSD,0.1,0.2,0.3
+sm_90,bfloat16,pair,JSD,0.1,0.5,0.6
+sm_90,bfloat16,rows,JSD,,,
 """
 SPEED = """# some GPU, driver 1
 N,D,V,dtype,method,failure,floors
@@ -349,20 +356,21 @@ N,D,V,dtype,method,failure,floors
 
 
 def test_prediction_beside_measurement(tmp_path):
-    roofline, name = tmp_path / "roofline.csv", "NVIDIA H100 80GB HBM3"
-    roofline.write_text(ROOFLINE)
+    name = "NVIDIA H100 80GB HBM3"
+    (tmp_path / "roofline.csv").write_text(ROOFLINE)
+    (tmp_path / "resources.csv").write_text(RESOURCES)
     (tmp_path / "speed.csv").write_text(SPEED)
     tried = [{"of_table": False, "fraction": 0.9}, {"of_table": True, "fraction": 0.6},
              {"of_table": False, "failure": "spills"}]  # fmt: skip
     (tmp_path / "tune.json").write_text(json.dumps({"lse": tried, "rows": tried[1:2]}))
-    page = prediction.page(name, tmp_path, roofline)
+    page = prediction.page(name, tmp_path, tmp_path)
     for line in (
         "|  | predicted | measured, N = 16384 | measured / predicted |",
         "| **ours, logit-free** | **2.00 – 2.50** | **2.25** | **1.12 – 0.90** |",
         "| eager | 3.40 – 4.40 | not measured | – |",
         "| TRL | not predicted | not installed | – |",
-        "| lse | 80% | 60% | 0.75 | 90% |",
-        "| pair | 60% | not measured | – | not measured |",
+        "| lse | 75% – 80% | 60% | 0.80 – 0.75 | 90% |",
+        "| pair | 50% – 60% | not measured | – | not measured |",
         "| rows | not predicted | 60% | – | 60% |",
     ):
         assert line in page.splitlines(), page
