@@ -136,16 +136,21 @@ def _compile(launch: Launch, told: Connection) -> None:
         from triton import runtime
         from triton.backends.compiler import GPUTarget
 
-        from benchmarks.resources import _usage
+        from benchmarks.resources import registers_of
 
         launches.settle_hashes()
         runtime.driver.set_active(launches.NoDriver(GPUTarget(*launch.target)))
         kernel, args, kwargs = launch.loads()
         compiled = kernel.warmup(*args, grid=(1,), **kwargs)
         times = os.times()  # the assembler's are those of a child
-        seconds, usage = sum(times[:4]), _usage(compiled)
+        registers, spilled, _matrix = registers_of(compiled)
         result = Compiled(
-            launch.kernel, launch.digest, seconds, usage.registers, usage.spilled, usage.shared
+            launch.kernel,
+            launch.digest,
+            sum(times[:4]),
+            registers,
+            spilled,
+            compiled.metadata.shared,
         )
     except Exception as error:
         why = str(error).strip().partition("\n")[0][:80] or type(error).__name__

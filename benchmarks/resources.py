@@ -1,10 +1,13 @@
 """What every kernel of the tile table takes of a multiprocessor, by compiling it. No GPU is needed.
 
-    python benchmarks/resources.py [--arch sm_90 ...] [--dtype bfloat16 ...] [--output FOLDER]
+    python benchmarks/resources.py [--arch sm_90 ...] [--dtype bfloat16 ...] [--jobs 2]
+                                   [--output FOLDER]
 
-For each architecture: registers and spilled bytes a thread, shared memory, and which matrix
-instructions the code uses. Kernels are compiled for a contiguous head that both sides share, with D
-a multiple of every BK, as language models have it.
+For each architecture: registers and spilled bytes a thread, shared memory, which matrix
+instructions the code uses, how many others it executes for an entry (see sass.py), and what rate
+follows from them (see cycles.py). Kernels are compiled for a contiguous head that both sides share,
+with D a multiple of every BK, as language models have it. What Triton's cache holds is counted
+again, not compiled again.
 """
 
 import argparse
@@ -15,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, fields
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +31,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import cycles, report, sass
 from opsd_kernels.kernels import finish, lse, pair, rows, tiles
 from opsd_kernels.kernels.pointwise import family, is_wide, knows_G, mean_limit
 from opsd_kernels.kernels.tiles import Row, Tile
+from opsd_kernels.problem import has_bounded_scores
+from opsd_kernels.products import score_dtype, score_scale
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TRITON_DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
@@ -85,6 +92,24 @@ class Usage:
     spilled: int  # bytes a thread
     shared: int  # bytes a program
     matrix: str  # matrix instructions, "-" if none
+    # Of a thread in each K-step …
+    step: int = 0  # instructions
+    # … and of all threads for each entry (pair of logits) beside the K-steps; of `rows` for all
+    # sweeps. Not counted for the kernels that do not look at entries.
+    instructions: float = 0
+    shuffles: float = 0
+    transcendentals: float = 0
+    store: int = 0  # bytes of a thread's stores of scores; 0 if there are none, or bulk copies
+    # Predicted for D = 4096 and 2048, at least and at most: of `lse` and `pair` the fraction of the
+    # rate of a library's product, of `rows` that of a copy's bandwidth.
+    least_4096: float = 0
+    most_4096: float = 0
+    least_2048: float = 0
+    most_2048: float = 0
+
+
+# The vocabulary that rounds of tiles are counted for.
+VOCABULARY = 151936
 
 
 def variants(archs: list[str], dtypes: list[str]) -> Iterator[Variant]:
@@ -99,17 +124,19 @@ def variants(archs: list[str], dtypes: list[str]) -> Iterator[Variant]:
 def compile_variant(variant: Variant, row: Row | None = None, stored: str | None = None) -> Usage:
     """Compile one variant with the tiles of the table, or of another row; `stored` is the dtype of
     hidden states and head, where autocast rounds them on the way."""
-    return _usage(compiled(variant, row, stored))
+    row = row or tiles.TABLE[variant.arch, variant.dtype]
+    return _usage(compiled(variant, row, stored), variant, row)
 
 
 def compiled(variant: Variant, row: Row | None = None, stored: str | None = None) -> Any:
     """What Triton makes of a variant: see `compile_variant`."""
     row = row or tiles.TABLE[variant.arch, variant.dtype]
     kernel, constants, options = _specialized(variant, row)
+    tile = tile_of(variant, row) if variant.kernel in ("lse", "pair") else None
     names = kernel.arg_names
     signature, attributes = {}, {}
     for i, name in enumerate(names):
-        signature[name] = "constexpr" if name in constants else _type(name, variant, stored)
+        signature[name] = "constexpr" if name in constants else _type(name, variant, stored, tile)
         divisible = signature[name].startswith("*") or name in DIVISIBLE
         if divisible and name not in constants:
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -129,7 +156,7 @@ DIVISIBLE = {
 }  # fmt: skip
 
 
-def _type(name: str, variant: Variant, stored: str | None) -> str:
+def _type(name: str, variant: Variant, stored: str | None, tile: Tile | None) -> str:
     dtype = variant.dtype
     if name in ("index_ptr", "top_ptr", "targets_ptr"):
         return "*i32"
@@ -137,10 +164,13 @@ def _type(name: str, variant: Variant, stored: str | None) -> str:
         return "*fp32"
     if name == "keep_ptr":
         return "*i1"
-    if name.startswith(("h_", "W_")) and name.endswith("_ptr"):
-        return POINTERS[stored or dtype]
+    if name in ("h_S", "h_T", "W", "W_T", "W_ptr"):
+        pointer = POINTERS[stored or dtype]
+        if tile is None or not tile.BULK:
+            return pointer
+        return f"tensordesc<{pointer[1:]}[{tile.BM if name[0] == 'h' else tile.BV},{tile.BK}]>"
     if name in ("s_ptr", "p_ptr", "g_ptr"):
-        return POINTERS["float32" if dtype == "float16" else dtype]
+        return POINTERS[str(_score_dtype(variant)).removeprefix("torch.")]
     if name.endswith("_ptr"):
         return "*fp32"
     return "fp32" if name in ("beta", "entry_clip", "inverse_temperature") else "i32"
@@ -151,14 +181,13 @@ def _specialized(variant: Variant, row: Row) -> tuple[Any, dict[str, Any], dict[
     case = CASES[variant.divergence]
     limit = {"LIMIT": mean_limit(case.beta)}
     divergence = {"FAMILY": family(case.beta), "CLIPPED": case.clipped}
-    wide = is_wide(case.beta, case.statistics)
     no_P = knows_G(case.beta, 1.0 if case.clipped else None)
     no_targets = {} if case.statistics else {"targets_ptr": None}
     no_statistics = {} if case.statistics else {"statistics_ptr": None}
     operand = {"OPERAND": TRITON_DTYPES[variant.dtype]}
     logits = {
         **operand, "keep_ptr": None, "stride_Wd": 1, "stride_W_Td": 1, "SHARED": True,
-        "MASKED": False, "EVEN_D": True, "PRECISION": "ieee",
+        "MASKED": False, "EVEN_D": True, "EVEN_V": True, "PRECISION": "ieee",
     }  # fmt: skip
     small = {"num_warps": 4}
     if variant.kernel == "lse":
@@ -174,32 +203,41 @@ def _specialized(variant: Variant, row: Row) -> tuple[Any, dict[str, Any], dict[
         )
     if variant.kernel == "pair":
         statistics = case.statistics and case.beta is not None
-        tile = row.pair_wide if wide else row.pair
-        constants = {**logits, **divergence, "STATISTICS": statistics, **_shape(tile)}
+        tile = tile_of(variant, row)
+        constants = {
+            **logits,
+            **divergence,
+            "STATISTICS": statistics,
+            "SCALE": score_scale(_score_dtype(variant)),
+            **_shape(tile),
+        }
         if no_P:
             constants["p_ptr"] = None
         if case.beta is None:
-            constants |= {"h_T_ptr": None, "W_T_ptr": None}
+            constants |= {"h_T": None, "W_T": None}
         return pair.pair_kernel, constants, _options(tile)
     if variant.kernel == "rows":
-        block, num_warps = row.rows_wide if wide else row.rows
+        block, parts, num_warps = row.rows_wide if wide(variant) else row.rows
         constants = {
             **divergence, **no_targets, **no_statistics, "NEEDS_SCORE": True, **limit,
-            "BLOCK": block,
+            "SCALE": score_scale(_score_dtype(variant)), "FINITE": True, "BLOCK": block,
+            "PARTS": parts,
         }  # fmt: skip
         return rows.rows_kernel, constants, {"num_warps": num_warps}
     if variant.kernel == "merge":
         constants = {
             **divergence,
             **limit,
+            "SCALE": score_scale(_score_dtype(variant)),
             "TARGETS": case.statistics,
             "BM": lse.MERGE_BM,
-            "SPANS": triton.next_power_of_2(row.spans),
+            "SPANS": triton.next_power_of_2(triton.cdiv(VOCABULARY, lse.span(VOCABULARY, row))),
         }
         return lse.merge_kernel, constants, small
     slots = row.columns // row.pair.BV
     constants = {
         **divergence, **operand, **no_statistics, "keep_ptr": None, "stride_Wd": 1,
+        "SCALE": score_scale(_score_dtype(variant)),
         "TARGETS": case.statistics, "MASKED": False, "BM": finish.BM, "BD": finish.BD,
         "SLOTS": slots,
     }  # fmt: skip
@@ -208,8 +246,13 @@ def _specialized(variant: Variant, row: Row) -> tuple[Any, dict[str, Any], dict[
     return finish.finish_kernel, constants, small
 
 
-def _shape(tile: Tile) -> dict[str, int]:
-    return {"BM": tile.BM, "BV": tile.BV, "BK": tile.BK, "PARTS": tile.PARTS}
+def _score_dtype(variant: Variant) -> torch.dtype:
+    case = CASES[variant.divergence]
+    return score_dtype(getattr(torch, variant.dtype), has_bounded_scores(case.beta))
+
+
+def _shape(tile: Tile) -> dict[str, Any]:
+    return {k: v for k, v in asdict(tile).items() if k.isupper()}
 
 
 def _options(tile: Tile) -> dict[str, int]:
@@ -222,7 +265,85 @@ def _target(arch: str) -> GPUTarget:
     return GPUTarget("hip", arch, 64)
 
 
-def _usage(compiled: Any) -> Usage:
+def _usage(compiled: Any, variant: Variant, row: Row) -> Usage:
+    registers, spilled, matrix = registers_of(compiled)
+    shared = compiled.metadata.shared
+    if variant.kernel in ("merge", "finish"):
+        return Usage(registers, spilled, shared, matrix)
+    multiplies = variant.kernel in ("lse", "pair")
+    parts = sass.parts(sass.text_of(compiled), multiplies)
+    gpu = cycles.GPU_OF[variant.arch]
+    warps = compiled.metadata.num_warps
+    predicted: list[float] = []
+    if multiplies:
+        tile, shape = tile_of(variant, row), _compiled_shape(variant, row, registers, shared)
+        entries = tile.BM * tile.BV
+        even = _evenness(variant, row, gpu)
+        for features in (4096, 2048):
+            predicted += cycles.fraction(parts, shape, gpu, features, even)
+    else:
+        entries, warps = _rows_shape(variant, row)
+        predicted = 2 * [*cycles.rows_fraction(parts, warps, gpu)]
+    kinds = sass.by_class(parts.tile)
+    share = warps * cycles.lanes(gpu) / entries
+    stores = {n: c for n, c in parts.tile.items() if sass.class_of(n) == "store"}
+    commonest = max(stores, key=lambda name: stores[name], default=None)
+    return Usage(
+        registers,
+        spilled,
+        shared,
+        matrix,
+        parts.step.total(),
+        round(parts.tile.total() * share, 2),
+        round(kinds["shuffle"] * share, 2),
+        round(kinds["transcendental"] * share, 2),
+        sass.width(commonest) if commonest else 0,
+        *(round(f, 3) for f in predicted),
+    )
+
+
+def tile_of(variant: Variant, row: Row) -> Tile:
+    """The tile of `lse` or `pair`, as the launchers choose it."""
+    if variant.kernel == "lse":
+        return row.lse
+    return row.pair_wide if wide(variant) else row.pair
+
+
+def wide(variant: Variant) -> bool:
+    """Whether a variant takes what the table has for more than f and s of an entry."""
+    case = CASES[variant.divergence]
+    return is_wide(case.beta, case.statistics)
+
+
+def _rows_shape(variant: Variant, row: Row) -> tuple[int, int]:
+    """BLOCK and num_warps of `rows`."""
+    block, _, num_warps = row.rows_wide if wide(variant) else row.rows
+    return block, num_warps
+
+
+def _compiled_shape(variant: Variant, row: Row, registers: int, shared: int) -> cycles.Shape:
+    tile = tile_of(variant, row)
+    student_alone = variant.kernel == "pair" and CASES[variant.divergence].beta is None
+    return cycles.Shape(
+        tile.BM, tile.BV, tile.BK, tile.num_warps, registers, shared,
+        sides=1 if student_alone else 2, operand=4 if variant.dtype == "float32" else 2,
+    )  # fmt: skip
+
+
+def _evenness(variant: Variant, row: Row, gpu: cycles.Gpu) -> float:
+    """What the rounds of tiles of one launch fill, of `lse` and `pair`."""
+    tile = tile_of(variant, row)
+    if variant.kernel == "pair":
+        programs = row.chunk // tile.BM * row.columns // tile.BV
+        return cycles.evenness(programs, programs, 1, gpu)
+    across = triton.cdiv(VOCABULARY, tile.BV)
+    longest = lse.span(VOCABULARY, row) // tile.BV
+    programs = row.chunk // tile.BM * triton.cdiv(across, longest)
+    return cycles.evenness(row.chunk // tile.BM * across, programs, longest, gpu)
+
+
+def registers_of(compiled: Any) -> tuple[int, int, str]:
+    """Registers and spilled bytes a thread, and the matrix instructions."""
     if "cubin" not in compiled.asm:
         code = compiled.asm["amdgcn"]
 
@@ -231,20 +352,18 @@ def _usage(compiled: Any) -> Usage:
             assert found, field
             return int(found[1])
 
-        return Usage(
-            number("vgpr_count"), 4 * number("vgpr_spill_count"), compiled.metadata.shared,
-            "mfma" if "v_mfma" in code else "-",
-        )  # fmt: skip
+        matrix = "mfma" if "v_mfma" in code else "-"
+        return number("vgpr_count"), 4 * number("vgpr_spill_count"), matrix
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
         Path(path).write_bytes(compiled.asm["cubin"])
         command = [str(CUOBJDUMP), "--dump-resource-usage", path]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
-    assert found, report
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
+    assert found, printed
     instructions = ["wgmma", "tcgen05.mma", "mma.sync"]
     matrix = next((m for m in instructions if m in compiled.asm["ptx"]), "-")
-    return Usage(int(found[1]), int(found[2]), compiled.metadata.shared, matrix)
+    return int(found[1]), int(found[2]), matrix
 
 
 def main() -> None:
@@ -252,18 +371,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", nargs="+", choices=archs, default=archs)
     parser.add_argument("--dtype", nargs="+", choices=list(POINTERS), default=list(POINTERS))
+    parser.add_argument("--jobs", type=int, default=1, help="kernels compiled at a time")
     parser.add_argument("--output", type=Path, help="folder for resources.csv")
     args = parser.parse_args()
     found: list[tuple[Variant, Usage]] = []
     print(f"triton {triton.__version__}")
     print(f"{'arch':<8}{'dtype':<10}{'kernel':<8}{'divergence':<30}{'registers':>10}"
-          f"{'spilled':>9}{'shared':>9}  matrix")  # fmt: skip
-    for variant in variants(args.arch, args.dtype):
-        usage = compile_variant(variant)
-        found.append((variant, usage))
-        print(f"{variant.arch:<8}{variant.dtype:<10}{variant.kernel:<8}{variant.divergence:<30}"
-              f"{usage.registers:>10}{usage.spilled:>9}{usage.shared:>9}  {usage.matrix}",
-              flush=True)  # fmt: skip
+          f"{'spilled':>9}{'shared':>9}{'an entry':>10}{'D = 4096':>14}  matrix")  # fmt: skip
+    asked = list(variants(args.arch, args.dtype))
+    with ProcessPoolExecutor(args.jobs) as pool:
+        for variant, usage in zip(asked, pool.map(compile_variant, asked), strict=True):
+            found.append((variant, usage))
+            predicted = f"{usage.least_4096:.2f} – {usage.most_4096:.2f}"
+            print(f"{variant.arch:<8}{variant.dtype:<10}{variant.kernel:<8}"
+                  f"{variant.divergence:<30}{usage.registers:>10}{usage.spilled:>9}"
+                  f"{usage.shared:>9}{usage.instructions:>10}{predicted:>14}  {usage.matrix}",
+                  flush=True)  # fmt: skip
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
         with (args.output / "resources.csv").open("w", newline="") as file:
@@ -275,16 +398,24 @@ def main() -> None:
 
 def summary(path: Path) -> str:
     """The rows of a resources.csv that the README shows, as Markdown."""
-    lines = ["| | kernel | registers | spilled bytes | shared KiB | matrix instructions |"]
-    lines.append("|---|---|---|---|---|---|")
+    head = [
+        "", "kernel", "registers", "spilled bytes", "shared KiB", "instructions an entry",
+        "shuffles an entry", "bytes a store", "of a product's rate, D 4096", "D 2048",
+    ]  # fmt: skip
+    body = []
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             shown = row["kernel"] in ("lse", "pair") and row["divergence"] == "JSD"
             if shown and row["dtype"] == "bfloat16":
                 cells = [row[k] for k in ("arch", "kernel", "registers", "spilled")]
-                cells += [f"{int(row['shared']) / 1024:.0f}", row["matrix"]]
-                lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+                cells.append(f"{int(row['shared']) / 1024:.0f}")
+                cells += [f"{float(row[k]):.1f}" for k in ("instructions", "shuffles")]
+                cells.append(row["store"] if row["store"] != "0" else "–")
+                for features in (4096, 2048):
+                    least, most = (float(row[f"{end}_{features}"]) for end in ("least", "most"))
+                    cells.append(f"{least:.2f} – {most:.2f}")
+                body.append(cells)
+    return report.table(head, body)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,17 @@ Counted, at a small size, per token and vocabulary entry:
                  tensor that its kernels are given, as on a GPU (`allocations.pretended`); of ours
                  what `rows` and `pair` do
 
-and from them, with the data sheet's peaks (of matrix products the fraction a library reaches), a
-time for each resource. The larger is the bound if all overlap, the sum if nothing does: a
-measurement belongs between the two, and says by where it lies what to look at. Nothing here is
-measured on a GPU. With --output it writes roofline.csv, roofline.md and roofline.png to the folder.
+A library's products run at the fraction of the peak that such products are known to reach, bytes at
+a copy's bandwidth. Of our own kernels, which multiply and make something of the logits besides, the
+rate is what results/resources.csv predicts from the instructions of the compiled code, at most and
+at least (see cycles.py); their elementwise operations are in it. A measurement belongs between two
+bounds: all that can overlap does and our kernels run at their best, or nothing does and they run at
+their worst. Nothing here is measured on a GPU. With --output it writes roofline.csv, roofline.md
+and roofline.png to the folder.
 """
 
 import argparse
+import csv
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -39,29 +43,13 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import peers, report
 from benchmarks.allocations import pretended, tensors
-from opsd_kernels import fused_jsd_loss, fused_sampled_token_loss
+from benchmarks.cycles import COPY, GAP, GPUS, LIBRARY, SPECIAL_LANES, Gpu, Range
+from opsd_kernels import fused_jsd_loss, fused_sampled_token_loss, logit_free
+from opsd_kernels.kernels import tiles
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """Peaks of a data sheet."""
-
-    name: str
-    matrix: float  # dense bf16 FLOP/s with fp32 accumulation
-    fp32: float  # FLOP/s outside the matrix units, a fused multiply-add counted as two
-    transcendental: float  # exp or log a second
-    memory: float  # bytes/s
-
-
-GPUS = [
-    Gpu("A100", 312e12, 19.5e12, 108 * 16 * 1.41e9, 2.04e12),
-    Gpu("RTX 4090", 165e12, 82.6e12, 128 * 16 * 2.52e9, 1.01e12),
-    Gpu("H100", 989e12, 67e12, 132 * 16 * 1.83e9, 3.35e12),
-    Gpu("H200", 989e12, 67e12, 132 * 16 * 1.83e9, 4.8e12),
-    Gpu("B200", 2250e12, 75e12, 148 * 16 * 1.83e9, 8.0e12),
-]
-# Of its peak what a library product of these sizes reaches.
-MATRIX_FRACTION = 0.75
+RESOURCES = Path(__file__).parent / "results" / "resources.csv"
+# The middle of what a library product of these sizes reaches of its peak: the unit of all.
+MATRIX_FRACTION = sum(LIBRARY) / 2
 
 
 @dataclass(frozen=True)
@@ -69,9 +57,13 @@ class Cost:
     """Of forward and backward, per token and vocabulary entry."""
 
     products: float  # U
+    lse: float = 0.0  # U that `lse` multiplies
+    pair: float = 0.0  # U that `pair` multiplies; the others are a library's
     operations: float = 0.0  # elementwise, of kernels
     transcendentals: float = 0.0  # of these, exp and log
     bytes: float = 0.0
+    rows: float = 0.0  # of these, what the kernel `rows` moves
+    case: str = ""  # what our kernels are compiled for, as results/resources.csv calls it
 
 
 @dataclass(frozen=True)
@@ -82,9 +74,11 @@ class Row:
     operations: float
     transcendentals: float
     bytes: float
-    products_ms: float
-    operations_ms: float
-    bytes_ms: float
+    library_ms: float  # of a library's products
+    kernels_best_ms: float  # of our kernels
+    kernels_worst_ms: float
+    bytes_ms: float  # of what other kernels and operations move
+    gaps_worst_ms: float  # between the kernels of the logit-free schedule
     overlapped: float  # multiples of three bare products
     serial: float
 
@@ -104,12 +98,15 @@ def costs() -> dict[str, Cost]:
 
     counted = {
         "ours, logit-free": _of_kernels(
-            lambda: backward(fused_jsd_loss, workspace_mib=0), bytes=_pair_bytes(2)
+            "JSD", lambda: backward(fused_jsd_loss, workspace_mib=0), bytes=_pair_bytes(2)
         ),
         "ours, logit-free, forward KL": _of_kernels(
-            lambda: backward(fused_jsd_loss, beta=0.0, workspace_mib=0), bytes=_pair_bytes(1)
+            "forward KL",
+            lambda: backward(fused_jsd_loss, beta=0.0, workspace_mib=0),
+            bytes=_pair_bytes(1),
         ),
         "ours, logit-free, sampled token": _of_kernels(
+            "log p",
             lambda: backward(fused_sampled_token_loss, targets, workspace_mib=0),
             bytes=_pair_bytes(1),
         ),
@@ -128,12 +125,21 @@ def _pair_bytes(tiles: int) -> float:
     return tiles * (2 + 2)
 
 
-def _of_kernels(run: Callable[[], None], bytes: float) -> Cost:
+def _of_kernels(case: str, run: Callable[[], None], bytes: float, rows: float = 0.0) -> Cost:
     with _interpreted() as seen, FlopCounterMode(display=False) as library:
         run()
     U, entries = 2 * N * D * V, N * V
-    products = (2 * seen["dot"] + library.get_total_flops()) / U
-    return Cost(products, seen["operation"] / entries, seen["transcendental"] / entries, bytes)
+    lse, pair = 2 * seen["launch_lse"] / U, 2 * seen["launch_pair"] / U
+    return Cost(
+        lse + pair + library.get_total_flops() / U,
+        lse,
+        pair,
+        seen["operation"] / entries,
+        seen["transcendental"] / entries,
+        bytes,
+        rows,
+        case,
+    )
 
 
 def _row_workspace(run: Callable[[], None]) -> Cost:
@@ -142,20 +148,32 @@ def _row_workspace(run: Callable[[], None]) -> Cost:
     from opsd_kernels import row_workspace
 
     with mock.patch.object(row_workspace, "uses_kernel", return_value=True):
-        return _of_kernels(run, bytes=8 + 3 * 8 + 2 + 2)
+        return _of_kernels("JSD", run, bytes=8 + 3 * 8 + 2 + 2, rows=3 * 8 + 2)
 
 
 @contextmanager
 def _interpreted() -> Iterator[dict[str, int]]:
-    """Elements of what Triton's interpreter computes meanwhile on tiles of entries."""
+    """Elements of what Triton's interpreter computes meanwhile on tiles of entries; of products the
+    multiplications, by the launch that they belong to."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    seen = {"dot": 0, "operation": 0, "transcendental": 0}
+    seen = {"launch_lse": 0, "launch_pair": 0, "operation": 0, "transcendental": 0}
+    launched = ""
     builder = InterpreterBuilder
     create_dot, binary_op, unary_op = builder.create_dot, builder.binary_op, builder.unary_op
 
+    def launching(name: str) -> Callable[..., None]:
+        launch = getattr(logit_free, name)
+
+        def noted(*args: Any) -> None:
+            nonlocal launched
+            launched = name
+            launch(*args)
+
+        return noted
+
     def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        seen["dot"] += a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
+        seen[launched] += a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
         return create_dot(self, a, b, *rest)
 
     def binary(self: Any, a: Any, b: Any, op: Any) -> Any:
@@ -172,6 +190,8 @@ def _interpreted() -> Iterator[dict[str, int]]:
         return out
 
     with (
+        mock.patch.object(logit_free, "launch_lse", launching("launch_lse")),
+        mock.patch.object(logit_free, "launch_pair", launching("launch_pair")),
         mock.patch.object(builder, "create_dot", dot),
         mock.patch.object(builder, "binary_op", binary),
         mock.patch.object(builder, "unary_op", unary),
@@ -222,17 +242,31 @@ def _of_a_peer(loss: peers.Loss) -> Cost:
 FREE = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::detach")
 
 
-def predict(method: str, cost: Cost, gpu: Gpu, tokens: int, features: int, vocabulary: int) -> Row:
-    entries = tokens * vocabulary
-    U = 2 * entries * features / (gpu.matrix * MATRIX_FRACTION)
-    products = cost.products * U
-    operations = max(
-        cost.operations * entries / (gpu.fp32 / 2),
-        cost.transcendentals * entries / gpu.transcendental,
-    )
-    moved = cost.bytes * entries / gpu.memory
-    overlapped = max(products, operations, moved)
-    serial = products + operations + moved
+def predict(
+    method: str,
+    cost: Cost,
+    gpu: Gpu,
+    N: int,
+    D: int,
+    V: int,
+    recorded: dict[tuple[str, ...], dict[str, str]],
+) -> Row:
+    """The bounds of a method on a GPU, with the rates of our kernels as recorded (see `rates`)."""
+    entries = N * V
+    U = 2 * entries * D / (gpu.matrix_rate * MATRIX_FRACTION)
+    copied = entries / (gpu.memory * COPY)  # seconds for a byte of each entry
+    library = (cost.products - cost.lse - cost.pair) * U
+    times = {"lse": cost.lse * U, "pair": cost.pair * U, "rows": cost.rows * copied}
+    kernels = [0.0, 0.0]
+    for kernel, seconds in times.items():
+        if seconds:
+            of_it = recorded[gpu.arch, kernel, cost.case]
+            for i, rate in enumerate(rates(of_it, D)):
+                kernels[i] += seconds / rate
+    moved = (cost.bytes - cost.rows) * copied
+    gaps = [_launches(cost, gpu, N, V) * gap for gap in GAP]
+    overlapped = max(library + kernels[0], moved) + gaps[0]
+    serial = library + kernels[1] + moved + gaps[1]
     return Row(
         gpu.name,
         method,
@@ -240,12 +274,48 @@ def predict(method: str, cost: Cost, gpu: Gpu, tokens: int, features: int, vocab
         cost.operations,
         cost.transcendentals,
         cost.bytes,
-        1e3 * products,
-        1e3 * operations,
+        1e3 * library,
+        1e3 * kernels[0],
+        1e3 * kernels[1],
         1e3 * moved,
+        1e3 * gaps[1],
         overlapped / (3 * U),
         serial / (3 * U),
     )
+
+
+def _launches(cost: Cost, gpu: Gpu, N: int, V: int) -> int:
+    """Kernels that the logit-free schedule runs, one after the other: of each chunk of rows `lse`,
+    `merge`, `finish` and a zeroing, and for each part of the vocabulary `pair` and the products."""
+    if not cost.pair:
+        return 0
+    row = tiles.TABLE[gpu.arch, "bfloat16"]
+    products = round(cost.products - cost.lse - cost.pair)
+    return -(-N // row.chunk) * (4 + -(-V // row.columns) * (1 + products))
+
+
+def kernels_recorded(path: Path = RESOURCES) -> dict[tuple[str, ...], dict[str, str]]:
+    """What resources.csv holds of bf16 kernels, by architecture, kernel and divergence."""
+    with path.open(newline="") as file:
+        return {
+            (row["arch"], row["kernel"], row["divergence"]): row
+            for row in csv.DictReader(file)
+            if row["dtype"] == "bfloat16"
+        }
+
+
+def rates(recorded: dict[str, str], features: int) -> Range:
+    """The predicted fraction of a library product's rate (of `rows`, a copy's): best, worst.
+
+    Of a tile the K-loop's cycles go with the features, the others do not: between and beyond the
+    two numbers of features recorded, the fraction's inverse is linear in theirs.
+    """
+    found = []
+    for end in ("most", "least"):
+        at_4096, at_2048 = (1 / float(recorded[f"{end}_{D}"]) for D in (4096, 2048))
+        slope = (at_2048 - at_4096) / (1 / 2048 - 1 / 4096)
+        found.append(1 / (at_4096 + slope * (1 / features - 1 / 4096)))
+    return found[0], found[1]
 
 
 def main() -> None:
@@ -256,7 +326,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for roofline.csv, .md and .png")
     args = parser.parse_args()
     N, D, V = args.tokens, args.features, args.vocabulary
-    rows = [predict(method, cost, gpu, N, D, V) for gpu in GPUS for method, cost in costs().items()]
+    recorded = kernels_recorded()
+    rows = [
+        predict(method, cost, gpu, N, D, V, recorded)
+        for method, cost in costs().items()
+        for gpu in GPUS
+    ]
     setting = f"predicted from counts, N = {N}, D = {D}, V = {V}, bf16"
     print(summary(rows, setting))
     if args.output:
@@ -278,7 +353,7 @@ def summary(rows: list[Row], setting: str) -> str:
 
 
 def page(rows: list[Row], setting: str) -> str:
-    """The counts, the prediction, and the milliseconds of each resource on each GPU."""
+    """The counts, the prediction, and the milliseconds of each part on each GPU."""
     methods = [row for row in rows if row.gpu == rows[0].gpu]
     counts = [
         [r.method, f"{r.products:.1f}", f"{r.operations:.0f}", f"{r.transcendentals:.1f}",
@@ -286,19 +361,22 @@ def page(rows: list[Row], setting: str) -> str:
         for r in methods
     ]  # fmt: skip
     times = [
-        [r.method, r.gpu, f"{r.products_ms:.1f}", f"{r.operations_ms:.1f}", f"{r.bytes_ms:.1f}"]
-        for r in sorted(rows, key=lambda r: r.gpu)
-    ]
+        [r.method, r.gpu, f"{r.library_ms:.1f}",
+         f"{r.kernels_best_ms:.1f} – {r.kernels_worst_ms:.1f}" if r.kernels_best_ms else "–",
+         f"{r.bytes_ms:.1f}", f"{r.gaps_worst_ms:.1f}" if r.gaps_worst_ms else "–"]
+        for gpu in GPUS for r in rows if r.gpu == gpu.name
+    ]  # fmt: skip
     peaks = [
-        [gpu.name, f"{gpu.matrix / 1e12:.0f}", f"{gpu.fp32 / 1e12:.0f}",
-         f"{gpu.transcendental / 1e12:.1f}", f"{gpu.memory / 1e12:.2f}"]
+        [gpu.name, f"{gpu.matrix_rate / 1e12:.0f}", f"{gpu.fp32_rate / 1e12:.0f}",
+         f"{gpu.multiprocessors * gpu.clock * SPECIAL_LANES / 1e12:.1f}",
+         f"{gpu.l2[1]:.0f} – {gpu.l2[0]:.0f}", f"{gpu.memory / 1e12:.2f}"]
         for gpu in GPUS
     ]  # fmt: skip
     return f"""# What each method should take on a GPU
 
-Not measured: `python benchmarks/roofline.py` counts operations and bytes, and divides by the peaks
-of data sheets. A measurement belongs between the two multiples: near the lower one if all overlaps,
-near the upper one if nothing does.
+Not measured: `python benchmarks/roofline.py` counts operations and bytes. A measurement belongs
+between the two multiples: near the lower one if all overlaps that can and our kernels run at their
+best, near the upper one if nothing does and they run at their worst.
 
 ## Multiples of three bare products
 
@@ -314,17 +392,44 @@ Operations are counted of our kernels alone: what peers do between logits is bou
 of the head are not counted, for anyone: they belong to the products, which hide them as long as a
 chunk has some hundred rows.
 
-## Milliseconds of each resource
+## Milliseconds
 
-{report.table(["", "GPU", "products", "operations", "bytes"], times)}
+{
+        report.table(
+            ["", "GPU", "library products", "our kernels", "other bytes", "gaps, at most"], times
+        )
+    }
+
+Our kernels are `lse` and `pair` with the products they make, and `rows`; their elementwise
+operations are in these times. The rates are those that [resources.csv](resources.csv) predicts from
+their instructions, at best and at worst, and what is assumed for it stands in
+[cycles.py](../cycles.py): that matrix units are driven as hard as by a library and no harder, what
+L2 delivers, how much instructions wait for one another (1.1 to 1.7 times), how long the first
+loads of a tile take, and that a second block on a multiprocessor hides all of a tile's other work
+or half of it. Gaps are those between the kernels of the logit-free schedule, {1e6 * GAP[0]:.0f} to
+{1e6 * GAP[1]:.0f} µs each, if the host keeps up; the launches of others are not counted.
 
 ## Peaks
 
-{report.table(["", "bf16 TFLOP/s", "fp32 TFLOP/s", "exp or log, T/s", "memory TB/s"], peaks)}
+{
+        report.table(
+            [
+                "",
+                "bf16 TFLOP/s",
+                "fp32 TFLOP/s",
+                "exp or log, T/s",
+                "L2 bytes a cycle and multiprocessor",
+                "memory TB/s",
+            ],
+            peaks,
+        )
+    }
 
-Of its peak every product is taken to reach {MATRIX_FRACTION:.0%}, as a library's does. That our own
-kernels, which make the products of the logit-free schedule's first two steps, do so too is an
-assumption, and the first thing to measure.
+Every bare product is taken to reach {MATRIX_FRACTION:.1%} of its peak (measured: {
+        LIBRARY[1]:.0%} to
+{LIBRARY[0]:.0%} on an H100 and an H200), a copy {
+        COPY:.0%} of the memory's. L2 is measured by others,
+and a guess for the B200.
 """
 
 

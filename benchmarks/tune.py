@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,8 +31,9 @@ import torch
 import triton
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import gpu, launches, report
+from benchmarks import choose_tiles, gpu, launches, report
 from benchmarks.compile import Compiled
+from benchmarks.resources import Variant
 from opsd_kernels import logit_free, row_workspace
 from opsd_kernels.kernels import tiles
 from opsd_kernels.kernels.tiles import Row, Tile
@@ -90,11 +91,12 @@ def main() -> None:
     dtype, start = getattr(torch, args.dtype), time.monotonic()
     launches.settle_hashes()
     row = tiles.lookup(device, dtype)
+    arch = os.environ.get("OPSD_ARCH") or tiles.architecture(device)
     if args.dry:
         problem = chunk(row.chunk, args.features, dtype, device, torch.zeros)
         # In turns: however many there is time for, some are of each kernel.
         kernels = ("lse", "pair", "rows")
-        for turn in itertools.zip_longest(*(candidates(row, k, dtype) for k in kernels)):
+        for turn in itertools.zip_longest(*(candidates(row, k, arch, args.dtype) for k in kernels)):
             for kernel, candidate in zip(kernels, turn, strict=True):
                 if candidate is not None:
                     measure(kernel, candidate, row, problem, once)
@@ -104,7 +106,7 @@ def main() -> None:
     problem = chunk(row.chunk, args.features, dtype, device, torch.randn)
     found = Report(
         torch.cuda.get_device_name(),
-        tiles.architecture(device),
+        arch,
         torch.__version__,
         triton.__version__,
         args.dtype,
@@ -119,7 +121,8 @@ def main() -> None:
     with compiled_beforehand(compiled):
         for kernel, bound in bounds.items():
             until = start + SHARES[kernel] * args.seconds
-            for told in tried(kernel, row, problem, bound, seconds_of, until):
+            asked = candidates(row, kernel, arch, args.dtype)
+            for told in tried(kernel, asked, row, problem, bound, seconds_of, until):
                 getattr(found, kernel).append(told)
                 if args.output:
                     found.write(args.output)
@@ -138,34 +141,24 @@ def chunk(
     return Problem(h_S.to(dtype), h_T.to(dtype), W, None, dtype, 0.5)
 
 
-def candidates(row: Row, kernel: str, dtype: torch.dtype) -> Iterator[Any]:
-    """Of a kernel, a `Tile` or the block and warps of `rows`: that of the table first, then the
-    others, those nearest to it before the rest."""
+def candidates(row: Row, kernel: str, arch: str, dtype: str) -> Iterator[Any]:
+    """Of a kernel, a `Tile` or what `rows` has instead: that of the table first, then the others,
+    those that promise most first (see choose_tiles.py)."""
     start = getattr(row, kernel)
     yield start
     if kernel == "rows":
-        blocks = itertools.product((2048, 4096, 8192, 16384), (4, 8, 16, 32))
+        blocks = itertools.product((1024, 2048, 4096, 8192), (1, 4), (4, 8, 16))
         yield from (block for block in blocks if block != start)
         return
-    if dtype == torch.float32:
-        shapes = itertools.product((32, 64), (32, 64), (16, 32), (1, 2), (4, 8), (2, 3))
-    else:
-        shapes = itertools.product(
-            (64, 128), (64, 128, 256), (32, 64), (1, 4, 8), (4, 8), (2, 3, 4)
-        )
-    others = [Tile(*shape) for shape in shapes]
-    # Two fp32 accumulators in the registers of the threads, with room for the rest.
-    others = [t for t in others if t.num_warps * 32 * 160 >= 2 * t.BM * t.BV and t != start]
-    sizes = asdict(start)
-
-    def distance(tile: Tile) -> float:
-        return sum(abs(v / sizes[k] - 1) for k, v in asdict(tile).items())
-
-    yield from sorted(others, key=distance)[:MOST_CANDIDATES]
+    yield replace(start, FLAT=not start.FLAT)
+    if arch in ("sm_90", "sm_100"):  # which have bulk copies
+        yield replace(start, BULK=not start.BULK)
+    others = choose_tiles.candidates(start, Variant(arch, dtype, kernel, "JSD"))
+    yield from itertools.islice(others, MOST_CANDIDATES)
 
 
 # Of `lse` and `pair` beside the table's: what can be compiled and measured in a minute or two.
-MOST_CANDIDATES = 24
+MOST_CANDIDATES = 20
 
 
 def compile_first(args: argparse.Namespace, folder: Path, seconds: float) -> dict[str, Compiled]:
@@ -203,12 +196,18 @@ def compiled_beforehand(compiled: dict[str, Compiled]) -> Iterator[None]:
 
 
 def tried(
-    kernel: str, row: Row, problem: Problem, bound: float, timer: Timer, until: float
+    kernel: str,
+    asked: Iterable[Any],
+    row: Row,
+    problem: Problem,
+    bound: float,
+    timer: Timer,
+    until: float,
 ) -> Iterator[dict[str, Any]]:
     """Of each candidate, as long as there is time: what it is, and the fraction of the bound in
     seconds that it reaches, or why it was not measured."""
     start = getattr(row, kernel)
-    for candidate in candidates(row, kernel, problem.operand_dtype):
+    for candidate in asked:
         if time.monotonic() > until:
             return
         told = {"candidate": named(candidate), "of_table": candidate == start}
@@ -221,10 +220,10 @@ def tried(
         yield told
 
 
-def named(candidate: Tile | tuple[int, int]) -> dict[str, int]:
+def named(candidate: Tile | tuple[int, int, int]) -> dict[str, int]:
     if isinstance(candidate, Tile):
         return asdict(candidate)
-    return {"BLOCK": candidate[0], "num_warps": candidate[1]}
+    return dict(zip(("BLOCK", "PARTS", "num_warps"), candidate, strict=True))
 
 
 def measure(kernel: str, candidate: Any, row: Row, problem: Problem, timer: Timer) -> float:
@@ -245,8 +244,9 @@ def measure(kernel: str, candidate: Any, row: Row, problem: Problem, timer: Time
             if kernel == "lse":
                 logit_free.launch_lse(scratch, case)
                 return
+            launch = logit_free.pair_launcher(scratch, case)
             for v in range(0, VOCABULARY, scratch.columns):
-                logit_free.launch_pair(scratch, case, v, min(v + scratch.columns, VOCABULARY))
+                launch(v)
 
         times.append(timer(sweep))
     return statistics.mean(times)

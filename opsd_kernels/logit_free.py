@@ -12,9 +12,11 @@ pass over the logits is needed. The unclipped KLs know it from step 1 and store 
 Without gradient step 3 falls away: 4 U.
 
 The tiles are scratch of a bounded size, used again and again; beside them there are dh_S in fp32
-and a few numbers a row.
+and a few numbers a row. s and p lie one under the other: where D is small, and a product of R rows
+by D features too few tiles for a GPU, step 3 is one product of both.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,18 +24,22 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from opsd_kernels import kernels
-from opsd_kernels.kernels import finish, lse, pair, tiles
+from opsd_kernels.kernels import cdiv, finish, lse, pair, tiles
 from opsd_kernels.kernels.pointwise import arguments, is_wide, knows_G, mean_limit
 from opsd_kernels.problem import Outputs, Problem
-from opsd_kernels.products import copied_bytes, project_back, score_dtype
+from opsd_kernels.products import copied_bytes, project_back, score_dtype, score_scale
 
 MIB = 2**20
 # All scratch together where D ≤ 4096, in proportion to D above; the tiles of the table keep to it.
 SCRATCH_MIB = 64
 # Of which copies of W, where the product of step 3 cannot read it in place.
 COPIES_MIB = 8
+# Up to this size A and P of a chunk are made by one product, for which A needs room of its own;
+# above they are two, each with tiles enough.
+STACKED_MIB = 20
 
 TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -54,20 +60,22 @@ class Scratch:
     stats: Tensor  # [STATS, R] fp32
     top: Tensor  # [R] int32
     sums: Tensor  # [SUMS, slots, R] fp32
-    s: Tensor | None = None  # [R, columns] in score_dtype, if a gradient is wanted
-    p: Tensor | None = None  # likewise, unless G is known beforehand
-    P: Tensor | None = None  # [R, D] fp32, likewise
+    s_p: Tensor | None = (
+        None  # s, and under it p unless G is known: [R or 2R, columns], score_dtype
+    )
+    A_P: Tensor | None = None  # P, or A and under it P: [R or 2R, D] fp32; None if G is known
 
     @staticmethod
     def of(tensors: list[Tensor], problem: Problem, needs_statistics: bool) -> "Scratch":
         """What `allocate` returned, with names."""
         R, D = tensors[0].shape[-1], problem.h_S.shape[1]
         # One tile of W is made while the last is still alive; a narrow tile of scores may be
-        # widened.
-        bytes_per_row = 2 * copied_bytes(problem.W, problem.operand_dtype) + 4 * R
-        copied_rows = max(1, int(COPIES_MIB * MIB * max(1, D / 4096)) // bytes_per_row)
+        # widened. In 64s, so that every tile of scores begins at a multiple of 16 bytes.
+        bytes_per_row = 2 * copied_bytes(problem.W, problem.operand_dtype) + 8 * R
+        copied_rows = int(COPIES_MIB * MIB * max(1, D / 4096)) // bytes_per_row // 64 * 64
         row = tiles.lookup(problem.h_S.device, problem.operand_dtype)
-        return Scratch(row, _pair_tile(row, problem, needs_statistics), copied_rows, *tensors)
+        pair_tile = _pair_tile(row, problem, needs_statistics)
+        return Scratch(row, pair_tile, max(64, copied_rows), *tensors)
 
     @property
     def rows(self) -> int:
@@ -79,6 +87,20 @@ class Scratch:
         """Of the vocabulary at a time."""
         return self.sums.shape[1] * self.pair.BV
 
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by in `s_p`."""
+        return 1.0 if self.s_p is None else score_scale(self.s_p.dtype)
+
+    def s_and_p(self, R: int) -> tuple[Tensor | None, Tensor | None]:
+        """s and p of a chunk of R tokens."""
+        return _stacked(self.s_p, R, self.rows)
+
+    def A_and_P(self, R: int, dh_S: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """A and P of a chunk of R tokens."""
+        A, P = _stacked(self.A_P, R, self.rows)
+        return (dh_S, A) if P is None else (A, P)
+
 
 def allocate(problem: Problem, needs_gradient: bool, needs_statistics: bool) -> list[Tensor]:
     """The scratch of `fill`, in the order of `Scratch`."""
@@ -87,8 +109,8 @@ def allocate(problem: Problem, needs_gradient: bool, needs_statistics: bool) -> 
     row = tiles.lookup(h_S.device, problem.operand_dtype)
     R = min(row.chunk, max(N, 1))
     BV = _pair_tile(row, problem, needs_statistics).BV
-    slots = min(row.columns // BV, _cdiv(V, BV))
-    spans = _cdiv(V, _span(V, row))
+    slots = min(row.columns // BV, cdiv(V, BV))
+    spans = cdiv(V, lse.span(V, row))
     statistics = needs_statistics and problem.beta is not None
 
     def fp32(*shape: int) -> Tensor:
@@ -102,10 +124,12 @@ def allocate(problem: Problem, needs_gradient: bool, needs_statistics: bool) -> 
         fp32(pair.SUMS.value + (pair.SUMS_OF_STATISTICS.value if statistics else 0), slots, R),
     ]
     if needs_gradient:
-        dtype, tile = score_dtype(problem.operand_dtype), (R, slots * BV)
-        tensors.append(h_S.new_empty(tile, dtype=dtype))
-        if not knows_G(problem.beta, problem.entry_clip):
-            tensors += [h_S.new_empty(tile, dtype=dtype), fp32(R, D)]
+        dtype = score_dtype(problem.operand_dtype, problem.has_bounded_scores)
+        knows = knows_G(problem.beta, problem.entry_clip)
+        tensors.append(h_S.new_empty((1 if knows else 2) * R, slots * BV, dtype=dtype))
+        if not knows:
+            stacked = 8 * R * D <= STACKED_MIB * MIB
+            tensors.append(fp32((2 if stacked else 1) * R, D))
     return tensors
 
 
@@ -127,12 +151,11 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem) -> None:
         for n in range(0, outputs.loss.shape[0], named.rows):
             rows = slice(n, n + named.rows)
             chunk, into = problem.tokens(rows), outputs.tokens(rows)
-            P = None if named.P is None else named.P[: chunk.h_S.shape[0]].zero_()
             launch_lse(named, chunk)
+            launch_pair, accumulate = pair_launcher(named, chunk), accumulator(named, chunk, into)
             for v in range(0, v_stop, named.columns):
-                v_end = min(v + named.columns, V)
-                launch_pair(named, chunk, v, v_end)
-                accumulate(into.dh_S, P, named, chunk, v, v_end)
+                launch_pair(v)
+                accumulate(v)
             launch_finish(into, named, chunk)
 
 
@@ -140,17 +163,17 @@ def launch_lse(scratch: Scratch, chunk: Problem) -> None:
     """stats, top ← L_S, L_T, c and the top entry of a chunk's tokens."""
     R, V = chunk.h_S.shape[0], chunk.W.shape[0]
     spans, stride = scratch.index.shape
-    limit = 0.0 if scratch.s is None else mean_limit(chunk.beta)  # scores alone need the mean
-    lse.lse_kernel[(_cdiv(R, scratch.row.lse.BM), spans)](
+    limit = 0.0 if scratch.s_p is None else mean_limit(chunk.beta)  # scores alone need the mean
+    lse.lse_kernel[(cdiv(R, scratch.row.lse.BM), spans)](
         partials_ptr=scratch.partials,
         index_ptr=scratch.index,
         stride_partials=stride,
-        span=_span(V, scratch.row),
+        span=lse.span(V, scratch.row),
         targets_ptr=chunk.targets,
         LIMIT=limit,
         **_logits(chunk, scratch.row.lse),
     )
-    lse.merge_kernel[(_cdiv(R, lse.MERGE_BM),)](
+    lse.merge_kernel[(cdiv(R, lse.MERGE_BM),)](
         stats_ptr=scratch.stats,
         top_ptr=scratch.top,
         partials_ptr=scratch.partials,
@@ -158,6 +181,8 @@ def launch_lse(scratch: Scratch, chunk: Problem) -> None:
         R=R,
         spans=spans,
         stride_partials=stride,
+        inverse_temperature=1 / chunk.temperature,
+        SCALE=scratch.scale,
         TARGETS=chunk.targets is not None,
         LIMIT=limit,
         BM=lse.MERGE_BM,
@@ -166,54 +191,73 @@ def launch_lse(scratch: Scratch, chunk: Problem) -> None:
     )
 
 
-def launch_pair(scratch: Scratch, chunk: Problem, v_begin: int, v_end: int) -> None:
-    """sums, s, p ← those of the columns v_begin … v_end of the vocabulary."""
+def pair_launcher(scratch: Scratch, chunk: Problem) -> Callable[[int], None]:
+    """A function of v: sums, s, p ← those of the columns from v on, as many as fit the tiles.
+
+    All that does not depend on v is made here, once a chunk.
+    """
     tile, sampled = scratch.pair, chunk.beta is None
+    R, slots = chunk.h_S.shape[0], scratch.sums.shape[1]
+    s, p = scratch.s_and_p(R)
     logits = _logits(chunk, tile)
     if sampled:
-        logits |= {"h_T_ptr": None, "W_T_ptr": None, "SHARED": True}
-    grid = (_cdiv(chunk.h_S.shape[0], tile.BM), _cdiv(v_end - v_begin, tile.BV))
-    pair.pair_kernel[grid](
-        sums_ptr=scratch.sums,
-        s_ptr=scratch.s,
-        p_ptr=scratch.p,
-        stats_ptr=scratch.stats,
-        top_ptr=chunk.targets if sampled else scratch.top,
-        v_begin=v_begin,
-        v_end=v_end,
-        slots=scratch.sums.shape[1],
-        stride_sums=scratch.top.shape[0],
-        stride_tile=scratch.columns,
-        STATISTICS=scratch.sums.shape[0] > pair.SUMS.value,
+        logits |= {"h_T": None, "W_T": None, "SHARED": True}
+    given = {
+        "sums_ptr": scratch.sums,
+        "s_ptr": s,
+        "p_ptr": p,
+        "stats_ptr": scratch.stats,
+        "top_ptr": chunk.targets if sampled else scratch.top,
+        "slots": slots,
+        "stride_sums": scratch.rows,
+        "stride_tile": scratch.columns,
+        "STATISTICS": scratch.sums.shape[0] > pair.SUMS.value,
+        "SCALE": scratch.scale,
         **logits,
         **arguments(chunk.beta, chunk.entry_clip),
-    )
+    }
+    rows, V = cdiv(R, tile.BM), chunk.W.shape[0]
+    at_once = max(1, scratch.row.multiprocessors // rows) if tile.FLAT else slots
+
+    def launch(v: int) -> None:
+        programs = min(at_once, slots, cdiv(V - v, tile.BV))
+        pair.pair_kernel[(rows, programs)](v_begin=v, **given)
+
+    return launch
 
 
-def accumulate(
-    dh_S: Tensor | None, P: Tensor | None, scratch: Scratch, chunk: Problem, v: int, v_end: int
-) -> None:
-    """dh_S ← dh_S + s W,  P ← P + p W  over the columns v … v_end of the vocabulary."""
+def accumulator(scratch: Scratch, chunk: Problem, outputs: Outputs) -> Callable[[int], None]:
+    """A function of v: A ← A + s W,  P ← P + p W  over the columns from v on; both 0 now."""
     R = chunk.h_S.shape[0]
-    terms = [
-        (out, g[:R, : v_end - v])
-        for out, g in ((dh_S, scratch.s), (P, scratch.p))
-        if out is not None and g is not None
-    ]
-    project_back(terms, chunk.W[v:v_end], chunk.operand_dtype, scratch.copied_rows)
+    s, p = scratch.s_and_p(R)
+    A, P = scratch.A_and_P(R, outputs.dh_S)
+    terms = [(out, g) for out, g in ((A, s), (P, p)) if out is not None and g is not None]
+    if P is not None and scratch.A_P is not None:
+        scratch.A_P.zero_()
+        if scratch.A_P.shape[0] > scratch.rows and scratch.s_p is not None:
+            terms = [(scratch.A_P[: 2 * R], scratch.s_p[: 2 * R])]
+
+    def accumulate(v: int) -> None:
+        W = chunk.W[v : v + scratch.columns]
+        narrow = [(out, g[:, : W.shape[0]]) for out, g in terms]
+        project_back(narrow, W, chunk.operand_dtype, scratch.copied_rows)
+
+    return accumulate
 
 
 def launch_finish(outputs: Outputs, scratch: Scratch, chunk: Problem) -> None:
     """outputs ← ℓ, statistics and ∂ℓ/∂h_S from sums and accumulators."""
     R, D = chunk.h_S.shape
+    A, P = scratch.A_and_P(R, outputs.dh_S)
     statistics = outputs.statistics
     _terms, slots, stride = scratch.sums.shape
     divergence = arguments(chunk.beta, chunk.entry_clip)
-    finish.finish_kernel[(_cdiv(R, finish.BM),)](
+    finish.finish_kernel[(cdiv(R, finish.BM),)](
         loss_ptr=outputs.loss,
         statistics_ptr=statistics,
         dh_ptr=outputs.dh_S,
-        P_ptr=scratch.P,
+        A_ptr=A,
+        P_ptr=P,
         W_ptr=chunk.W,
         sums_ptr=scratch.sums,
         stats_ptr=scratch.stats,
@@ -232,6 +276,7 @@ def launch_finish(outputs: Outputs, scratch: Scratch, chunk: Problem) -> None:
         CLIPPED=divergence["CLIPPED"],
         TARGETS=chunk.targets is not None,
         MASKED=chunk.keep is not None,
+        SCALE=scratch.scale,
         BM=finish.BM,
         BD=finish.BD,
         SLOTS=triton.next_power_of_2(slots),
@@ -243,15 +288,19 @@ def _logits(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
     """The arguments of `logits_tiles`, and what goes with them in every kernel that calls it."""
     h_S, h_T, W = chunk.h_S, chunk.h_T, chunk.W
     W_T = W if chunk.W_T is None else chunk.W_T
+    operands = (h_S, h_T, W, W_T)
     D, D_T = h_S.shape[1], h_T.shape[1]
     # Under autocast tiles are staged as they are stored, and fewer wide ones fit.
-    widened = any(t.dtype != chunk.operand_dtype for t in (h_S, h_T, W, W_T))
+    widened = any(t.dtype != chunk.operand_dtype for t in operands)
+    bulk = tile.BULK and not widened and all(_has_bulk_strides(t) for t in operands)
+    tile = replace(tile, BULK=bulk, num_stages=2 if widened else tile.num_stages)
+    rows, cols = [tile.BM, tile.BK], [tile.BV, tile.BK]
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
-        "h_S_ptr": h_S,
-        "h_T_ptr": h_T,
-        "W_ptr": W,
-        "W_T_ptr": W_T,
+        "h_S": TensorDescriptor.from_tensor(h_S, rows) if bulk else h_S,
+        "h_T": TensorDescriptor.from_tensor(h_T, rows) if bulk else h_T,
+        "W": TensorDescriptor.from_tensor(W, cols) if bulk else W,
+        "W_T": TensorDescriptor.from_tensor(W_T, cols) if bulk else W_T,
         "keep_ptr": chunk.keep,
         "R": h_S.shape[0],
         "V": W.shape[0],
@@ -267,23 +316,27 @@ def _logits(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
         "SHARED": chunk.W_T is None,
         "MASKED": chunk.keep is not None,
         "EVEN_D": D % tile.BK == 0 and D_T % tile.BK == 0,
+        "EVEN_V": W.shape[0] % tile.BV == 0,
         "OPERAND": TRITON_DTYPES[chunk.operand_dtype],
         "PRECISION": "tf32" if tf32 else "ieee",
-        **asdict(replace(tile, num_stages=2) if widened else tile),
+        **asdict(tile),
     }
+
+
+def _has_bulk_strides(t: Tensor) -> bool:
+    """Whether descriptors can be of t: contiguous features, rows at multiples of 16 bytes."""
+    return t.stride(1) == 1 and t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0
 
 
 def _pair_tile(row: tiles.Row, problem: Problem, needs_statistics: bool) -> tiles.Tile:
     return row.pair_wide if is_wide(problem.beta, needs_statistics) else row.pair
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)  # triton.cdiv, which PyTorch's compiler cannot look into
-
-
-def _span(V: int, row: tiles.Row) -> int:
-    """Columns of one program of `lse`: tiles of the vocabulary, shared out evenly."""
-    return _cdiv(_cdiv(V, row.lse.BV), row.spans) * row.lse.BV
+def _stacked(t: Tensor | None, R: int, most: int) -> tuple[Tensor | None, Tensor | None]:
+    """The first and the second R rows, if it has room for the second."""
+    if t is None:
+        return None, None
+    return t[:R], t[R : 2 * R] if t.shape[0] > most else None
 
 
 def _rows_contiguous(h: Tensor) -> Tensor:

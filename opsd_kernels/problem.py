@@ -25,6 +25,10 @@ class Problem:
     def heads(self) -> tuple[Tensor, ...]:
         return (self.W,) if self.W_T is None else (self.W, self.W_T)
 
+    @property
+    def has_bounded_scores(self) -> bool:
+        return has_bounded_scores(self.beta)
+
     def tokens(self, rows: slice | Tensor) -> "Problem":
         """The same problem for some of the tokens; of a slice no copy is made."""
         return replace(
@@ -35,6 +39,12 @@ class Problem:
             keep=None if self.keep is None else self.keep[rows],
             targets=None if self.targets is None else self.targets[rows],
         )
+
+
+def has_bounded_scores(beta: float | Tensor | None) -> bool:
+    """Whether no score is larger than 1, and neither is G: all but those of the reverse KL, which
+    grow with the log-ratio."""
+    return not isinstance(beta, Tensor) and beta != 1
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,15 @@ def project(z: Tensor, h: Tensor, W: Tensor, operand_dtype: torch.dtype, tile: i
 def project_back(
     terms: list[tuple[Tensor, Tensor]], W: Tensor, operand_dtype: torch.dtype, tile: int
 ) -> None:
-    """out ← out + g W in fp32 for every (out, g): [R, D], and [R, V] in `score_dtype` (or fp32)."""
-    dtype = multiplied_dtype(W.device, score_dtype(operand_dtype))
-    for v, W_v in _tiles(W, operand_dtype, dtype, tile) if terms else ():
+    """out ← out + g W in fp32 for every (out, g): [R, D], and [R, V] in a `score_dtype` (or in
+    fp32, and then narrowed to that of scores without a bound)."""
+    if not terms:
+        return
+    g_dtype = terms[0][1].dtype
+    if g_dtype == torch.float32:
+        g_dtype = score_dtype(operand_dtype, bounded=False)
+    dtype = multiplied_dtype(W.device, g_dtype)
+    for v, W_v in _tiles(W, operand_dtype, dtype, tile):
         for out, g in terms:
             if dtype == torch.float32:
                 torch.addmm(out, g[:, v].float(), W_v, out=out)
@@ -35,14 +41,22 @@ def project_back(
                 torch.addmm(out, g[:, v].to(dtype), W_v, out_dtype=torch.float32, out=out)
 
 
-def score_dtype(operand_dtype: torch.dtype) -> torch.dtype:
+def score_dtype(operand_dtype: torch.dtype, bounded: bool) -> torch.dtype:
     """What the gradient with respect to logits is rounded to before it is multiplied.
 
-    fp16 holds too few exponents for it: what an unlikely token has, 1e-8 and below, underflows.
-    That product is then one of fp32: right, but on a GPU several times slower than with bf16 hidden
-    states, unless PyTorch is allowed TF32.
+    fp16 holds too few exponents for it: what an unlikely token has, 1e-8 and below, underflows. So
+    it is multiplied by `score_scale` first, which needs a bound on its size; without one the
+    product is in fp32: right, but on a GPU several times slower, unless PyTorch is allowed TF32.
     """
-    return torch.float32 if operand_dtype == torch.float16 else operand_dtype
+    if operand_dtype == torch.float16 and not bounded:
+        return torch.float32
+    return operand_dtype
+
+
+def score_scale(dtype: torch.dtype) -> float:
+    """What scores are multiplied by before they are rounded to a `score_dtype`: a power of two, so
+    that sizes up to 2 stay within the largest fp16, 65504, and down to 2⁻²⁸ are no denormals."""
+    return 2.0**14 if dtype == torch.float16 else 1.0
 
 
 def multiplied_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -54,7 +68,7 @@ def copied_bytes(W: Tensor, operand_dtype: torch.dtype) -> int:
     """Bytes of the copies that the two products make of a row of W; 0 if they read it in place."""
     return max(
         _copied_bytes(W, operand_dtype, multiplied_dtype(W.device, dtype))
-        for dtype in (operand_dtype, score_dtype(operand_dtype))
+        for dtype in (operand_dtype, score_dtype(operand_dtype, bounded=False))
     )
 
 

@@ -26,6 +26,7 @@ from opsd_kernels.products import (
     project,
     project_back,
     score_dtype,
+    score_scale,
 )
 
 MIB = 2**20
@@ -85,8 +86,8 @@ def make_plan(
     Raises:
         ValueError: the budget cannot hold one row; the message names the least that works.
     """
-    V, device = heads[0].shape[0], heads[0].device
-    g_dtype = multiplied_dtype(device, score_dtype(operand_dtype))
+    V, device = row_stride(heads[0].shape[0]), heads[0].device
+    g_dtype = multiplied_dtype(device, score_dtype(operand_dtype, bounded=False))
     row_bytes, block_row_bytes = 8 * V, 0
     if not uses_kernel(device):
         # PyTorch's rows need temporaries, and a narrow copy of the gradient for step 3.
@@ -97,7 +98,7 @@ def make_plan(
     least = row_bytes + block_row_bytes + least_tile * tile_row_bytes
     if budget < least:
         raise ValueError(
-            f"workspace_mib={budget / MIB:g} cannot hold one row of V={V} logits; "
+            f"workspace_mib={budget / MIB:g} cannot hold one row of V={heads[0].shape[0]} logits; "
             f"the least that works here is workspace_mib={math.ceil(least / MIB * 1e3) / 1e3:g}"
         )
     tile, copies = V, 0
@@ -129,9 +130,16 @@ def _plan(
 
 
 def allocate(problem: Problem, needs_statistics: bool, budget: float) -> list[Tensor]:
-    """The scratch of `fill`: a [2R, V] fp32 workspace."""
+    """The scratch of `fill`: a workspace of 2R fp32 rows, of which the first V entries are used."""
     plan = _plan(problem, problem.h_S.shape[0], needs_statistics, budget)
-    return [problem.h_S.new_empty(2 * plan.rows, problem.W.shape[0], dtype=torch.float32)]
+    stride = row_stride(problem.W.shape[0])
+    return [problem.h_S.new_empty(2 * plan.rows, stride, dtype=torch.float32)]
+
+
+def row_stride(V: int) -> int:
+    """Entries from one row of the workspace to the next: every row begins at a multiple of 64
+    bytes, without which a GPU reads and multiplies it by fours."""
+    return -(-V // 16) * 16
 
 
 def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: float) -> None:
@@ -143,7 +151,7 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: floa
         problem: the tokens.
         budget: bytes for all temporaries with a vocabulary-sized dimension together.
     """
-    (workspace,) = scratch
+    workspace = scratch[0][:, : problem.W.shape[0]]
     rows = _kept(problem.keep)
     N = problem.h_S.shape[0] if rows is None else rows.shape[0]
     plan = _plan(problem, N, outputs.statistics is not None, budget, workspace.shape[0] // 2)
@@ -165,7 +173,7 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: floa
         if dh_S is not None:
             dh_Sn = dh_S.new_zeros(R, dh_S.shape[1])
             project_back([(dh_Sn, g)], W, dtype, plan.tile)
-            dh_S[n] = dh_Sn.div_(problem.temperature)
+            dh_S[n] = dh_Sn.div_(problem.temperature * score_scale(g.dtype))
 
 
 def _step_2(
@@ -180,7 +188,8 @@ def _step_2(
     )
     if uses_kernel(z_S.device):
         # What is narrower than fp32 lies in the first part of each row.
-        g = z_S.view(score_dtype(chunk.operand_dtype))[:, : z_S.shape[1]]
+        g_dtype = score_dtype(chunk.operand_dtype, chunk.has_bounded_scores)
+        g = z_S.view(g_dtype)[:, : z_S.shape[1]]
         _launch_rows(filled, g, z_S, z_T, chunk, needs_score)
         return filled, g
     for i in range(0, R, plan.block):
@@ -208,14 +217,20 @@ def _step_2(
 
 
 def _launch_rows(
-    outputs: Outputs, g: Tensor, z_S: Tensor, z_T: Tensor, problem: Problem, needs_score: bool
+    outputs: Outputs,
+    g: Tensor,
+    z_S: Tensor,
+    z_T: Tensor,
+    problem: Problem,
+    needs_score: bool,
+    finite: bool = True,  # as logits are: products of hidden states and heads
 ) -> None:
     from opsd_kernels.kernels import rows, tiles
     from opsd_kernels.kernels.pointwise import arguments, is_wide, mean_limit
 
     statistics, beta = outputs.statistics, problem.beta
     row = tiles.lookup(z_S.device, problem.operand_dtype)
-    block, num_warps = row.rows_wide if is_wide(beta, statistics is not None) else row.rows
+    block, parts, num_warps = row.rows_wide if is_wide(beta, statistics is not None) else row.rows
     with kernels.current(z_S.device):
         rows.rows_kernel[(z_S.shape[0],)](
             loss_ptr=outputs.loss,
@@ -230,8 +245,11 @@ def _launch_rows(
             stride_z=z_S.stride(0),
             inverse_temperature=1 / problem.temperature,
             NEEDS_SCORE=needs_score,
+            SCALE=score_scale(g.dtype),
+            FINITE=finite,
             LIMIT=mean_limit(beta) if needs_score else 0.0,
             BLOCK=block,
+            PARTS=parts,
             num_warps=num_warps,
             **arguments(beta, problem.entry_clip),
         )

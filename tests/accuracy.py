@@ -50,7 +50,8 @@ def errors(
     Args:
         loss, grad: what the op returned with reduction "sum" or "none".
         h_S, h_T, W: its inputs, [N, D], [N, D_T], [V, D].
-        tiles: whether the gradient with respect to logits was rounded to bf16 for the last product.
+        tiles: whether the gradient with respect to logits was rounded to the inputs' dtype for the
+            last product.
         normalizers: whether the last bit of a row's normalizer counts too. It moves all entries
             together, which shows where the clip takes much, or where there is one feature.
         divergence: beta, temperature, entry_clip, W_teacher.
@@ -103,7 +104,9 @@ def _rounding(
     draws: int = 4,
 ) -> tuple[float, float]:
     """RMS change of losses and gradient when the last fp32 bit is noise: of every logit, and of
-    every entry's value and score; with `tiles` also the last bit of a bf16 gradient's entries."""
+    every entry's value and score; with `tiles` also the last bit of its gradient's, in the inputs'
+    dtype."""
+    last_bit_of_tiles = torch.finfo(h_S.dtype).eps / 2
     W, W_T = W.double(), (W if W_teacher is None else W_teacher).double()
 
     def logits(h: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +153,7 @@ def _rounding(
                 # Kernels know G = 0 beforehand, and do not project.
                 moved_grad += (bit * p) @ W / temperature
         if tiles:
-            moved_grad += (2.0**16 * noise() * g) @ W / temperature
+            moved_grad += (last_bit_of_tiles * 2.0**24 * noise() * g) @ W / temperature
         changes.append([(moved_loss - loss).norm(), (moved_grad - grad).norm()])
     rms = torch.tensor(changes).square().mean(0).sqrt()
     return float(rms[0]), float(rms[1])

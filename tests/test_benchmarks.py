@@ -169,6 +169,8 @@ def test_roofline(monkeypatch, capsys, tmp_path):
     assert counted["TRL"].bytes == 56
     assert 300 < counted["eager"].bytes < 400
     assert 30 < counted["ours, logit-free"].operations < 150
+    by_kernels = [(cost.lse, cost.pair) for cost in counted.values()]
+    assert by_kernels == [(2, 2), (2, 2), (2, 1)] + [(0, 0)] * 4
     monkeypatch.setattr(roofline, "costs", lambda: counted)
     roofline.main()
     _, rows = report.read(tmp_path / "roofline.csv", roofline.Row)
@@ -176,8 +178,21 @@ def test_roofline(monkeypatch, capsys, tmp_path):
     for row in rows:
         assert row.products / 3 <= row.overlapped * (1 + 1e-9)
         assert row.overlapped <= row.serial
+        # Products of ours are slower than a library's, for they make something of the logits too.
+        if "logit-free" in row.method:
+            assert row.overlapped > 1.02 * row.products / 3
+            assert row.kernels_best_ms < row.kernels_worst_ms
     assert (tmp_path / "roofline.png").stat().st_size > 10_000
     assert "# What each method should take" in (tmp_path / "roofline.md").read_text()
+
+
+def test_rates_between_those_recorded():
+    """A tile of 1000 cycles and one for each feature, where a product takes one for each."""
+    recorded = {
+        f"{end}_{D}": str(D / (D + 1000)) for end in ("most", "least") for D in (4096, 2048)
+    }
+    for D in (1024, 2048, 4096, 8192):
+        assert roofline.rates(recorded, D) == pytest.approx((D / (D + 1000),) * 2)
 
 
 def test_step(monkeypatch, capsys, tmp_path):

@@ -98,7 +98,7 @@ def test_scratch_is_bounded(dtype):
         with (
             tiles_of(row),
             mock.patch.object(logit_free, "launch_lse"),
-            mock.patch.object(logit_free, "launch_pair"),
+            mock.patch.object(logit_free, "pair_launcher"),
             mock.patch.object(logit_free, "launch_finish"),
             Allocations() as allocations,
         ):

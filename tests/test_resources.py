@@ -73,8 +73,57 @@ def test_compiled_as_recorded(arch):
     for row, line in zip(rows, lines, strict=True):
         usage = json.loads(line)
         assert usage["spilled"] <= int(row["spilled"]), row
+        # What a tile costs beside its products, and each K-step; a few are the compiler's mood.
+        for counted in ("instructions", "shuffles", "transcendentals", "step"):
+            assert usage[counted] <= 1.02 * float(row[counted]), (counted, row)
+        assert usage["store"] >= int(row["store"]), row
         assert usage["shared"] <= SHARED[arch], row
         assert usage["matrix"] == row["matrix"], row
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("kernel", ["lse", "pair"])
+def test_a_counted_step_makes_the_products_of_a_step(arch, kernel):
+    """The instructions' shapes times their number: [BM × BK]·[BK × BV] of both sides."""
+    code = f"""
+from benchmarks import sass
+from benchmarks.resources import Variant, compiled, tile_of
+from opsd_kernels.kernels import tiles
+variant = Variant("{arch}", "bfloat16", "{kernel}", "JSD")
+step = sass.parts(sass.text_of(compiled(variant))).step
+tile = tile_of(variant, tiles.TABLE["{arch}", "bfloat16"])
+made = 0
+for name, n in step.items():
+    if name.startswith("HGMMA"):  # 64 × columns × 16, of each four warps
+        made += n * 64 * int(name.split(".")[1].split("x")[1]) * 16 * tile.num_warps // 4
+    elif name.startswith("HMMA.16816"):
+        made += n * 16 * 8 * 16 * tile.num_warps
+print(made, 2 * tile.BM * tile.BV * tile.BK)
+"""
+    made, asked = outside_the_interpreter("-c", code).split()
+    assert made == asked
+
+
+def test_candidate_tiles():
+    """Compiled as asked for, whatever else a tile has; what does not fit is not asked for."""
+    code = """
+from dataclasses import replace
+from benchmarks.choose_tiles import candidates, compiled_usages, fits, with_tile
+from benchmarks.resources import Variant, tile_of
+from opsd_kernels.kernels import tiles
+variant = Variant("sm_90", "bfloat16", "pair", "forward KL")
+row = tiles.TABLE["sm_90", "bfloat16"]
+start = tile_of(variant, row)
+others = list(candidates(start, variant))
+assert start not in others and len(set(others)) == len(others) > 20
+assert not any(fits(replace(t, num_stages=99), variant) for t in others)
+assert not any(fits(replace(t, BM=128, BV=256), variant) for t in others)
+small = replace(start, BM=64, BV=64, num_warps=4)
+assert tile_of(variant, with_tile(variant, row, small)) == small
+((tile, usage),) = compiled_usages(variant, row, [small])
+print(tile == small, usage.step > 0, 0 < usage.least_4096 < usage.most_4096 < 1)
+"""
+    assert outside_the_interpreter("-c", code).split() == ["True"] * 3
 
 
 def test_nothing_in_the_table_spills_much_or_does_not_fit():

@@ -43,3 +43,8 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     """Within it kernels are launched on `device`, and on its current stream: Triton takes the
     current device, which need not be that of the inputs."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉; triton.cdiv is one that PyTorch's compiler cannot look into."""
+    return -(-a // b)

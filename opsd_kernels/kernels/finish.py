@@ -37,6 +37,7 @@ def finish_kernel(
     loss_ptr,
     statistics_ptr,
     dh_ptr,
+    A_ptr,
     P_ptr,
     W_ptr,
     sums_ptr,
@@ -56,6 +57,7 @@ def finish_kernel(
     CLIPPED: tl.constexpr,
     TARGETS: tl.constexpr,
     MASKED: tl.constexpr,
+    SCALE: tl.constexpr,
     BM: tl.constexpr,
     BD: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -67,10 +69,11 @@ def finish_kernel(
         loss_ptr: [R] fp32; 0 for rows that are not kept.
         statistics_ptr: [STATISTICS, R] fp32 at stride stride_statistics, or None; what there is of
             sampled tokens if TARGETS. 0 for rows that are not kept.
-        dh_ptr: [R, D] fp32, holds A, becomes dh_S, or None; 0 for rows that are not kept.
+        dh_ptr: [R, D] fp32, or None; 0 for rows that are not kept.
 
     Reads:
-        P_ptr: [R, D] fp32, or None, where c = G.
+        A_ptr, P_ptr: [R, D] fp32, times SCALE. A may lie where dh_S is to be; None without dh_ptr,
+            P_ptr also where c = G.
         W_ptr: [V, D], any strides.
         sums_ptr, stats_ptr, top_ptr: what `pair` and `lse` wrote.
         keep_ptr: [R] bool if MASKED.
@@ -103,7 +106,7 @@ def finish_kernel(
                 sums = sums + (tl.sum(terms, 0),)
             if FAMILY == MIXED:
                 beta = tl.load(beta + row, mask=exists, other=0.5)
-            told = statistics(sums, loss, p_max, q_max, beta, FAMILY)
+            told = statistics(sums, loss, p_max, q_max, inverse_temperature, beta, FAMILY)
             for i in tl.static_range(len(told)):
                 tl.store(to + i * stride_statistics, told[i], mask=exists)
         if TARGETS:
@@ -126,9 +129,10 @@ def finish_kernel(
             at_W = top[:, None] * stride_Wv + k[None, :].to(tl.int64) * stride_Wd
             W_top = tl.load(W_ptr + at_W, mask=used, other=0.0).to(tl.float32)
             W_top = round_to(W_top, OPERAND).to(tl.float32)
-            dh = tl.load(dh_ptr + at_D, mask=used, other=0.0) + g_top[:, None] * W_top
+            dh = tl.load(A_ptr + at_D, mask=used, other=0.0)
             if P_ptr is not None:
                 dh -= missed[:, None] * tl.load(P_ptr + at_D, mask=used, other=0.0)
+            dh = dh * (1 / SCALE) + g_top[:, None] * W_top
             tl.store(dh_ptr + at_D, tl.where(used, dh * inverse_temperature, 0.0), mask=inside)
 
 
@@ -145,10 +149,12 @@ def top_gradient(s_top, others, p_top, FAMILY: tl.constexpr, KNOWS_G: tl.constex
 
 
 @triton.jit
-def statistics(sums, loss, p_max, q_max, beta, FAMILY: tl.constexpr):
+def statistics(sums, loss, p_max, q_max, inverse_temperature, beta, FAMILY: tl.constexpr):
     """The first fields of `statistics` of rows from the sums of their terms (see `entries`)."""
     forward, reverse = sums[0], sums[1]
-    told = (forward, reverse, sums[2] - tl.log(p_max), sums[3] - tl.log(q_max))
+    entropy_S = sums[2] * inverse_temperature - tl.log(p_max)
+    entropy_T = sums[3] * inverse_temperature - tl.log(q_max)
+    told = (forward, reverse, entropy_S, entropy_T)
     if len(sums) > 4:
         removed = sums[4]
         # Of a KL by the form that is right where it is small, and its terms have both signs.

@@ -1,16 +1,19 @@
 """A tile of logits of both sides, in registers: z = h[rows] · W[cols]ᵀ, fp32.
 
-Every kernel that needs logits makes them here. Rows and columns beyond the last are loaded from
-the last, which needs no mask in the inner loop; what they give is for the caller to leave out. Only
-a D that BK does not divide is masked. Any strides of the head are right; contiguous features, and
-a D divisible by 16 as language models have it, are fast.
+Every kernel that needs logits makes them here. Operands are loaded by pointers, or in bulk, by
+descriptors: then the copy engine of a GPU (9.0 or above) does what otherwise takes registers and
+instructions of every thread.
+
+By pointers, rows and columns beyond the last are loaded from the last, which needs no mask in the
+inner loop; only a D that BK does not divide is masked. In bulk they are 0. Either way what they
+give is for the caller to leave out. Any strides of the head are right; contiguous features, and a D
+divisible by 16 as language models have it, are fast.
 """
 
 import triton
 import triton.language as tl
 
-# A constant for the kernels: the interpreter needs help where bf16 is concerned.
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+from opsd_kernels.kernels.pointwise import INTERPRETED
 
 
 @triton.jit
@@ -25,12 +28,14 @@ def round_to(t, DTYPE: tl.constexpr):
 
 @triton.jit
 def logits_tiles(
-    h_S_ptr,
-    h_T_ptr,
-    W_ptr,
-    W_T_ptr,
-    rows,
-    cols,
+    h_S,
+    h_T,
+    W,
+    W_T,
+    row,
+    col,
+    R,
+    V,
     D,
     D_T,
     stride_h_S,
@@ -40,48 +45,70 @@ def logits_tiles(
     stride_W_Tv,
     stride_W_Td,
     SHARED: tl.constexpr,
+    BULK: tl.constexpr,
     EVEN_D: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    BM: tl.constexpr,
+    BV: tl.constexpr,
     BK: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """z_S, z_T [BM, BV] fp32 before temperature. Where h_T_ptr is None nothing is multiplied for
-    the teacher, and z_T is 0.
+    """z_S, z_T [BM, BV] fp32 before temperature, of the rows from `row` and the columns from `col`
+    on. Where h_T is None nothing is multiplied for the teacher, and z_T is 0.
 
     Args:
-        h_S_ptr, h_T_ptr: [R, D], [R, D_T], features contiguous.
-        W_ptr, W_T_ptr: [V, D], [V, D_T], any strides; W_T_ptr is read unless SHARED.
-        rows, cols: [BM], [BV] int64 indices, within bounds.
+        h_S, h_T: [R, D], [R, D_T], features contiguous: pointers; if BULK descriptors of blocks
+            [BM, BK].
+        W, W_T: [V, D], [V, D_T], any strides: pointers; if BULK, and features contiguous,
+            descriptors of blocks [BV, BK]. W_T is read unless SHARED.
         SHARED: both sides have the head W: each tile of it is loaded once.
         EVEN_D: BK divides D and D_T.
-        OPERAND: the dtype whose rounding the operands have.
+        EVEN_V: BV divides V.
+        OPERAND: the dtype whose rounding the operands have; if BULK their own.
         PRECISION: of fp32 products, as in tl.dot.
     """
-    z_S = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
-    z_T = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
-    k = tl.arange(0, BK)
-    h_S_ptrs = h_S_ptr + rows[:, None] * stride_h_S + k[None, :]
-    if h_T_ptr is not None:
-        h_T_ptrs = h_T_ptr + rows[:, None] * stride_h_T + k[None, :]
-    W_ptrs = W_ptr + cols[None, :] * stride_Wv + k[:, None].to(tl.int64) * stride_Wd
-    for d in range(0, D, BK):
-        h_S = _load(h_S_ptrs, k[None, :] < D - d, EVEN_D, OPERAND)
-        W = _load(W_ptrs, k[:, None] < D - d, EVEN_D, OPERAND)
-        z_S = tl.dot(h_S, W, z_S, input_precision=PRECISION)
-        if SHARED and h_T_ptr is not None:
-            h_T = _load(h_T_ptrs, k[None, :] < D - d, EVEN_D, OPERAND)
-            z_T = tl.dot(h_T, W, z_T, input_precision=PRECISION)
-            h_T_ptrs += BK
-        h_S_ptrs += BK
-        W_ptrs += BK * stride_Wd
-    if not SHARED and h_T_ptr is not None:
-        W_T_ptrs = W_T_ptr + cols[None, :] * stride_W_Tv + k[:, None].to(tl.int64) * stride_W_Td
-        for d in range(0, D_T, BK):
-            h_T = _load(h_T_ptrs, k[None, :] < D_T - d, EVEN_D, OPERAND)
-            W = _load(W_T_ptrs, k[:, None] < D_T - d, EVEN_D, OPERAND)
-            z_T = tl.dot(h_T, W, z_T, input_precision=PRECISION)
-            h_T_ptrs += BK
-            W_T_ptrs += BK * stride_W_Td
+    z_S = tl.zeros((BM, BV), tl.float32)
+    z_T = tl.zeros((BM, BV), tl.float32)
+    if BULK:
+        for d in range(0, D, BK):
+            W_tile = operand(W.load([col, d]), OPERAND).T
+            z_S = tl.dot(operand(h_S.load([row, d]), OPERAND), W_tile, z_S)
+            if SHARED and h_T is not None:
+                z_T = tl.dot(operand(h_T.load([row, d]), OPERAND), W_tile, z_T)
+        if not SHARED and h_T is not None:
+            for d in range(0, D_T, BK):
+                W_tile = operand(W_T.load([col, d]), OPERAND).T
+                z_T = tl.dot(operand(h_T.load([row, d]), OPERAND), W_tile, z_T)
+    else:
+        rows = tl.minimum(row + tl.arange(0, BM), R - 1).to(tl.int64)
+        cols = col + tl.arange(0, BV)
+        if not EVEN_V:
+            cols = tl.minimum(cols, V - 1)
+        cols = cols.to(tl.int64)
+        k = tl.arange(0, BK)
+        h_S_ptrs = h_S + rows[:, None] * stride_h_S + k[None, :]
+        if h_T is not None:
+            h_T_ptrs = h_T + rows[:, None] * stride_h_T + k[None, :]
+        W_ptrs = W + cols[None, :] * stride_Wv + k[:, None].to(tl.int64) * stride_Wd
+        for d in range(0, D, BK):
+            h_S_tile = _load(h_S_ptrs, k[None, :] < D - d, EVEN_D, OPERAND)
+            W_tile = _load(W_ptrs, k[:, None] < D - d, EVEN_D, OPERAND)
+            z_S = tl.dot(h_S_tile, W_tile, z_S, input_precision=PRECISION)
+            if SHARED and h_T is not None:
+                h_T_tile = _load(h_T_ptrs, k[None, :] < D - d, EVEN_D, OPERAND)
+                z_T = tl.dot(h_T_tile, W_tile, z_T, input_precision=PRECISION)
+                h_T_ptrs += BK
+            h_S_ptrs += BK
+            W_ptrs += BK * stride_Wd
+        if not SHARED and h_T is not None:
+            W_T_ptrs = W_T + cols[None, :] * stride_W_Tv + k[:, None].to(tl.int64) * stride_W_Td
+            for d in range(0, D_T, BK):
+                h_T_tile = _load(h_T_ptrs, k[None, :] < D_T - d, EVEN_D, OPERAND)
+                W_tile = _load(W_T_ptrs, k[:, None] < D_T - d, EVEN_D, OPERAND)
+                z_T = tl.dot(h_T_tile, W_tile, z_T, input_precision=PRECISION)
+                h_T_ptrs += BK
+                W_T_ptrs += BK * stride_W_Td
     return z_S, z_T
 
 
@@ -91,6 +118,12 @@ def _load(ptrs, mask, EVEN_D: tl.constexpr, OPERAND: tl.constexpr):
         t = tl.load(ptrs)
     else:
         t = tl.load(ptrs, mask=mask, other=0.0)
+    return operand(t, OPERAND)
+
+
+@triton.jit
+def operand(t, OPERAND: tl.constexpr):
+    """t as it is multiplied, with the rounding of OPERAND."""
     if t.dtype != OPERAND:
         t = round_to(t.to(tl.float32), OPERAND)
     if INTERPRETED and OPERAND == tl.bfloat16:

@@ -1,22 +1,27 @@
 """lse: the normalizers of both sides of every token, and the student's most likely entry.
 
-    top_S = max_v z_S,   sum_S = Σ_v exp(z_S − top_S),   L_S = top_S + log sum_S   (z_T likewise)
+    top_S = max_v z_S,   sum_S = Σ_v exp((z_S − top_S)/T),   L_S = top_S/T + log sum_S
 
-They are kept as p = exp(z_S − top_S) p_max and L_T − L_S = (top_T − top_S) + log_sums need them:
-p_max = 1 / sum_S, the largest probability, and log_sums = log(sum_T / sum_S), each rounded once.
+and likewise of z_T. They are kept as p = exp((z_S − top_S)/T) p_max and L_T − L_S =
+(top_T − top_S)/T + log_sums need them: p_max = 1 / sum_S, the largest probability, and
+log_sums = log(sum_T / sum_S), each rounded once. Logits are those before temperature: what 1/T
+multiplies is their differences, of which equal ones leave 0 and near ones all their digits.
 
 A matrix product with an online log-sum-exp for an epilogue: logits exist in registers only. The
 vocabulary is split into spans, so that a few tokens fill a GPU too; a program takes one tile of
 rows and one span, tile by tile of the vocabulary, and writes what it found:
 
-    top_S, sum_S = Σ exp(z_S − top_S), top_T, sum_T over the span,
-    the column where z_S is largest, and d_top = z_T − z_S there,
-    E = Σ exp(z_S − top_S) (d − d_top),  d = z_T − z_S,
+    top_S, sum_S = Σ exp((z_S − top_S)/T), top_T, sum_T over the span,
+    the column where z_S is largest, and z_T there,
+    E = Σ exp((z_S − top_S)/T) (d − d_top),  d = z_T − z_S,
     z_S and z_T of the sampled token ŷ, if it lies in the span
 
-`merge` then puts the spans together, in their order, and finds the shift c of the row's scores. How
-the vocabulary is split depends on its size alone, never on the number of tokens: a token's numbers
-are the same in any batch.
+Until its span is done a program keeps all that for every BV / PARTS-th column on its own: a column
+of the state meets columns of logits that the same thread holds, so that nothing passes between
+threads but once, at the end (`combined`). `merge` then puts the spans together by the same
+function, in their order, and finds the shift c of the row's scores. How the vocabulary is split
+depends on its size alone, never on the number of tokens: a token's numbers are the same in any
+batch.
 
 E / sum_S is the student's mean of d − d_top. From it follows the reverse KL's G, to the last digit
 because only differences to the top entry enter it, and for the others a guess of G (see `shift`).
@@ -25,18 +30,21 @@ because only differences to the top entry enter it, and for the others a guess o
 import triton
 import triton.language as tl
 
+from opsd_kernels.kernels import cdiv
 from opsd_kernels.kernels.logits_tile import halves, logits_tiles
 from opsd_kernels.kernels.pointwise import (
     LOG_PROB,
     MIXED,
     difference,
+    exp,
     log_quotient,
     log_ratio,
     shift,
 )
+from opsd_kernels.kernels.tiles import Row
 
 # Fields of `partials` [6 or 8, spans, R] fp32, the last two those of the sampled tokens …
-TOP_S, SUM_S, TOP_T, SUM_T, D_TOP, E_SUM, Z_S, Z_T = (tl.constexpr(i) for i in range(8))
+TOP_S, SUM_S, TOP_T, SUM_T, AT_TOP, E_SUM, Z_S, Z_T = (tl.constexpr(i) for i in range(8))
 PARTIALS = 8
 # … and of `stats` [8 or 11, R] fp32, what is known of a row: top_S, p_max, top_T, q_max, log_sums,
 # the shift c of its scores, whether it is plain, the score of its top entry after the shift; and of
@@ -45,6 +53,21 @@ P_MAX, Q_MAX, S_TOP = tl.constexpr(1), tl.constexpr(3), tl.constexpr(7)
 STATS, STATS_OF_TARGETS = tl.constexpr(8), tl.constexpr(3)
 # Rows of a program of `merge`.
 MERGE_BM = 8
+# Parts of the vocabulary at most, which bounds the size of `partials`.
+MAX_SPANS = 160
+
+
+def span(V: int, row: Row) -> int:
+    """Columns of one program of `lse`: as many tiles of the vocabulary as leave the fewest
+    multiprocessors idle at the end, with a full chunk. (Nothing here depends on the number of
+    tokens.)"""
+    all_tiles, row_tiles = cdiv(V, row.lse.BV), row.chunk // row.lse.BM
+
+    def time(tiles: int) -> int:  # in tiles, and one for the beginning and end of a program
+        return cdiv(row_tiles * cdiv(all_tiles, tiles), row.multiprocessors) * (tiles + 1)
+
+    least = cdiv(all_tiles, min(MAX_SPANS, row.multiprocessors))
+    return min(range(least, 2 * least + 1), key=time) * row.lse.BV
 
 
 # What depends on the batch is no reason to compile again.
@@ -52,10 +75,10 @@ MERGE_BM = 8
 def lse_kernel(
     partials_ptr,
     index_ptr,
-    h_S_ptr,
-    h_T_ptr,
-    W_ptr,
-    W_T_ptr,
+    h_S,
+    h_T,
+    W,
+    W_T,
     keep_ptr,
     targets_ptr,
     R,
@@ -75,10 +98,13 @@ def lse_kernel(
     MASKED: tl.constexpr,
     LIMIT: tl.constexpr,
     EVEN_D: tl.constexpr,
+    EVEN_V: tl.constexpr,
     BM: tl.constexpr,
     BV: tl.constexpr,
     BK: tl.constexpr,
     PARTS: tl.constexpr,
+    FLAT: tl.constexpr,
+    BULK: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -89,7 +115,7 @@ def lse_kernel(
         index_ptr: [spans, stride_partials] int32, the column of the span's top_S.
 
     Reads:
-        h_S_ptr, h_T_ptr, W_ptr, W_T_ptr, D, D_T, strides: see `logits_tiles`.
+        h_S, h_T, W, W_T, D, D_T, strides: see `logits_tiles`.
         keep_ptr: [R] bool if MASKED: a tile of rows none of which is kept is left out.
         targets_ptr: [R] int32, the sampled tokens, or None.
         span: columns of a program, a multiple of BV.
@@ -101,21 +127,21 @@ def lse_kernel(
         keep = tl.load(keep_ptr + row, mask=exists, other=0)
         if tl.max(keep.to(tl.int32), 0) == 0:
             return
-    rows = tl.minimum(row, R - 1).to(tl.int64)
     s = tl.program_id(1)
     target = None
     if targets_ptr is not None:
         target = tl.load(targets_ptr + row, mask=exists, other=0)
-    state = nothing(BM)
-    for v in range(s * span, tl.minimum(s * span + span, V), BV):
-        col = v + tl.arange(0, BV)
+    state = nothing(BM, BV // PARTS)
+    for v in tl.range(s * span, tl.minimum(s * span + span, V), BV, flatten=FLAT):
         z_S, z_T = logits_tiles(
-            h_S_ptr,
-            h_T_ptr,
-            W_ptr,
-            W_T_ptr,
-            rows,
-            tl.minimum(col, V - 1).to(tl.int64),
+            h_S,
+            h_T,
+            W,
+            W_T,
+            tl.program_id(0) * BM,
+            v,
+            R,
+            V,
             D,
             D_T,
             stride_h_S,
@@ -125,22 +151,25 @@ def lse_kernel(
             stride_W_Tv,
             stride_W_Td,
             SHARED,
+            BULK,
             EVEN_D,
+            EVEN_V,
+            BM,
+            BV,
             BK,
             OPERAND,
             PRECISION,
         )
-        state = _columns(
-            z_S * inverse_temperature, z_T * inverse_temperature, v, V, target, state, LIMIT, PARTS
-        )
-    top_S, sum_S, top_T, sum_T, d_top, E, index, z_Sy, z_Ty = state
+        state = absorb(z_S, z_T, v, V, target, state, inverse_temperature, LIMIT, EVEN_V, PARTS)
+    state = combined(state, 1, inverse_temperature, LIMIT)
+    top_S, sum_S, top_T, sum_T, at_top, E, index, z_Sy, z_Ty = state
     at = s * stride_partials + row
     field = tl.num_programs(1) * stride_partials
     tl.store(partials_ptr + TOP_S * field + at, top_S, mask=exists)
     tl.store(partials_ptr + SUM_S * field + at, sum_S, mask=exists)
     tl.store(partials_ptr + TOP_T * field + at, top_T, mask=exists)
     tl.store(partials_ptr + SUM_T * field + at, sum_T, mask=exists)
-    tl.store(partials_ptr + D_TOP * field + at, d_top, mask=exists)
+    tl.store(partials_ptr + AT_TOP * field + at, at_top, mask=exists)
     if LIMIT > 0:
         tl.store(partials_ptr + E_SUM * field + at, E, mask=exists)
     if targets_ptr is not None:
@@ -150,71 +179,149 @@ def lse_kernel(
 
 
 @triton.jit
-def _columns(z_S, z_T, begin, V, target, state, LIMIT: tl.constexpr, PARTS: tl.constexpr):
-    """The columns `begin` … into the state of their rows, in PARTS parts one after the other."""
+def nothing(BM: tl.constexpr, WIDTH: tl.constexpr):
+    """The state [BM, WIDTH] of BM rows of which no logit was seen yet: top_S, sum_S, top_T, sum_T,
+    z_T at the student's top, E, the column of top_S, and z_S, z_T of the sampled token."""
+    zeros = tl.zeros((BM, WIDTH), tl.float32)
+    low = tl.full((BM, WIDTH), float("-inf"), tl.float32)
+    index = tl.zeros((BM, WIDTH), tl.int32)
+    return low, zeros, low, zeros, zeros, zeros, index, zeros, zeros
+
+
+@triton.jit
+def absorb(
+    z_S,
+    z_T,
+    begin,
+    V,
+    target,
+    state,
+    inverse_temperature,
+    LIMIT: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """A tile of logits [BM, BV] of the columns `begin` … into the state [BM, BV / PARTS] of its
+    rows; columns ≥ V count for nothing unless EVEN_V. `target` [BM] is the column of the sampled
+    token, or None."""
+    top_S, sum_S, top_T, sum_T, at_top, E, index, z_Sy, z_Ty = state
+    tops = (top_S, top_T, at_top, index, z_Sy, z_Ty)
+    tops = _tops(z_S, z_T, begin, V, target, tops, EVEN_V, PARTS)
+    new_top_S, new_top_T, new_at_top, index, z_Sy, z_Ty = tops
+    safe_S, safe_T = finite_or_zero(new_top_S), finite_or_zero(new_top_T)
+    scale = exp(top_S - safe_S, inverse_temperature)
+    d_top = difference(new_top_S, new_at_top, False)
+    if LIMIT > 0:
+        # The reference moves with the top: what was summed is told.
+        moved = _within(difference(top_S, at_top, False) - d_top, LIMIT)
+        E = (E + sum_S * moved) * scale
+    sum_S *= scale
+    sum_T *= exp(top_T - safe_T, inverse_temperature)
+    sums = (sum_S, sum_T, E)
+    references = (safe_S, safe_T, d_top)
+    sum_S, sum_T, E = _sums(
+        z_S, z_T, begin, V, references, sums, inverse_temperature, LIMIT, EVEN_V, PARTS
+    )
+    return new_top_S, sum_S, new_top_T, sum_T, new_at_top, E, index, z_Sy, z_Ty
+
+
+@triton.jit
+def _tops(z_S, z_T, begin, V, target, state, EVEN_V: tl.constexpr, PARTS: tl.constexpr):
+    """What is largest, and what is asked for by name, in PARTS parts one after the other."""
     if PARTS > 1:
         z_S0, z_S1 = halves(z_S)
         z_T0, z_T1 = halves(z_T)
-        state = _columns(z_S0, z_T0, begin, V, target, state, LIMIT, PARTS // 2)
-        return _columns(z_S1, z_T1, begin + z_S0.shape[1], V, target, state, LIMIT, PARTS // 2)
+        state = _tops(z_S0, z_T0, begin, V, target, state, EVEN_V, PARTS // 2)
+        begin += z_S0.shape[1]
+        return _tops(z_S1, z_T1, begin, V, target, state, EVEN_V, PARTS // 2)
     else:
-        return absorb(z_S, z_T, tl.arange(0, z_S.shape[1]) + begin, V, target, state, LIMIT)
+        top_S, top_T, at_top, index, z_Sy, z_Ty = state
+        col = (tl.arange(0, z_S.shape[1]) + begin)[None, :]
+        if target is not None:
+            is_target = col == target[:, None]
+            z_Sy = tl.where(is_target, z_S, z_Sy)
+            z_Ty = tl.where(is_target, z_T, z_Ty)
+        if not EVEN_V:
+            z_S = tl.where(col < V, z_S, float("-inf"))
+            z_T = tl.where(col < V, z_T, float("-inf"))
+        higher = z_S > top_S  # the first of equal ones stays
+        top_S = tl.where(higher, z_S, top_S)
+        at_top = tl.where(higher, z_T, at_top)
+        index = tl.where(higher, col, index)
+        return top_S, tl.maximum(top_T, z_T), at_top, index, z_Sy, z_Ty
 
 
 @triton.jit
-def nothing(BM: tl.constexpr):
-    """The state of BM rows of which no logit was seen yet: top_S, sum_S, top_T, sum_T, d_top, E,
-    the column of top_S, and z_S, z_T of the sampled token."""
-    zeros = tl.zeros((BM,), tl.float32)
-    low = tl.full((BM,), float("-inf"), tl.float32)
-    return low, zeros, low, zeros, zeros, zeros, tl.zeros((BM,), tl.int32), zeros, zeros
+def _sums(
+    z_S,
+    z_T,
+    begin,
+    V,
+    references,
+    sums,
+    inverse_temperature,
+    LIMIT: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """What is summed, beside the largest logits, in PARTS parts one after the other."""
+    if PARTS > 1:
+        z_S0, z_S1 = halves(z_S)
+        z_T0, z_T1 = halves(z_T)
+        sums = _sums(
+            z_S0, z_T0, begin, V, references, sums, inverse_temperature, LIMIT, EVEN_V, PARTS // 2
+        )
+        begin += z_S0.shape[1]
+        return _sums(
+            z_S1, z_T1, begin, V, references, sums, inverse_temperature, LIMIT, EVEN_V, PARTS // 2
+        )
+    else:
+        safe_S, safe_T, d_top = references
+        sum_S, sum_T, E = sums
+        if not EVEN_V:
+            within = (tl.arange(0, z_S.shape[1]) + begin)[None, :] < V
+            z_S = tl.where(within, z_S, float("-inf"))
+            z_T = tl.where(within, z_T, float("-inf"))
+        e = exp(z_S - safe_S, inverse_temperature)
+        if LIMIT > 0:
+            # Where both are −∞ the difference is NaN, which the bounds turn into a number.
+            E += e * _within((z_T - z_S) - d_top, LIMIT)
+        return sum_S + e, sum_T + exp(z_T - safe_T, inverse_temperature), E
 
 
 @triton.jit
-def absorb(z_S, z_T, col, V, target, state, LIMIT: tl.constexpr):
-    """A tile of logits [BM, BV] into the state [BM] of its rows; columns ≥ V count for nothing.
-    `target` [BM] is the column of the sampled token, or None."""
-    top_S, sum_S, top_T, sum_T, d_top, E, index, z_Sy, z_Ty = state
-    if target is not None:
-        is_target = col[None, :] == target[:, None]
-        z_Sy += tl.sum(tl.where(is_target, z_S, 0.0), 1)
-        z_Ty += tl.sum(tl.where(is_target, z_T, 0.0), 1)
-    z_S = tl.where(col[None, :] < V, z_S, float("-inf"))
-    z_T = tl.where(col[None, :] < V, z_T, float("-inf"))
-    tile_top = tl.max(z_S, 1)
-    # The first column with the tile's maximum; where there is none (all NaN), any.
-    at_top = tl.min(tl.where(z_S == tile_top[:, None], col[None, :], V), 1)
-    d = difference(z_S, z_T)
-    tile_d = tl.sum(tl.where(col[None, :] == at_top[:, None], d, 0.0), 1)
-
-    higher = tile_top > top_S
-    new_d = tl.where(higher, tile_d, d_top)
-    new_top = tl.where(higher, tile_top, top_S)
-    safe = finite_or_zero(new_top)
-    scale = tl.exp(top_S - safe)
-    e = tl.exp(z_S - safe[:, None])
-    if LIMIT > 0:
-        # The reference moves with the top: what was summed is told.
-        moved = tl.minimum(tl.maximum(d_top - new_d, -LIMIT), LIMIT)
-        if d.shape[0] == 1:
-            d -= tl.sum(new_d, 0)  # Triton would take a broadcast of [1, 1] through shared memory
-        else:
-            d -= new_d[:, None]
-        d = tl.minimum(tl.maximum(d, -LIMIT), LIMIT)
-        E = (E + sum_S * moved) * scale + tl.sum(e * d, 1)
-    sum_S = sum_S * scale + tl.sum(e, 1)
-    index = tl.where(higher, at_top, index)
-
-    new_top_T = tl.maximum(top_T, tl.max(z_T, 1))
-    safe = finite_or_zero(new_top_T)
-    sum_T = sum_T * tl.exp(top_T - safe) + tl.sum(tl.exp(z_T - safe[:, None]), 1)
-    return new_top, sum_S, new_top_T, sum_T, new_d, E, index, z_Sy, z_Ty
+def _within(d, LIMIT: tl.constexpr):
+    return tl.minimum(tl.maximum(d, -LIMIT), LIMIT)
 
 
 @triton.jit
 def finite_or_zero(top):
     """What to subtract from logits before exp: −∞ − (−∞) would be NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def combined(state, AXIS: tl.constexpr, inverse_temperature, LIMIT: tl.constexpr):
+    """One state of each row from several, which lie along an axis."""
+    top_Ss, sum_Ss, top_Ts, sum_Ts, at_tops, Es, indices, z_Sys, z_Tys = state
+    top_S, top_T = tl.max(top_Ss, AXIS), tl.max(top_Ts, AXIS)
+    safe_S = tl.expand_dims(finite_or_zero(top_S), AXIS)
+    safe_T = tl.expand_dims(finite_or_zero(top_T), AXIS)
+    # The first column with the largest logit; where there is none (all NaN), any.
+    highest = top_Ss == tl.expand_dims(top_S, AXIS)
+    index = tl.min(tl.where(highest, indices, 2**31 - 1), AXIS)
+    winner = highest & (indices == tl.expand_dims(index, AXIS))
+    at_top = tl.max(tl.where(winner, at_tops, float("-inf")), AXIS)
+    index = tl.where(index == 2**31 - 1, 0, index)
+    scale = exp(top_Ss - safe_S, inverse_temperature)
+    sum_S = tl.sum(scale * sum_Ss, AXIS)
+    sum_T = tl.sum(exp(top_Ts - safe_T, inverse_temperature) * sum_Ts, AXIS)
+    E = tl.zeros(sum_S.shape, tl.float32)
+    if LIMIT > 0:
+        d_top = tl.expand_dims(difference(top_S, at_top, False), AXIS)
+        moved = _within(difference(top_Ss, at_tops, False) - d_top, LIMIT)
+        E = tl.sum(scale * (Es + sum_Ss * moved), AXIS)
+    return top_S, sum_S, top_T, sum_T, at_top, E, index, tl.sum(z_Sys, AXIS), tl.sum(z_Tys, AXIS)
 
 
 # What depends on the batch is no reason to compile again.
@@ -227,10 +334,12 @@ def merge_kernel(
     R,
     spans,
     stride_partials,
+    inverse_temperature,
     beta,
     entry_clip,
     FAMILY: tl.constexpr,
     CLIPPED: tl.constexpr,
+    SCALE: tl.constexpr,
     TARGETS: tl.constexpr,
     LIMIT: tl.constexpr,
     BM: tl.constexpr,
@@ -252,69 +361,74 @@ def merge_kernel(
     exists = (s[:, None] < spans) & (row[None, :] < R)
     at = s[:, None] * stride_partials + row[None, :]
     field = spans * stride_partials
-    low = float("-inf")
-    top_Ss = tl.load(partials_ptr + TOP_S * field + at, mask=exists, other=low)
-    sum_Ss = tl.load(partials_ptr + SUM_S * field + at, mask=exists, other=0.0)
-    top_Ts = tl.load(partials_ptr + TOP_T * field + at, mask=exists, other=low)
-    sum_Ts = tl.load(partials_ptr + SUM_T * field + at, mask=exists, other=0.0)
-    d_tops = tl.load(partials_ptr + D_TOP * field + at, mask=exists, other=0.0)
-    indices = tl.load(index_ptr + at, mask=exists, other=0)
-
-    top_S = tl.max(top_Ss, 0)
-    first = tl.min(tl.where(top_Ss == top_S[None, :], s[:, None], SPANS), 0)
-    first = tl.where(first == SPANS, 0, first)
-    winner = s[:, None] == first[None, :]
-    d_top = tl.sum(tl.where(winner, d_tops, 0.0), 0)
-    index = tl.sum(tl.where(winner, indices, 0), 0)
-    scale = tl.exp(top_Ss - finite_or_zero(top_S)[None, :])
-    sum_S = tl.sum(scale * sum_Ss, 0)
-    top_T = tl.max(top_Ts, 0)
-    sum_T = tl.sum(tl.exp(top_Ts - finite_or_zero(top_T)[None, :]) * sum_Ts, 0)
-    E = tl.zeros((BM,), tl.float32)
+    low, zeros = float("-inf"), tl.zeros((SPANS, BM), tl.float32)
+    E, z_Sy, z_Ty = zeros, zeros, zeros
     if LIMIT > 0:
-        Es = tl.load(partials_ptr + E_SUM * field + at, mask=exists, other=0.0)
-        moved = tl.minimum(tl.maximum(d_tops - d_top[None, :], -LIMIT), LIMIT)
-        E = tl.sum(scale * (Es + sum_Ss * moved), 0)
+        E = tl.load(partials_ptr + E_SUM * field + at, mask=exists, other=0.0)
+    if TARGETS:
+        z_Sy = tl.load(partials_ptr + Z_S * field + at, mask=exists, other=0.0)
+        z_Ty = tl.load(partials_ptr + Z_T * field + at, mask=exists, other=0.0)
+    state = (
+        tl.load(partials_ptr + TOP_S * field + at, mask=exists, other=low),
+        tl.load(partials_ptr + SUM_S * field + at, mask=exists, other=0.0),
+        tl.load(partials_ptr + TOP_T * field + at, mask=exists, other=low),
+        tl.load(partials_ptr + SUM_T * field + at, mask=exists, other=0.0),
+        tl.load(partials_ptr + AT_TOP * field + at, mask=exists, other=0.0),
+        E,
+        tl.load(index_ptr + at, mask=exists, other=0),
+        z_Sy,
+        z_Ty,
+    )
+    state = combined(state, 0, inverse_temperature, LIMIT)
 
     exists_row = row < R
     if FAMILY == MIXED:
         beta = tl.load(beta + row, mask=exists_row, other=0.5)
-    stats = normalizers(top_S, sum_S, top_T, sum_T, d_top, E, beta, entry_clip, FAMILY, CLIPPED)
+    stats = normalizers(state, inverse_temperature, beta, entry_clip, FAMILY, CLIPPED, SCALE)
     if TARGETS:
-        z_Sy = tl.sum(tl.load(partials_ptr + Z_S * field + at, mask=exists, other=0.0), 0)
-        z_Ty = tl.sum(tl.load(partials_ptr + Z_T * field + at, mask=exists, other=0.0), 0)
-        stats = stats + log_probs(z_Sy, z_Ty, top_S, sum_S, top_T, sum_T)
+        stats = stats + log_probs(state, inverse_temperature)
     for i in tl.static_range(len(stats)):
         tl.store(stats_ptr + i * stride_partials + row, stats[i], mask=exists_row)
-    tl.store(top_ptr + row, index, mask=exists_row)
+    tl.store(top_ptr + row, state[6], mask=exists_row)
 
 
 @triton.jit
 def normalizers(
-    top_S,
-    sum_S,
-    top_T,
-    sum_T,
-    d_top,
-    E,
+    state,
+    inverse_temperature,
     beta,
     entry_clip,
     FAMILY: tl.constexpr,
     CLIPPED: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
     """The fields of `stats` [BM] from the state of rows of which every logit was seen."""
+    top_S, sum_S, top_T, sum_T, at_top, E = (
+        state[0], state[1], state[2], state[3], state[4], state[5],
+    )  # fmt: skip
     p_max, q_max, log_sums = 1.0 / sum_S, 1.0 / sum_T, log_quotient(sum_S, sum_T)
     c, s_top, plain = sum_S, sum_S, sum_S  # never read for log p(ŷ)
     if FAMILY != LOG_PROB:
         c, s_top, plain = shift(
-            top_S, p_max, top_T, q_max, log_sums, d_top, E / sum_S, beta, entry_clip,
-            FAMILY, CLIPPED,
+            top_S, p_max, top_T, q_max, log_sums, difference(top_S, at_top, False),
+            E / sum_S * inverse_temperature, inverse_temperature, beta, entry_clip, FAMILY, CLIPPED,
         )  # fmt: skip
+        if SCALE != 1:
+            # What is scaled has few exponents. |G| ≤ 1 where scores are bounded, so c may be too.
+            bounded = tl.minimum(tl.maximum(c, -1.0), 1.0, propagate_nan=tl.PropagateNan.ALL)
+            s_top = tl.where(bounded == c, s_top, s_top + (c - bounded) * p_max)
+            c = bounded
     return top_S, p_max, top_T, q_max, log_sums, c, plain, s_top
 
 
 @triton.jit
-def log_probs(z_Sy, z_Ty, top_S, sum_S, top_T, sum_T):
+def log_probs(state, inverse_temperature):
     """log p, log q and log q − log p of the sampled token."""
-    x = log_ratio(difference(z_Sy, z_Ty), top_S, top_T, log_quotient(sum_S, sum_T))
-    return z_Sy - top_S - tl.log(sum_S), z_Ty - top_T - tl.log(sum_T), x
+    top_S, sum_S, top_T, sum_T, z_Sy, z_Ty = (
+        state[0], state[1], state[2], state[3], state[7], state[8],
+    )  # fmt: skip
+    x = log_ratio(
+        difference(z_Sy, z_Ty, False), top_S, top_T, log_quotient(sum_S, sum_T), inverse_temperature
+    )
+    log_p = (z_Sy - top_S) * inverse_temperature - tl.log(sum_S)
+    return log_p, (z_Ty - top_T) * inverse_temperature - tl.log(sum_T), x

@@ -24,6 +24,10 @@ entropies' p (top_S − z_S) and q (top_T − z_T), and of what the clip took.
 
 Sums go to slots, one a block of columns, which the next tile of the vocabulary adds to: no atomics,
 and one order of summation whatever runs first.
+
+An entry's terms are made in PARTS parts of the columns, one after the other: the registers that
+hold two tiles of logits leave no room for the rest at once. Parts are added column by column, where
+nothing passes between threads; a row's columns meet once, at the end.
 """
 
 import triton
@@ -34,9 +38,11 @@ from opsd_kernels.kernels.pointwise import (
     FORWARD_KL,
     HUGE,
     LOG_PROB,
+    LOW,
     MIXED,
     REVERSE_KL,
     difference,
+    exp,
     kullback_leiblers,
     log_ratio,
     value_and_score,
@@ -49,20 +55,19 @@ SUMS, SUMS_OF_STATISTICS = tl.constexpr(2), tl.constexpr(5)
 
 
 # What depends on the batch is no reason to compile again.
-@triton.jit(do_not_specialize=["R", "v_end", "slots", "stride_sums"])
+@triton.jit(do_not_specialize=["R", "slots", "stride_sums"])
 def pair_kernel(
     sums_ptr,
     s_ptr,
     p_ptr,
-    h_S_ptr,
-    h_T_ptr,
-    W_ptr,
-    W_T_ptr,
+    h_S,
+    h_T,
+    W,
+    W_T,
     stats_ptr,
     top_ptr,
     keep_ptr,
     v_begin,
-    v_end,
     slots,
     R,
     V,
@@ -82,26 +87,32 @@ def pair_kernel(
     FAMILY: tl.constexpr,
     CLIPPED: tl.constexpr,
     STATISTICS: tl.constexpr,
+    SCALE: tl.constexpr,
     SHARED: tl.constexpr,
     MASKED: tl.constexpr,
     EVEN_D: tl.constexpr,
+    EVEN_V: tl.constexpr,
     BM: tl.constexpr,
     BV: tl.constexpr,
     BK: tl.constexpr,
     PARTS: tl.constexpr,
+    FLAT: tl.constexpr,
+    BULK: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (row tiles, slots): columns v_begin + slot · BV … of v_begin … v_end.
+    """Grid (row tiles, any number up to slots): the columns of every slot from v_begin on that lie
+    within the vocabulary, v_begin + slot · BV …; a program takes every so many of the slots.
 
     Writes:
         sums_ptr: [SUMS, slots, stride_sums] fp32, SUMS_OF_STATISTICS more if STATISTICS; added to
             unless v_begin is 0.
-        s_ptr, p_ptr: [R, stride_tile], columns of the vocabulary from v_begin on. None without
-            gradient, p_ptr also where G is known.
+        s_ptr, p_ptr: [R, stride_tile], columns of the vocabulary from v_begin on, times SCALE; 0
+            beyond its end, up to a multiple of BV. None without gradient, p_ptr also where G is
+            known.
 
     Reads:
-        h_S_ptr, h_T_ptr, W_ptr, W_T_ptr, D, D_T, strides: see `logits_tiles`.
+        h_S, h_T, W, W_T, D, D_T, strides: see `logits_tiles`.
         stats_ptr, top_ptr: [STATS, stride_sums] fp32, [stride_sums] int32, from `lse`; of LOG_PROB
             top_ptr is the sampled tokens.
         beta: β, or a pointer to [R] if MIXED.
@@ -113,58 +124,58 @@ def pair_kernel(
         keep = tl.load(keep_ptr + row, mask=exists, other=0)
         if tl.max(keep.to(tl.int32), 0) == 0:
             return
-    rows = tl.minimum(row, R - 1).to(tl.int64)
-    slot = tl.program_id(1)
-    col = v_begin + slot * BV + tl.arange(0, BV)
-    z_S, z_T = logits_tiles(
-        h_S_ptr,
-        h_T_ptr,
-        W_ptr,
-        W_T_ptr,
-        rows,
-        tl.minimum(col, V - 1).to(tl.int64),
-        D,
-        D_T,
-        stride_h_S,
-        stride_h_T,
-        stride_Wv,
-        stride_Wd,
-        stride_W_Tv,
-        stride_W_Td,
-        SHARED,
-        EVEN_D,
-        BK,
-        OPERAND,
-        PRECISION,
-    )
-    stats = load_stats(stats_ptr, stride_sums, row, exists)
-    top = tl.load(top_ptr + row, mask=exists, other=0)
     if FAMILY == MIXED:
         beta = tl.load(beta + row, mask=exists, other=0.5)[:, None]
     at_tile = row[:, None].to(tl.int64) * stride_tile - v_begin
-    sums = _columns(
-        z_S * inverse_temperature,
-        z_T * inverse_temperature,
-        v_begin + slot * BV,
-        v_end,
-        top,
-        stats,
-        beta,
-        entry_clip,
-        s_ptr + at_tile if s_ptr is not None else None,
-        p_ptr + at_tile if p_ptr is not None else None,
-        exists,
-        FAMILY,
-        CLIPPED,
-        STATISTICS,
-        PARTS,
-    )
-    earlier = exists & (v_begin > 0)
-    for i in tl.static_range(len(sums)):
-        if i != SCORE or s_ptr is not None:
-            at = (i * slots + slot) * stride_sums + row
-            total = sums[i] + tl.load(sums_ptr + at, mask=earlier, other=0.0)
-            tl.store(sums_ptr + at, total, mask=exists)
+    s_ptrs, p_ptrs = s_ptr, p_ptr
+    if s_ptr is not None:
+        s_ptrs += at_tile
+    if p_ptr is not None:
+        p_ptrs += at_tile
+    stop = tl.minimum(slots, tl.cdiv(V - v_begin, BV))
+    for slot in tl.range(tl.program_id(1), stop, tl.num_programs(1), flatten=FLAT):
+        begin = v_begin + slot * BV
+        z_S, z_T = logits_tiles(
+            h_S,
+            h_T,
+            W,
+            W_T,
+            tl.program_id(0) * BM,
+            begin,
+            R,
+            V,
+            D,
+            D_T,
+            stride_h_S,
+            stride_h_T,
+            stride_Wv,
+            stride_Wd,
+            stride_W_Tv,
+            stride_W_Td,
+            SHARED,
+            BULK,
+            EVEN_D,
+            EVEN_V,
+            BM,
+            BV,
+            BK,
+            OPERAND,
+            PRECISION,
+        )
+        stats = load_stats(stats_ptr, stride_sums, row, exists)
+        top = tl.load(top_ptr + row, mask=exists, other=0)[:, None]
+        sums = zeros(SUMS + STATISTICS * (SUMS_OF_STATISTICS - 1 + CLIPPED), BM, BV // PARTS)
+        given = (top, stats, inverse_temperature, beta, entry_clip)
+        sums = _columns(
+            z_S, z_T, begin, V, given, exists[:, None], s_ptrs, p_ptrs, sums,
+            FAMILY, CLIPPED, STATISTICS, SCALE, EVEN_V, PARTS,
+        )  # fmt: skip
+        earlier = exists & (v_begin > 0)
+        for i in tl.static_range(len(sums)):
+            if i != SCORE or s_ptr is not None:
+                at = (i * slots + slot) * stride_sums + row
+                total = tl.sum(sums[i], 1) + tl.load(sums_ptr + at, mask=earlier, other=0.0)
+                tl.store(sums_ptr + at, total, mask=exists)
 
 
 @triton.jit
@@ -172,77 +183,59 @@ def _columns(
     z_S,
     z_T,
     begin,
-    v_end,
-    top,
-    stats,
-    beta,
-    entry_clip,
+    V,
+    given,
+    exists,
     s_ptrs,
     p_ptrs,
-    exists,
+    sums,
     FAMILY: tl.constexpr,
     CLIPPED: tl.constexpr,
     STATISTICS: tl.constexpr,
+    SCALE: tl.constexpr,
+    EVEN_V: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """The sums over the columns `begin` …, and their s and p stored, in PARTS parts one after the
-    other: the registers that hold two tiles of logits leave no room for the rest at once."""
+    """The columns `begin` … into `sums` [BM, BV / PARTS], and their s and p stored, in PARTS parts
+    one after the other; `given` is what `entries` takes beside logits."""
     if PARTS > 1:
         z_S0, z_S1 = halves(z_S)
         z_T0, z_T1 = halves(z_T)
-        sums_0 = _columns(
-            z_S0,
-            z_T0,
-            begin,
-            v_end,
-            top,
-            stats,
-            beta,
-            entry_clip,
-            s_ptrs,
-            p_ptrs,
-            exists,
-            FAMILY,
-            CLIPPED,
-            STATISTICS,
-            PARTS // 2,
-        )
-        sums_1 = _columns(
-            z_S1,
-            z_T1,
-            begin + z_S0.shape[1],
-            v_end,
-            top,
-            stats,
-            beta,
-            entry_clip,
-            s_ptrs,
-            p_ptrs,
-            exists,
-            FAMILY,
-            CLIPPED,
-            STATISTICS,
-            PARTS // 2,
-        )
-        return add_each(sums_0, sums_1)
+        sums = _columns(
+            z_S0, z_T0, begin, V, given, exists, s_ptrs, p_ptrs, sums,
+            FAMILY, CLIPPED, STATISTICS, SCALE, EVEN_V, PARTS // 2,
+        )  # fmt: skip
+        return _columns(
+            z_S1, z_T1, begin + z_S0.shape[1], V, given, exists, s_ptrs, p_ptrs, sums,
+            FAMILY, CLIPPED, STATISTICS, SCALE, EVEN_V, PARTS // 2,
+        )  # fmt: skip
     else:
-        col = tl.arange(0, z_S.shape[1]) + begin
-        within = (col < v_end)[None, :]
-        z_S = tl.where(within, z_S, float("-inf"))
-        z_T = tl.where(within, z_T, float("-inf"))
-        is_top = col[None, :] == top[:, None]
-        terms, p = entries(z_S, z_T, is_top, stats, beta, entry_clip, FAMILY, CLIPPED, STATISTICS)
-        stored = exists[:, None] & within
+        col = (tl.arange(0, z_S.shape[1]) + begin)[None, :]
+        if not EVEN_V:
+            # Finite, so that their difference is 0.
+            z_S = tl.where(col < V, z_S, LOW)
+            z_T = tl.where(col < V, z_T, LOW)
+        top, stats, inverse_temperature, beta, entry_clip = given
+        terms, p = entries(
+            z_S, z_T, col == top, stats, inverse_temperature, beta, entry_clip,
+            FAMILY, CLIPPED, STATISTICS, True,
+        )  # fmt: skip
+        # No mask but that of the rows: it would hide that columns are contiguous.
         if s_ptrs is not None:
-            tl.store(
-                s_ptrs + col[None, :], round_to(terms[1], s_ptrs.dtype.element_ty), mask=stored
-            )
+            s = round_to(terms[1] * SCALE, s_ptrs.dtype.element_ty)
+            tl.store(s_ptrs + col, s, mask=exists)
         if p_ptrs is not None:
-            tl.store(p_ptrs + col[None, :], round_to(p, p_ptrs.dtype.element_ty), mask=stored)
-        sums = ()
-        for i in tl.static_range(len(terms)):
-            sums = sums + (tl.sum(terms[i], 1),)
-        return sums
+            tl.store(p_ptrs + col, round_to(p * SCALE, p_ptrs.dtype.element_ty), mask=exists)
+        return add_each(sums, terms)
+
+
+@triton.jit
+def zeros(FIELDS: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr):
+    """FIELDS sums [BM, WIDTH] of nothing."""
+    sums = ()
+    for _i in tl.static_range(FIELDS):
+        sums = sums + (tl.zeros((BM, WIDTH), tl.float32),)
+    return sums
 
 
 @triton.jit
@@ -251,28 +244,30 @@ def entries(
     z_T,
     is_top,
     stats,
+    inverse_temperature,
     beta,
     entry_clip,
     FAMILY: tl.constexpr,
     CLIPPED: tl.constexpr,
     STATISTICS: tl.constexpr,
+    FINITE: tl.constexpr,
 ):
     """What entries contribute, from logits [BM, BV] and `stats` [BM, 1] (see `load_stats`).
 
     Returns:
         A tuple of the terms of all `sums`, of which the first two are f and s = a − c p, and p. s
-        and p are 0 at the top entry.
+        and p are 0 at the top entry. The terms of the entropies are those before temperature.
     """
     top_S, p_max, top_T, q_max, log_sums, c, plain = stats
-    p = tl.exp(z_S - top_S) * p_max
+    p = exp(z_S - top_S, inverse_temperature) * p_max
     if FAMILY == LOG_PROB:
         p = tl.where(is_top, 0.0, p)
         return (tl.zeros(p.shape, tl.float32), -p), p
-    d = difference(z_S, z_T)
-    q = tl.exp(z_T - top_T) * q_max
-    x = log_ratio(d, top_S, top_T, log_sums)
+    d = difference(z_S, z_T, FINITE)
+    q = exp(z_T - top_T, inverse_temperature) * q_max
+    x = log_ratio(d, top_S, top_T, log_sums, inverse_temperature)
     f, a, excess = value_and_score(p, q, x, plain, beta, entry_clip, FAMILY, CLIPPED)
-    if not CLIPPED:
+    if not CLIPPED and not FINITE:
         # No mass on one side where the other has some.
         if FAMILY == FORWARD_KL:
             f = tl.where(d >= HUGE, float("inf"), f)
@@ -285,18 +280,17 @@ def entries(
     terms = (f, s)
     if STATISTICS:
         forward, reverse = kullback_leiblers(p, q, x)
-        forward = tl.where(d >= HUGE, float("inf"), forward)
-        reverse = tl.where(d <= -HUGE, float("inf"), reverse)
-        terms = terms + (forward, reverse, _times(p, top_S - z_S), _times(q, top_T - z_T))
+        if not FINITE:
+            forward = tl.where(d >= HUGE, float("inf"), forward)
+            reverse = tl.where(d <= -HUGE, float("inf"), reverse)
+        below_S, below_T = top_S - z_S, top_T - z_T
+        if not FINITE:
+            below_S = tl.where(below_S > HUGE, 0.0, below_S)
+            below_T = tl.where(below_T > HUGE, 0.0, below_T)
+        terms = terms + (forward, reverse, p * below_S, q * below_T)
         if CLIPPED:
             terms = terms + (excess,)
     return terms, tl.where(is_top, 0.0, p)
-
-
-@triton.jit
-def _times(p, below_top):
-    """p · (top − z), 0 where z is −∞."""
-    return p * tl.where(below_top > HUGE, 0.0, below_top)
 
 
 @triton.jit

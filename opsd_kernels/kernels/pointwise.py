@@ -13,18 +13,29 @@ the values of entries on which the two sides agree are sums of second-order term
 
 The right sides are used where |y| < ½; elsewhere the left sides, which do not cancel there.
 
+How exp, log and quotients are made is said once, in `exp`, `log_far` and `quotient`: a GPU has
+instructions for 2ʸ, log₂ and 1/w that are right to 2⁻²², of the result, but for a logarithm near 0
+absolutely. That is taken only where it is not near 0: two instructions, where an exact logarithm
+takes two dozen.
+
 Where every token has a β of its own, one formula is all of the family: that of the JSD with lm / b
 in place of lm. It then has a factor b, which the KLs are without, and is theirs at b = 0, where
 lm / b = t; the reverse KL is the forward KL exchanged.
 """
 
+import math
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.core import builtin
+from triton.language.extra.cuda import libdevice
 
 from opsd_kernels import divergence
+
+# A constant for the kernels: the interpreter has no machine instructions to choose from.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 # Which member of the family: a compile-time constant, so that a kernel holds one formula.
 FORWARD_KL = tl.constexpr(0)
@@ -38,6 +49,8 @@ MIXED = tl.constexpr(4)
 LOG_PROB = tl.constexpr(5)
 
 HUGE = tl.constexpr(divergence.HUGE)
+LOW = tl.constexpr(-divergence.HUGE)
+LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 SATURATED = tl.constexpr(divergence.SATURATED)
 
 
@@ -83,7 +96,8 @@ def is_wide(beta: float | Tensor | None, needs_statistics: bool) -> bool:
 def mean_limit(beta: float | Tensor | None) -> float:
     """Bound on |d − d_top| in its mean over the student's distribution; 0 if it is not needed.
 
-    The reverse KL's G is that mean. The JSDs guess from it, and no more than e³² tells them.
+    The reverse KL's G is that mean. The JSDs guess from it, and no more than e³² tells them. It is
+    a difference of logits before temperature.
     """
     if beta is None:
         return 0.0
@@ -92,23 +106,66 @@ def mean_limit(beta: float | Tensor | None) -> float:
     return 32.0
 
 
+@builtin
+def _log2_instruction(w, _semantic=None):
+    """log₂ w by the one instruction that the target has for it."""
+    if _semantic.builder.options.backend_name == "cuda":
+        return libdevice.fast_log2f(w, _semantic=_semantic)
+    return tl.log2(w, _semantic=_semantic)
+
+
+@builtin
+def _quotient_instruction(a, b, _semantic=None):
+    if _semantic.builder.options.backend_name == "cuda":
+        return libdevice.fast_dividef(a, b, _semantic=_semantic)
+    return tl.fdiv(a, b, _semantic=_semantic)
+
+
 @triton.jit
-def difference(z_S, z_T):
-    """d = z_T − z_S within ±HUGE; 0 where both are −∞, an entry that counts for nothing."""
+def exp(y, factor=1.0):
+    """exp(factor · y), for a factor that many y have in common: one product for each of them."""
+    return tl.exp2(y * (factor * LOG2_E))
+
+
+@triton.jit
+def log_far(w):
+    """log w of fp32 w > 0, off by 2⁻²² or so: for w that are not near 1."""
+    if INTERPRETED:
+        log2 = tl.log2(w)
+    else:
+        log2 = _log2_instruction(w)
+    return log2 * LN_2
+
+
+@triton.jit
+def quotient(a, b):
+    """a / b of fp32, for b whose reciprocal is no denormal number: off by two of the last bit."""
+    if INTERPRETED:
+        return a / b
+    else:
+        return _quotient_instruction(a, b)
+
+
+@triton.jit
+def difference(z_S, z_T, FINITE: tl.constexpr):
+    """d = z_T − z_S. Unless logits are known to be FINITE: within ±HUGE, and 0 where both are −∞,
+    an entry that counts for nothing."""
     d = z_T - z_S
-    d = tl.where(d != d, 0.0, d)
-    return tl.minimum(tl.maximum(d, -HUGE), HUGE)
+    if not FINITE:
+        d = tl.where(d != d, 0.0, d)
+        d = tl.minimum(tl.maximum(d, -HUGE), HUGE)
+    return d
 
 
 @triton.jit
-def log_ratio(d, top_S, top_T, log_sums):
+def log_ratio(d, top_S, top_T, log_sums, inverse_temperature):
     """x = log q − log p from d = z_T − z_S.
 
     L_T − L_S is subtracted in its two parts, the largest logits and log Σ e^(z − top) of either
     side: beside a large top the other, which is all that tells two confident tokens apart, would be
     rounded away.
     """
-    return (d - (top_T - top_S)) - log_sums
+    return (d - (top_T - top_S)) * inverse_temperature - log_sums
 
 
 @triton.jit
@@ -128,6 +185,7 @@ def shift(
     log_sums,
     d_top,
     mean_d,
+    inverse_temperature,
     beta,
     entry_clip,
     FAMILY: tl.constexpr,
@@ -145,13 +203,13 @@ def shift(
     Args:
         top_S, p_max, top_T, q_max, log_sums: [BM] the normalizers, see `lse`.
         d_top: [BM] z_T − z_S at the student's top entry.
-        mean_d: [BM] Σ p (d − d_top), within ±`mean_limit` entry by entry.
+        mean_d: [BM] Σ p (d − d_top) / T, with d − d_top within ±`mean_limit` entry by entry.
 
     Returns:
         c, a_top − c p_top, plain (1 or 0), [BM] each.
     """
-    x = log_ratio(d_top, top_S, top_T, log_sums)
-    p, q = p_max, tl.exp(d_top + (top_S - top_T)) * q_max
+    x = log_ratio(d_top, top_S, top_T, log_sums, inverse_temperature)
+    p, q = p_max, exp(d_top + (top_S - top_T), inverse_temperature) * q_max
     p_others = 1.0 - p
     no = tl.zeros(p.shape, tl.float32)
     plain = no
@@ -242,18 +300,19 @@ def _jensen_shannon(p, q, x, b, EXCHANGED: tl.constexpr):
         P, Q, y = q, p, -x
     else:
         P, Q, y = p, q, x
-    y = tl.where(y > SATURATED, SATURATED, y)  # not tl.minimum, which would hide a NaN
+    y = tl.minimum(y, SATURATED, propagate_nan=tl.PropagateNan.ALL)
     e, near = _expm1_beyond(y)
-    t = tl.where(near, y + e, tl.exp(y) - 1.0)
+    t = tl.where(near, y + e, exp(y) - 1.0)
     w = b * t
     o, small = _log1p_beyond(w)
-    lm = tl.where(small, w + o, tl.log(1.0 + w))  # log(m/P)
+    lm = tl.where(small, w + o, log_far(1.0 + w))  # log(m/P)
     d = y - lm  # log(Q/m)
+    of_Q, of_P = b * d * Q, (b - 1.0) * lm * P
+    f = tl.where(near, P * ((w * d - o) - b * e), of_Q + of_P)
     if EXCHANGED:
-        a = b * p * d
+        a = of_Q
     else:
-        a = (b - 1.0) * p * lm
-    f = tl.where(near, P * (w * d - b * e - o), b * Q * d - (1.0 - b) * P * lm)
+        a = of_P
     return _at_least_zero(f), a
 
 
@@ -279,14 +338,14 @@ def _any_divergence(p, q, x, beta):
     is_kl = b == 0
     per_b = tl.where(is_kl, 0.0, 1.0 / tl.maximum(b, 1e-30))
     P, Q, y = tl.where(exchanged, q, p), tl.where(exchanged, p, q), tl.where(exchanged, -x, x)
-    y_held = tl.where(y > SATURATED, SATURATED, y)  # not tl.minimum, which would hide a NaN
+    y_held = tl.minimum(y, SATURATED, propagate_nan=tl.PropagateNan.ALL)
     y = tl.where(is_kl, y, y_held)
     e, near = _expm1_beyond(y)
-    t = tl.where(near, y + e, tl.exp(y_held) - 1.0)
+    t = tl.where(near, y + e, exp(y_held) - 1.0)
     w = b * t
     o, small = _log1p_beyond(w)
     o_b = o * per_b
-    lm_b = tl.where(small, t + o_b, tl.log(1.0 + w) * per_b)  # log(m/P) / b
+    lm_b = tl.where(small, t + o_b, log_far(1.0 + w) * per_b)  # log(m/P) / b
     P_lm_b = tl.where(is_kl & ~near, Q - P, P * lm_b)
     d = y - b * lm_b  # log(Q/m)
     factor = tl.where(is_kl, 1.0, b)
@@ -301,7 +360,7 @@ def _any_divergence(p, q, x, beta):
 
 @triton.jit
 def _at_least_zero(f):
-    return tl.where(f < 0, 0.0, f)  # not tl.maximum, which would hide a NaN
+    return tl.maximum(f, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -321,9 +380,9 @@ def _expm1_beyond(y):
 def _log1p_beyond(w):
     """log(1 + w) − w where w is near 0, and where that is."""
     # log(1 + w) = 2 atanh(r) = 2 (r + r³/3 + … + r⁹/9) with r = w / (2 + w), and 2 r − w = −w r.
-    r = w / (2.0 + w)
+    r = quotient(w, 2.0 + w)
     r2 = r * r
-    series = 1 / 7 + r2 * (1 / 9)
-    series = 1 / 5 + r2 * series
-    series = 1 / 3 + r2 * series
-    return 2.0 * r * r2 * series - w * r, tl.abs(w) < 0.35
+    series = 2 / 7 + r2 * (2 / 9)
+    series = 2 / 5 + r2 * series
+    series = 2 / 3 + r2 * series
+    return r * (r2 * series - w), tl.abs(w) < 0.35

@@ -19,9 +19,16 @@ import triton.language as tl
 
 from opsd_kernels.kernels.finish import LOG_P, statistics, top_gradient
 from opsd_kernels.kernels.logits_tile import round_to
-from opsd_kernels.kernels.lse import STATS_OF_TARGETS, absorb, log_probs, normalizers, nothing
-from opsd_kernels.kernels.pair import SUMS, add_each, entries
-from opsd_kernels.kernels.pointwise import FORWARD_KL, LOG_PROB, MIXED, REVERSE_KL
+from opsd_kernels.kernels.lse import (
+    STATS_OF_TARGETS,
+    absorb,
+    combined,
+    log_probs,
+    normalizers,
+    nothing,
+)
+from opsd_kernels.kernels.pair import SUMS, SUMS_OF_STATISTICS, add_each, entries, zeros
+from opsd_kernels.kernels.pointwise import FORWARD_KL, LOG_PROB, LOW, MIXED, REVERSE_KL
 
 
 # What depends on the batch is no reason to compile again.
@@ -46,8 +53,11 @@ def rows_kernel(
     FAMILY: tl.constexpr,
     CLIPPED: tl.constexpr,
     NEEDS_SCORE: tl.constexpr,
+    SCALE: tl.constexpr,
+    FINITE: tl.constexpr,
     LIMIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """Grid (rows).
 
@@ -55,19 +65,23 @@ def rows_kernel(
         loss_ptr: [R] fp32, ℓ or log p(ŷ).
         statistics_ptr: [STATISTICS, R] fp32 at stride stride_statistics, or None; what there is of
             sampled tokens if there are targets.
-        g_ptr: [R, V] at stride stride_g, the memory of z_S or its first part, if NEEDS_SCORE.
+        g_ptr: [R, V] at stride stride_g, the memory of z_S or its first part, if NEEDS_SCORE; the
+            gradient times SCALE.
 
     Reads:
         z_S_ptr, z_T_ptr: [R, V] fp32 at stride stride_z, before temperature.
         targets_ptr: [R] int32, the sampled tokens, or None.
         beta: β, or a pointer to [R] if MIXED.
+        FINITE: no logit is −∞.
         LIMIT: `mean_limit` of β.
+        BLOCK, PARTS: columns at a time; in the first sweep PARTS times as many, since it has work
+            to do for each block as well.
     """
     row = tl.program_id(0).to(tl.int64)
     g_ptr += row * stride_g
     z_S_ptr += row * stride_z
     z_T_ptr += row * stride_z
-    block = tl.arange(0, BLOCK)
+    block = tl.arange(0, BLOCK)[None, :]
     one = row + tl.arange(0, 1)
     target = None
     if targets_ptr is not None:
@@ -76,17 +90,19 @@ def rows_kernel(
     if FAMILY == MIXED:
         beta = tl.load(beta + one)
         betas = beta[:, None]
-    state = nothing(1)
-    for v in range(0, V, BLOCK):
-        z_S, z_T = _load(z_S_ptr, z_T_ptr, v + block, V, inverse_temperature)
-        state = absorb(z_S, z_T, v + block, V, target, state, LIMIT)
-    top_S, sum_S, top_T, sum_T, d_top, E, top, z_Sy, z_Ty = state
+    state = nothing(1, BLOCK)
+    blocks = tl.arange(0, BLOCK * PARTS)[None, :]
+    for v in range(0, V, BLOCK * PARTS):
+        z_S, z_T = _load(z_S_ptr, z_T_ptr, v + blocks, V, float("-inf"))
+        state = absorb(z_S, z_T, v, V, target, state, inverse_temperature, LIMIT, True, PARTS)
+    state = combined(state, 1, inverse_temperature, LIMIT)
     if targets_ptr is not None:
-        sampled = log_probs(z_Sy, z_Ty, top_S, sum_S, top_T, sum_T)
+        sampled = log_probs(state, inverse_temperature)
+    top = state[6]
     if FAMILY == LOG_PROB:
         top = target
     top_S, p_max, top_T, q_max, log_sums, c, plain, s_top = normalizers(
-        top_S, sum_S, top_T, sum_T, d_top, E, beta, entry_clip, FAMILY, CLIPPED
+        state, inverse_temperature, beta, entry_clip, FAMILY, CLIPPED, SCALE
     )
     stats = (
         top_S[:, None],
@@ -100,22 +116,23 @@ def rows_kernel(
     UNCLIPPED_KL: tl.constexpr = not CLIPPED and (FAMILY == FORWARD_KL or FAMILY == REVERSE_KL)
     KNOWS_G: tl.constexpr = UNCLIPPED_KL or FAMILY == LOG_PROB
     STATISTICS: tl.constexpr = statistics_ptr is not None and FAMILY != LOG_PROB
+    past_end = float("-inf")
+    if FINITE:
+        past_end = LOW  # of both sides, so that their difference is 0
 
-    zeros = tl.zeros((1, BLOCK), tl.float32)
-    totals = (zeros, zeros)
-    if STATISTICS:
-        totals = totals + (zeros, zeros, zeros, zeros)
-        if CLIPPED:
-            totals = totals + (zeros,)
+    totals = zeros(SUMS + STATISTICS * (SUMS_OF_STATISTICS - 1 + CLIPPED), 1, BLOCK)
     # Log-probabilities alone need no second sweep.
     for v in range(0, V if NEEDS_SCORE or FAMILY != LOG_PROB else 0, BLOCK):
         col = v + block
-        z_S, z_T = _load(z_S_ptr, z_T_ptr, col, V, inverse_temperature)
-        is_top = (col == top)[None, :]
-        terms, p = entries(z_S, z_T, is_top, stats, betas, entry_clip, FAMILY, CLIPPED, STATISTICS)
+        z_S, z_T = _load(z_S_ptr, z_T_ptr, col, V, past_end)
+        is_top = col == top
+        terms, p = entries(
+            z_S, z_T, is_top, stats, inverse_temperature, betas, entry_clip,
+            FAMILY, CLIPPED, STATISTICS, FINITE,
+        )  # fmt: skip
         totals = add_each(totals, terms)
         if NEEDS_SCORE and KNOWS_G:
-            _store(g_ptr, terms[1], col, V)
+            _store(g_ptr, terms[1] * SCALE, col, V)
     loss = tl.sum(totals[0], 1)
     if FAMILY == LOG_PROB:
         loss = sampled[0]
@@ -124,7 +141,7 @@ def rows_kernel(
         sums = ()
         for i in tl.static_range(SUMS, len(totals)):
             sums = sums + (tl.sum(totals[i], 1),)
-        told = statistics(sums, loss, p_max, q_max, beta, FAMILY)
+        told = statistics(sums, loss, p_max, q_max, inverse_temperature, beta, FAMILY)
         for i in tl.static_range(len(told)):
             tl.store(statistics_ptr + i * stride_statistics + one, told[i])
     if statistics_ptr is not None and targets_ptr is not None:
@@ -135,40 +152,37 @@ def rows_kernel(
 
     if NEEDS_SCORE and KNOWS_G:
         tl.debug_barrier()
-        tl.store(g_ptr + top, round_to(g_top, g_ptr.dtype.element_ty))
+        tl.store(g_ptr + top, round_to(g_top * SCALE, g_ptr.dtype.element_ty))
         if tl.max(loss, 0) == float("inf"):
             tl.debug_barrier()
             for v in range(0, V, BLOCK):
-                tl.store(
-                    g_ptr + v + block,
-                    tl.zeros((BLOCK,), g_ptr.dtype.element_ty),
-                    mask=v + block < V,
-                )
+                nothing_left = tl.zeros((1, BLOCK), g_ptr.dtype.element_ty)
+                tl.store(g_ptr + v + block, nothing_left, mask=v + block < V)
     elif NEEDS_SCORE:
         missed = (s_top + others)[:, None]  # G − c
         for v in range(0, V, BLOCK):
             col = v + block
-            z_S, z_T = _load(z_S_ptr, z_T_ptr, col, V, inverse_temperature)
-            is_top = (col == top)[None, :]
-            terms, p = entries(z_S, z_T, is_top, stats, betas, entry_clip, FAMILY, CLIPPED, False)
+            z_S, z_T = _load(z_S_ptr, z_T_ptr, col, V, past_end)
+            is_top = col == top
+            terms, p = entries(
+                z_S, z_T, is_top, stats, inverse_temperature, betas, entry_clip,
+                FAMILY, CLIPPED, False, FINITE,
+            )  # fmt: skip
             g = tl.where(is_top, g_top[:, None], terms[1] - missed * p)
-            if FAMILY == MIXED:
+            if FAMILY == MIXED and not FINITE:
                 g = tl.where(loss[:, None] == float("inf"), 0.0, g)
-            _store(g_ptr, g, col, V)
+            _store(g_ptr, g * SCALE, col, V)
 
 
 @triton.jit
-def _load(z_S_ptr, z_T_ptr, col, V, inverse_temperature):
-    # Selected after the product, so that no compiler fuses it with the subtraction to come: equal
-    # logits must stay equal, and the same in every sweep.
-    z_S = tl.load(z_S_ptr + col, mask=col < V, other=0.0) * inverse_temperature
-    z_T = tl.load(z_T_ptr + col, mask=col < V, other=0.0) * inverse_temperature
-    z_S, z_T = tl.where(col < V, z_S, float("-inf")), tl.where(col < V, z_T, float("-inf"))
-    return z_S[None, :], z_T[None, :]
+def _load(z_S_ptr, z_T_ptr, col, V, past_end):
+    """A block of logits of both sides [1, BLOCK]."""
+    z_S = tl.load(z_S_ptr + col, mask=col < V, other=past_end)
+    return z_S, tl.load(z_T_ptr + col, mask=col < V, other=past_end)
 
 
 @triton.jit
 def _store(g_ptr, g, col, V):
     # g lies over z_S: what this block holds of it must have been read by every thread.
     tl.debug_barrier()
-    tl.store(g_ptr + col[None, :], round_to(g, g_ptr.dtype.element_ty), mask=(col < V)[None, :])
+    tl.store(g_ptr + col, round_to(g, g_ptr.dtype.element_ty), mask=col < V)

@@ -17,7 +17,9 @@ from opsd_kernels.kernels import capability
 @dataclass(frozen=True)
 class Tile:
     """BM rows by BV columns of logits, of each side, in steps of BK features; then PARTS parts of
-    the columns one after the other, for what is made of the logits."""
+    the columns one after the other, for what is made of the logits. A program takes several tiles:
+    with FLAT the first loads of the next one begin before the last is done. With BULK they are done
+    by descriptors, where operands lie as these want it."""
 
     BM: int
     BV: int
@@ -25,6 +27,8 @@ class Tile:
     PARTS: int
     num_warps: int
     num_stages: int
+    FLAT: bool = False
+    BULK: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,11 @@ class Row:
     lse: Tile
     pair: Tile
     pair_wide: Tile  # where more is made of an entry: with statistics, or a β of each row
-    rows: tuple[int, int] = (4096, 8)  # BLOCK and num_warps of `rows`
-    rows_wide: tuple[int, int] = (2048, 8)
+    rows: tuple[int, int, int] = (2048, 4, 8)  # BLOCK, PARTS and num_warps of `rows`
+    rows_wide: tuple[int, int, int] = (1024, 4, 8)
     chunk: int = 1024  # rows in flight, a multiple of each BM
     columns: int = 8192  # of the vocabulary in flight, a power of two times each BV of `pair`
-    spans: int = 128  # parts of the vocabulary in `lse` at most; best as many as multiprocessors
+    multiprocessors: int = 128  # of the GPU, for whose number work is shared out
 
 
 # Architectures by the name that code is generated for. sm_89 stands for all with 99 KiB of shared
@@ -48,7 +52,7 @@ _NARROW = {
         lse=Tile(64, 256, 64, 8, 8, 3),
         pair=Tile(64, 256, 64, 8, 8, 3),
         pair_wide=Tile(64, 128, 64, 8, 8, 3),
-        spans=108,
+        multiprocessors=108,
     ),
     "sm_89": Row(
         lse=Tile(64, 256, 32, 8, 8, 3),
@@ -59,19 +63,19 @@ _NARROW = {
         lse=Tile(128, 128, 64, 8, 8, 3),
         pair=Tile(128, 128, 64, 8, 8, 3),
         pair_wide=Tile(64, 128, 64, 8, 8, 3),
-        spans=132,
+        multiprocessors=132,
     ),
     "sm_100": Row(
         lse=Tile(128, 128, 64, 8, 8, 3),
         pair=Tile(128, 64, 64, 16, 8, 4),
         pair_wide=Tile(64, 128, 64, 16, 8, 3),
-        spans=148,
+        multiprocessors=148,
     ),
     "gfx942": Row(
         lse=Tile(128, 128, 32, 4, 8, 2),
         pair=Tile(128, 128, 32, 4, 8, 2),
         pair_wide=Tile(64, 128, 32, 8, 8, 2),
-        spans=152,
+        multiprocessors=304,
     ),
 }
 # Without tensor cores (TF32 is for PyTorch's switch to allow) small tiles do; scores take twice the
@@ -99,11 +103,11 @@ INTERPRETER = Row(
     lse=Tile(32, 256, 64, 2, 1, 1),
     pair=Tile(32, 256, 64, 2, 1, 1),
     pair_wide=Tile(32, 256, 64, 2, 1, 1),
-    rows=(512, 1),
-    rows_wide=(512, 1),
+    rows=(256, 2, 1),
+    rows_wide=(256, 2, 1),
     chunk=64,
     columns=512,
-    spans=4,
+    multiprocessors=4,
 )
 
 
