@@ -259,7 +259,7 @@ def measure_rows(row: Row, problem: Problem, timer: Timer) -> float:
     z = torch.zeros(2 * ROWS, VOCABULARY, device=problem.W.device)
     loss = torch.empty(ROWS, device=z.device)
     # As the schedule has it: what is narrower than fp32 lies in the first part of each row.
-    g = z[:ROWS].view(score_dtype(problem.operand_dtype))[:, :VOCABULARY]
+    g = z[:ROWS].view(_score_dtype(problem))[:, :VOCABULARY]
     problem = replace(problem, h_S=problem.h_S[:ROWS], h_T=problem.h_T[:ROWS])
 
     def sweep() -> None:
@@ -269,12 +269,16 @@ def measure_rows(row: Row, problem: Problem, timer: Timer) -> float:
         return timer(sweep)
 
 
+def _score_dtype(problem: Problem) -> torch.dtype:
+    return score_dtype(problem.operand_dtype, problem.has_bounded_scores)
+
+
 def rows_bound(problem: Problem) -> float:
     """Seconds for the bytes of `rows` at the bandwidth of a copy."""
     z = torch.zeros(2 * ROWS, VOCABULARY, device=problem.W.device)
     copied = torch.empty_like(z)
     bandwidth = 2 * z.nbytes / seconds_of(lambda: copied.copy_(z))
-    written = ROWS * VOCABULARY * score_dtype(problem.operand_dtype).itemsize
+    written = ROWS * VOCABULARY * _score_dtype(problem).itemsize
     return (3 * z.nbytes + written) / bandwidth  # read in three sweeps
 
 
