@@ -31,6 +31,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "0"  # before the kernels are imported
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import gpu, launches, report
 from benchmarks.launches import Launch
