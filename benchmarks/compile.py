@@ -136,11 +136,12 @@ def _compile(launch: Launch, told: Connection) -> None:
     os.setpgid(0, 0)
     start = time.monotonic()
     try:
-        from triton import runtime
+        from triton import knobs, runtime
         from triton.backends.compiler import GPUTarget
 
         from benchmarks.resources import registers_of
 
+        knobs.compilation.listener = None  # what is compiled here was missed by nobody
         launches.settle_hashes()
         runtime.driver.set_active(launches.NoDriver(GPUTarget(*launch.target)))
         kernel, args, kwargs = launch.loads()
@@ -217,7 +218,9 @@ def compile_launches(
         paths = {Path(temporary) / name: when for name, (when, _) in commands.items()}
         try:
             for path, (_, command) in zip(paths, commands.values(), strict=True):
-                variables = {"OPSD_RECORD": str(path)} | ({"OPSD_ARCH": arch} if arch else {})
+                # Where it is not set, tests without a GPU set it.
+                variables = {"OPSD_RECORD": str(path), "TRITON_INTERPRET": "0"}
+                variables |= {"OPSD_ARCH": arch} if arch else {}
                 with (folder / f"record-{path.name}.txt").open("w") as printed:
                     recorders.append(
                         subprocess.Popen(

@@ -180,7 +180,7 @@ def run(
             processes[name] = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=environment(interpreted=rehearsed) | {"OPSD_MISSES": str(compiled)},
+                env=environment() | {"OPSD_MISSES": str(compiled)},
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -217,11 +217,12 @@ def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
         os.killpg(process.pid, number)
 
 
-def environment(interpreted: bool = False) -> dict[str, str]:
-    """Of every process: whether kernels are compiled, and where modules are."""
+def environment() -> dict[str, str]:
+    """Of every process: kernels are compiled, unless the process knows better, and modules are
+    found."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    # Where it is not set, tests without a GPU set it.
-    return os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": str(int(interpreted))}
+    mine = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return mine | {"PYTHONPATH": path}
 
 
 def recorded_commands(rehearsed: bool = False) -> dict[str, tuple[int, list[str]]]:
