@@ -178,7 +178,8 @@ def step_cycles(step: Counter[str], shape: Shape, gpu: Gpu) -> Range:
         max(matrix / library, shared, copied / l2, used["issue"])
         for library, l2 in zip(LIBRARY, gpu.l2, strict=True)
     )
-    return best, worst + used["issue"]
+    # Without matrix units it is the products that are issued.
+    return best, worst + (used["issue"] if by_class(step)["matrix"] else 0)
 
 
 def product_cycles(shape: Shape, gpu: Gpu, features: int) -> float:
@@ -221,7 +222,9 @@ def fraction(parts: Parts, shape: Shape, gpu: Gpu, features: int, evenness: floa
     """
     product = product_cycles(shape, gpu, features)
     tile = tile_cycles(parts, shape, gpu, features)
-    most, least = (product / f / t * evenness for f, t in zip(LIBRARY, tile, strict=True))
+    ends = (product / f / t * evenness for f, t in zip(LIBRARY, tile, strict=True))
+    # What is not bound by matrix units looks better beside the slower library.
+    least, most = sorted(ends)
     return least, most
 
 

@@ -165,10 +165,10 @@ def _interpreted() -> Iterator[dict[str, int]]:
     def launching(name: str) -> Callable[..., None]:
         launch = getattr(logit_free, name)
 
-        def noted(*args: Any) -> None:
+        def noted(*args: Any, **options: Any) -> None:
             nonlocal launched
             launched = name
-            launch(*args)
+            launch(*args, **options)
 
         return noted
 
@@ -408,6 +408,7 @@ L2 delivers, how much instructions wait for one another (1.1 to 1.7 times), how 
 loads of a tile take, and that a second block on a multiprocessor hides all of a tile's other work
 or half of it. Gaps are those between the kernels of the logit-free schedule, {1e6 * GAP[0]:.0f} to
 {1e6 * GAP[1]:.0f} µs each, if the host keeps up; the launches of others are not counted.
+The kernels were compiled with the tiles of the table, which no GPU has measured.
 
 ## Peaks
 
@@ -425,11 +426,11 @@ or half of it. Gaps are those between the kernels of the logit-free schedule, {1
         )
     }
 
-Every bare product is taken to reach {MATRIX_FRACTION:.1%} of its peak (measured: {
-        LIBRARY[1]:.0%} to
-{LIBRARY[0]:.0%} on an H100 and an H200), a copy {
-        COPY:.0%} of the memory's. L2 is measured by others,
-and a guess for the B200.
+Every bare product is taken to reach {MATRIX_FRACTION:.1%} of its peak, the middle of {
+        LIBRARY[1]:.0%}
+to {LIBRARY[0]:.0%}: on an H100 and an H200 as much was measured. A copy is taken to reach
+{COPY:.0%} of the memory's bandwidth, as on an H200. What L2 delivers is measured by others, and for
+the B200 a guess.
 """
 
 

@@ -2,18 +2,22 @@
 
 A result that is stored in some dtype, and made from fp32 logits, cannot be nearer to the truth than
 two roundings allow: that of the exact result to its dtype, and what the last bit of the logits, and
-of the entries made from them, does to it. Errors are counted in their sum, the *unit*; the truth is
-the float64 oracle.
+of the entries made from them, does to it; and, on tensor cores, what these cut off (derived in
+benchmarks/tensor_cores.py). Errors are counted in their sum, the *unit*; the truth is the float64
+oracle.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.tensor_cores import ARCHITECTURES, TensorCore, truncation
 from opsd_kernels import reference_jsd_loss
 from opsd_kernels.divergence import divergence_rows_, value_and_score
+from opsd_kernels.kernels import tiles as tile_table
 
 # Bounds, over the maxima of thousands of random cases: 2.7 for losses; for gradients 1.0 where
 # their dtype rounds them, and 4.3 in fp32, where the noise itself is what is left. With `tiles` the
@@ -23,8 +27,21 @@ LOSS_UNITS = 4.0
 # bf16 alone: what is left of the rounding of the score tiles that bf16 products need. At most 1.04
 # where student and teacher agree, 1.42 where they have nothing in common.
 ROUNDED_TILES = 1.5
+# Where the entry with the most mass is rounded with them, as in the row workspace on a GPU, a token
+# of one entry has two roundings of the same size: 1.25 to 1.75 over 300 tokens.
+ROUNDED_ENTRIES = 2.0
 TILED_GRAD_UNITS = 2.1
+# What tensor cores cut off, in units of what `noise` predicts: 0.36 to 1.4 in the simulation, of
+# bf16 and fp16, from agreement to nothing in common.
+CUT_UNITS = 2.0
 GRAD_UNITS = {torch.float32: 6.0, torch.bfloat16: 1.25, torch.float16: 1.25}
+
+
+def tensor_core() -> TensorCore | None:
+    """That of this machine's GPU; None where products round to nearest."""
+    if not torch.cuda.is_available():
+        return None
+    return ARCHITECTURES.get(tile_table.architecture(torch.device("cuda")))
 
 
 @dataclass(frozen=True)
@@ -57,7 +74,9 @@ def errors(
         divergence: beta, temperature, entry_clip, W_teacher.
     """
     exact_loss, exact_grad = exact(h_S, h_T, W, **divergence)
-    loss_noise, grad_noise = _rounding(h_S, h_T, W, tiles, normalizers, **divergence)
+    loss_noise, grad_noise = noise(
+        h_S, h_T, W, tiles=tiles, normalizers=normalizers, core=tensor_core(), **divergence
+    )
     loss_unit = (exact_loss.float().double() - exact_loss).norm() + loss_noise
     grad_unit = (exact_grad.to(grad.dtype).double() - exact_grad).norm() + grad_noise
     # With a vocabulary of one everything is 0, and so is the unit; below this fp32 has no digits.
@@ -85,18 +104,16 @@ def exact(h_S: Tensor, h_T: Tensor, W: Tensor, **divergence: Any) -> tuple[Tenso
     return loss.detach(), h.grad
 
 
-def last_bits(h_S: Tensor, h_T: Tensor, W: Tensor, **divergence: Any) -> tuple[float, float]:
-    """RMS change of losses and gradient when the last bit of what is fp32 in between is noise:
-    how far apart two right results are, that differ in the order of their sums, over √2."""
-    return _rounding(h_S, h_T, W, tiles=False, normalizers=False, **divergence)
-
-
-def _rounding(
+def noise(
     h_S: Tensor,
     h_T: Tensor,
     W: Tensor,
-    tiles: bool,
-    normalizers: bool,
+    *,
+    tiles: bool = False,
+    normalizers: bool = False,
+    core: TensorCore | None = None,
+    chain: int | None = None,
+    dtype: torch.dtype | None = None,
     beta: float | Tensor = 0.5,
     temperature: float = 1.0,
     entry_clip: float | None = None,
@@ -104,16 +121,41 @@ def _rounding(
     draws: int = 4,
 ) -> tuple[float, float]:
     """RMS change of losses and gradient when the last fp32 bit is noise: of every logit, and of
-    every entry's value and score; with `tiles` also the last bit of its gradient's, in the inputs'
-    dtype."""
-    last_bit_of_tiles = torch.finfo(h_S.dtype).eps / 2
+    every entry's value and score.
+
+    Args:
+        h_S, h_T, W: as in `errors`; or in float64, if `dtype` tells what they were.
+        tiles: the last bit of its gradient's entries, in the operands' dtype, is noise too.
+        normalizers: and that of a row's normalizer.
+        core: whose products of bf16 and fp16 these are; then what it cuts off counts too. None for
+            products that round to nearest.
+        chain: entries of the vocabulary that the last product adds in one chain; all, unless given.
+        dtype: of the operands; that of h_S, unless given.
+        beta, temperature, entry_clip, W_teacher: the divergence.
+        draws: of the noise.
+    """
+    dtype, device = dtype or h_S.dtype, h_S.device
+    last_bit_of_tiles = torch.finfo(dtype).eps / 2
+    core = None if dtype == torch.float32 else core
+    h_S, h_T = h_S.detach().double(), h_T.detach().double()
     W, W_T = W.double(), (W if W_teacher is None else W_teacher).double()
+    generator = torch.Generator(device).manual_seed(0)
+    of_rows = torch.Generator(device).manual_seed(1)
+    of_cores = torch.Generator(device).manual_seed(2)
+
+    def randn(shape: torch.Size) -> Tensor:
+        return torch.randn(shape, generator=of_cores, dtype=torch.float64, device=device)
+
+    def last_bits() -> Tensor:
+        noise = torch.randn(z_S.shape, generator=generator, dtype=torch.float64, device=device)
+        return 2.0**-24 * noise
 
     def logits(h: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-        h = h.detach().double()
         # The size that is rounded: of the products summed into a logit, and of its log-sum-exp.
-        size = h.norm(dim=1)[:, None] * head.norm(dim=1) / temperature
-        return h @ head.t() / temperature, size + 1 + torch.tensor(head.shape[0]).log()
+        # Tensor cores do not round; the sum is fp32 only afterwards.
+        z = h @ head.t() / temperature
+        size = z.abs() if core else h.norm(dim=1)[:, None] * head.norm(dim=1) / temperature
+        return z, size + 1 + math.log(head.shape[0])
 
     (z_S, size_S), (z_T, size_T) = logits(h_S, W), logits(h_T, W_T)
     log_p, log_q = z_S.log_softmax(-1), z_T.log_softmax(-1)
@@ -124,27 +166,51 @@ def _rounding(
     c = a.gather(-1, top) / p.gather(-1, top)
     size_a = (a.abs() + c.abs() * p).scatter_(-1, top, 0)  # the top entry's score is exactly 0
 
-    def evaluate(z_S: Tensor, z_T: Tensor) -> tuple[Tensor, Tensor]:
-        loss = divergence_rows_(z_S, z_T, beta, entry_clip, needs_score=True)
-        return loss, z_S @ W / temperature
+    if core is not None:
+        squares = W.square()
+        squares_T = squares if W_teacher is None else W_T.square()
+        terms_S = (h_S.square() @ squares.t()).sqrt()
+        terms_T = (h_T.square() @ squares_T.t()).sqrt()
+        cut_S = truncation(z_S * temperature, terms_S, h_S.shape[1], core, dtype)
+        cut_T = truncation(z_T * temperature, terms_T, h_T.shape[1], core, dtype)
+        # What the sums of both sides lose in common cancels as far as their terms are the same.
+        apart = torch.ones((), dtype=torch.float64, device=device)
+        if W_teacher is None:
+            apart = ((h_T - h_S).square() @ squares.t()).sqrt() / terms_S
 
-    generator = torch.Generator().manual_seed(0)
-    of_rows = torch.Generator().manual_seed(1)
-
-    def noise() -> Tensor:
-        return 2.0**-24 * torch.randn(z_S.shape, generator=generator, dtype=torch.float64)
+    def moved_logits() -> tuple[Tensor, Tensor]:
+        moved_S, moved_T = z_S + last_bits() * size_S, z_T + last_bits() * size_T
+        if core is not None:
+            common = randn(z_S.shape)
+            of_T = common + apart.clamp(max=1) * randn(z_S.shape)
+            moved_S -= (cut_S.mean + cut_S.common * common + cut_S.own * randn(z_S.shape)) / (
+                temperature
+            )
+            moved_T -= (cut_T.mean + cut_T.common * of_T + cut_T.own * randn(z_S.shape)) / (
+                temperature
+            )
+        return moved_S, moved_T
 
     g = z_S.clone()
     loss = divergence_rows_(g, z_T.clone(), beta, entry_clip, needs_score=True)
     grad = g @ W / temperature
+    if core is not None:
+        chain = min(chain or g.shape[1], g.shape[1])
+        chains = g.shape[1] / chain
+        size = (g.square() @ squares / chains).sqrt()
+        cut = truncation(g @ W / chains, size, chain, core, dtype)
     changes = []
     for _ in range(draws):
-        moved_loss, moved_grad = evaluate(z_S + noise() * size_S, z_T + noise() * size_T)
-        moved_loss += (noise() * size_f).sum(-1)
-        moved_grad += (noise() * size_a) @ W / temperature
+        moved_S, moved_T = moved_logits()
+        moved_loss = divergence_rows_(moved_S, moved_T, beta, entry_clip, needs_score=True)
+        moved_grad = moved_S @ W / temperature
+        moved_loss += (last_bits() * size_f).sum(-1)
+        moved_grad += (last_bits() * size_a) @ W / temperature
         if normalizers:
-            bit = 2.0**-24 * torch.randn(len(p), 1, generator=of_rows, dtype=torch.float64)
-            bit *= 1 + torch.tensor(p.shape[1]).log()
+            bit = 2.0**-24 * torch.randn(
+                len(p), 1, generator=of_rows, dtype=torch.float64, device=device
+            )
+            bit *= 1 + math.log(p.shape[1])
             moved_f, moved_a = _entries(p, q * bit.exp(), x + bit, beta, entry_clip)
             moved_loss += (moved_f - f).sum(-1)
             da = moved_a - a
@@ -153,7 +219,10 @@ def _rounding(
                 # Kernels know G = 0 beforehand, and do not project.
                 moved_grad += (bit * p) @ W / temperature
         if tiles:
-            moved_grad += (last_bit_of_tiles * 2.0**24 * noise() * g) @ W / temperature
+            moved_grad += (last_bit_of_tiles * 2.0**24 * last_bits() * g) @ W / temperature
+        if core is not None:
+            spread = (cut.common.square() + cut.own.square()).sqrt() * math.sqrt(chains)
+            moved_grad -= (chains * cut.mean + spread * randn(grad.shape)) / temperature
         changes.append([(moved_loss - loss).norm(), (moved_grad - grad).norm()])
     rms = torch.tensor(changes).square().mean(0).sqrt()
     return float(rms[0]), float(rms[1])

@@ -180,7 +180,7 @@ def test_roofline(monkeypatch, capsys, tmp_path):
         assert row.overlapped <= row.serial
         # Products of ours are slower than a library's, for they make something of the logits too.
         if "logit-free" in row.method:
-            assert row.overlapped > 1.02 * row.products / 3
+            assert row.overlapped > row.products / 3
             assert row.kernels_best_ms < row.kernels_worst_ms
     assert (tmp_path / "roofline.png").stat().st_size > 10_000
     assert "# What each method should take" in (tmp_path / "roofline.md").read_text()

@@ -95,6 +95,16 @@ def test_a_step_takes_as_long_as_its_slowest_part():
     assert step_cycles(busy, TILE, quick)[0] == pytest.approx(2000)
 
 
+def test_products_without_matrix_units_are_what_is_issued():
+    tile = Shape(64, 64, 16, warps=4, registers=128, shared=12 * 1024, operand=4)
+    step = step_cycles(Counter({"FFMA": 1024, "IADD3": 26}), tile, H200)
+    assert product_cycles(tile, H200, 16) == 1024
+    assert step == pytest.approx((1024 / LIBRARY[0], 1024 / LIBRARY[1]))
+    busy = Parts(Counter({"FFMA": 1024, "IADD3": 976}), Counter(), Counter())
+    least, most = fraction(busy, tile, H200, 4096)
+    assert least < most
+
+
 def test_a_tile():
     parts = Parts(STEP, Counter({"FADD": 4000}), Counter())
     step = step_cycles(STEP, TILE, H200)

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from accuracy import last_bits
+from accuracy import noise
 from inputs import language_like_inputs, random_inputs
 from schedules import DEVICE, LOGIT_FREE, ROW_WORKSPACE
 from torch.utils.checkpoint import checkpoint
@@ -353,6 +353,6 @@ def test_schedules_agree():
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
             # Both are rounded to their dtype, and before that by the last bits of their fp32
             # logits, whose sums have another order in each: independent noise of the same size.
-            _, noise = last_bits(h_S, h_T, W, **options)
+            _, size = noise(h_S, h_T, W, **options)
             unit = torch.finfo(dtype).eps
-            assert (grad - their_grad).norm() < 0.5 * unit * their_grad.norm() + 2**0.5 * noise
+            assert (grad - their_grad).norm() < 0.5 * unit * their_grad.norm() + 2**0.5 * size
