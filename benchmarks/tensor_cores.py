@@ -206,8 +206,8 @@ def simulated(
     Args:
         core: which tensor core.
         dtype: bf16 or fp16, of hidden states and heads. With bf16 the gradient with respect to
-            logits is rounded before it is multiplied, as on a GPU; with fp16, for which it is scaled
-            first, the last product stays what it is.
+            logits is rounded before it is multiplied, as on a GPU; with fp16, where it would have
+            to be scaled, the last product stays what it is.
         logits: whether h Wᵀ is such a product.
         last_product: whether g W is one.
     """
