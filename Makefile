@@ -5,13 +5,21 @@ BASE_PYTHON ?= python3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test lint format gpu clean
+.PHONY: demo test test-tiles lint format gpu clean
 
 demo: $(VENV)/.installed-train
 	$(PYTHON) -m opsd_train $(ARGS)
 
 test: lint
 	$(PYTHON) -m pytest -n 2 $(ARGS)
+
+# Every kernel's tests with the tiles of each GPU, interpreted, scratch poisoned. Takes long.
+TILES ?= sm_80 sm_89 sm_90 sm_100 gfx942
+KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,kernels logit_free loss token_divergence \
+	sampled_token))
+test-tiles: $(VENV)/.installed-test
+	for arch in $(TILES); do TRITON_INTERPRET=1 $(PYTHON) -m pytest -n 2 --tiles $$arch \
+		$(KERNEL_TESTS) $(ARGS) || exit 1; done
 
 lint: $(VENV)/.installed-test
 	$(PYTHON) -m ruff format --check .
@@ -22,10 +30,10 @@ format: $(VENV)/.installed-test
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 
-# On a machine with a GPU, in an environment that is there: make gpu PYTHON=python3 OUT=folder
-OUT ?= gpu-results
+# On a machine with a GPU, in an environment that is there: make gpu PYTHON=python3 [OUT=folder];
+# without OUT its results lie in benchmarks/results/<gpu>.
 gpu:
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --output "$(OUT)"
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(if $(OUT),--output "$(OUT)")
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)

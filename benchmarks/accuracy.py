@@ -150,9 +150,10 @@ def main() -> None:
             f"= {row.grad_error / row.rounding:8.2f} roundings",
             flush=True,
         )
+        if args.output:  # what there is, should time be up
+            report.write(args.output / "accuracy.csv", setting, rows)
     if args.output:
         path = args.output / "accuracy.csv"
-        report.write(path, setting, rows)
         plot(path, args.output / "accuracy.png")
         print(summary(path))
 

@@ -1,86 +1,255 @@
-"""Everything a GPU can tell us, in nine minutes: tests first, then timings.
+"""Everything a GPU can tell us, in nine minutes: compile, then test, then time.
 
-    make gpu PYTHON=python3 OUT=folder
+    make gpu PYTHON=python3 [OUT=folder]
 
 runs this in an environment that has torch, triton, pytest and hypothesis already; nothing is
-installed. Each step writes its output to the folder as it goes, with what it ran on, and has a
-limit of its own, so that one that hangs leaves the others their time.
+installed. All that the other steps launch is compiled first, in parallel; the tests run in several
+processes. Each step writes its output to benchmarks/results/<GPU>/ (or OUT) as it goes, and has a
+limit of its own: when its time is up, what it has is kept, all its processes are ended, and the
+next one starts. summary.txt says how each ended, prediction.md sets what was predicted beside what
+was measured.
+
+    python benchmarks/gpu.py --rehearse --output folder
+
+goes through the same steps without a GPU, as far as that goes: a sample of the kernels is compiled,
+tests are collected, benchmarks run small on the CPU.
 """
 
 import argparse
-import platform
+import os
+import re
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import triton
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import prediction, report
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 530  # seconds for all of it
-PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
 OURS = ["ours, logit-free", "ours, row workspace"]
 METHODS = ["--methods", *OURS, "eager", "TRL", "Liger, fused"]
 MEMORY = ["--model", "qwen3-8b", "--tokens", "1024", "16384", "--methods", *OURS, "eager"]
-LOSSES = [
-    f"tests/test_{name}.py" for name in ("loss", "peers", "token_divergence", "sampled_token")
-]
 ACCURACY = ["--vocabulary", "151936", "--features", "2048"]
-# Name, seconds at most, what Python is to run.
+# In a record, numbers mean nothing and a test may fail anywhere; it is to reach its next launch.
+PYTEST = ["-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "benchmarks.launches"]
+RECORDED_PYTEST = ["-O", *PYTEST, "--assert=plain", "-q", "--tb=line"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Processes that run at the same time: of each the name, and what Python is to run. {output}
+    stands for the folder, {seconds} for the time there is, {cuda} for the tests of the GPU."""
+
+    name: str
+    seconds: float  # at most; for the last step all that is left
+    processes: dict[str, list[str]]
+    recorded: dict[str, list[str]] = field(default_factory=dict)  # to learn what is launched
+    rehearsal: list[str] = field(default_factory=list)  # added without a GPU
+
+
+def _tests(*names: str, only: str = "") -> list[str]:
+    return [*(f"tests/test_{name}.py" for name in names), *(["-k", only] if only else [])]
+
+
+# Real sizes need up to 15 GiB of the GPU's memory, and go one after the other.
+TESTS = {
+    "real-sizes": _tests("gpu", only="real_size"),
+    "gpu": _tests("gpu", only="not real_size"),
+    "kernels": _tests("kernels"),
+    "logit-free": _tests("logit_free"),
+    "loss": _tests("loss", "peers", only="{cuda}"),
+    "tokens": _tests("token_divergence", "sampled_token", only="{cuda}"),
+}
+SPEED = ["benchmarks/speed.py", "--repeats", "3"]
+TUNE = ["benchmarks/tune.py", "--output", "{output}"]
 STEPS = [
-    ("tests-gpu", 140, [*PYTEST, "tests/test_gpu.py"]),
-    ("tests-kernels", 90, [*PYTEST, "tests/test_kernels.py", "tests/test_logit_free.py"]),
-    ("tests-loss", 80, [*PYTEST, *LOSSES, "-k", "cuda"]),
-    ("accuracy", 30, ["benchmarks/accuracy.py", *ACCURACY, "--output", "{output}"]),
-    ("speed", 60, ["benchmarks/speed.py", "--repeats", "3", *METHODS, "--output", "{output}"]),
-    ("memory", 60, ["benchmarks/memory.py", *MEMORY, "--output", "{output}"]),
-    ("tune", 70, ["benchmarks/tune.py", "--seconds", "20", "--output", "{output}"]),
+    Step(
+        "compile",
+        130,
+        {"compile": ["benchmarks/compile.py", "{output}", "--seconds", "{seconds}"]},
+        rehearsal=["--arch", "sm_90", "--only", "kernels", "--sample", "2"],
+    ),
+    Step(
+        "tests",
+        140,
+        {name: [*PYTEST, *tests] for name, tests in TESTS.items()},
+        {name: [*RECORDED_PYTEST, *tests] for name, tests in TESTS.items()},
+        rehearsal=["--collect-only", "-q"],
+    ),
+    Step(
+        "accuracy",
+        25,
+        {"accuracy": ["benchmarks/accuracy.py", *ACCURACY, "--output", "{output}"]},
+        {"accuracy": ["benchmarks/accuracy.py", *ACCURACY]},
+        rehearsal=["--tokens", "4", "--vocabulary", "1000", "--features", "16"],
+    ),
+    Step(
+        "speed",
+        70,
+        {"speed": [*SPEED, *METHODS, "--output", "{output}"]},
+        # Kernels are the same for any number of whole chunks, and of the memory that is measured.
+        {"speed": [*SPEED, "--repeats", "1", "--quick", "--methods", *OURS]},
+        rehearsal=["--quick", "--repeats", "1"],
+    ),
+    Step(
+        "memory",
+        50,
+        {"memory": ["benchmarks/memory.py", *MEMORY, "--output", "{output}"]},
+        rehearsal=["--model", "qwen3-0.6b", "--tokens", "64"],
+    ),
+    Step(
+        "tune",
+        100,
+        {"tune": [*TUNE, "--seconds", "{seconds}"]},
+        {"tune": ["benchmarks/tune.py", "--dry"]},
+    ),
 ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("gpu-results"))
+    parser.add_argument("--output", type=Path, help="folder; benchmarks/results/<GPU> by default")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU, into --output")
+    parser.add_argument("--only", nargs="+", choices=[step.name for step in STEPS], help="steps")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("no GPU: torch.cuda.is_available() is False")
-    args.output.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + LIMIT
-    hardware = (
-        f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, torch {torch.__version__}, "
-        f"triton {triton.__version__}, Python {platform.python_version()}"
-    )
-    lines = [hardware]
-    failed = False
-    for name, seconds, command in STEPS:
-        limit = min(seconds, end - time.monotonic())
+    if args.rehearse and not args.output:
+        parser.error("--rehearse needs --output: what it finds is no result")
+    if not args.rehearse and not torch.cuda.is_available():
+        parser.error("no GPU: torch.cuda.is_available() is False; --rehearse needs none")
+    device = torch.device("cpu" if args.rehearse else "cuda")
+    name = "rehearsal" if args.rehearse else torch.cuda.get_device_name()
+    output: Path = args.output or ROOT / "benchmarks" / "results" / slug(name)
+    output.mkdir(parents=True, exist_ok=True)
+    hardware = report.machine(device)
+    if not args.rehearse:
+        hardware = f"{torch.cuda.device_count()} x {hardware}"
+    (output / "hardware.txt").write_text(hardware + "\n")
+    steps = [step for step in STEPS if not args.only or step.name in args.only]
+    end, lines, failed = time.monotonic() + LIMIT, [hardware], False
+    for step in steps:
+        left = end - time.monotonic()
+        limit = left if step is STEPS[-1] or args.rehearse else min(step.seconds, left)
         start = time.monotonic()
-        outcome = run(name, limit, command, args.output, hardware) if limit > 10 else "no time left"
-        failed |= name.startswith("tests") and outcome != "ok"
-        lines.append(f"{name:<14} {outcome:<24} {time.monotonic() - start:6.1f} s")
-        (args.output / "summary.txt").write_text("\n".join(lines) + "\n")
-        print(lines[-1], flush=True)
+        if args.rehearse and not step.rehearsal:
+            outcomes = dict.fromkeys(step.processes, "needs a GPU")
+        elif limit < 10:
+            outcomes = dict.fromkeys(step.processes, "no time left")
+        else:
+            outcomes = run(step, limit, output, hardware, args.rehearse)
+        failed |= step.name == "tests" and any(told != "ok" for told in outcomes.values())
+        lines += [f"{step.name:<10} {time.monotonic() - start:6.1f} s"]
+        for process, told in outcomes.items():
+            missed = misses(output / f"{process}-compiled.txt")
+            lines += [f"  {process:<12} {told}" + (f"; {missed}" if missed else "")]
+        print("\n".join(lines[-1 - len(outcomes) :]), flush=True)
+        (output / "summary.txt").write_text("\n".join(lines) + "\n")
+        (output / "prediction.md").write_text(prediction.page(name, output))
     return int(failed)
 
 
-def run(name: str, limit: float, command: list[str], output: Path, hardware: str) -> str:
-    """How a step ended; what it printed lies in the folder."""
-    command = [part.format(output=output) for part in command]
-    with (output / f"{name}.txt").open("w") as file:
-        print(hardware, file=file, flush=True)
-        try:
-            result = subprocess.run(
-                [sys.executable, "-u", *command],
+def slug(name: str) -> str:
+    """Of a GPU, for the name of its folder."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def run(
+    step: Step, limit: float, output: Path, hardware: str, rehearsed: bool = False
+) -> dict[str, str]:
+    """How each of a step's processes ended; what they printed lies in the folder."""
+    known = {
+        # What a step does at its end takes some time too.
+        "{seconds}": f"{max(limit - 5, limit / 2):.0f}",
+        "{output}": str(output),
+        "{cuda}": "logit-free" if rehearsed else "cuda",
+    }
+    until = time.monotonic() + limit
+    processes = {}
+    for name, arguments in step.processes.items():
+        command = _command(arguments + (step.rehearsal if rehearsed else []), known)
+        compiled = output / f"{name}-compiled.txt"
+        compiled.unlink(missing_ok=True)
+        with (output / f"{name}.txt").open("w") as file:
+            print(hardware, file=file, flush=True)
+            processes[name] = subprocess.Popen(
+                command,
                 cwd=ROOT,
+                env=environment() | {"OPSD_MISSES": str(compiled)},
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                timeout=limit,
-                check=False,
+                start_new_session=True,
             )
-        except subprocess.TimeoutExpired:
-            return f"stopped after {limit:.0f} s"
-    return "ok" if result.returncode == 0 else f"exit status {result.returncode}"
+    outcomes = {}
+    try:
+        for name, process in processes.items():
+            try:
+                status = process.wait(max(0.0, until - time.monotonic()))
+                outcomes[name] = "ok" if status == 0 else f"exit status {status}"
+            except subprocess.TimeoutExpired:
+                outcomes[name] = f"stopped after {limit:.0f} s"
+    finally:
+        end(*processes.values())
+    return outcomes
+
+
+def end(*processes: subprocess.Popen[bytes], grace: float = 5.0) -> None:
+    """End processes, each with its group: asked first, so that pytest tells what has failed."""
+    running = [process for process in processes if process.poll() is None]
+    for process in running:
+        _signal(process, signal.SIGINT)
+    until = time.monotonic() + grace
+    for process in running:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, until - time.monotonic()))
+    for process in processes:
+        _signal(process, signal.SIGKILL)  # also what they have left running
+        process.wait()
+
+
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def environment() -> dict[str, str]:
+    """Of every process: kernels are compiled, unless the process knows better, and modules are
+    found."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    mine = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return mine | {"PYTHONPATH": path}
+
+
+def recorded_commands(rehearsed: bool = False) -> dict[str, tuple[int, list[str]]]:
+    """What is run to learn what will be launched, by name: the number of its step, in whose order
+    it is needed, and the command."""
+    known = {"{cuda}": "logit-free" if rehearsed else "cuda"}
+    return {
+        name: (number, _command(arguments, known))
+        for number, step in enumerate(STEPS)
+        for name, arguments in step.recorded.items()
+    }
+
+
+def _command(arguments: list[str], known: dict[str, str]) -> list[str]:
+    """With what is known in its place; a script is run by `benchmarks.launches`."""
+    filled = [known.get(part, part) for part in arguments]
+    script = [] if filled[0].startswith("-") else ["-m", "benchmarks.launches"]
+    return [sys.executable, "-u", *script, *filled]
+
+
+def misses(path: Path) -> str:
+    """What a process had to compile itself."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    if not lines:
+        return ""
+    seconds = sum(float(line.split()[-1]) for line in lines)
+    return f"compiled {len(lines)} kernels itself, in {seconds:.0f} s"
 
 
 if __name__ == "__main__":

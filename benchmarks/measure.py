@@ -41,6 +41,10 @@ def tell(measure: Callable[..., dict[str, float]], task: str) -> None:
     try:
         if torch.device(options["device"]).type == "cpu":
             limit_memory()
+        else:
+            from benchmarks.launches import settle_hashes  # needs Triton
+
+            settle_hashes()  # kernels are found, if another process has compiled them
         told = {"failure": "", **measure(**options)}
     except Exception as error:
         told = {"failure": why(error)}

@@ -83,6 +83,8 @@ def main() -> None:
         for method in args.methods:
             rows.append(measure(args.device, model, N, D, V, dtype, method, args.seconds))
             show(rows[-1])
+            if args.output:  # what there is, should time be up
+                report.write(args.output / "memory.csv", setting, rows)
     counted_models = [args.model or SHOWN] if args.model or args.quick else list(MODELS)
     counted_tokens = args.tokens or (COUNTED[::3] if args.quick else COUNTED)
     print("\nMiB above the inputs, counted as on a GPU, bfloat16")

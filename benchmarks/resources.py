@@ -266,7 +266,7 @@ def _target(arch: str) -> GPUTarget:
 
 
 def _usage(compiled: Any, variant: Variant, row: Row) -> Usage:
-    registers, spilled, matrix = _registers(compiled)
+    registers, spilled, matrix = registers_of(compiled)
     shared = compiled.metadata.shared
     if variant.kernel in ("merge", "finish"):
         return Usage(registers, spilled, shared, matrix)
@@ -342,7 +342,7 @@ def _evenness(variant: Variant, row: Row, gpu: cycles.Gpu) -> float:
     return cycles.evenness(row.chunk // tile.BM * across, programs, longest, gpu)
 
 
-def _registers(compiled: Any) -> tuple[int, int, str]:
+def registers_of(compiled: Any) -> tuple[int, int, str]:
     """Registers and spilled bytes a thread, and the matrix instructions."""
     if "cubin" not in compiled.asm:
         code = compiled.asm["amdgcn"]

@@ -97,9 +97,10 @@ def main() -> None:
             for row in measure(h_S, h_T, W, args.beta, args.repeats, args.methods):
                 rows.append(row)
                 show(row)
+            if args.output:  # what there is, should time be up
+                report.write(args.output / "speed.csv", setting, rows)
     if args.output:
         path = args.output / "speed.csv"
-        report.write(path, setting, rows)
         path.with_suffix(".md").write_text(summary(path) + "\n")
         plot(path, path.with_suffix(".png"))
         print("\n" + summary(path))

@@ -1,4 +1,7 @@
 import os
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,8 +30,46 @@ settings.load_profile("opsd")
 # one; pytest-xdist uses the cores.
 torch.set_num_threads(1)
 
+# With a GPU's tiles the interpreter takes its time.
+settings.register_profile("tiles", settings.get_profile("opsd"), max_examples=15)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--tiles",
+        metavar="ARCH",
+        help="interpret kernels with the tiles of an architecture of the table, as sm_90, and with "
+        "scratch that is poisoned before use",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if arch := config.getoption("--tiles"):
+        from benchmarks.launches import use_tiles
+        from opsd_kernels import logit_free, row_workspace
+
+        use_tiles(arch)
+        logit_free.allocate = poisoned(logit_free.allocate)
+        row_workspace.allocate = poisoned(row_workspace.allocate)
+        settings.load_profile("tiles")
+
+
+def poisoned(allocate: Callable[..., list[torch.Tensor]]) -> Callable[..., list[torch.Tensor]]:
+    """With scratch that shows in every result if it is read before it is written."""
+
+    @wraps(allocate)
+    def allocate_and_fill(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        tensors = allocate(*args, **kwargs)
+        for t in tensors:
+            t.fill_(float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).max)
+        return tensors
+
+    return allocate_and_fill
+
 
 @pytest.fixture(scope="session", params=SCHEDULES, ids=str)
 def op(request: pytest.FixtureRequest) -> Schedule:
     """`fused_jsd_loss` in each schedule, and on each device, that this machine can run."""
+    if request.config.getoption("--tiles") and not request.param.logit_free:
+        pytest.skip("has no tiles")
     return request.param

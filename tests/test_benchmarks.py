@@ -13,28 +13,10 @@ from accuracy import TILED_GRAD_UNITS
 from inputs import random_inputs
 
 from benchmarks import accuracy as accuracy_benchmark
-from benchmarks import gpu, memory, peers, readme, report, roofline, speed, step
+from benchmarks import memory, peers, readme, report, roofline, speed, step
 from benchmarks.allocations import Allocations, pretended
 from benchmarks.inputs import describe, make_inputs
 from opsd_kernels import divergence_name
-
-
-def test_gpu_steps_fit_their_nine_minutes():
-    assert sum(seconds for _, seconds, _ in gpu.STEPS) <= gpu.LIMIT < 9 * 60
-    for _, _, command in gpu.STEPS:
-        scripts = [part for part in command if part.endswith(".py")]
-        assert scripts
-        assert all((gpu.ROOT / script).exists() for script in scripts)
-
-
-def test_gpu_steps_report_how_they_ended(tmp_path):
-    outcomes = [
-        gpu.run("fine", 60, ["-c", "print('{output}')"], tmp_path, "some GPU"),
-        gpu.run("broken", 60, ["-c", "raise SystemExit(3)"], tmp_path, "some GPU"),
-        gpu.run("slow", 0.5, ["-c", "import time; time.sleep(60)"], tmp_path, "some GPU"),
-    ]
-    assert outcomes == ["ok", "exit status 3", "stopped after 0 s"]
-    assert (tmp_path / "fine.txt").read_text() == f"some GPU\n{tmp_path}\n"
 
 
 def test_speed(monkeypatch, capsys, tmp_path):

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from accuracy import noise
 from inputs import language_like_inputs, random_inputs
 from schedules import DEVICE, LOGIT_FREE, ROW_WORKSPACE
 from torch.utils.checkpoint import checkpoint
@@ -34,7 +35,21 @@ def inputs(N, V, D, dtype=torch.float32, **options):
     return [t.to(DEVICE) for t in random_inputs(N, V, D, dtype, **options)]
 
 
+@contextmanager
+def tiles_of(row: tiles.Row) -> Iterator[None]:
+    with mock.patch.object(tiles, "lookup", return_value=row):
+        yield
+
+
+@pytest.fixture
+def interpreters_tiles() -> Iterator[None]:
+    """Whatever tiles the other tests run with: those that counts are made for."""
+    with tiles_of(tiles.INTERPRETER):
+        yield
+
+
 @interpreted
+@pytest.mark.usefixtures("interpreters_tiles")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("beta", "entry_clip"), DIVERGENCES)
 def test_no_tensor_has_a_vocabulary_sized_dimension(beta, entry_clip, dtype):
@@ -49,6 +64,7 @@ def test_no_tensor_has_a_vocabulary_sized_dimension(beta, entry_clip, dtype):
 
 
 @interpreted
+@pytest.mark.usefixtures("interpreters_tiles")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_nor_with_statistics_a_beta_of_each_token_or_sampled_tokens(dtype):
     N, V, D = 70, 3001, 24
@@ -65,12 +81,6 @@ def test_nor_with_statistics_a_beta_of_each_token_or_sampled_tokens(dtype):
     assert len(allocations.shapes) > 20
     largest = max(max(shape, default=0) for shape in allocations.shapes)
     assert largest <= tiles.INTERPRETER.columns < V
-
-
-@contextmanager
-def tiles_of(row: tiles.Row) -> Iterator[None]:
-    with mock.patch.object(tiles, "lookup", return_value=row):
-        yield
 
 
 @interpreted
@@ -132,6 +142,7 @@ def counted_dots() -> Iterator[list[int]]:
 
 
 @interpreted
+@pytest.mark.usefixtures("interpreters_tiles")
 @pytest.mark.parametrize(
     ("beta", "entry_clip", "U"),
     [
@@ -160,6 +171,7 @@ def test_passes_over_the_head(beta, entry_clip, U, own_head):
 
 
 @interpreted
+@pytest.mark.usefixtures("interpreters_tiles")
 def test_passes_of_everything_else():
     """Statistics and targets ride in the same passes, and a β of each token; the log-probability of
     a sampled token needs the teacher's logits once and one tile: 4 U, 2 U without gradient."""
@@ -193,6 +205,7 @@ def test_passes_of_everything_else():
 
 
 @interpreted
+@pytest.mark.usefixtures("interpreters_tiles")
 def test_tiles_of_dropped_rows_are_skipped():
     N, V, D = 128, 512, 64  # four tiles of rows
     h_S, h_T, W = inputs(N, V, D)
@@ -338,5 +351,8 @@ def test_schedules_agree():
             ours, grad = LOGIT_FREE.loss_and_grad(h_S, h_T, W, **options)
             theirs, their_grad = ROW_WORKSPACE.loss_and_grad(h_S, h_T, W, **options)
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+            # Both are rounded to their dtype, and before that by the last bits of their fp32
+            # logits, whose sums have another order in each: independent noise of the same size.
+            _, size = noise(h_S, h_T, W, **options)
             unit = torch.finfo(dtype).eps
-            assert (grad - their_grad).norm() < (0.5 * unit + 1e-5) * their_grad.norm()
+            assert (grad - their_grad).norm() < 0.5 * unit * their_grad.norm() + 2**0.5 * size

@@ -1,0 +1,419 @@
+"""`make gpu` without a GPU: that kernels are compiled beforehand and found, that each step keeps
+what it has, and that every GPU's tiles run interpreted with poisoned scratch."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import poisoned
+
+from benchmarks import compile as compiling
+from benchmarks import gpu, launches, prediction, report, tune
+from opsd_kernels.kernels import tiles
+
+ROOT = Path(__file__).parents[1]
+# A script that launches four kernels, and says how many of them Triton's cache held.
+SCRIPT = """
+import os, sys
+import torch, triton
+from triton.runtime.jit import JITFunction
+from opsd_kernels import fused_jsd_loss
+
+held = []
+if "OPSD_RECORD" not in os.environ:  # compile, or find, and launch nothing
+    run = JITFunction.run
+    JITFunction.run = lambda self, *a, grid, warmup, **k: run(self, *a, grid=grid, warmup=True, **k)
+    triton.knobs.compilation.listener = lambda *, cache_hit, **_: held.append(cache_hit)
+h = torch.randn(5, 64).bfloat16().requires_grad_()
+loss = fused_jsd_loss(h, 2 * h.detach(), torch.randn(300, 64).bfloat16(), beta=0.0, workspace_mib=0)
+print(sum(held), "of", len(held))
+"""
+
+
+def environment(**variables: object) -> dict[str, str]:
+    return gpu.environment() | {name: str(value) for name, value in variables.items()}
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A folder with the script, and the launches it asks for."""
+    folder = tmp_path_factory.mktemp("recorded")
+    (folder / "launch.py").write_text(SCRIPT)
+    path = folder / "launches"
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.launches", folder / "launch.py"],
+        env=environment(OPSD_ARCH="sm_90", OPSD_RECORD=path),
+        cwd=ROOT,
+        check=True,
+    )
+    return folder
+
+
+def test_what_is_compiled_beforehand_is_found(recorded, tmp_path):
+    """By another process that launches it: it compiles none of the four kernels."""
+    cache = {"TRITON_CACHE_DIR": tmp_path / "cache"}
+    script = recorded / "launch.py"
+    command = ["benchmarks/compile.py", tmp_path, "--arch", "sm_90", "--jobs", "2"]
+    told = subprocess.run(
+        [sys.executable, *command, "--script", script],
+        env=environment(**cache),
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert told.startswith("4 of 4 kernels compiled")
+    _setting, rows = report.read(tmp_path / "compile.csv", compiling.Compiled)
+    kernels = {row.kernel.partition(":")[2] for row in rows}
+    assert kernels == {"lse_kernel", "merge_kernel", "pair_kernel", "finish_kernel"}
+    assert all(0 < row.seconds < compiling.EACH for row in rows)
+    assert all(0 < row.registers <= 255 for row in rows)
+    found = subprocess.run(
+        [sys.executable, "-m", "benchmarks.launches", script],
+        env=environment(**cache, OPSD_ARCH="sm_90", OPSD_MISSES=tmp_path / "misses"),
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert found == "4 of 4\n"
+
+
+def test_launches_are_recorded_once_and_read_as_they_come(recorded, tmp_path):
+    text = (recorded / "launches").read_text()
+    path = tmp_path / "launches"
+    follow = compiling.Follower({path: 7})
+    assert follow() == []
+    half = len(text) // 2
+    path.write_text(text[:half])
+    found = follow()
+    path.write_text(text)
+    found += follow()
+    assert [when for when, _ in found] == [7] * 4
+    assert len({launch.digest for _, launch in found}) == 4
+    assert {launch.target for _, launch in found} == {("cuda", 90, 32)}
+    assert follow() == []
+
+
+def launch(kernel: str, digest: str) -> launches.Launch:
+    return launches.Launch(kernel, digest, ("cuda", 90, 32), "")
+
+
+def test_what_takes_long_is_ended_and_what_fails_is_said(monkeypatch, tmp_path):
+    pids = tmp_path / "pids"
+
+    def slow(wanted, told):
+        os.setpgid(0, 0)
+        if wanted.digest == "dies":
+            os._exit(3)
+        child = subprocess.Popen(["sleep", "60"])
+        pids.write_text(f"{os.getpid()} {child.pid}")
+        time.sleep(60)
+
+    monkeypatch.setattr(compiling, "_compile", slow)
+    pool = compiling.Pool(jobs=2, each=1.0)
+    pool.add([(0, launch("no_module:a", "dies")), (0, launch("no_module:b", "hangs"))])
+    while not pool.idle:
+        pool.step()
+    failures = {c.digest: c.failure for c in pool.done}
+    assert failures == {"dies": "its process ended", "hangs": "more than 1 s"}
+    time.sleep(0.2)
+    for pid in pids.read_text().split():
+        status = Path(f"/proc/{pid}/stat")
+        assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_a_kernel_that_cannot_be_compiled_is_a_row():
+    pool = compiling.Pool(jobs=1)
+    pool.add([(0, launch("no_module:kernel", "broken"))])
+    while not pool.idle:
+        pool.step()
+    assert pool.done[0].failure
+
+
+def test_what_is_needed_first_goes_first_and_of_that_the_longest(monkeypatch):
+    monkeypatch.setattr(compiling, "_compile", lambda launch, told: None)
+    pool = compiling.Pool(jobs=1, expected={"json:long": 9.0, "json:short": 1.0})
+    wanted = [(1, "long", "d"), (0, "short", "b"), (0, "long", "a"), (0, "short", "c")]
+    pool.add((when, launch(f"json:{name}", digest)) for when, name, digest in wanted)
+    pool.add([(0, launch("json:long", "a"))])  # known already
+    while not pool.idle:
+        pool.step()
+    assert [c.digest for c in pool.done] == ["a", "b", "c", "d"]
+
+
+# --- the steps
+
+
+def test_steps_fit_their_nine_minutes():
+    assert sum(step.seconds for step in gpu.STEPS) <= gpu.LIMIT < 9 * 60
+    for step in gpu.STEPS:
+        for command in [*step.processes.values(), *step.recorded.values()]:
+            scripts = [part for part in command if part.endswith(".py")]
+            assert scripts
+            assert all((ROOT / script).exists() for script in scripts)
+
+
+def test_a_step_keeps_what_it_has(tmp_path):
+    """When its time is up all its processes are ended, with those they have started; the others'
+    results are kept, and so is what was printed."""
+    slow = "print('so far'); import subprocess; subprocess.run(['sleep', '60'])"
+    asked = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('asked to end')"
+    step = gpu.Step(
+        "step",
+        60,
+        {
+            "fine": ["-c", "import sys; print(sys.argv)", "{output}", "{seconds}"],
+            "broken": ["-c", "raise SystemExit(3)"],
+            "slow": ["-c", slow],
+            "asked": ["-c", asked],
+        },
+    )
+    start = time.monotonic()
+    outcomes = gpu.run(step, 3, tmp_path, "some GPU")
+    assert time.monotonic() - start < 15
+    assert outcomes == {
+        "fine": "ok",
+        "broken": "exit status 3",
+        "slow": "stopped after 3 s",
+        "asked": "stopped after 3 s",
+    }
+    assert (tmp_path / "fine.txt").read_text() == f"some GPU\n['-c', '{tmp_path}', '2']\n"
+    assert (tmp_path / "slow.txt").read_text().startswith("some GPU\nso far\n")
+    assert "asked to end" in (tmp_path / "asked.txt").read_text()
+
+
+def test_processes_are_ended_with_what_they_have_started():
+    code = "import subprocess, signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    code += "child = subprocess.Popen(['sleep', '60']); print(child.pid, flush=True); child.wait()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True
+    )
+    child = int(process.stdout.readline())
+    gpu.end(process, grace=0.2)
+    assert process.returncode == -9
+    time.sleep(0.2)
+    status = Path(f"/proc/{child}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_rehearsal(tmp_path):
+    """The same steps without a GPU, as far as they go: a few kernels are compiled, and what needs a
+    GPU says so."""
+    told = subprocess.run(
+        [sys.executable, "benchmarks/gpu.py", "--rehearse", "--output", tmp_path,
+         "--only", "compile", "tune"],
+        cwd=ROOT,
+        env=environment(TRITON_CACHE_DIR=tmp_path / "cache"),
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    summary = (tmp_path / "summary.txt").read_text()
+    assert re.findall(r"^  (\w+) +(.*)$", summary, re.MULTILINE) == [
+        ("compile", "ok"),
+        ("tune", "needs a GPU"),
+    ], summary
+    assert "\n2 of 2 kernels compiled" in (tmp_path / "compile.txt").read_text()
+    kernels = {row.kernel for row in report.read(tmp_path / "compile.csv", compiling.Compiled)[1]}
+    assert any(kernel.startswith("test_kernels:") for kernel in kernels)
+    assert (tmp_path / "compile.csv").exists()
+    assert (tmp_path / "hardware.txt").read_text() == summary.partition("\n")[0] + "\n"
+    assert "not measured" in (tmp_path / "prediction.md").read_text()
+
+
+def test_a_gpu_names_its_folder():
+    assert gpu.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert gpu.slug("NVIDIA H200") == "nvidia-h200"
+
+
+def test_what_was_not_compiled_beforehand_is_told(tmp_path):
+    (tmp_path / "told").write_text("pair_kernel 3.5\nrows_kernel 1.0\n")
+    assert gpu.misses(tmp_path / "told") == "compiled 2 kernels itself, in 4 s"
+    assert gpu.misses(tmp_path / "nothing") == ""
+
+
+# --- tune
+
+
+@pytest.fixture
+def tuning(monkeypatch):
+    monkeypatch.setattr(tune, "VOCABULARY", 1000)
+    monkeypatch.setattr(tune, "ROWS", 4)
+    row = tiles.INTERPRETER
+    return row, tune.chunk(8, 16, torch.bfloat16, torch.device("cpu"), torch.randn)
+
+
+@pytest.mark.parametrize("kernel", ["lse", "pair", "rows"])
+def test_the_tables_tile_is_tried_first(kernel):
+    for (arch, dtype), row in tiles.TABLE.items():
+        tried = list(tune.candidates(row, kernel, arch, dtype))
+        assert tried[0] == getattr(row, kernel)
+        assert len(set(tried)) == len(tried) > 10
+
+
+def test_tuning_goes_on_after_a_failure_and_ends_in_time(tuning):
+    row, problem = tuning
+    second = tiles.Tile(16, 64, 16, 1, 1, 1)
+    asked = [row.lse, second, row.lse]
+    seconds = iter([2.0, 2.0, RuntimeError("no room\nfor it"), 1.0, 3.0])
+
+    def timer(run):
+        run()
+        value = next(seconds)
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    later = time.monotonic() + 60
+    told = list(tune.tried("lse", asked, row, problem, 1.0, timer, later))
+    assert [t.get("fraction", t.get("failure")) for t in told] == [
+        0.5,
+        "RuntimeError: no room",
+        0.5,
+    ]
+    assert [t["of_table"] for t in told] == [True, False, True]
+    assert list(tune.tried("lse", asked, row, problem, 1.0, timer, time.monotonic() - 1)) == []
+
+
+@pytest.mark.parametrize("kernel", ["lse", "pair", "rows"])
+def test_every_kernel_is_launched_to_be_timed(kernel, tuning):
+    row, problem = tuning
+    ran = []
+
+    def timer(run):
+        run()
+        ran.append(run)
+        return 0.25
+
+    assert tune.measure(kernel, getattr(row, kernel), row, problem, timer) == 0.25
+    assert len(ran) == (1 if kernel == "rows" else 2)
+
+
+def test_what_was_not_compiled_or_spills_is_not_launched(monkeypatch):
+    hook = None
+
+    class Info:
+        jit_function = "kernel"
+
+    compiled = {
+        "fine": compiling.Compiled("m:k", "fine", 1.0, spilled=tune.MOST_SPILLED),
+        "slow": compiling.Compiled("m:k", "slow", 40.0, failure="more than 40 s"),
+        "spills": compiling.Compiled("m:k", "spills", 9.0, spilled=9000),
+    }
+    monkeypatch.setattr(launches, "digest", lambda kernel, key: key)
+    with tune.compiled_beforehand(compiled):
+        hook = tune.triton.knobs.runtime.jit_cache_hook
+        assert hook(key="fine", fn=Info) is False
+        for key, why in (
+            ("slow", "more than 40 s"),
+            ("spills", "spills 9000 bytes"),
+            ("another", "not compiled in the time"),
+        ):
+            with pytest.raises(tune.Skipped, match=why):
+                hook(key=key, fn=Info)
+    assert tune.triton.knobs.runtime.jit_cache_hook is None
+
+
+def test_tune_json_is_whole_at_any_time(tmp_path):
+    found = tune.Report("some GPU", "sm_90", "2", "3", "bfloat16", 4096, 0.5)
+    found.write(tmp_path)
+    found.rows.append({"candidate": {"BLOCK": 2048, "PARTS": 4, "num_warps": 8}, "of_table": True,
+                       "fraction": 0.75})  # fmt: skip
+    found.write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["tune.json"]
+    assert json.loads((tmp_path / "tune.json").read_text())["rows"] == found.rows
+    assert "rows=(2048, 4, 8),  # 75% of a copy's bandwidth" in tune.best(found)
+
+
+# --- prediction and measurement
+
+
+ROOFLINE = """# predicted, N = 16384, D = 4096
+gpu,method,overlapped,serial
+H100,"ours, logit-free",2.0,2.5
+H100,eager,3.4,4.4
+A100,eager,9.0,9.9
+"""
+RESOURCES = """arch,dtype,kernel,divergence,least_2048,least_4096,most_4096
+sm_90,bfloat16,lse,JSD,0.1,0.75,0.8
+sm_90,bfloat16,lse,forward KL,0.1,0.2,0.3
+sm_80,bfloat16,pair,JSD,0.1,0.2,0.3
+sm_90,bfloat16,pair,JSD,0.1,0.5,0.6
+sm_90,bfloat16,rows,JSD,,,
+"""
+SPEED = """# some GPU, driver 1
+N,D,V,dtype,method,failure,floors
+1024,4096,151936,bfloat16,"ours, logit-free",,9.0
+16384,4096,151936,bfloat16,3 GEMMs,,1.0
+16384,4096,151936,bfloat16,"ours, logit-free",,2.25
+16384,4096,151936,bfloat16,TRL,not installed,nan
+"""
+
+
+def test_prediction_beside_measurement(tmp_path):
+    name = "NVIDIA H100 80GB HBM3"
+    (tmp_path / "roofline.csv").write_text(ROOFLINE)
+    (tmp_path / "resources.csv").write_text(RESOURCES)
+    (tmp_path / "speed.csv").write_text(SPEED)
+    tried = [{"of_table": False, "fraction": 0.9}, {"of_table": True, "fraction": 0.6},
+             {"of_table": False, "failure": "spills"}]  # fmt: skip
+    (tmp_path / "tune.json").write_text(json.dumps({"lse": tried, "rows": tried[1:2]}))
+    page = prediction.page(name, tmp_path, tmp_path)
+    for line in (
+        "|  | predicted | measured, N = 16384 | measured / predicted |",
+        "| **ours, logit-free** | **2.00 – 2.50** | **2.25** | **1.12 – 0.90** |",
+        "| eager | 3.40 – 4.40 | not measured | – |",
+        "| TRL | not predicted | not installed | – |",
+        "| lse | 75% – 80% | 60% | 0.80 – 0.75 | 90% |",
+        "| pair | 50% – 60% | not measured | – | not measured |",
+        "| rows | not predicted | 60% | – | 60% |",
+    ):
+        assert line in page.splitlines(), page
+    assert "9.9" not in page
+    assert "3 GEMMs" not in page
+
+
+def test_nothing_measured_and_nothing_predicted(tmp_path):
+    page = prediction.page("NVIDIA H200", tmp_path)
+    rows = [line for line in page.splitlines() if line.startswith("| **ours, logit-free** |")]
+    assert len(rows) == 1
+    assert rows[0].endswith("| **not measured** | **–** |")
+    page = prediction.page("NVIDIA L4", tmp_path)
+    assert "Nothing is predicted of this GPU" in page
+    assert "ours" not in page
+
+
+# --- tiles of GPUs
+
+
+def test_scratch_is_poisoned():
+    filled = poisoned(lambda: [torch.zeros(3), torch.zeros(2, dtype=torch.int32)])()
+    assert filled[0].isnan().all()
+    assert (filled[1] == 2**31 - 1).all()
+
+
+def test_unknown_tiles_are_refused():
+    with pytest.raises(ValueError, match="'sm_12': the table has none"):
+        launches.use_tiles("sm_12")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled kernels have no other tiles")
+def test_tiles_of_gpus_interpreted_with_poisoned_scratch():
+    """A little of `make test-tiles`."""
+    told = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tiles", "sm_90",
+         "tests/test_kernels.py", "-k", "(test_pair and 0.3 and None) or (test_lse and ragged)"],
+        cwd=ROOT,
+        env=environment(TRITON_INTERPRET=1),
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stdout
+    assert "6 passed" in told.stdout
