@@ -220,7 +220,7 @@ def _specialized(variant: Variant, row: Row) -> tuple[Any, dict[str, Any], dict[
         block, parts, num_warps = row.rows_wide if wide(variant) else row.rows
         constants = {
             **divergence, **no_targets, **no_statistics, "NEEDS_SCORE": True, **limit,
-            "SCALE": score_scale(_score_dtype(variant)), "FINITE": True, "BLOCK": block,
+            "SCALE": score_scale(_score_dtype(variant)), "BLOCK": block,
             "PARTS": parts,
         }  # fmt: skip
         return rows.rows_kernel, constants, {"num_warps": num_warps}
@@ -234,7 +234,7 @@ def _specialized(variant: Variant, row: Row) -> tuple[Any, dict[str, Any], dict[
             "SPANS": triton.next_power_of_2(triton.cdiv(VOCABULARY, lse.span(VOCABULARY, row))),
         }
         return lse.merge_kernel, constants, small
-    slots = row.columns // row.pair.BV
+    slots = triton.next_power_of_2(_slots(variant, row))
     constants = {
         **divergence, **operand, **no_statistics, "keep_ptr": None, "stride_Wd": 1,
         "SCALE": score_scale(_score_dtype(variant)),
@@ -244,6 +244,11 @@ def _specialized(variant: Variant, row: Row) -> tuple[Any, dict[str, Any], dict[
     if no_P:
         constants["P_ptr"] = None
     return finish.finish_kernel, constants, small
+
+
+def _slots(variant: Variant, row: Row) -> int:
+    """Tiles of the vocabulary in one launch of `pair`."""
+    return row.columns * 2 // _score_dtype(variant).itemsize // tile_of(variant, row).BV
 
 
 def _score_dtype(variant: Variant) -> torch.dtype:
@@ -334,7 +339,7 @@ def _evenness(variant: Variant, row: Row, gpu: cycles.Gpu) -> float:
     """What the rounds of tiles of one launch fill, of `lse` and `pair`."""
     tile = tile_of(variant, row)
     if variant.kernel == "pair":
-        programs = row.chunk // tile.BM * row.columns // tile.BV
+        programs = row.chunk // tile.BM * _slots(variant, row)
         return cycles.evenness(programs, programs, 1, gpu)
     across = triton.cdiv(VOCABULARY, tile.BV)
     longest = lse.span(VOCABULARY, row) // tile.BV

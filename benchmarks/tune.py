@@ -142,18 +142,18 @@ def chunk(
 
 
 def candidates(row: Row, kernel: str, arch: str, dtype: str) -> Iterator[Any]:
-    """Of a kernel, a `Tile` or what `rows` has instead: that of the table first, then the others,
-    those that promise most first (see choose_tiles.py)."""
+    """Of a kernel, a `Tile` or what `rows` has instead: that of the table first, then its rivals,
+    then others, those that promise most first (see choose_tiles.py)."""
     start = getattr(row, kernel)
     yield start
     if kernel == "rows":
         blocks = itertools.product((1024, 2048, 4096, 8192), (1, 4), (4, 8, 16))
         yield from (block for block in blocks if block != start)
         return
-    yield replace(start, FLAT=not start.FLAT)
-    if arch in ("sm_90", "sm_100"):  # which have bulk copies
-        yield replace(start, BULK=not start.BULK)
+    rivals = () if dtype == "float32" else tiles.RIVALS[arch][kernel]
+    yield from rivals
     others = choose_tiles.candidates(start, Variant(arch, dtype, kernel, "JSD"))
+    others = (tile for tile in others if tile not in rivals)
     yield from itertools.islice(others, MOST_CANDIDATES)
 
 

@@ -109,7 +109,8 @@ def allocate(problem: Problem, needs_gradient: bool, needs_statistics: bool) -> 
     row = tiles.lookup(h_S.device, problem.operand_dtype)
     R = min(row.chunk, max(N, 1))
     BV = _pair_tile(row, problem, needs_statistics).BV
-    slots = min(row.columns // BV, cdiv(V, BV))
+    scores = score_dtype(problem.operand_dtype, problem.has_bounded_scores)
+    slots = min(row.columns * 2 // scores.itemsize // BV, cdiv(V, BV))
     spans = cdiv(V, lse.span(V, row))
     statistics = needs_statistics and problem.beta is not None
 
@@ -124,9 +125,8 @@ def allocate(problem: Problem, needs_gradient: bool, needs_statistics: bool) -> 
         fp32(pair.SUMS.value + (pair.SUMS_OF_STATISTICS.value if statistics else 0), slots, R),
     ]
     if needs_gradient:
-        dtype = score_dtype(problem.operand_dtype, problem.has_bounded_scores)
         knows = knows_G(problem.beta, problem.entry_clip)
-        tensors.append(h_S.new_empty((1 if knows else 2) * R, slots * BV, dtype=dtype))
+        tensors.append(h_S.new_empty((1 if knows else 2) * R, slots * BV, dtype=scores))
         if not knows:
             tensors.append(fp32((2 if is_stacked(R, D) else 1) * R, D))
     return tensors

@@ -139,7 +139,7 @@ def allocate(problem: Problem, needs_statistics: bool, budget: float) -> list[Te
 def row_stride(V: int) -> int:
     """Entries from one row of the workspace to the next: every row begins at a multiple of 64
     bytes, without which a GPU reads and multiplies it by fours."""
-    return -(-V // 16) * 16
+    return (V + 15) // 16 * 16
 
 
 def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: float) -> None:
@@ -223,7 +223,6 @@ def _launch_rows(
     z_T: Tensor,
     problem: Problem,
     needs_score: bool,
-    finite: bool = True,  # as logits are: products of hidden states and heads
 ) -> None:
     from opsd_kernels.kernels import rows, tiles
     from opsd_kernels.kernels.pointwise import arguments, is_wide, mean_limit
@@ -246,7 +245,6 @@ def _launch_rows(
             inverse_temperature=1 / problem.temperature,
             NEEDS_SCORE=needs_score,
             SCALE=score_scale(g.dtype),
-            FINITE=finite,
             LIMIT=mean_limit(beta) if needs_score else 0.0,
             BLOCK=block,
             PARTS=parts,

@@ -18,6 +18,8 @@ from benchmarks.tensor_cores import ARCHITECTURES, TensorCore, truncation
 from opsd_kernels import reference_jsd_loss
 from opsd_kernels.divergence import divergence_rows_, value_and_score
 from opsd_kernels.kernels import tiles as tile_table
+from opsd_kernels.problem import has_bounded_scores
+from opsd_kernels.products import score_dtype
 
 # Bounds, over the maxima of thousands of random cases: 2.7 for losses; for gradients 1.0 where
 # their dtype rounds them, and 4.3 in fp32, where the noise itself is what is left. With `tiles` the
@@ -42,6 +44,11 @@ def tensor_core() -> TensorCore | None:
     if not torch.cuda.is_available():
         return None
     return ARCHITECTURES.get(tile_table.architecture(torch.device("cuda")))
+
+
+def rounds_scores(dtype: torch.dtype, beta: float | Tensor) -> bool:
+    """Whether kernels round scores to the dtype of hidden states before the last product."""
+    return score_dtype(dtype, has_bounded_scores(beta)) != torch.float32
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from accuracy import GRAD_UNITS, LOSS_UNITS, TILED_GRAD_UNITS, errors
+from accuracy import GRAD_UNITS, LOSS_UNITS, TILED_GRAD_UNITS, errors, rounds_scores
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from inputs import clip_is_clear, language_like_inputs, random_inputs
@@ -355,7 +355,7 @@ def test_rows_of_infinite_divergence(beta, mixed):
     betas = torch.full((3,), beta, device=DEVICE) if mixed else beta
     problem = problem_of(torch.empty(3, 1), torch.empty(3, 1), torch.empty(9, 1), beta=betas)
     row_workspace._launch_rows(
-        Outputs(loss), workspace[:3], workspace[:3], workspace[3:], problem, True, finite=False
+        Outputs(loss), workspace[:3], workspace[:3], workspace[3:], problem, True
     )
     torch.testing.assert_close(loss.cpu(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(workspace[:3].cpu(), expected_g, rtol=1e-4, atol=1e-6)
@@ -393,7 +393,7 @@ def test_row_workspace_with_the_kernel(
     assume(entry_clip is None or clip_is_clear(h_S, h_T, W, W, **options))
     with mock.patch.object(row_workspace, "uses_kernel", return_value=True):
         loss, grad = ROW_WORKSPACE.loss_and_grad(h_S, h_T, W, workspace_mib=1, **options)
-    tiles = dtype == torch.bfloat16 or (dtype == torch.float16 and beta != 1)
+    tiles = rounds_scores(dtype, beta)
     error = errors(loss, grad, h_S, h_T, W, tiles=tiles, **options)
     assert error.loss < LOSS_UNITS
     assert error.grad < (TILED_GRAD_UNITS if tiles else GRAD_UNITS[dtype])

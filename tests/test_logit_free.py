@@ -279,7 +279,7 @@ def test_no_host_synchronisation(masked, monkeypatch):
     with tiles_of(tiles.INTERPRETER):
         fused_jsd_loss(h_S, h_T, W, token_weights=weights).backward()  # the default off the CPU
     assert h_S.grad.shape == h_S.shape
-    assert [k.launches for k in kernels] == [1, 1, 6, 1]
+    assert [k.launches for k in kernels] == [1, 1, 3, 1]  # 1,024 columns at a time, of bf16
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

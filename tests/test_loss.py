@@ -4,7 +4,15 @@ import math
 
 import pytest
 import torch
-from accuracy import GRAD_UNITS, LOSS_UNITS, ROUNDED_TILES, TILED_GRAD_UNITS, errors, exact
+from accuracy import (
+    GRAD_UNITS,
+    LOSS_UNITS,
+    ROUNDED_TILES,
+    TILED_GRAD_UNITS,
+    errors,
+    exact,
+    rounds_scores,
+)
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from inputs import clip_is_clear, language_like_inputs, random_inputs
@@ -63,7 +71,7 @@ def test_op_against_oracle(
     options.pop("workspace_mib", None)
     assert loss.dtype == torch.float32
     assert grad.dtype == dtype
-    tiles = op is not ROW_WORKSPACE and dtype == torch.bfloat16
+    tiles = op is not ROW_WORKSPACE and rounds_scores(dtype, beta)
     error = errors(loss, grad, h_S, h_T, W, tiles=tiles, **options)
     assert error.loss < LOSS_UNITS
     assert error.grad < (TILED_GRAD_UNITS if tiles else GRAD_UNITS[dtype])

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from accuracy import GRAD_UNITS, LOSS_UNITS, TILED_GRAD_UNITS, errors
+from accuracy import GRAD_UNITS, LOSS_UNITS, TILED_GRAD_UNITS, errors, rounds_scores
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from inputs import clip_is_clear, language_like_inputs, random_inputs
@@ -99,7 +99,7 @@ def check_against_oracle(
 @settings(max_examples=60)  # the interpreter takes its time
 @given(**CASES)
 def test_against_oracle(op, **case):
-    tiles = op is not ROW_WORKSPACE and case["dtype"] == torch.bfloat16
+    tiles = op is not ROW_WORKSPACE and rounds_scores(case["dtype"], case["beta"])
     check_against_oracle(op, tiles=tiles, **case)
 
 
@@ -108,7 +108,8 @@ def test_against_oracle(op, **case):
 def test_row_workspace_with_the_kernel(**case):
     """The whole op as it runs on a GPU, where `rows` takes the place of PyTorch."""
     with mock.patch.object(row_workspace, "uses_kernel", return_value=True):
-        check_against_oracle(ROW_WORKSPACE, tiles=case["dtype"] == torch.bfloat16, **case)
+        tiles = rounds_scores(case["dtype"], case["beta"])
+        check_against_oracle(ROW_WORKSPACE, tiles=tiles, **case)
 
 
 @pytest.mark.parametrize("entry_clip", [None, 0.01])

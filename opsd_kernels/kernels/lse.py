@@ -34,12 +34,14 @@ from opsd_kernels.kernels import cdiv
 from opsd_kernels.kernels.logits_tile import halves, logits_tiles
 from opsd_kernels.kernels.pointwise import (
     LOG_PROB,
+    LOW,
     MIXED,
     difference,
     exp,
     log_quotient,
     log_ratio,
     shift,
+    within,
 )
 from opsd_kernels.kernels.tiles import Row
 
@@ -66,8 +68,11 @@ def span(V: int, row: Row) -> int:
     def time(tiles: int) -> int:  # in tiles, and one for the beginning and end of a program
         return cdiv(row_tiles * cdiv(all_tiles, tiles), row.multiprocessors) * (tiles + 1)
 
-    least = cdiv(all_tiles, min(MAX_SPANS, row.multiprocessors))
-    return min(range(least, 2 * least + 1), key=time) * row.lse.BV
+    best = least = cdiv(all_tiles, min(MAX_SPANS, row.multiprocessors))
+    for tiles in range(least, 2 * least + 1):
+        if time(tiles) < time(best):
+            best = tiles
+    return best * row.lse.BV
 
 
 # What depends on the batch is no reason to compile again.
@@ -210,10 +215,10 @@ def absorb(
     new_top_S, new_top_T, new_at_top, index, z_Sy, z_Ty = tops
     safe_S, safe_T = finite_or_zero(new_top_S), finite_or_zero(new_top_T)
     scale = exp(top_S - safe_S, inverse_temperature)
-    d_top = difference(new_top_S, new_at_top, False)
+    d_top = difference(new_top_S, new_at_top)
     if LIMIT > 0:
         # The reference moves with the top: what was summed is told.
-        moved = _within(difference(top_S, at_top, False) - d_top, LIMIT)
+        moved = within(difference(top_S, at_top) - d_top, LIMIT)
         E = (E + sum_S * moved) * scale
     sum_S *= scale
     sum_T *= exp(top_T - safe_T, inverse_temperature)
@@ -242,8 +247,8 @@ def _tops(z_S, z_T, begin, V, target, state, EVEN_V: tl.constexpr, PARTS: tl.con
             z_Sy = tl.where(is_target, z_S, z_Sy)
             z_Ty = tl.where(is_target, z_T, z_Ty)
         if not EVEN_V:
-            z_S = tl.where(col < V, z_S, float("-inf"))
-            z_T = tl.where(col < V, z_T, float("-inf"))
+            z_S = tl.where(col < V, z_S, LOW)
+            z_T = tl.where(col < V, z_T, LOW)
         higher = z_S > top_S  # the first of equal ones stays
         top_S = tl.where(higher, z_S, top_S)
         at_top = tl.where(higher, z_T, at_top)
@@ -279,19 +284,14 @@ def _sums(
         safe_S, safe_T, d_top = references
         sum_S, sum_T, E = sums
         if not EVEN_V:
-            within = (tl.arange(0, z_S.shape[1]) + begin)[None, :] < V
-            z_S = tl.where(within, z_S, float("-inf"))
-            z_T = tl.where(within, z_T, float("-inf"))
+            exists = (tl.arange(0, z_S.shape[1]) + begin)[None, :] < V
+            z_S = tl.where(exists, z_S, LOW)
+            z_T = tl.where(exists, z_T, LOW)
         e = exp(z_S - safe_S, inverse_temperature)
         if LIMIT > 0:
-            # Where both are −∞ the difference is NaN, which the bounds turn into a number.
-            E += e * _within((z_T - z_S) - d_top, LIMIT)
+            # Where both are −∞ their difference is NaN, which the bounds turn into a number.
+            E += e * within((z_T - z_S) - d_top, LIMIT)
         return sum_S + e, sum_T + exp(z_T - safe_T, inverse_temperature), E
-
-
-@triton.jit
-def _within(d, LIMIT: tl.constexpr):
-    return tl.minimum(tl.maximum(d, -LIMIT), LIMIT)
 
 
 @triton.jit
@@ -318,8 +318,8 @@ def combined(state, AXIS: tl.constexpr, inverse_temperature, LIMIT: tl.constexpr
     sum_T = tl.sum(exp(top_Ts - safe_T, inverse_temperature) * sum_Ts, AXIS)
     E = tl.zeros(sum_S.shape, tl.float32)
     if LIMIT > 0:
-        d_top = tl.expand_dims(difference(top_S, at_top, False), AXIS)
-        moved = _within(difference(top_Ss, at_tops, False) - d_top, LIMIT)
+        d_top = tl.expand_dims(difference(top_S, at_top), AXIS)
+        moved = within(difference(top_Ss, at_tops) - d_top, LIMIT)
         E = tl.sum(scale * (Es + sum_Ss * moved), AXIS)
     return top_S, sum_S, top_T, sum_T, at_top, E, index, tl.sum(z_Sys, AXIS), tl.sum(z_Tys, AXIS)
 
@@ -410,7 +410,7 @@ def normalizers(
     c, s_top, plain = sum_S, sum_S, sum_S  # never read for log p(ŷ)
     if FAMILY != LOG_PROB:
         c, s_top, plain = shift(
-            top_S, p_max, top_T, q_max, log_sums, difference(top_S, at_top, False),
+            top_S, p_max, top_T, q_max, log_sums, difference(top_S, at_top),
             E / sum_S * inverse_temperature, inverse_temperature, beta, entry_clip, FAMILY, CLIPPED,
         )  # fmt: skip
         if SCALE != 1:
@@ -428,7 +428,7 @@ def log_probs(state, inverse_temperature):
         state[0], state[1], state[2], state[3], state[7], state[8],
     )  # fmt: skip
     x = log_ratio(
-        difference(z_Sy, z_Ty, False), top_S, top_T, log_quotient(sum_S, sum_T), inverse_temperature
+        difference(z_Sy, z_Ty), top_S, top_T, log_quotient(sum_S, sum_T), inverse_temperature
     )
     log_p = (z_Sy - top_S) * inverse_temperature - tl.log(sum_S)
     return log_p, (z_Ty - top_T) * inverse_temperature - tl.log(sum_T), x

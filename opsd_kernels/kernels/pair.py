@@ -212,13 +212,12 @@ def _columns(
     else:
         col = (tl.arange(0, z_S.shape[1]) + begin)[None, :]
         if not EVEN_V:
-            # Finite, so that their difference is 0.
             z_S = tl.where(col < V, z_S, LOW)
             z_T = tl.where(col < V, z_T, LOW)
         top, stats, inverse_temperature, beta, entry_clip = given
         terms, p = entries(
             z_S, z_T, col == top, stats, inverse_temperature, beta, entry_clip,
-            FAMILY, CLIPPED, STATISTICS, True,
+            FAMILY, CLIPPED, STATISTICS,
         )  # fmt: skip
         # No mask but that of the rows: it would hide that columns are contiguous.
         if s_ptrs is not None:
@@ -250,7 +249,6 @@ def entries(
     FAMILY: tl.constexpr,
     CLIPPED: tl.constexpr,
     STATISTICS: tl.constexpr,
-    FINITE: tl.constexpr,
 ):
     """What entries contribute, from logits [BM, BV] and `stats` [BM, 1] (see `load_stats`).
 
@@ -263,34 +261,35 @@ def entries(
     if FAMILY == LOG_PROB:
         p = tl.where(is_top, 0.0, p)
         return (tl.zeros(p.shape, tl.float32), -p), p
-    d = difference(z_S, z_T, FINITE)
+    d = difference(z_S, z_T)
     q = exp(z_T - top_T, inverse_temperature) * q_max
     x = log_ratio(d, top_S, top_T, log_sums, inverse_temperature)
     f, a, excess = value_and_score(p, q, x, plain, beta, entry_clip, FAMILY, CLIPPED)
-    if not CLIPPED and not FINITE:
-        # No mass on one side where the other has some.
+    # No mass on one side where the other has some.
+    if not CLIPPED:
         if FAMILY == FORWARD_KL:
             f = tl.where(d >= HUGE, float("inf"), f)
         elif FAMILY == REVERSE_KL:
-            f = tl.where(d <= -HUGE, float("inf"), f)
+            f = tl.where((d <= -HUGE) & (z_S > LOW), float("inf"), f)
         elif FAMILY == MIXED:
             f = tl.where((beta == 0) & (d >= HUGE), float("inf"), f)
-            f = tl.where((beta == 1) & (d <= -HUGE), float("inf"), f)
+            f = tl.where((beta == 1) & (d <= -HUGE) & (z_S > LOW), float("inf"), f)
     s = tl.where(is_top, 0.0, a - c * p)
     terms = (f, s)
     if STATISTICS:
         forward, reverse = kullback_leiblers(p, q, x)
-        if not FINITE:
-            forward = tl.where(d >= HUGE, float("inf"), forward)
-            reverse = tl.where(d <= -HUGE, float("inf"), reverse)
-        below_S, below_T = top_S - z_S, top_T - z_T
-        if not FINITE:
-            below_S = tl.where(below_S > HUGE, 0.0, below_S)
-            below_T = tl.where(below_T > HUGE, 0.0, below_T)
-        terms = terms + (forward, reverse, p * below_S, q * below_T)
+        forward = tl.where(d >= HUGE, float("inf"), forward)
+        reverse = tl.where((d <= -HUGE) & (z_S > LOW), float("inf"), reverse)
+        terms = terms + (forward, reverse, _times(p, top_S - z_S), _times(q, top_T - z_T))
         if CLIPPED:
             terms = terms + (excess,)
     return terms, tl.where(is_top, 0.0, p)
+
+
+@triton.jit
+def _times(p, below_top):
+    """p · (top − z), 0 where z is −∞."""
+    return p * tl.where(below_top > HUGE, 0.0, below_top)
 
 
 @triton.jit

@@ -147,14 +147,17 @@ def quotient(a, b):
 
 
 @triton.jit
-def difference(z_S, z_T, FINITE: tl.constexpr):
-    """d = z_T − z_S. Unless logits are known to be FINITE: within ±HUGE, and 0 where both are −∞,
-    an entry that counts for nothing."""
-    d = z_T - z_S
-    if not FINITE:
-        d = tl.where(d != d, 0.0, d)
-        d = tl.minimum(tl.maximum(d, -HUGE), HUGE)
-    return d
+def within(d, limit):
+    """d within ±limit, and −limit where it is NaN."""
+    if INTERPRETED:
+        d = tl.where(d == d, d, -limit)  # a GPU's maximum does so by itself
+    return tl.minimum(tl.maximum(d, -limit), limit)
+
+
+@triton.jit
+def difference(z_S, z_T):
+    """d = z_T − z_S within ±HUGE; some number where both are −∞, an entry that has no mass."""
+    return within(z_T - z_S, HUGE)
 
 
 @triton.jit
@@ -300,7 +303,7 @@ def _jensen_shannon(p, q, x, b, EXCHANGED: tl.constexpr):
         P, Q, y = q, p, -x
     else:
         P, Q, y = p, q, x
-    y = tl.minimum(y, SATURATED, propagate_nan=tl.PropagateNan.ALL)
+    y = tl.minimum(y, SATURATED)
     e, near = _expm1_beyond(y)
     t = tl.where(near, y + e, exp(y) - 1.0)
     w = b * t
@@ -338,7 +341,7 @@ def _any_divergence(p, q, x, beta):
     is_kl = b == 0
     per_b = tl.where(is_kl, 0.0, 1.0 / tl.maximum(b, 1e-30))
     P, Q, y = tl.where(exchanged, q, p), tl.where(exchanged, p, q), tl.where(exchanged, -x, x)
-    y_held = tl.minimum(y, SATURATED, propagate_nan=tl.PropagateNan.ALL)
+    y_held = tl.minimum(y, SATURATED)
     y = tl.where(is_kl, y, y_held)
     e, near = _expm1_beyond(y)
     t = tl.where(near, y + e, exp(y_held) - 1.0)

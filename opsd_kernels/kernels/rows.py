@@ -54,7 +54,6 @@ def rows_kernel(
     CLIPPED: tl.constexpr,
     NEEDS_SCORE: tl.constexpr,
     SCALE: tl.constexpr,
-    FINITE: tl.constexpr,
     LIMIT: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
@@ -72,7 +71,6 @@ def rows_kernel(
         z_S_ptr, z_T_ptr: [R, V] fp32 at stride stride_z, before temperature.
         targets_ptr: [R] int32, the sampled tokens, or None.
         beta: β, or a pointer to [R] if MIXED.
-        FINITE: no logit is −∞.
         LIMIT: `mean_limit` of β.
         BLOCK, PARTS: columns at a time; in the first sweep PARTS times as many, since it has work
             to do for each block as well.
@@ -93,7 +91,7 @@ def rows_kernel(
     state = nothing(1, BLOCK)
     blocks = tl.arange(0, BLOCK * PARTS)[None, :]
     for v in range(0, V, BLOCK * PARTS):
-        z_S, z_T = _load(z_S_ptr, z_T_ptr, v + blocks, V, float("-inf"))
+        z_S, z_T = _load(z_S_ptr, z_T_ptr, v + blocks, V)
         state = absorb(z_S, z_T, v, V, target, state, inverse_temperature, LIMIT, True, PARTS)
     state = combined(state, 1, inverse_temperature, LIMIT)
     if targets_ptr is not None:
@@ -116,19 +114,16 @@ def rows_kernel(
     UNCLIPPED_KL: tl.constexpr = not CLIPPED and (FAMILY == FORWARD_KL or FAMILY == REVERSE_KL)
     KNOWS_G: tl.constexpr = UNCLIPPED_KL or FAMILY == LOG_PROB
     STATISTICS: tl.constexpr = statistics_ptr is not None and FAMILY != LOG_PROB
-    past_end = float("-inf")
-    if FINITE:
-        past_end = LOW  # of both sides, so that their difference is 0
 
     totals = zeros(SUMS + STATISTICS * (SUMS_OF_STATISTICS - 1 + CLIPPED), 1, BLOCK)
     # Log-probabilities alone need no second sweep.
     for v in range(0, V if NEEDS_SCORE or FAMILY != LOG_PROB else 0, BLOCK):
         col = v + block
-        z_S, z_T = _load(z_S_ptr, z_T_ptr, col, V, past_end)
+        z_S, z_T = _load(z_S_ptr, z_T_ptr, col, V)
         is_top = col == top
         terms, p = entries(
             z_S, z_T, is_top, stats, inverse_temperature, betas, entry_clip,
-            FAMILY, CLIPPED, STATISTICS, FINITE,
+            FAMILY, CLIPPED, STATISTICS,
         )  # fmt: skip
         totals = add_each(totals, terms)
         if NEEDS_SCORE and KNOWS_G:
@@ -162,23 +157,23 @@ def rows_kernel(
         missed = (s_top + others)[:, None]  # G − c
         for v in range(0, V, BLOCK):
             col = v + block
-            z_S, z_T = _load(z_S_ptr, z_T_ptr, col, V, past_end)
+            z_S, z_T = _load(z_S_ptr, z_T_ptr, col, V)
             is_top = col == top
             terms, p = entries(
                 z_S, z_T, is_top, stats, inverse_temperature, betas, entry_clip,
-                FAMILY, CLIPPED, False, FINITE,
+                FAMILY, CLIPPED, False,
             )  # fmt: skip
             g = tl.where(is_top, g_top[:, None], terms[1] - missed * p)
-            if FAMILY == MIXED and not FINITE:
+            if FAMILY == MIXED:
                 g = tl.where(loss[:, None] == float("inf"), 0.0, g)
             _store(g_ptr, g * SCALE, col, V)
 
 
 @triton.jit
-def _load(z_S_ptr, z_T_ptr, col, V, past_end):
+def _load(z_S_ptr, z_T_ptr, col, V):
     """A block of logits of both sides [1, BLOCK]."""
-    z_S = tl.load(z_S_ptr + col, mask=col < V, other=past_end)
-    return z_S, tl.load(z_T_ptr + col, mask=col < V, other=past_end)
+    z_S = tl.load(z_S_ptr + col, mask=col < V, other=LOW)
+    return z_S, tl.load(z_T_ptr + col, mask=col < V, other=LOW)
 
 
 @triton.jit

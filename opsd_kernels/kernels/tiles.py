@@ -1,8 +1,9 @@
 """Tile sizes and warp counts, in one frozen table by architecture and dtype.
 
-Nothing is tuned when the package is imported or a kernel first called. `benchmarks/tune.py`
-measures candidates on a GPU and prints rows for this table; `benchmarks/resources.py` compiles
-every row and prints what it takes of a multiprocessor, and a test holds the rows to that.
+Nothing is tuned when the package is imported or a kernel first called. The rows were chosen by the
+time that the compiled code should take (`benchmarks/choose_tiles.py`); `benchmarks/tune.py`
+measures them and their rivals on a GPU and prints rows for this table; `benchmarks/resources.py`
+compiles every row and prints what it takes of a multiprocessor, and a test holds the rows to that.
 
 Nothing here depends on the number of tokens: a token's value is the same in any batch.
 """
@@ -41,61 +42,97 @@ class Row:
     rows: tuple[int, int, int] = (2048, 4, 8)  # BLOCK, PARTS and num_warps of `rows`
     rows_wide: tuple[int, int, int] = (1024, 4, 8)
     chunk: int = 1024  # rows in flight, a multiple of each BM
-    columns: int = 8192  # of the vocabulary in flight, a power of two times each BV of `pair`
+    # Of the vocabulary in flight where scores have two bytes, half as many where they have four: a
+    # multiple of each BV of `pair` either way.
+    columns: int = 8192
     multiprocessors: int = 128  # of the GPU, for whose number work is shared out
 
 
 # Architectures by the name that code is generated for. sm_89 stands for all with 99 KiB of shared
 # memory a block (sm_86, sm_89, sm_120).
 _NARROW = {
+    # Two blocks a multiprocessor: one multiplies while the other is at its entries.
     "sm_80": Row(
-        lse=Tile(64, 256, 64, 8, 8, 3),
-        pair=Tile(64, 256, 64, 8, 8, 3),
-        pair_wide=Tile(64, 128, 64, 8, 8, 3),
+        lse=Tile(64, 128, 64, 16, 4, 3),
+        pair=Tile(64, 128, 64, 16, 4, 3),
+        pair_wide=Tile(64, 64, 64, 8, 4, 3),
         multiprocessors=108,
     ),
     "sm_89": Row(
-        lse=Tile(64, 256, 32, 8, 8, 3),
-        pair=Tile(64, 256, 32, 8, 8, 3),
-        pair_wide=Tile(64, 128, 32, 8, 8, 3),
+        lse=Tile(128, 128, 32, 16, 8, 3),
+        pair=Tile(128, 128, 32, 8, 8, 3),
+        pair_wide=Tile(128, 64, 32, 8, 8, 3),
     ),
+    # One block: two smaller ones would read twice as much from L2, which has no more to give.
     "sm_90": Row(
-        lse=Tile(128, 128, 64, 8, 8, 3),
+        lse=Tile(128, 128, 64, 16, 8, 3),
         pair=Tile(128, 128, 64, 8, 8, 3),
-        pair_wide=Tile(64, 128, 64, 8, 8, 3),
+        pair_wide=Tile(128, 128, 64, 8, 8, 3),
         multiprocessors=132,
     ),
+    # Accumulators lie in tensor memory, which two tiles of 256 columns fill.
     "sm_100": Row(
-        lse=Tile(128, 128, 64, 8, 8, 3),
-        pair=Tile(128, 64, 64, 16, 8, 4),
-        pair_wide=Tile(64, 128, 64, 16, 8, 3),
+        lse=Tile(128, 256, 64, 32, 8, 3),
+        pair=Tile(128, 256, 64, 32, 8, 3),
+        pair_wide=Tile(128, 256, 64, 32, 8, 3),
         multiprocessors=148,
     ),
     "gfx942": Row(
-        lse=Tile(128, 128, 32, 4, 8, 2),
-        pair=Tile(128, 128, 32, 4, 8, 2),
+        lse=Tile(128, 128, 32, 16, 8, 2),
+        pair=Tile(128, 128, 32, 8, 8, 2),
         pair_wide=Tile(64, 128, 32, 8, 8, 2),
+        columns=4864,  # 38 blocks by 8 of rows: one for each of the 304
         multiprocessors=304,
     ),
 }
-# Without tensor cores (TF32 is for PyTorch's switch to allow) small tiles do; scores take twice the
-# room, in fp16 too.
+# Without tensor cores (TF32 is for PyTorch's switch to allow) small tiles do.
 _FP32 = Row(
-    lse=Tile(64, 64, 16, 1, 4, 2),
-    pair=Tile(64, 64, 16, 1, 4, 2),
+    lse=Tile(64, 64, 16, 8, 4, 2),
+    pair=Tile(64, 64, 16, 8, 4, 2),
     pair_wide=Tile(32, 64, 16, 8, 4, 2),
-    columns=4096,
 )
 TABLE: dict[tuple[str, str], Row] = {
-    **{(arch, "bfloat16"): row for arch, row in _NARROW.items()},
-    **{(arch, "float16"): replace(row, columns=4096) for arch, row in _NARROW.items()},
-    **{(arch, "float32"): _FP32 for arch in _NARROW},
-    ("sm_100", "float32"): replace(
-        _FP32,
-        lse=Tile(32, 64, 32, 1, 4, 2),
-        pair=Tile(32, 64, 32, 1, 4, 2),
-        pair_wide=Tile(32, 64, 32, 8, 4, 2),
-    ),
+    **{(arch, dtype): row for arch, row in _NARROW.items() for dtype in ("bfloat16", "float16")},
+    **{
+        (arch, "float32"): replace(_FP32, multiprocessors=row.multiprocessors)
+        for arch, row in _NARROW.items()
+    },
+}
+# Rivals of the tiles of `lse` and `pair`, for bf16 and fp16: predicted to be about as fast, or not
+# to be predicted, as what overlaps because loads go by descriptors or begin early.
+RIVALS: dict[str, dict[str, tuple[Tile, ...]]] = {
+    "sm_80": {
+        "lse": (Tile(128, 128, 64, 16, 8, 3), Tile(64, 256, 64, 32, 8, 3)),
+        "pair": (Tile(128, 128, 64, 8, 8, 3), Tile(64, 128, 64, 16, 4, 2)),
+    },
+    "sm_89": {
+        "lse": (Tile(64, 256, 32, 32, 8, 3), Tile(128, 128, 32, 16, 8, 2)),
+        "pair": (Tile(64, 256, 32, 32, 8, 3), Tile(128, 128, 32, 16, 8, 3)),
+    },
+    "sm_90": {
+        "lse": (
+            Tile(128, 128, 64, 16, 8, 3, BULK=True),
+            Tile(128, 128, 64, 16, 8, 3, FLAT=True, BULK=True),
+            Tile(64, 128, 64, 16, 4, 3),
+        ),
+        "pair": (
+            Tile(128, 128, 64, 8, 8, 3, BULK=True),
+            Tile(128, 128, 64, 8, 8, 3, FLAT=True, BULK=True),
+            Tile(64, 128, 64, 16, 4, 3),
+        ),
+    },
+    "sm_100": {
+        "lse": (Tile(128, 256, 64, 32, 8, 3, BULK=True), Tile(128, 128, 64, 8, 8, 3)),
+        "pair": (
+            Tile(128, 256, 64, 32, 8, 3, BULK=True),
+            Tile(128, 256, 64, 16, 8, 3, BULK=True),
+            Tile(128, 128, 64, 8, 8, 3),
+        ),
+    },
+    "gfx942": {
+        "lse": (Tile(128, 128, 32, 8, 8, 2), Tile(128, 64, 32, 8, 8, 2)),
+        "pair": (Tile(64, 128, 32, 8, 8, 2), Tile(128, 64, 32, 4, 8, 2)),
+    },
 }
 
 # The interpreter's time goes by operations, not by entries.
@@ -106,7 +143,7 @@ INTERPRETER = Row(
     rows=(256, 2, 1),
     rows_wide=(256, 2, 1),
     chunk=64,
-    columns=512,
+    columns=1024,
     multiprocessors=4,
 )
 
