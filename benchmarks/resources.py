@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,9 @@ def compile_variant(variant: Variant, row: Row | None = None, stored: str | None
 def compiled(variant: Variant, row: Row | None = None, stored: str | None = None) -> Any:
     """What Triton makes of a variant: see `compile_variant`."""
     row = row or tiles.TABLE[variant.arch, variant.dtype]
+    if stored is not None:  # as the launchers do
+        row = replace(row, lse=row.lse.widened(), pair=row.pair.widened())
+        row = replace(row, pair_wide=row.pair_wide.widened())
     kernel, constants, options = _specialized(variant, row)
     tile = tile_of(variant, row) if variant.kernel in ("lse", "pair") else None
     names = kernel.arg_names
@@ -144,8 +147,6 @@ def compiled(variant: Variant, row: Row | None = None, stored: str | None = None
         kernel, signature, {(names.index(name),): value for name, value in constants.items()},
         attributes,
     )  # fmt: skip
-    if stored is not None and "num_stages" in options:
-        options["num_stages"] = 2  # as the launchers do
     return triton.compile(source, target=_target(variant.arch), options=options)
 
 

@@ -34,9 +34,8 @@ from opsd_kernels.products import copied_bytes, project_back, score_dtype, score
 
 MIB = 2**20
 # All scratch together where D ≤ 4096, in proportion to D above; the tiles of the table keep to it.
+# What they leave is for copies of W, where the product of step 3 cannot read it in place.
 SCRATCH_MIB = 64
-# Of which copies of W, where the product of step 3 cannot read it in place.
-COPIES_MIB = 8
 # Up to this size A and P of a chunk are made by one product, for which A needs room of its own;
 # above they are two, each with tiles enough.
 STACKED_MIB = 20
@@ -71,8 +70,9 @@ class Scratch:
         R, D = tensors[0].shape[-1], problem.h_S.shape[1]
         # One tile of W is made while the last is still alive; a narrow tile of scores may be
         # widened. In 64s, so that every tile of scores begins at a multiple of 16 bytes.
+        room = SCRATCH_MIB * MIB * max(1, D / 4096) - sum(t.nbytes for t in tensors)
         bytes_per_row = 2 * copied_bytes(problem.W, problem.operand_dtype) + 8 * R
-        copied_rows = int(COPIES_MIB * MIB * max(1, D / 4096)) // bytes_per_row // 64 * 64
+        copied_rows = int(room // bytes_per_row) // 64 * 64
         row = tiles.lookup(problem.h_S.device, problem.operand_dtype)
         pair_tile = _pair_tile(row, problem, needs_statistics)
         return Scratch(row, pair_tile, max(64, copied_rows), *tensors)
@@ -294,10 +294,10 @@ def _logits(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
     W_T = W if chunk.W_T is None else chunk.W_T
     operands = (h_S, h_T, W, W_T)
     D, D_T = h_S.shape[1], h_T.shape[1]
-    # Under autocast tiles are staged as they are stored, and fewer wide ones fit.
-    widened = any(t.dtype != chunk.operand_dtype for t in operands)
-    bulk = tile.BULK and not widened and all(_has_bulk_strides(t) for t in operands)
-    tile = replace(tile, BULK=bulk, num_stages=2 if widened else tile.num_stages)
+    if any(t.dtype != chunk.operand_dtype for t in operands):
+        tile = tile.widened()
+    bulk = tile.BULK and all(_has_bulk_strides(t) for t in operands)
+    tile = replace(tile, BULK=bulk)
     rows, cols = [tile.BM, tile.BK], [tile.BV, tile.BK]
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {

@@ -166,32 +166,46 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: floa
         else:
             project(z_S, chunk.h_S, W, dtype, plan.tile)
             project(z_T, chunk.h_T, W_T, dtype, plan.tile)
-        filled, g = _step_2(z_S, z_T, chunk, plan, outputs)
+        filled, gradient = _step_2(z_S, z_T, chunk, plan, outputs)
         outputs.loss[n] = filled.loss
         if outputs.statistics is not None and filled.statistics is not None:
             outputs.statistics[:, n] = filled.statistics
         if dh_S is not None:
-            dh_Sn = dh_S.new_zeros(R, dh_S.shape[1])
-            project_back([(dh_Sn, g)], W, dtype, plan.tile)
-            dh_S[n] = dh_Sn.div_(problem.temperature * score_scale(g.dtype))
+            dh_S[n] = gradient.times(W, dtype, plan.tile).div_(problem.temperature)
+
+
+@dataclass(frozen=True)
+class LogitGradient:
+    """∂ℓ/∂z_S of R rows, times `score_scale` of its dtype."""
+
+    g: Tensor  # [R, V], without …
+    top: Tensor | None = None  # [R] int32, the entry with the most mass; None if it is in g
+    g_top: Tensor | None = None  # [R] fp32, … its gradient, not scaled
+
+    def times(self, W: Tensor, operand_dtype: torch.dtype, tile: int) -> Tensor:
+        """∂ℓ/∂z_S · W [R, D] in fp32."""
+        out = W.new_zeros(self.g.shape[0], W.shape[1], dtype=torch.float32)
+        project_back([(out, self.g)], W, operand_dtype, tile)
+        if (scale := score_scale(self.g.dtype)) != 1:
+            out /= scale
+        if self.top is not None and self.g_top is not None:
+            W_top = W.index_select(0, self.top).to(operand_dtype).float()
+            out.addcmul_(self.g_top[:, None], W_top)
+        return out
 
 
 def _step_2(
     z_S: Tensor, z_T: Tensor, chunk: Problem, plan: Plan, outputs: Outputs
-) -> tuple[Outputs, Tensor]:
+) -> tuple[Outputs, LogitGradient]:
     """Loss and statistics of rows of logits [R, V] before temperature, and the gradient of their
-    loss [R, V], which lies where z_S was; of what there is in `outputs`."""
+    loss, which lies where z_S was; of what there is in `outputs`."""
     R, needs_score = z_S.shape[0], outputs.dh_S is not None
     filled = Outputs(
         z_S.new_empty(R),
         None if outputs.statistics is None else z_S.new_zeros(outputs.statistics.shape[0], R),
     )
     if uses_kernel(z_S.device):
-        # What is narrower than fp32 lies in the first part of each row.
-        g_dtype = score_dtype(chunk.operand_dtype, chunk.has_bounded_scores)
-        g = z_S.view(g_dtype)[:, : z_S.shape[1]]
-        _launch_rows(filled, g, z_S, z_T, chunk, needs_score)
-        return filled, g
+        return filled, launch_rows(filled, z_S, z_T, chunk, needs_score)
     for i in range(0, R, plan.block):
         rows = slice(i, i + plan.block)
         block, into = chunk.tokens(rows), filled.tokens(rows)
@@ -213,21 +227,21 @@ def _step_2(
                 targets,
             )
         into.loss.copy_(loss)
-    return filled, z_S
+    return filled, LogitGradient(z_S)
 
 
-def _launch_rows(
-    outputs: Outputs,
-    g: Tensor,
-    z_S: Tensor,
-    z_T: Tensor,
-    problem: Problem,
-    needs_score: bool,
-) -> None:
+def launch_rows(
+    outputs: Outputs, z_S: Tensor, z_T: Tensor, problem: Problem, needs_score: bool
+) -> LogitGradient:
+    """Step 2 by the kernel: fills loss and statistics, and z_S with the gradient."""
     from opsd_kernels.kernels import rows, tiles
     from opsd_kernels.kernels.pointwise import arguments, is_wide, mean_limit
 
     statistics, beta = outputs.statistics, problem.beta
+    # What is narrower than fp32 lies in the first part of each row.
+    g = z_S.view(score_dtype(problem.operand_dtype, problem.has_bounded_scores))
+    g = g[:, : z_S.shape[1]]
+    top, g_top = z_S.new_empty(z_S.shape[0], dtype=torch.int32), z_S.new_empty(z_S.shape[0])
     row = tiles.lookup(z_S.device, problem.operand_dtype)
     block, parts, num_warps = row.rows_wide if is_wide(beta, statistics is not None) else row.rows
     with kernels.current(z_S.device):
@@ -235,6 +249,8 @@ def _launch_rows(
             loss_ptr=outputs.loss,
             statistics_ptr=statistics,
             g_ptr=g,
+            top_ptr=top,
+            g_top_ptr=g_top,
             z_S_ptr=z_S,
             z_T_ptr=z_T,
             targets_ptr=problem.targets,
@@ -251,6 +267,7 @@ def _launch_rows(
             num_warps=num_warps,
             **arguments(beta, problem.entry_clip),
         )
+    return LogitGradient(g, top, g_top)
 
 
 def _kept(keep: Tensor | None) -> Tensor | None:

@@ -29,9 +29,6 @@ LOSS_UNITS = 4.0
 # bf16 alone: what is left of the rounding of the score tiles that bf16 products need. At most 1.04
 # where student and teacher agree, 1.42 where they have nothing in common.
 ROUNDED_TILES = 1.5
-# Where the entry with the most mass is rounded with them, as in the row workspace on a GPU, a token
-# of one entry has two roundings of the same size: 1.25 to 1.75 over 300 tokens.
-ROUNDED_ENTRIES = 2.0
 TILED_GRAD_UNITS = 2.1
 # What tensor cores cut off, in units of what `noise` predicts: 0.36 to 1.4 in the simulation, of
 # bf16 and fp16, from agreement to nothing in common.

@@ -331,14 +331,15 @@ def test_rows(beta, entry_clip, g_dtype, mixed):
         beta=torch.full((5,), beta, device=DEVICE) if mixed else beta,
         temperature=0.7, entry_clip=entry_clip,
     )  # fmt: skip
-    g = workspace[:5].view(g_dtype)[:, :1300]
     for needs_score in (False, True):
         loss = torch.empty(5, device=DEVICE)
-        row_workspace._launch_rows(
-            Outputs(loss), g, workspace[:5], workspace[5:], problem, needs_score
+        gradient = row_workspace.launch_rows(
+            Outputs(loss), workspace[:5], workspace[5:], problem, needs_score
         )
         assert ((loss.cpu() - exact_loss) / exact_loss).abs().max() < 2e-5
     unit = torch.finfo(g_dtype).eps
+    assert gradient.g.dtype == g_dtype
+    g = whole(gradient)
     assert ((g.cpu() - exact_g).norm() / exact_g.norm()) < 0.5 * unit + 1e-5
     assert g.float().sum(1).abs().max() < 2 * unit * exact_g.abs().sum(1).max() + 1e-6
 
@@ -354,11 +355,16 @@ def test_rows_of_infinite_divergence(beta, mixed):
     loss, workspace = torch.empty(3, device=DEVICE), torch.cat([z_S, z_T]).to(DEVICE)
     betas = torch.full((3,), beta, device=DEVICE) if mixed else beta
     problem = problem_of(torch.empty(3, 1), torch.empty(3, 1), torch.empty(9, 1), beta=betas)
-    row_workspace._launch_rows(
-        Outputs(loss), workspace[:3], workspace[:3], workspace[3:], problem, True
-    )
+    gradient = row_workspace.launch_rows(Outputs(loss), workspace[:3], workspace[3:], problem, True)
     torch.testing.assert_close(loss.cpu(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(workspace[:3].cpu(), expected_g, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(whole(gradient), expected_g, rtol=1e-4, atol=1e-6)
+
+
+def whole(gradient):
+    """The gradient with its top entries in their places."""
+    g, top, g_top = (t.cpu() for t in (gradient.g, gradient.top, gradient.g_top))
+    assert (g.gather(1, top[:, None].long()) == 0).all()
+    return g.float().scatter(1, top[:, None].long(), g_top[:, None])
 
 
 @given(
@@ -397,3 +403,23 @@ def test_row_workspace_with_the_kernel(
     error = errors(loss, grad, h_S, h_T, W, tiles=tiles, **options)
     assert error.loss < LOSS_UNITS
     assert error.grad < (TILED_GRAD_UNITS if tiles else GRAD_UNITS[dtype])
+
+
+@pytest.mark.parametrize("schedule", ["logit-free", "rows"])
+def test_a_row_of_nan_points_at_no_entry_beyond_the_last(schedule):
+    """Its top entry is looked up in the head, whatever it is."""
+    h_S, h_T, W = random_inputs(5, 300, 16)
+    h_S[2] = math.nan
+    if schedule == "logit-free":
+        problem = problem_of(h_S, h_T, W)
+        scratch = scratch_of(problem)
+        logit_free.launch_lse(scratch, problem)
+        top = scratch.top[:5]
+    else:
+        z_S, z_T = (h @ W.T for h in (h_S.to(DEVICE), h_T.to(DEVICE)))
+        loss = torch.empty(5, device=DEVICE)
+        top = row_workspace.launch_rows(
+            Outputs(loss), z_S, z_T, problem_of(h_S, h_T, W), needs_score=True
+        ).top
+        assert loss.isnan().tolist() == [False, False, True, False, False]
+    assert ((top >= 0) & (top < 300)).all()

@@ -111,7 +111,7 @@ def test_scratch_is_bounded(dtype):
 
 
 @pytest.mark.parametrize(("arch", "dtype"), tiles.TABLE)
-@pytest.mark.parametrize("D", [1024, 4096, 5120, 8192])
+@pytest.mark.parametrize("D", [1024, 2560, 4096, 5120, 8192])
 def test_scratch_of_the_table(arch, dtype, D):
     """The same by sizes alone for the whole table: 64 MiB, in proportion to D above 4096."""
     h_S = torch.empty(2**17, D, dtype=getattr(torch, dtype), device="meta")
@@ -123,7 +123,8 @@ def test_scratch_of_the_table(arch, dtype, D):
     with tiles_of(tiles.TABLE[arch, dtype]):
         tensors = logit_free.allocate(problem, needs_gradient=True, needs_statistics=True)
     bound = logit_free.SCRATCH_MIB * max(1, D / 4096)
-    assert sum(t.nbytes for t in tensors) / MIB <= bound - logit_free.COPIES_MIB
+    for_copies = 4
+    assert sum(t.nbytes for t in tensors) / MIB <= bound - for_copies
 
 
 @contextmanager

@@ -73,13 +73,16 @@ def logits_tiles(
     if BULK:
         for d in range(0, D, BK):
             W_tile = operand(W.load([col, d]), OPERAND).T
-            z_S = tl.dot(operand(h_S.load([row, d]), OPERAND), W_tile, z_S)
+            h_S_tile = operand(h_S.load([row, d]), OPERAND)
+            z_S = tl.dot(h_S_tile, W_tile, z_S, input_precision=PRECISION)
             if SHARED and h_T is not None:
-                z_T = tl.dot(operand(h_T.load([row, d]), OPERAND), W_tile, z_T)
+                h_T_tile = operand(h_T.load([row, d]), OPERAND)
+                z_T = tl.dot(h_T_tile, W_tile, z_T, input_precision=PRECISION)
         if not SHARED and h_T is not None:
             for d in range(0, D_T, BK):
                 W_tile = operand(W_T.load([col, d]), OPERAND).T
-                z_T = tl.dot(operand(h_T.load([row, d]), OPERAND), W_tile, z_T)
+                h_T_tile = operand(h_T.load([row, d]), OPERAND)
+                z_T = tl.dot(h_T_tile, W_tile, z_T, input_precision=PRECISION)
     else:
         rows = tl.minimum(row + tl.arange(0, BM), R - 1).to(tl.int64)
         cols = col + tl.arange(0, BV)

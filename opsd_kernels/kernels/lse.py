@@ -34,7 +34,6 @@ from opsd_kernels.kernels import cdiv
 from opsd_kernels.kernels.logits_tile import halves, logits_tiles
 from opsd_kernels.kernels.pointwise import (
     LOG_PROB,
-    LOW,
     MIXED,
     difference,
     exp,
@@ -247,8 +246,8 @@ def _tops(z_S, z_T, begin, V, target, state, EVEN_V: tl.constexpr, PARTS: tl.con
             z_Sy = tl.where(is_target, z_S, z_Sy)
             z_Ty = tl.where(is_target, z_T, z_Ty)
         if not EVEN_V:
-            z_S = tl.where(col < V, z_S, LOW)
-            z_T = tl.where(col < V, z_T, LOW)
+            z_S = tl.where(col < V, z_S, float("-inf"))
+            z_T = tl.where(col < V, z_T, float("-inf"))
         higher = z_S > top_S  # the first of equal ones stays
         top_S = tl.where(higher, z_S, top_S)
         at_top = tl.where(higher, z_T, at_top)
@@ -285,8 +284,8 @@ def _sums(
         sum_S, sum_T, E = sums
         if not EVEN_V:
             exists = (tl.arange(0, z_S.shape[1]) + begin)[None, :] < V
-            z_S = tl.where(exists, z_S, LOW)
-            z_T = tl.where(exists, z_T, LOW)
+            z_S = tl.where(exists, z_S, float("-inf"))
+            z_T = tl.where(exists, z_T, float("-inf"))
         e = exp(z_S - safe_S, inverse_temperature)
         if LIMIT > 0:
             # Where both are −∞ their difference is NaN, which the bounds turn into a number.

@@ -38,7 +38,6 @@ from opsd_kernels.kernels.pointwise import (
     FORWARD_KL,
     HUGE,
     LOG_PROB,
-    LOW,
     MIXED,
     REVERSE_KL,
     difference,
@@ -212,8 +211,8 @@ def _columns(
     else:
         col = (tl.arange(0, z_S.shape[1]) + begin)[None, :]
         if not EVEN_V:
-            z_S = tl.where(col < V, z_S, LOW)
-            z_T = tl.where(col < V, z_T, LOW)
+            z_S = tl.where(col < V, z_S, float("-inf"))
+            z_T = tl.where(col < V, z_T, float("-inf"))
         top, stats, inverse_temperature, beta, entry_clip = given
         terms, p = entries(
             z_S, z_T, col == top, stats, inverse_temperature, beta, entry_clip,
@@ -270,16 +269,16 @@ def entries(
         if FAMILY == FORWARD_KL:
             f = tl.where(d >= HUGE, float("inf"), f)
         elif FAMILY == REVERSE_KL:
-            f = tl.where((d <= -HUGE) & (z_S > LOW), float("inf"), f)
+            f = tl.where((d <= -HUGE) & (z_S > -HUGE), float("inf"), f)
         elif FAMILY == MIXED:
             f = tl.where((beta == 0) & (d >= HUGE), float("inf"), f)
-            f = tl.where((beta == 1) & (d <= -HUGE) & (z_S > LOW), float("inf"), f)
+            f = tl.where((beta == 1) & (d <= -HUGE) & (z_S > -HUGE), float("inf"), f)
     s = tl.where(is_top, 0.0, a - c * p)
     terms = (f, s)
     if STATISTICS:
         forward, reverse = kullback_leiblers(p, q, x)
         forward = tl.where(d >= HUGE, float("inf"), forward)
-        reverse = tl.where((d <= -HUGE) & (z_S > LOW), float("inf"), reverse)
+        reverse = tl.where((d <= -HUGE) & (z_S > -HUGE), float("inf"), reverse)
         terms = terms + (forward, reverse, _times(p, top_S - z_S), _times(q, top_T - z_T))
         if CLIPPED:
             terms = terms + (excess,)

@@ -49,7 +49,6 @@ MIXED = tl.constexpr(4)
 LOG_PROB = tl.constexpr(5)
 
 HUGE = tl.constexpr(divergence.HUGE)
-LOW = tl.constexpr(-divergence.HUGE)
 LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 SATURATED = tl.constexpr(divergence.SATURATED)
 

@@ -8,7 +8,8 @@ often it is swept over:
     3. read z_S, z_T:  g = s − (G − c) p, written where z_S was
 
 Where G is known after the first sweep (`knows_G`), the second writes g and there is no third. The
-entry at the student's top, or for log p(ŷ) that of ŷ, is left to the end, as in `finish`.
+gradient at the student's top, or for log p(ŷ) that at ŷ, is given apart, in fp32: as in `finish`,
+the entry with the most mass is never rounded.
 
 g may be narrower than z_S: it is then written into the first part of the row, over entries that
 were read before. The matrix product that follows reads it there, with no copy made.
@@ -28,7 +29,7 @@ from opsd_kernels.kernels.lse import (
     nothing,
 )
 from opsd_kernels.kernels.pair import SUMS, SUMS_OF_STATISTICS, add_each, entries, zeros
-from opsd_kernels.kernels.pointwise import FORWARD_KL, LOG_PROB, LOW, MIXED, REVERSE_KL
+from opsd_kernels.kernels.pointwise import FORWARD_KL, LOG_PROB, MIXED, REVERSE_KL
 
 
 # What depends on the batch is no reason to compile again.
@@ -40,6 +41,8 @@ def rows_kernel(
     loss_ptr,
     statistics_ptr,
     g_ptr,
+    top_ptr,
+    g_top_ptr,
     z_S_ptr,
     z_T_ptr,
     targets_ptr,
@@ -65,7 +68,8 @@ def rows_kernel(
         statistics_ptr: [STATISTICS, R] fp32 at stride stride_statistics, or None; what there is of
             sampled tokens if there are targets.
         g_ptr: [R, V] at stride stride_g, the memory of z_S or its first part, if NEEDS_SCORE; the
-            gradient times SCALE.
+            gradient times SCALE, but 0 at the top entry …
+        top_ptr, g_top_ptr: [R] int32, fp32: … which is this one, with that gradient.
 
     Reads:
         z_S_ptr, z_T_ptr: [R, V] fp32 at stride stride_z, before temperature.
@@ -145,35 +149,37 @@ def rows_kernel(
     others = tl.sum(totals[1], 1)
     g_top = top_gradient(s_top, others, p_max, FAMILY, KNOWS_G)
 
-    if NEEDS_SCORE and KNOWS_G:
-        tl.debug_barrier()
-        tl.store(g_ptr + top, round_to(g_top * SCALE, g_ptr.dtype.element_ty))
-        if tl.max(loss, 0) == float("inf"):
-            tl.debug_barrier()
+    if NEEDS_SCORE:
+        infinite = loss == float("inf")
+        tl.store(top_ptr + one, top)
+        tl.store(g_top_ptr + one, tl.where(infinite, 0.0, g_top))
+        if KNOWS_G:
+            if tl.max(infinite.to(tl.int32), 0) > 0:
+                tl.debug_barrier()
+                for v in range(0, V, BLOCK):
+                    nothing_left = tl.zeros((1, BLOCK), g_ptr.dtype.element_ty)
+                    tl.store(g_ptr + v + block, nothing_left, mask=v + block < V)
+        else:
+            missed = (s_top + others)[:, None]  # G − c
             for v in range(0, V, BLOCK):
-                nothing_left = tl.zeros((1, BLOCK), g_ptr.dtype.element_ty)
-                tl.store(g_ptr + v + block, nothing_left, mask=v + block < V)
-    elif NEEDS_SCORE:
-        missed = (s_top + others)[:, None]  # G − c
-        for v in range(0, V, BLOCK):
-            col = v + block
-            z_S, z_T = _load(z_S_ptr, z_T_ptr, col, V)
-            is_top = col == top
-            terms, p = entries(
-                z_S, z_T, is_top, stats, inverse_temperature, betas, entry_clip,
-                FAMILY, CLIPPED, False,
-            )  # fmt: skip
-            g = tl.where(is_top, g_top[:, None], terms[1] - missed * p)
-            if FAMILY == MIXED:
-                g = tl.where(loss[:, None] == float("inf"), 0.0, g)
-            _store(g_ptr, g * SCALE, col, V)
+                col = v + block
+                z_S, z_T = _load(z_S_ptr, z_T_ptr, col, V)
+                is_top = col == top
+                terms, p = entries(
+                    z_S, z_T, is_top, stats, inverse_temperature, betas, entry_clip,
+                    FAMILY, CLIPPED, False,
+                )  # fmt: skip
+                g = terms[1] - missed * p
+                if FAMILY == MIXED:
+                    g = tl.where(infinite[:, None], 0.0, g)
+                _store(g_ptr, g * SCALE, col, V)
 
 
 @triton.jit
 def _load(z_S_ptr, z_T_ptr, col, V):
     """A block of logits of both sides [1, BLOCK]."""
-    z_S = tl.load(z_S_ptr + col, mask=col < V, other=LOW)
-    return z_S, tl.load(z_T_ptr + col, mask=col < V, other=LOW)
+    z_S = tl.load(z_S_ptr + col, mask=col < V, other=float("-inf"))
+    return z_S, tl.load(z_T_ptr + col, mask=col < V, other=float("-inf"))
 
 
 @triton.jit

@@ -31,6 +31,11 @@ class Tile:
     FLAT: bool = False
     BULK: bool = False
 
+    def widened(self) -> "Tile":
+        """The same for operands of 4 bytes that are rounded to 2 on the way, under autocast: steps
+        of as many bytes, rounded in registers, which bulk copies pass by."""
+        return replace(self, BK=self.BK // 2, BULK=False)
+
 
 @dataclass(frozen=True)
 class Row:
