@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "1"  # also where there is a GPU: its products are not simulated
 
@@ -30,7 +31,7 @@ from benchmarks import report
 from benchmarks.accuracy import DIVERGENCES, METHODS, relative
 from benchmarks.inputs import make_inputs
 from benchmarks.tensor_cores import ARCHITECTURES, TensorCore, matmul, simulated
-from opsd_kernels import divergence_name, reference_jsd_loss
+from opsd_kernels import divergence_name, reference_jsd_loss, row_workspace
 from opsd_kernels.divergence import divergence_rows_
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -61,7 +62,12 @@ class Row:
 
 
 def of_the_op(N: int, V: int, features: list[int]) -> Iterator[Row]:
-    """Loss and gradient as they are returned."""
+    """Loss and gradient as they are returned, of the row workspace as it runs on a GPU."""
+    with mock.patch.object(row_workspace, "uses_kernel", return_value=True):
+        yield from _of_the_op(N, V, features)
+
+
+def _of_the_op(N: int, V: int, features: list[int]) -> Iterator[Row]:
     for D in features:
         for distance in DISTANCES:
             h_S, h_T, W = make_inputs(N, V, D, BF16, CPU, distance=distance)

@@ -4,8 +4,8 @@ With U = 2 N D V, one pass of N tokens through the LM head, a chunk of R rows at
 
     1. L_S, L_T, top entry, c       `lse`: logits and their log-sum-exp in one kernel      2 U
     2. Σ f, Σ s; tiles s and p      `pair`: logits again, a tile of the vocabulary         2 U
-    3. dh_S += s W, P += p W        library product over the tile, accumulated in fp32     2 U
-       dh_S ← (dh_S − (G − c) P + g_top W_top) / T   `finish`, after the last tile
+    3. A += s W, P += p W           library product over the tile, accumulated in fp32     2 U
+       dh_S ← (A − (G − c) P + g_top W_top) / T      `finish`, after the last tile
 
 G is known when step 2 has seen the whole vocabulary; because the gradient is linear in it, no third
 pass over the logits is needed. The unclipped KLs know it from step 1 and store one tile: 5 U.
@@ -54,15 +54,15 @@ class Scratch:
     row: tiles.Row  # of the table
     pair: tiles.Tile  # of `pair`
     copied_rows: int  # of W at a time, where the product of step 3 cannot read it in place
-    partials: Tensor  # [PARTIALS, spans, R] fp32
+    partials: Tensor  # [6 or 8, spans, R] fp32
     index: Tensor  # [spans, R] int32
-    stats: Tensor  # [STATS, R] fp32
+    stats: Tensor  # [8 or 11, R] fp32
     top: Tensor  # [R] int32
-    sums: Tensor  # [SUMS, slots, R] fp32
-    s_p: Tensor | None = (
-        None  # s, and under it p unless G is known: [R or 2R, columns], score_dtype
-    )
-    A_P: Tensor | None = None  # P, or A and under it P: [R or 2R, D] fp32; None if G is known
+    sums: Tensor  # [2 or 7, slots, R] fp32
+    # s, and under it p unless G is known: [R or 2R, columns] in score_dtype; of a gradient only.
+    s_p: Tensor | None = None
+    # P, or A and under it P: [R or 2R, D] fp32; likewise, unless G is known.
+    A_P: Tensor | None = None
 
     @staticmethod
     def of(tensors: list[Tensor], problem: Problem, needs_statistics: bool) -> "Scratch":
@@ -221,6 +221,7 @@ def pair_launcher(scratch: Scratch, chunk: Problem) -> Callable[[int], None]:
         **arguments(chunk.beta, chunk.entry_clip),
     }
     rows, V = cdiv(R, tile.BM), chunk.W.shape[0]
+    # With FLAT as many programs as run at once, each for several slots; else one for each slot.
     at_once = max(1, scratch.row.multiprocessors // rows) if tile.FLAT else slots
 
     def launch(v: int) -> None:
@@ -294,9 +295,11 @@ def _logits(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
     W_T = W if chunk.W_T is None else chunk.W_T
     operands = (h_S, h_T, W, W_T)
     D, D_T = h_S.shape[1], h_T.shape[1]
-    if any(t.dtype != chunk.operand_dtype for t in operands):
+    if any(t.itemsize > chunk.operand_dtype.itemsize for t in operands):
         tile = tile.widened()
-    bulk = tile.BULK and all(_has_bulk_strides(t) for t in operands)
+    bulk = tile.BULK and all(
+        t.dtype == chunk.operand_dtype and _has_bulk_strides(t) for t in operands
+    )
     tile = replace(tile, BULK=bulk)
     rows, cols = [tile.BM, tile.BK], [tile.BV, tile.BK]
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -329,7 +332,8 @@ def _logits(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
 
 def _has_bulk_strides(t: Tensor) -> bool:
     """Whether descriptors can be of t: contiguous features, rows at multiples of 16 bytes."""
-    return t.stride(1) == 1 and t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0
+    apart = t.stride(1) == 1 and t.stride(0) >= t.shape[1]
+    return apart and t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0
 
 
 def _pair_tile(row: tiles.Row, problem: Problem, needs_statistics: bool) -> tiles.Tile:

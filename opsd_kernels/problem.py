@@ -43,7 +43,7 @@ class Problem:
 
 def has_bounded_scores(beta: float | Tensor | None) -> bool:
     """Whether no score is larger than 1, and neither is G: all but those of the reverse KL, which
-    grow with the log-ratio."""
+    grow with the log-ratio, and of a β of each token, which may be it."""
     return not isinstance(beta, Tensor) and beta != 1
 
 

@@ -25,8 +25,8 @@ def project(z: Tensor, h: Tensor, W: Tensor, operand_dtype: torch.dtype, tile: i
 def project_back(
     terms: list[tuple[Tensor, Tensor]], W: Tensor, operand_dtype: torch.dtype, tile: int
 ) -> None:
-    """out ← out + g W in fp32 for every (out, g): [R, D], and [R, V] in a `score_dtype` (or in
-    fp32, and then narrowed to that of scores without a bound)."""
+    """out ← out + g W in fp32 for every (out, g): [R, D], and [R, V] in a `score_dtype`. Where that
+    could have been narrower than fp32, and is not, g is narrowed here."""
     if not terms:
         return
     g_dtype = terms[0][1].dtype

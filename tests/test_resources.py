@@ -127,13 +127,27 @@ print(tile == small, usage.step > 0, 0 < usage.least_4096 < usage.most_4096 < 1)
 
 
 def test_nothing_in_the_table_spills_much_or_does_not_fit():
+    """Of `lse` and `pair` what spills is bytes moved beside a tile: the prediction weighs them."""
     rows = recorded()
     assert {(row["arch"], row["dtype"]) for row in rows} == set(tiles.TABLE)
     for row in rows:
-        assert int(row["spilled"]) <= 96, row
+        spilled = int(row["spilled"])
+        if row["kernel"] in ("lse", "pair"):
+            tile = tile_of(row)
+            lanes = 64 if row["arch"] == "gfx942" else 32
+            moved = 2 * spilled * tile.num_warps * lanes / (tile.BM * tile.BV)
+            assert moved <= 20, row  # bytes an entry; its scores are 4
+        else:
+            assert spilled == 0, row
         assert int(row["shared"]) <= SHARED[row["arch"]], row
         if row["kernel"] in ("lse", "pair") and row["dtype"] != "float32":
             assert row["matrix"] != "-", row
+
+
+def tile_of(row: dict[str, str]) -> tiles.Tile:
+    of_arch = tiles.TABLE[row["arch"], row["dtype"]]
+    wide = row["divergence"].startswith("any") or "statistics" in row["divergence"]
+    return getattr(of_arch, "lse" if row["kernel"] == "lse" else "pair_wide" if wide else "pair")
 
 
 def test_the_readme_shows_what_is_recorded():

@@ -24,7 +24,7 @@ def available(device: torch.device) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     if device.type == "cpu":
-        from opsd_kernels.kernels.logits_tile import INTERPRETED
+        from opsd_kernels.kernels.pointwise import INTERPRETED
 
         return bool(INTERPRETED.value)
     if device.type != "cuda":

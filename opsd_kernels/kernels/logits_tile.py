@@ -60,7 +60,7 @@ def logits_tiles(
     Args:
         h_S, h_T: [R, D], [R, D_T], features contiguous: pointers; if BULK descriptors of blocks
             [BM, BK].
-        W, W_T: [V, D], [V, D_T], any strides: pointers; if BULK, and features contiguous,
+        W, W_T: [V, D], [V, D_T], any strides: pointers; if BULK, for which features are contiguous,
             descriptors of blocks [BV, BK]. W_T is read unless SHARED.
         SHARED: both sides have the head W: each tile of it is loaded once.
         EVEN_D: BK divides D and D_T.

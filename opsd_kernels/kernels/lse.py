@@ -4,8 +4,8 @@
 
 and likewise of z_T. They are kept as p = exp((z_S − top_S)/T) p_max and L_T − L_S =
 (top_T − top_S)/T + log_sums need them: p_max = 1 / sum_S, the largest probability, and
-log_sums = log(sum_T / sum_S), each rounded once. Logits are those before temperature: what 1/T
-multiplies is their differences, of which equal ones leave 0 and near ones all their digits.
+log_sums = log(sum_T / sum_S), each rounded once. Logits are those before temperature: they are
+subtracted first, without a rounding where they are near, and the difference is multiplied by 1/T.
 
 A matrix product with an online log-sum-exp for an epilogue: logits exist in registers only. The
 vocabulary is split into spans, so that a few tokens fill a GPU too; a program takes one tile of
@@ -13,12 +13,12 @@ rows and one span, tile by tile of the vocabulary, and writes what it found:
 
     top_S, sum_S = Σ exp((z_S − top_S)/T), top_T, sum_T over the span,
     the column where z_S is largest, and z_T there,
-    E = Σ exp((z_S − top_S)/T) (d − d_top),  d = z_T − z_S,
+    E = Σ exp((z_S − top_S)/T) (d − d_top),  d = z_T − z_S, d_top that of the former column,
     z_S and z_T of the sampled token ŷ, if it lies in the span
 
-Until its span is done a program keeps all that for every BV / PARTS-th column on its own: a column
-of the state meets columns of logits that the same thread holds, so that nothing passes between
-threads but once, at the end (`combined`). `merge` then puts the spans together by the same
+Until its span is done a program keeps all that in BV / PARTS states a row, each of the columns that
+lie so far apart: these the same thread holds, so that nothing passes between threads but once, at
+the end (`combined`). `merge` then puts the spans together by the same
 function, in their order, and finds the shift c of the row's scores. How the vocabulary is split
 depends on its size alone, never on the number of tokens: a token's numbers are the same in any
 batch.
@@ -33,6 +33,7 @@ import triton.language as tl
 from opsd_kernels.kernels import cdiv
 from opsd_kernels.kernels.logits_tile import halves, logits_tiles
 from opsd_kernels.kernels.pointwise import (
+    HUGE,
     LOG_PROB,
     MIXED,
     difference,
@@ -52,6 +53,7 @@ PARTIALS = 8
 # the sampled token log p, log q, and log q − log p.
 P_MAX, Q_MAX, S_TOP = tl.constexpr(1), tl.constexpr(3), tl.constexpr(7)
 STATS, STATS_OF_TARGETS = tl.constexpr(8), tl.constexpr(3)
+LAST = tl.constexpr(2**31 - 1)  # beyond every column
 # Rows of a program of `merge`.
 MERGE_BM = 8
 # Parts of the vocabulary at most, which bounds the size of `partials`.
@@ -64,12 +66,12 @@ def span(V: int, row: Row) -> int:
     tokens.)"""
     all_tiles, row_tiles = cdiv(V, row.lse.BV), row.chunk // row.lse.BM
 
-    def time(tiles: int) -> int:  # in tiles, and one for the beginning and end of a program
+    def duration(tiles: int) -> int:  # in tiles, and one for the beginning and end of a program
         return cdiv(row_tiles * cdiv(all_tiles, tiles), row.multiprocessors) * (tiles + 1)
 
     best = least = cdiv(all_tiles, min(MAX_SPANS, row.multiprocessors))
     for tiles in range(least, 2 * least + 1):
-        if time(tiles) < time(best):
+        if duration(tiles) < duration(best):
             best = tiles
     return best * row.lse.BV
 
@@ -115,7 +117,7 @@ def lse_kernel(
     """Grid (row tiles, spans).
 
     Writes:
-        partials_ptr: [PARTIALS, spans, stride_partials] fp32.
+        partials_ptr: [6, spans, stride_partials] fp32, two fields more if there are targets.
         index_ptr: [spans, stride_partials] int32, the column of the span's top_S.
 
     Reads:
@@ -216,7 +218,7 @@ def absorb(
     scale = exp(top_S - safe_S, inverse_temperature)
     d_top = difference(new_top_S, new_at_top)
     if LIMIT > 0:
-        # The reference moves with the top: what was summed is told.
+        # The reference is the top entry, and has moved with it.
         moved = within(difference(top_S, at_top) - d_top, LIMIT)
         E = (E + sum_S * moved) * scale
     sum_S *= scale
@@ -306,12 +308,11 @@ def combined(state, AXIS: tl.constexpr, inverse_temperature, LIMIT: tl.constexpr
     top_S, top_T = tl.max(top_Ss, AXIS), tl.max(top_Ts, AXIS)
     safe_S = tl.expand_dims(finite_or_zero(top_S), AXIS)
     safe_T = tl.expand_dims(finite_or_zero(top_T), AXIS)
-    # The first column with the largest logit; where there is none (all NaN), any.
+    # The first column with the largest logit.
     highest = top_Ss == tl.expand_dims(top_S, AXIS)
-    index = tl.min(tl.where(highest, indices, 2**31 - 1), AXIS)
+    index = tl.min(tl.where(highest, indices, LAST), AXIS)
     winner = highest & (indices == tl.expand_dims(index, AXIS))
     at_top = tl.max(tl.where(winner, at_tops, float("-inf")), AXIS)
-    index = tl.where(index == 2**31 - 1, 0, index)
     scale = exp(top_Ss - safe_S, inverse_temperature)
     sum_S = tl.sum(scale * sum_Ss, AXIS)
     sum_T = tl.sum(exp(top_Ts - safe_T, inverse_temperature) * sum_Ts, AXIS)
@@ -426,8 +427,8 @@ def log_probs(state, inverse_temperature):
     top_S, sum_S, top_T, sum_T, z_Sy, z_Ty = (
         state[0], state[1], state[2], state[3], state[7], state[8],
     )  # fmt: skip
-    x = log_ratio(
-        difference(z_Sy, z_Ty), top_S, top_T, log_quotient(sum_S, sum_T), inverse_temperature
-    )
+    d = z_Ty - z_Sy
+    d = within(tl.where(d == d, d, 0.0), HUGE)  # 0 where neither side gives it any mass
+    x = log_ratio(d, top_S, top_T, log_quotient(sum_S, sum_T), inverse_temperature)
     log_p = (z_Sy - top_S) * inverse_temperature - tl.log(sum_S)
     return log_p, (z_Ty - top_T) * inverse_temperature - tl.log(sum_T), x

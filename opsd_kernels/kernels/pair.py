@@ -100,8 +100,8 @@ def pair_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (row tiles, any number up to slots): the columns of every slot from v_begin on that lie
-    within the vocabulary, v_begin + slot · BV …; a program takes every so many of the slots.
+    """Grid (row tiles, programs): a program takes slot after slot, as many apart as there are
+    programs; of a slot the columns from v_begin + slot · BV on, up to the vocabulary's end.
 
     Writes:
         sums_ptr: [SUMS, slots, stride_sums] fp32, SUMS_OF_STATISTICS more if STATISTICS; added to
@@ -279,14 +279,14 @@ def entries(
         forward, reverse = kullback_leiblers(p, q, x)
         forward = tl.where(d >= HUGE, float("inf"), forward)
         reverse = tl.where((d <= -HUGE) & (z_S > -HUGE), float("inf"), reverse)
-        terms = terms + (forward, reverse, _times(p, top_S - z_S), _times(q, top_T - z_T))
+        terms = terms + (forward, reverse, _mean_term(p, top_S - z_S), _mean_term(q, top_T - z_T))
         if CLIPPED:
             terms = terms + (excess,)
     return terms, tl.where(is_top, 0.0, p)
 
 
 @triton.jit
-def _times(p, below_top):
+def _mean_term(p, below_top):
     """p · (top − z), 0 where z is −∞."""
     return p * tl.where(below_top > HUGE, 0.0, below_top)
 

@@ -14,9 +14,9 @@ the values of entries on which the two sides agree are sums of second-order term
 The right sides are used where |y| < ½; elsewhere the left sides, which do not cancel there.
 
 How exp, log and quotients are made is said once, in `exp`, `log_far` and `quotient`: a GPU has
-instructions for 2ʸ, log₂ and 1/w that are right to 2⁻²², of the result, but for a logarithm near 0
-absolutely. That is taken only where it is not near 0: two instructions, where an exact logarithm
-takes two dozen.
+instructions for 2ʸ, log₂ and 1/w that are right to 2⁻²² of the result, a logarithm near 0 only to
+2⁻²² itself. So that one is taken where the result is not near 0: two instructions, where an exact
+logarithm takes two dozen.
 
 Where every token has a β of its own, one formula is all of the family: that of the JSD with lm / b
 in place of lm. It then has a factor b, which the KLs are without, and is theirs at b = 0, where
@@ -95,8 +95,8 @@ def is_wide(beta: float | Tensor | None, needs_statistics: bool) -> bool:
 def mean_limit(beta: float | Tensor | None) -> float:
     """Bound on |d − d_top| in its mean over the student's distribution; 0 if it is not needed.
 
-    The reverse KL's G is that mean. The JSDs guess from it, and no more than e³² tells them. It is
-    a difference of logits before temperature.
+    The reverse KL's G is that mean, and needs all of it. The JSDs only guess from it, for which
+    differences beyond 32 are no help. They are of logits before temperature.
     """
     if beta is None:
         return 0.0
@@ -122,7 +122,7 @@ def _quotient_instruction(a, b, _semantic=None):
 
 @triton.jit
 def exp(y, factor=1.0):
-    """exp(factor · y), for a factor that many y have in common: one product for each of them."""
+    """exp(factor · y). The factor is a scalar, and multiplied by log₂ e but once."""
     return tl.exp2(y * (factor * LOG2_E))
 
 
@@ -155,7 +155,7 @@ def within(d, limit):
 
 @triton.jit
 def difference(z_S, z_T):
-    """d = z_T − z_S within ±HUGE; some number where both are −∞, an entry that has no mass."""
+    """d = z_T − z_S within ±HUGE; −HUGE where both are −∞, an entry without mass on either side."""
     return within(z_T - z_S, HUGE)
 
 
@@ -302,7 +302,7 @@ def _jensen_shannon(p, q, x, b, EXCHANGED: tl.constexpr):
         P, Q, y = q, p, -x
     else:
         P, Q, y = p, q, x
-    y = tl.minimum(y, SATURATED)
+    y = _at_most(y, SATURATED)
     e, near = _expm1_beyond(y)
     t = tl.where(near, y + e, exp(y) - 1.0)
     w = b * t
@@ -340,7 +340,7 @@ def _any_divergence(p, q, x, beta):
     is_kl = b == 0
     per_b = tl.where(is_kl, 0.0, 1.0 / tl.maximum(b, 1e-30))
     P, Q, y = tl.where(exchanged, q, p), tl.where(exchanged, p, q), tl.where(exchanged, -x, x)
-    y_held = tl.minimum(y, SATURATED)
+    y_held = _at_most(y, SATURATED)
     y = tl.where(is_kl, y, y_held)
     e, near = _expm1_beyond(y)
     t = tl.where(near, y + e, exp(y_held) - 1.0)
@@ -363,6 +363,11 @@ def _any_divergence(p, q, x, beta):
 @triton.jit
 def _at_least_zero(f):
     return tl.maximum(f, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _at_most(y, high):
+    return tl.minimum(y, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

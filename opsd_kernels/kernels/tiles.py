@@ -18,9 +18,9 @@ from opsd_kernels.kernels import capability
 @dataclass(frozen=True)
 class Tile:
     """BM rows by BV columns of logits, of each side, in steps of BK features; then PARTS parts of
-    the columns one after the other, for what is made of the logits. A program takes several tiles:
-    with FLAT the first loads of the next one begin before the last is done. With BULK they are done
-    by descriptors, where operands lie as these want it."""
+    the columns one after the other, for what is made of the logits. With FLAT a program takes
+    several tiles, and the loads of the next one begin before the last is done. With BULK they are
+    done by descriptors, where operands lie as these want it."""
 
     BM: int
     BV: int
