@@ -21,6 +21,7 @@ from opsd_kernels import (
     fused_jsd_loss,
     fused_sampled_token_loss,
     logit_free,
+    row_workspace,
     token_divergence,
 )
 from opsd_kernels.kernels import finish, lse, pair, tiles
@@ -125,6 +126,22 @@ def test_scratch_of_the_table(arch, dtype, D):
     bound = logit_free.SCRATCH_MIB * max(1, D / 4096)
     for_copies = 4
     assert sum(t.nbytes for t in tensors) / MIB <= bound - for_copies
+
+
+@pytest.mark.parametrize("D", [1024, 2560, 4096, 8192])
+def test_what_products_read_is_aligned(D):
+    """Where the head is copied, under autocast, it is in 64s: tiles of scores then begin at
+    multiples of 16 bytes. Rows of logits do too, whatever the vocabulary."""
+    h_S = torch.empty(5000, D, device="meta")
+    W = torch.empty(151669, D, device="meta")
+    for operand_dtype in (torch.bfloat16, torch.float16):
+        problem = logit_free.Problem(h_S, h_S, W, None, operand_dtype, 1.0)
+        with tiles_of(tiles.TABLE["sm_90", str(operand_dtype).removeprefix("torch.")]):
+            tensors = logit_free.allocate(problem, needs_gradient=True, needs_statistics=False)
+            scratch = logit_free.Scratch.of(tensors, problem, needs_statistics=False)
+        assert scratch.copied_rows % 64 == 0 < scratch.copied_rows
+    (workspace,) = row_workspace.allocate(problem, needs_statistics=False, budget=2**30)
+    assert workspace.stride(0) == 151680
 
 
 @contextmanager
