@@ -154,7 +154,10 @@ def parts(text: str, multiplies: bool = True) -> Parts:
         in_loops = set().union(*loops.values()) if loops else set()
         outermost = [a for a in loops.values() if not any(a < b for b in loops.values())]
         sweeps = [(total(loop), _bytes_loaded(total(loop))) for loop in outermost]
-        sweeps = [(names, loaded) for names, loaded in sweeps if loaded]
+        if any(loaded for _, loaded in sweeps):
+            sweeps = [(names, loaded) for names, loaded in sweeps if loaded]
+        else:
+            sweeps = [(names, 1) for names, _ in sweeps]
         shortest = min((loaded for _, loaded in sweeps), default=0)
         # A sweep in longer steps than another takes fewer of them.
         tile = Counter[str]()

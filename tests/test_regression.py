@@ -47,13 +47,15 @@ def test_narrow_inputs_cost_about_the_same_on_a_cpu():
 
 @interpreted
 def test_operations_of_the_kernels():
-    """Per token and entry of the vocabulary, as the interpreter executes them."""
+    """Per token and entry of the vocabulary, as the interpreter executes them, in parts as on a
+    GPU: products with log₂ e and ln 2 among them, and with a scale of 1, which no GPU executes.
+    What one executes is held in tests/test_resources.py."""
     counted = roofline.costs()
     bounds = {  # products, elementwise operations, exp and log among them, bytes
-        "ours, logit-free": (6, 80, 6.5, 8),
-        "ours, logit-free, forward KL": (5, 55, 4.5, 4),
+        "ours, logit-free": (6, 90, 6.5, 8),
+        "ours, logit-free, forward KL": (5, 58, 4.5, 4),
         "ours, logit-free, sampled token": (4, 20, 3.5, 4),
-        OURS: (3, 150, 10.5, 36),
+        OURS: (3, 160, 11, 36),
     }
     for method, (products, operations, transcendentals, bytes) in bounds.items():
         cost = counted[method]

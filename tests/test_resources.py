@@ -127,7 +127,8 @@ print(tile == small, usage.step > 0, 0 < usage.least_4096 < usage.most_4096 < 1)
 
 
 def test_nothing_in_the_table_spills_much_or_does_not_fit():
-    """Of `lse` and `pair` what spills is bytes moved beside a tile: the prediction weighs them."""
+    """What `lse` and `pair` spill is bytes moved beside those of the operands, and the prediction
+    weighs it; the other kernels have no reason to."""
     rows = recorded()
     assert {(row["arch"], row["dtype"]) for row in rows} == set(tiles.TABLE)
     for row in rows:
@@ -135,8 +136,9 @@ def test_nothing_in_the_table_spills_much_or_does_not_fit():
         if row["kernel"] in ("lse", "pair"):
             tile = tile_of(row)
             lanes = 64 if row["arch"] == "gfx942" else 32
-            moved = 2 * spilled * tile.num_warps * lanes / (tile.BM * tile.BV)
-            assert moved <= 20, row  # bytes an entry; its scores are 4
+            moved = 2 * spilled * tile.num_warps * lanes
+            operands = (2 * tile.BM + tile.BV) * 4096 * (4 if row["dtype"] == "float32" else 2)
+            assert moved <= operands / 3, row
         else:
             assert spilled == 0, row
         assert int(row["shared"]) <= SHARED[row["arch"]], row
