@@ -38,7 +38,7 @@ MIB = 2**20
 SCRATCH_MIB = 64
 # Up to this size A and P of a chunk are made by one product, for which A needs room of its own;
 # above they are two, each with tiles enough.
-STACKED_MIB = 20
+STACKED_MIB = 16
 
 TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,

@@ -62,12 +62,12 @@ MAX_SPANS = 160
 
 def span(V: int, row: Row) -> int:
     """Columns of one program of `lse`: as many tiles of the vocabulary as leave the fewest
-    multiprocessors idle at the end, with a full chunk. (Nothing here depends on the number of
-    tokens.)"""
+    multiprocessors idle at the end of a full chunk, and no more of them, so that a few tokens fill
+    many multiprocessors too. (Nothing here depends on the number of tokens.)"""
     all_tiles, row_tiles = cdiv(V, row.lse.BV), row.chunk // row.lse.BM
 
-    def duration(tiles: int) -> int:  # in tiles, and one for the beginning and end of a program
-        return cdiv(row_tiles * cdiv(all_tiles, tiles), row.multiprocessors) * (tiles + 1)
+    def duration(tiles: int) -> int:  # in tiles, one after the other
+        return cdiv(row_tiles * cdiv(all_tiles, tiles), row.multiprocessors) * tiles
 
     best = least = cdiv(all_tiles, min(MAX_SPANS, row.multiprocessors))
     for tiles in range(least, 2 * least + 1):
