@@ -117,6 +117,9 @@ def _launchers(launch: Any) -> list[tuple[Any, str, Any]]:
     return [(JITFunction, "run", launch), (GridExecutor, "__call__", launch)]
 
 
+ADDMM_INTO_FP32 = (torch.ops.aten.addmm.dtype, torch.ops.aten.addmm.dtype_out)
+
+
 class _Redirect(TorchDispatchMode):
     """Operations on a GPU's tensors, done without one."""
 
@@ -128,6 +131,8 @@ class _Redirect(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             return {torch.bool: False}.get(args[0].dtype, 1)
         args, kwargs = tree_map_only(torch.device, _to_cpu, (args, kwargs or {}))
+        if func in ADDMM_INTO_FP32:  # which torch 2.11 cannot do without contents
+            return kwargs["out"] if "out" in kwargs else torch.empty_like(args[0], dtype=args[3])
         self.inside += 1
         try:
             return func(*args, **kwargs)

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import cycles, report, sass
 from opsd_kernels.kernels import finish, lse, pair, rows, tiles
 from opsd_kernels.kernels.pointwise import family, is_wide, knows_G, mean_limit
-from opsd_kernels.kernels.tiles import Row, Tile
+from opsd_kernels.kernels.tiles import Row, Sweep, Tile
 from opsd_kernels.problem import has_bounded_scores
 from opsd_kernels.products import score_dtype, score_scale
 
@@ -218,11 +218,11 @@ def _specialized(variant: Variant, row: Row) -> tuple[Any, dict[str, Any], dict[
             constants |= {"h_T": None, "W_T": None}
         return pair.pair_kernel, constants, _options(tile)
     if variant.kernel == "rows":
-        block, parts, num_warps = row.rows_wide if wide(variant) else row.rows
+        sweep = asdict(_sweep(variant, row))
+        num_warps = sweep.pop("num_warps")
         constants = {
             **divergence, **no_targets, **no_statistics, "NEEDS_SCORE": True, **limit,
-            "SCALE": score_scale(_score_dtype(variant)), "BLOCK": block,
-            "PARTS": parts,
+            "SCALE": score_scale(_score_dtype(variant)), **sweep,
         }  # fmt: skip
         return rows.rows_kernel, constants, {"num_warps": num_warps}
     if variant.kernel == "merge":
@@ -288,7 +288,7 @@ def _usage(compiled: Any, variant: Variant, row: Row) -> Usage:
         for features in (4096, 2048):
             predicted += cycles.fraction(parts, shape, gpu, features, even)
     else:
-        entries, warps = _rows_shape(variant, row)
+        entries = _sweep(variant, row).BLOCK
         predicted = 2 * [*cycles.rows_fraction(parts, warps, gpu)]
     kinds = sass.by_class(parts.tile)
     share = warps * cycles.lanes(gpu) / entries
@@ -321,10 +321,8 @@ def wide(variant: Variant) -> bool:
     return is_wide(case.beta, case.statistics)
 
 
-def _rows_shape(variant: Variant, row: Row) -> tuple[int, int]:
-    """BLOCK and num_warps of `rows`."""
-    block, _, num_warps = row.rows_wide if wide(variant) else row.rows
-    return block, num_warps
+def _sweep(variant: Variant, row: Row) -> Sweep:
+    return row.rows_wide if wide(variant) else row.rows
 
 
 def _compiled_shape(variant: Variant, row: Row, registers: int, shared: int) -> cycles.Shape:

@@ -128,7 +128,9 @@ def _pair_bytes(tiles: int) -> float:
 def _of_kernels(case: str, run: Callable[[], None], bytes: float, rows: float = 0.0) -> Cost:
     # In as many parts as on a GPU: what is done once a tile is then as much of an entry's.
     tile = replace(tiles.INTERPRETER.lse, PARTS=16)
-    row = replace(tiles.INTERPRETER, lse=tile, pair=tile, pair_wide=tile, rows=(256, 4, 1))
+    row = replace(
+        tiles.INTERPRETER, lse=tile, pair=tile, pair_wide=tile, rows=tiles.Sweep(256, 4, 1)
+    )
     with (
         mock.patch.object(tiles, "lookup", return_value=row),
         _interpreted() as seen,

@@ -36,7 +36,7 @@ from benchmarks.compile import Compiled
 from benchmarks.resources import Variant
 from opsd_kernels import logit_free, row_workspace
 from opsd_kernels.kernels import tiles
-from opsd_kernels.kernels.tiles import Row, Tile
+from opsd_kernels.kernels.tiles import Row, Sweep
 from opsd_kernels.problem import Outputs, Problem
 from opsd_kernels.products import score_dtype
 
@@ -142,19 +142,24 @@ def chunk(
 
 
 def candidates(row: Row, kernel: str, arch: str, dtype: str) -> Iterator[Any]:
-    """Of a kernel, a `Tile` or what `rows` has instead: that of the table first, then its rivals,
+    """Of a kernel, a `Tile`, of `rows` a `Sweep`: that of the table first, then its rivals,
     then others, those that promise most first (see choose_tiles.py)."""
     start = getattr(row, kernel)
     yield start
     if kernel == "rows":
-        blocks = itertools.product((1024, 2048, 4096, 8192), (1, 4), (4, 8, 16))
-        yield from (block for block in blocks if block != start)
+        yield from (sweep for sweep in sweeps() if sweep != start)
         return
     rivals = () if dtype == "float32" else tiles.RIVALS[arch][kernel]
     yield from rivals
     others = choose_tiles.candidates(start, Variant(arch, dtype, kernel, "JSD"))
     others = (tile for tile in others if tile not in rivals)
     yield from itertools.islice(others, MOST_CANDIDATES)
+
+
+def sweeps() -> Iterator[Sweep]:
+    """Those with many entries under way first."""
+    for warps, entries, parts in itertools.product((16, 8, 4), (4, 8), (2, 1, 4)):
+        yield Sweep(32 * warps * entries, parts, warps)
 
 
 # Of `lse` and `pair` beside the table's: what can be compiled and measured in a minute or two.
@@ -210,7 +215,7 @@ def tried(
     for candidate in asked:
         if time.monotonic() > until:
             return
-        told = {"candidate": named(candidate), "of_table": candidate == start}
+        told = {"candidate": asdict(candidate), "of_table": candidate == start}
         try:
             told["fraction"] = bound / measure(kernel, candidate, row, problem, timer)
             print(f"  {kernel} {candidate}: {told['fraction']:.0%}", flush=True)
@@ -218,12 +223,6 @@ def tried(
             told["failure"] = f"{type(error).__name__}: {error}".partition("\n")[0][:120]
             print(f"  {kernel} {candidate}: {told['failure']}", flush=True)
         yield told
-
-
-def named(candidate: Tile | tuple[int, int, int]) -> dict[str, int]:
-    if isinstance(candidate, Tile):
-        return asdict(candidate)
-    return dict(zip(("BLOCK", "PARTS", "num_warps"), candidate, strict=True))
 
 
 def measure(kernel: str, candidate: Any, row: Row, problem: Problem, timer: Timer) -> float:
@@ -252,11 +251,11 @@ def measure(kernel: str, candidate: Any, row: Row, problem: Problem, timer: Time
     return statistics.mean(times)
 
 
-ROWS = 128
+ROWS = 256  # what a workspace of 320 MiB holds
 
 
 def measure_rows(row: Row, problem: Problem, timer: Timer) -> float:
-    z = torch.zeros(2 * ROWS, VOCABULARY, device=problem.W.device)
+    z = torch.randn(2 * ROWS, VOCABULARY, device=problem.W.device)
     loss = torch.empty(ROWS, device=z.device)
     problem = replace(problem, h_S=problem.h_S[:ROWS], h_T=problem.h_T[:ROWS])
 
@@ -273,7 +272,7 @@ def _score_dtype(problem: Problem) -> torch.dtype:
 
 def rows_bound(problem: Problem) -> float:
     """Seconds for the bytes of `rows` at the bandwidth of a copy."""
-    z = torch.zeros(2 * ROWS, VOCABULARY, device=problem.W.device)
+    z = torch.randn(2 * ROWS, VOCABULARY, device=problem.W.device)
     copied = torch.empty_like(z)
     bandwidth = 2 * z.nbytes / seconds_of(lambda: copied.copy_(z))
     written = ROWS * VOCABULARY * _score_dtype(problem).itemsize
@@ -299,7 +298,7 @@ def best(found: Report) -> str:
         if measured:
             first = max(measured, key=lambda told: told["fraction"])
             values = tuple(first["candidate"].values())
-            kind = "" if kernel == "rows" else "Tile"
+            kind = "Sweep" if kernel == "rows" else "Tile"
             lines.append(
                 f"        {kernel}={kind}{values},  # {first['fraction']:.0%} of a {bound}"
             )

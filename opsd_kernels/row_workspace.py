@@ -12,7 +12,7 @@ The head is frozen, so the gradient is made during forward, from logits that exi
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -243,7 +243,7 @@ def launch_rows(
     g = g[:, : z_S.shape[1]]
     top, g_top = z_S.new_empty(z_S.shape[0], dtype=torch.int32), z_S.new_empty(z_S.shape[0])
     row = tiles.lookup(z_S.device, problem.operand_dtype)
-    block, parts, num_warps = row.rows_wide if is_wide(beta, statistics is not None) else row.rows
+    sweep = row.rows_wide if is_wide(beta, statistics is not None) else row.rows
     with kernels.current(z_S.device):
         rows.rows_kernel[(z_S.shape[0],)](
             loss_ptr=outputs.loss,
@@ -262,9 +262,7 @@ def launch_rows(
             NEEDS_SCORE=needs_score,
             SCALE=score_scale(g.dtype),
             LIMIT=mean_limit(beta) if needs_score else 0.0,
-            BLOCK=block,
-            PARTS=parts,
-            num_warps=num_warps,
+            **asdict(sweep),
             **arguments(beta, problem.entry_clip),
         )
     return LogitGradient(g, top, g_top)

@@ -3,6 +3,10 @@
 The other tests run there too, compiled; `make gpu` runs these first.
 """
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from accuracy import (
@@ -127,8 +131,10 @@ def test_everything_at_real_size(entry_clip, workspace_mib):
     oracle = reference_token_divergence(h, h_T.double(), W.double(), **options)
     (exact_grad,) = torch.autograd.grad(oracle.loss.sum(), h)
     for name in told._fields:
+        # What is clipped is a difference of values and clip: the error of its share is absolute.
+        atol = 2e-4 if name == "clipped_share" else 2e-5
         torch.testing.assert_close(
-            getattr(told, name).double(), getattr(oracle, name), rtol=2e-4, atol=2e-5
+            getattr(told, name).double(), getattr(oracle, name), rtol=2e-4, atol=atol
         )
     assert_as_near_as_bf16(grad, exact_grad)
 
@@ -253,6 +259,14 @@ def test_memory_is_what_is_counted_without_a_gpu(method):
     """The allocator's high-water mark, against the bytes counted on tensors without contents."""
     pytest.importorskip({"TRL": "trl", "Liger, fused": "liger_kernel"}.get(method, "torch"))
     N, D, V = 4096, 2048, 50_000
-    told = memory.measure_here("cuda", N, D, V, "bfloat16", method)
-    counted = memory.count("", N, D, V, method).counted_mib
-    assert 0.98 < told["mib"] / counted < 1.1
+    measured = memory.measure_here("cuda", N, D, V, "bfloat16", method)["mib"]
+    count = f"from benchmarks import memory; print(memory.count('', {N}, {D}, {V}, {method!r}))"
+    told = subprocess.run(
+        [sys.executable, "-c", count],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    counted = float(told.rpartition("counted_mib=")[2].rstrip(")\n"))
+    assert 0.98 < measured / counted < 1.1, told

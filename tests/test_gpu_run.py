@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from conftest import poisoned
 from benchmarks import compile as compiling
 from benchmarks import gpu, launches, prediction, report, tune
 from opsd_kernels.kernels import tiles
+from opsd_kernels.kernels.tiles import Sweep
 
 ROOT = Path(__file__).parents[1]
 # A script that launches four kernels, and says how many of them Triton's cache held.
@@ -324,12 +326,12 @@ def test_what_was_not_compiled_or_spills_is_not_launched(monkeypatch):
 def test_tune_json_is_whole_at_any_time(tmp_path):
     found = tune.Report("some GPU", "sm_90", "2", "3", "bfloat16", 4096, 0.5)
     found.write(tmp_path)
-    found.rows.append({"candidate": {"BLOCK": 2048, "PARTS": 4, "num_warps": 8}, "of_table": True,
+    found.rows.append({"candidate": asdict(Sweep(2048, 4, 8)), "of_table": True,
                        "fraction": 0.75})  # fmt: skip
     found.write(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["tune.json"]
     assert json.loads((tmp_path / "tune.json").read_text())["rows"] == found.rows
-    assert "rows=(2048, 4, 8),  # 75% of a copy's bandwidth" in tune.best(found)
+    assert "rows=Sweep(2048, 4, 8),  # 75% of a copy's bandwidth" in tune.best(found)
 
 
 # --- prediction and measurement

@@ -261,7 +261,7 @@ def test_leading_shapes_and_strides(op):
 def test_autocast_rounds_like_a_linear_layer(op, dtype):
     h_S, h_T, W = random_inputs(6, 700, 32)
     expected_loss, expected_grad = op.loss_and_grad(h_S.to(dtype), h_T.to(dtype), W.to(dtype))
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(op.device.type, dtype=dtype):
         h = h_S.clone().requires_grad_()
         loss = op(h, h_T.to(dtype), W, reduction="none", workspace_mib=0 if op.logit_free else 0.2)
     loss.sum().backward()

@@ -235,4 +235,4 @@ def test_tiles_divide():
     for row in [*tiles.TABLE.values(), tiles.INTERPRETER]:
         assert row.chunk % row.lse.BM == row.chunk % row.pair.BM == 0
         assert row.columns % row.pair.BV == 0
-        assert row.rows[0] & (row.rows[0] - 1) == 0  # of tl.arange
+        assert row.rows.BLOCK & (row.rows.BLOCK - 1) == 0  # of tl.arange

@@ -76,8 +76,7 @@ def rows_kernel(
         targets_ptr: [R] int32, the sampled tokens, or None.
         beta: β, or a pointer to [R] if MIXED.
         LIMIT: `mean_limit` of β.
-        BLOCK, PARTS: columns at a time; in the first sweep PARTS times as many, since it has work
-            to do for each block as well.
+        BLOCK, PARTS: see `tiles.Sweep`.
     """
     row = tl.program_id(0).to(tl.int64)
     g_ptr += row * stride_g

@@ -38,14 +38,24 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """How `rows` goes over a row of logits: BLOCK columns at a time, in the first sweep PARTS times
+    as many, since that has work to do for each block as well."""
+
+    BLOCK: int
+    PARTS: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class Row:
     """What the launchers need to know about an architecture and a dtype."""
 
     lse: Tile
     pair: Tile
     pair_wide: Tile  # where more is made of an entry: with statistics, or a β of each row
-    rows: tuple[int, int, int] = (2048, 4, 8)  # BLOCK, PARTS and num_warps of `rows`
-    rows_wide: tuple[int, int, int] = (1024, 4, 8)
+    rows: Sweep = Sweep(2048, 4, 8)
+    rows_wide: Sweep = Sweep(1024, 4, 8)
     chunk: int = 1024  # rows in flight, a multiple of each BM
     # Of the vocabulary in flight where scores have two bytes, half as many where they have four: a
     # multiple of each BV of `pair` either way.
@@ -68,11 +78,16 @@ _NARROW = {
         pair=Tile(128, 128, 32, 8, 8, 3),
         pair_wide=Tile(128, 64, 32, 8, 8, 3),
     ),
-    # One block: two smaller ones would read twice as much from L2, which has no more to give.
+    # Measured on an H200 (benchmarks/results/nvidia-h200). One block: two smaller ones would read
+    # twice as much from L2, which has no more to give. Bulk copies leave registers and issue slots
+    # to the products; 256 rows are two programs a multiprocessor, of 16 warps that hide each
+    # other's loads.
     "sm_90": Row(
-        lse=Tile(128, 128, 64, 16, 8, 3),
-        pair=Tile(128, 128, 64, 8, 8, 3),
-        pair_wide=Tile(128, 128, 64, 8, 8, 3),
+        lse=Tile(128, 128, 64, 16, 8, 4, BULK=True),
+        pair=Tile(128, 128, 64, 8, 8, 4, BULK=True),
+        pair_wide=Tile(128, 128, 64, 8, 8, 4, BULK=True),
+        rows=Sweep(2048, 2, 16),
+        rows_wide=Sweep(2048, 1, 16),
         multiprocessors=132,
     ),
     # Accumulators lie in tensor memory, which two tiles of 256 columns fill.
@@ -116,14 +131,21 @@ RIVALS: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
     "sm_90": {
         "lse": (
-            Tile(128, 128, 64, 16, 8, 3, BULK=True),
+            Tile(128, 128, 64, 16, 8, 3),
+            Tile(128, 128, 64, 8, 8, 4, BULK=True),
+            Tile(128, 128, 32, 16, 8, 8, BULK=True),
+            Tile(64, 256, 64, 16, 8, 4, BULK=True),
+            Tile(64, 256, 64, 32, 8, 4, BULK=True),
             Tile(128, 128, 64, 16, 8, 3, FLAT=True, BULK=True),
-            Tile(64, 128, 64, 16, 4, 3),
         ),
         "pair": (
-            Tile(128, 128, 64, 8, 8, 3, BULK=True),
+            Tile(128, 128, 64, 8, 8, 3),
+            Tile(128, 128, 64, 16, 8, 4, BULK=True),
+            Tile(128, 128, 64, 4, 8, 4, BULK=True),
+            Tile(128, 128, 32, 8, 8, 8, BULK=True),
+            Tile(64, 256, 64, 16, 8, 4, BULK=True),
+            Tile(64, 128, 64, 16, 4, 4, BULK=True),
             Tile(128, 128, 64, 8, 8, 3, FLAT=True, BULK=True),
-            Tile(64, 128, 64, 16, 4, 3),
         ),
     },
     "sm_100": {
@@ -145,8 +167,8 @@ INTERPRETER = Row(
     lse=Tile(32, 256, 64, 2, 1, 1),
     pair=Tile(32, 256, 64, 2, 1, 1),
     pair_wide=Tile(32, 256, 64, 2, 1, 1),
-    rows=(256, 2, 1),
-    rows_wide=(256, 2, 1),
+    rows=Sweep(256, 2, 1),
+    rows_wide=Sweep(256, 2, 1),
     chunk=64,
     columns=1024,
     multiprocessors=4,
