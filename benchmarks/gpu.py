@@ -64,8 +64,11 @@ TESTS = {
     "gpu": _tests("gpu", only="not real_size"),
     "kernels": _tests("kernels"),
     "logit-free": _tests("logit_free"),
-    "loss": _tests("loss", "peers", only="{cuda}"),
-    "tokens": _tests("token_divergence", "sampled_token", only="{cuda}"),
+    "loss": _tests("loss", "peers", only="{cuda} and logit-free"),
+    "loss-rows": _tests("loss", "peers", only="{cuda} and workspace"),
+    "tokens": _tests("token_divergence", only="{cuda} and logit-free"),
+    "tokens-rows": _tests("token_divergence", only="{cuda} and workspace"),
+    "sampled": _tests("sampled_token", only="{cuda}"),
 }
 SPEED = ["benchmarks/speed.py", "--repeats", "3"]
 TUNE = ["benchmarks/tune.py", "--output", "{output}"]
@@ -167,7 +170,7 @@ def run(
         # What a step does at its end takes some time too.
         "{seconds}": f"{max(limit - 5, limit / 2):.0f}",
         "{output}": str(output),
-        "{cuda}": "logit-free" if rehearsed else "cuda",
+        "{cuda}": "cpu" if rehearsed else "cuda",
     }
     until = time.monotonic() + limit
     processes = {}
@@ -228,7 +231,7 @@ def environment() -> dict[str, str]:
 def recorded_commands(rehearsed: bool = False) -> dict[str, tuple[int, list[str]]]:
     """What is run to learn what will be launched, by name: the number of its step, in whose order
     it is needed, and the command."""
-    known = {"{cuda}": "logit-free" if rehearsed else "cuda"}
+    known = {"{cuda}": "cpu" if rehearsed else "cuda"}
     return {
         name: (number, _command(arguments, known))
         for number, step in enumerate(STEPS)
