@@ -11,7 +11,6 @@ Writes accuracy.csv and accuracy.png to the folder, and prints the rows that the
 Without a GPU the logit-free kernels run in Triton's interpreter, their tiles rounded as on a GPU.
 """
 
-import argparse
 import math
 import os
 import sys
@@ -30,6 +29,7 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import peers, report
 from benchmarks.inputs import make_inputs
+from benchmarks.options import Options
 from opsd_kernels import divergence_name, fused_jsd_loss, reference_jsd_loss
 
 # β and entry clip.
@@ -130,32 +130,28 @@ def relative(t: Tensor, exact: Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--vocabulary", type=int, default=16384)
-    parser.add_argument("--features", type=int, default=128)
-    parser.add_argument("--output", type=Path, help="folder for accuracy.csv and accuracy.png")
-    args = parser.parse_args()
+    options = Options(__doc__)
+    options.add_device()
+    options.add_sizes(tokens=64, vocabulary=16384, features=128)
+    options.add_output("accuracy.csv", "accuracy.png")
+    args = options.parse_args()
     device = torch.device(args.device)
     N, V, D = args.tokens, args.vocabulary, args.features
     setting = f"{report.machine(device)}; bf16, N = {N}, V = {V}, D = {D}"
     print(setting)
-    rows = []
+    results = report.Results("accuracy", setting, args.output, show)
     for row in measure(N, V, D, device):
-        rows.append(row)
-        print(
-            f"{row.divergence:<58} JSD {row.mean_jsd:.1e}  {row.method:<20} "
-            f"loss {row.loss_error:8.1e}  gradient {row.grad_error:8.1e} "
-            f"= {row.grad_error / row.rounding:8.2f} roundings",
-            flush=True,
-        )
-        if args.output:  # what there is, should time be up
-            report.write(args.output / "accuracy.csv", setting, rows)
-    if args.output:
-        path = args.output / "accuracy.csv"
-        plot(path, args.output / "accuracy.png")
-        print(summary(path))
+        results.add(row)
+    results.finish(summary, plot)
+
+
+def show(row: Row) -> None:
+    print(
+        f"{row.divergence:<58} JSD {row.mean_jsd:.1e}  {row.method:<20} "
+        f"loss {row.loss_error:8.1e}  gradient {row.grad_error:8.1e} "
+        f"= {row.grad_error / row.rounding:8.2f} roundings",
+        flush=True,
+    )
 
 
 def summary(path: Path) -> str:

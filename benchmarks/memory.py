@@ -14,7 +14,6 @@ The returned gradient, 2 N D bytes in bf16, is part of every figure. With --outp
 memory.csv, memory.md and memory.png to the folder.
 """
 
-import argparse
 import math
 import sys
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import report
 from benchmarks.allocations import Allocations, pretended
 from benchmarks.measure import MIB, high_water, in_a_process, start_counting, tell
+from benchmarks.options import Options
 from benchmarks.peers import COLORS, METHODS, Loss, why
 from benchmarks.shapes import MODELS
 
@@ -57,17 +57,16 @@ class Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on a CPU")
-    parser.add_argument("--model", choices=list(MODELS), help="whose LM head")
-    parser.add_argument("--tokens", type=int, nargs="+")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--seconds", type=float, default=600, help="for each figure at most")
-    parser.add_argument("--quick", action="store_true", help="little, in two minutes")
-    parser.add_argument("--output", type=Path, help="folder for memory.csv, memory.md, memory.png")
-    parser.add_argument("--here", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    options = Options(__doc__)
+    options.add_device()
+    options.add_dtype("float32 on a CPU")
+    options.add_argument("--model", choices=list(MODELS), help="whose LM head")
+    options.add_argument("--tokens", type=int, nargs="+")
+    options.add_methods(METHODS)
+    options.add_processes()
+    options.add_quick("little, in two minutes")
+    options.add_output("memory.csv", "memory.md", "memory.png")
+    args = options.parse_args()
     if args.here:  # the process of one figure
         tell(measure_here, args.here)
         return
@@ -76,28 +75,20 @@ def main() -> None:
     model, tokens = args.model or model, args.tokens or tokens
     dtype = args.dtype or DTYPES[kind]
     setting = f"{report.machine(torch.device(args.device))}, {dtype}"
-    rows = []
+    results = report.Results("memory", setting, args.output, show)
     D, V = MODELS[model]
     print(f"{setting}\nMiB above the inputs: measured, counted")
     for N in tokens:
         for method in args.methods:
-            rows.append(measure(args.device, model, N, D, V, dtype, method, args.seconds))
-            show(rows[-1])
-            if args.output:  # what there is, should time be up
-                report.write(args.output / "memory.csv", setting, rows)
+            results.add(measure(args.device, model, N, D, V, dtype, method, args.seconds))
     counted_models = [args.model or SHOWN] if args.model or args.quick else list(MODELS)
     counted_tokens = args.tokens or (COUNTED[::3] if args.quick else COUNTED)
     print("\nMiB above the inputs, counted as on a GPU, bfloat16")
     for model in counted_models:
         for N in counted_tokens:
             for method in args.methods:
-                rows.append(count(model, N, *MODELS[model], method))
-                show(rows[-1])
-    if args.output:
-        path = args.output / "memory.csv"
-        report.write(path, setting, rows)
-        path.with_suffix(".md").write_text(summary(path) + "\n")
-        plot(path, path.with_suffix(".png"))
+                results.add(count(model, N, *MODELS[model], method))
+    results.finish(summary, plot)
 
 
 def show(row: Row) -> None:

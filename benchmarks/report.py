@@ -2,6 +2,7 @@
 
 import csv
 import platform
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -45,6 +46,43 @@ def write(path: Path, setting: str, rows: list[Any]) -> None:
         writer = csv.DictWriter(file, [field.name for field in fields(rows[0])])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+
+
+class Results:
+    """Rows of a benchmark as they come: shown, and kept in the csv, should time be up.
+
+    Args:
+        name: of the files.
+        setting: see `write`; it may grow.
+        folder: of the files, or None to keep nothing.
+        show: prints a row.
+    """
+
+    def __init__(
+        self, name: str, setting: str, folder: Path | None, show: Callable[[Any], None]
+    ) -> None:
+        self.path = None if folder is None else folder / f"{name}.csv"
+        self.setting, self.show, self.rows = setting, show, list[Any]()
+
+    def add(self, row: Any) -> None:
+        self.rows.append(row)
+        self.show(row)
+        if self.path is not None:
+            write(self.path, self.setting, self.rows)
+
+    def finish(
+        self,
+        summary: Callable[[Path], str],
+        plot: Callable[[Path, Path], None] | None = None,
+    ) -> None:
+        """Print what `summary` makes of the csv, write it beside it as Markdown, and the picture
+        where there is one; nothing without a folder."""
+        if self.path is None:
+            return
+        self.path.with_suffix(".md").write_text(summary(self.path) + "\n")
+        if plot is not None:
+            plot(self.path, self.path.with_suffix(".png"))
+        print("\n" + summary(self.path))
 
 
 def read(path: Path, kind: type) -> tuple[str, list[Any]]:

@@ -13,7 +13,6 @@ it.
 With --output it writes step.csv, step.md and step.png to the folder.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -32,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import peers, report
 from benchmarks.allocations import Allocations, pretended
 from benchmarks.measure import MIB, high_water, in_a_process, start_counting, tell
+from benchmarks.options import Options
 from benchmarks.shapes import QWEN3
 from opsd_kernels import fused_sampled_token_loss
 
@@ -99,16 +99,15 @@ class Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", choices=list(QWEN3))
-    parser.add_argument("--tokens", type=int, nargs="+")
-    parser.add_argument("--methods", nargs="+", choices=list(LOSSES), default=list(LOSSES))
-    parser.add_argument("--seconds", type=float, default=600, help="for each figure at most")
-    parser.add_argument("--quick", action="store_true", help="little, in two minutes")
-    parser.add_argument("--output", type=Path, help="folder for step.csv, step.md, step.png")
-    parser.add_argument("--here", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    options = Options(__doc__)
+    options.add_device()
+    options.add_argument("--model", choices=list(QWEN3))
+    options.add_argument("--tokens", type=int, nargs="+")
+    options.add_methods(LOSSES)
+    options.add_processes()
+    options.add_quick("little, in two minutes")
+    options.add_output("step.csv", "step.md", "step.png")
+    args = options.parse_args()
     if args.here:
         tell(measure_here, args.here)
         return
@@ -116,22 +115,16 @@ def main() -> None:
     dtype = "float32" if kind == "cpu" else "bfloat16"
     setting = f"{report.machine(torch.device(args.device))}, {dtype}"
     print(setting)
-    rows = []
+    results = report.Results("step", setting, args.output, show)
     model, tokens = (QUICK if args.quick else MEASURED)[kind]
     for N in args.tokens or tokens:
         for method in args.methods:
-            rows.append(measure(args.device, args.model or model, N, dtype, method, args.seconds))
-            show(rows[-1])
+            results.add(measure(args.device, args.model or model, N, dtype, method, args.seconds))
     model, tokens = QUICK_COUNTED if args.quick else COUNTED
     for N in args.tokens or tokens:
         for method in args.methods:
-            rows.append(count(args.model or model, N, method))
-            show(rows[-1])
-    if args.output:
-        path = args.output / "step.csv"
-        report.write(path, setting, rows)
-        path.with_suffix(".md").write_text(summary(path) + "\n")
-        plot(path, path.with_suffix(".png"))
+            results.add(count(args.model or model, N, method))
+    results.finish(summary, plot)
 
 
 def show(row: Row) -> None:

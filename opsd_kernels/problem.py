@@ -1,6 +1,11 @@
-"""What every schedule is given, and what it fills."""
+"""What every schedule is given, and what it fills.
 
-from dataclasses import dataclass, replace
+`Problem` is the one list of what a call of a loss is made of: `checks` makes it of the arguments,
+and all that follows passes it on as it is.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +26,11 @@ class Problem:
     keep: Tensor | None = None  # [N] bool, the tokens that will count; None for all
     targets: Tensor | None = None  # [N] int32 ids ŷ of sampled tokens, all within the vocabulary
 
+    def values(self) -> tuple[Any, ...]:
+        """All fields in order, for what PyTorch takes as arguments only; `Problem(*values)` is the
+        problem again."""
+        return tuple(getattr(self, name) for name in FIELDS)
+
     @property
     def heads(self) -> tuple[Tensor, ...]:
         return (self.W,) if self.W_T is None else (self.W, self.W_T)
@@ -39,6 +49,9 @@ class Problem:
             keep=None if self.keep is None else self.keep[rows],
             targets=None if self.targets is None else self.targets[rows],
         )
+
+
+FIELDS = tuple(field.name for field in fields(Problem))
 
 
 def has_bounded_scores(beta: float | Tensor | None) -> bool:
