@@ -159,33 +159,42 @@ def forward_and_backward(loss: Loss, h_S: Tensor, h_T: Tensor, W: Tensor) -> Non
 def summary(path: Path) -> str:
     """What is counted for one head, then what was measured, as Markdown."""
     setting, rows = report.read(path, Row)
-    counted = shown(rows)
-    tokens = list(dict.fromkeys(row.N for row in counted))[::2]
-    tables = [
-        _table(f"counted as on a GPU, {counted[0].model}, bf16", tokens, counted, "counted_mib")
-    ]
-    measured = [row for row in rows if row.device != "counted"]
-    tokens = list(dict.fromkeys(row.N for row in measured))
-    head = f"measured, {measured[0].device}, {measured[0].model}, {measured[0].dtype}"
-    tables.append(_table(head, tokens, measured, "measured_mib"))
-    return "\n\n".join([*tables, f"({setting})"])
+    parts = [counted_table(shown(rows)), measured_table(rows), f"({setting})"]
+    return "\n\n".join(part for part in parts if part)
 
 
 def shown(rows: list[Row]) -> list[Row]:
-    """What was counted of one head, that of `SHOWN` if it is there."""
+    """What was counted of one head, that of `SHOWN` if it is there, at every other number of
+    tokens."""
     counted = [row for row in rows if row.device == "counted"]
-    names = [row.model for row in counted]
-    model = SHOWN if SHOWN in names else names[0]
-    return [row for row in counted if row.model == model]
+    names = {row.model: None for row in counted}
+    model = SHOWN if SHOWN in names else next(iter(names), "")
+    of_it = [row for row in counted if row.model == model]
+    tokens = list(dict.fromkeys(row.N for row in of_it))[::2]
+    return [row for row in of_it if row.N in tokens]
 
 
-def _table(head: str, tokens: list[int], rows: list[Row], field: str) -> str:
-    figures = {(row.method, row.N): row.failure or amount(getattr(row, field)) for row in rows}
-    methods = dict.fromkeys(row.method for row in rows)
-    return report.table(
-        [head, *(f"N = {N}" for N in tokens)],
-        [[method, *(figures[method, N] for N in tokens)] for method in methods],
-    )
+def counted_table(rows: list[Row]) -> str:
+    """Of the rows of one head those that were counted; empty if there are none."""
+    counted = [row for row in rows if row.device == "counted"]
+    return _table(f"counted as on a GPU, {counted[0].model}, bf16", counted) if counted else ""
+
+
+def measured_table(rows: list[Row]) -> str:
+    """Those that were measured; empty if there are none."""
+    measured = [row for row in rows if row.device != "counted"]
+    if not measured:
+        return ""
+    first = measured[0]
+    return _table(f"measured, {first.device}, {first.model}, {first.dtype}", measured)
+
+
+def _table(head: str, rows: list[Row]) -> str:
+    return report.by_method(head, rows, lambda row: f"N = {row.N}", _cell)
+
+
+def _cell(row: Row) -> str:
+    return row.failure or amount(row.counted_mib if row.device == "counted" else row.measured_mib)
 
 
 def amount(mib: float) -> str:
@@ -199,7 +208,9 @@ def plot(path: Path, to: Path) -> None:
     setting, rows = report.read(path, Row)
     figure = Figure(figsize=(9.6, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    counted = shown(rows)
+    counted = [row for row in rows if row.device == "counted"]
+    model = shown(rows)[0].model
+    counted = [row for row in counted if row.model == model]
     measured = [row for row in rows if row.device != "counted"]
     for method, color in COLORS.items():
         width = 2.4 if method.startswith("ours") else 1.4
@@ -223,7 +234,7 @@ def plot(path: Path, to: Path) -> None:
     left.set_ylabel("GiB above the inputs, forward and backward", fontsize=9)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, fontsize=8)
-    figure.supxlabel(setting, fontsize=6, color="#777777", x=1, ha="right")
+    report.caption(figure, setting)
     figure.savefig(to, dpi=150)
 
 

@@ -214,13 +214,14 @@ def now(device: torch.device) -> float:
 
 
 def summary(path: Path) -> str:
-    """Multiples of the floor, a column for each shape and dtype, as Markdown."""
     setting, rows = report.read(path, Row)
-    columns = list(dict.fromkeys(column(row) for row in rows))
-    figures = {(row.method, column(row)): row.failure or multiple(row) for row in rows}
-    methods = dict.fromkeys(row.method for row in rows if row.method != FLOOR)
-    body = [[method, *(figures[method, name] for name in columns)] for method in methods]
-    return report.table(["", *columns], body) + f"\n\n({setting})"
+    return f"{table(rows)}\n\n({setting})"
+
+
+def table(rows: list[Row]) -> str:
+    """Multiples of the floor, a column for each shape and dtype, as Markdown."""
+    losses = [row for row in rows if row.method != FLOOR]
+    return report.by_method("", losses, column, lambda row: row.failure or multiple(row))
 
 
 def column(row: Row) -> str:
@@ -232,11 +233,12 @@ def multiple(row: Row) -> str:
 
 
 def plot(path: Path, to: Path) -> None:
-    """A group of bars for each shape and dtype: multiples of the floor."""
+    """A group of bars for each shape and dtype: multiples of the floor, of what has a result."""
     from matplotlib.figure import Figure
 
     setting, rows = report.read(path, Row)
     columns = list(dict.fromkeys(column(row) for row in rows))
+    rows = [row for row in rows if row.method != FLOOR and report.is_result(row)]
     across = min(2, len(columns))
     down = -(-len(columns) // across)
     figure = Figure(figsize=(4.4 * across + 0.8, 2.5 * down + 0.4), layout="constrained")
@@ -244,7 +246,7 @@ def plot(path: Path, to: Path) -> None:
     for axis in axes[len(columns) :]:
         axis.set_visible(False)
     for axis, name in zip(axes, columns, strict=False):
-        of_it = [row for row in rows if column(row) == name and row.method != FLOOR][::-1]
+        of_it = [row for row in rows if column(row) == name][::-1]
         values = [0.0 if row.failure else row.floors for row in of_it]
         names = [row.method for row in of_it]
         bars = axis.barh(names, values, color=[COLORS[row.method] for row in of_it])
@@ -254,10 +256,9 @@ def plot(path: Path, to: Path) -> None:
         axis.set_title(name, fontsize=9, loc="left")
         report.style(axis)
         axis.margins(x=0.15)
-    figure.suptitle(
-        "forward and backward, as multiples of three bare products", fontsize=9, x=0, ha="left"
-    )
-    figure.supxlabel(setting, fontsize=5, color="#777777", x=1, ha="right")
+    title = "forward and backward, as multiples of three bare products"
+    figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+    report.caption(figure, setting)
     figure.savefig(to, dpi=150)
 
 

@@ -267,25 +267,23 @@ def summary(path: Path) -> str:
     setting, rows = report.read(path, Row)
     counted = [row for row in rows if row.device == "counted"]
     measured = [row for row in rows if row.device != "counted"]
-    methods = list(dict.fromkeys(row.method for row in rows))
     tokens = list(dict.fromkeys(row.N for row in counted))
     head = f"counted as on a GPU, {counted[0].model}, bf16: weights and step"
     body = []
-    for method in methods:
+    for method in dict.fromkeys(row.method for row in rows):
         of_it = [row for row in counted if row.method == method]
         cells = [row.failure or f"{total_gib(row):,.0f} GiB" for row in of_it]
         points = [(row.N, total_gib(row)) for row in of_it if not row.failure]
         body.append([method, *cells, *(fits(points, gib) for gib in report.GPU_GIB.values())])
     fits_heads = [f"fits in {name}" for name in report.GPU_GIB]
-    tables = [report.table([head, *(f"N = {N}" for N in tokens), *fits_heads], body)]
-    tokens = list(dict.fromkeys(row.N for row in measured))
-    head = f"measured, {measured[0].device}, {measured[0].model}, {measured[0].dtype}: the step"
-    figures = {
-        (r.method, r.N): r.failure or f"{r.peak_mib:,.0f} MiB, {r.seconds:.1f} s" for r in measured
-    }
-    body = [[method, *(figures[method, N] for N in tokens)] for method in methods]
-    tables.append(report.table([head, *(f"N = {N}" for N in tokens)], body))
-    return "\n\n".join([*tables, f"({setting})"])
+    of_counted = report.table([head, *(f"N = {N}" for N in tokens), *fits_heads], body)
+    of_measured = report.by_method(
+        f"measured, {measured[0].device}, {measured[0].model}, {measured[0].dtype}: the step",
+        measured,
+        lambda row: f"N = {row.N}",
+        lambda row: row.failure or f"{row.peak_mib:,.0f} MiB, {row.seconds:.1f} s",
+    )
+    return f"{of_counted}\n\n{of_measured}\n\n({setting})"
 
 
 def total_gib(row: Row) -> float:
@@ -315,7 +313,7 @@ def plot(path: Path, to: Path) -> None:
     title = f"One LoRA step of {counted[0].model}, bf16, checkpointed: counted as on a GPU"
     axis.set_title(title, fontsize=9, loc="left")
     axis.legend(frameon=False, fontsize=8)
-    figure.supxlabel(setting, fontsize=5, color="#777777", x=1, ha="right")
+    report.caption(figure, setting)
     figure.savefig(to, dpi=150)
 
 

@@ -200,7 +200,8 @@ def main() -> None:
     ):
         for row in part:
             results.add(row)
-    results.finish(summary)
+    if results.path is not None:
+        print(summary(results.path))
 
 
 def show(row: Row) -> None:
