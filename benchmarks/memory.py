@@ -102,12 +102,11 @@ def measure(
 ) -> Row:
     """One figure, from a fresh process; or why there is none."""
     task = {"device": device, "N": N, "D": D, "V": V, "dtype": dtype, "method": method}
-    failure, told = in_a_process(__file__, task, seconds)
+    failure, figures = in_a_process(__file__, task, seconds)
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
     counted = count(model, N, D, V, method, device=torch.device(device).type, dtype=dtype)
-    return Row(
-        name, model, N, D, V, dtype, method, failure, told.get("mib", NAN), counted.counted_mib
-    )
+    mib = figures.get("mib", NAN)
+    return Row(name, model, N, D, V, dtype, method, failure, mib, counted.counted_mib)
 
 
 def measure_here(device: str, N: int, D: int, V: int, dtype: str, method: str) -> dict[str, float]:

@@ -5,8 +5,8 @@
 The floor of a frozen head is 3 U of matrix products (U = 2 N D V): both logits and the gradient of
 the student's. It is measured in turns with the losses, in one process, so that a slow moment of the
 machine hits all of them; a multiple is that of the floor of the same round, and the median of all
-rounds is told with the lowest and highest. Ours makes its gradient in forward. A method that cannot
-run is a row that says why.
+rounds is given with the lowest and highest. Ours makes its gradient in forward. A method that
+cannot run is a row that says why.
 
 Without a model: on a CPU two shapes that it can hold, on a GPU the head of Qwen3-8B. With --output
 it writes speed.csv, speed.md and speed.png to the folder. --profile says instead where our time

@@ -135,9 +135,9 @@ def show(row: Row) -> None:
 
 def measure(device: str, model: str, N: int, dtype: str, method: str, seconds: float) -> Row:
     task = {"device": device, "model": model, "N": N, "dtype": dtype, "method": method}
-    failure, told = in_a_process(__file__, task, seconds)
+    failure, figures = in_a_process(__file__, task, seconds)
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
-    return Row(name, model, N, dtype, method, failure, **told)
+    return Row(name, model, N, dtype, method, failure, **figures)
 
 
 def measure_here(device: str, model: str, N: int, dtype: str, method: str) -> dict[str, float]:

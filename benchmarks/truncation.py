@@ -241,13 +241,13 @@ def summary(path: Path) -> str:
             for arch, name in NAMES.items():
                 for D in features:
                     wanted = {"arch": arch, "D": D, "method": method}
-                    told = [
+                    errors = [
                         f"{largest(roundings, distance=distance, **wanted):.2f}"
                         if what.startswith("gradient")
                         else f"{largest(lambda r: r.loss_error, distance=distance, **wanted):.0e}"
                         for distance in DISTANCES
                     ]
-                    cells.append([f"{name}, D = {D}", *told])
+                    cells.append([f"{name}, D = {D}", *errors])
             lines += [report.table([f"{what}: {method}", *heads], cells), ""]
     of_logits = [row for row in rows if row.method in remedies(2048)]
     distances = list(dict.fromkeys(row.distance for row in of_logits))

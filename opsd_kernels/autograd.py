@@ -17,18 +17,18 @@ from opsd_kernels.problem import FIELDS, Outputs, Problem
 def divergence_of_tokens(
     problem: Problem, needs_statistics: bool, workspace_bytes: float
 ) -> tuple[Tensor, Tensor | None]:
-    """What a problem asks of every token.
+    """Loss and statistics of every token of a problem.
 
     Args:
-        problem: the tokens. Of those that it does not keep nothing is said: they may be skipped,
-            and it is for the caller to select.
-        needs_statistics: whether they are wanted.
+        problem: the tokens. Those that it does not keep may be skipped: their results are
+            undefined, and the caller selects.
+        needs_statistics: whether statistics are wanted.
         workspace_bytes: bound on all temporaries with a vocabulary-sized dimension together; 0
             for none.
 
     Returns:
-        The divergence, or log p of the targets where there is no β, [N] fp32, differentiable with
-        respect to h_S alone; and [STATISTICS, N] fp32 without gradient.
+        The divergence, or log p of the targets where β is None, [N] fp32, differentiable with
+        respect to h_S alone; and the statistics, [STATISTICS, N] fp32 without gradient.
     """
     # Under no_grad no gradient work is done.
     needs_gradient = torch.is_grad_enabled() and problem.h_S.requires_grad

@@ -23,8 +23,8 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class Arguments(NamedTuple):
     """What a loss, or its oracle, was called with, checked."""
 
-    problem: Problem  # its N tokens in one row; h_S is the student's, everything else constant
-    leading: torch.Size  # the shape [...] that the tokens came in
+    problem: Problem  # its N tokens, one after the other; the gradient flows to h_S alone
+    leading: torch.Size  # [...], the shape that the tokens came in
     weights: Tensor | None  # [...] fp32
     valid: Tensor | None  # [...] which targets lie in the vocabulary; None without targets
 

@@ -140,8 +140,8 @@ def token_divergence(
         targets: [...] ids of the tokens that were sampled, of any integer dtype. What they are is
             checked on a CPU only; elsewhere an id outside the vocabulary gives NaN. Those of
             dropped tokens may be anything.
-        token_weights: [...] weights of the loss. A token of weight 0 is dropped: all that is told
-            of it is 0.
+        token_weights: [...] weights of the loss. A token of weight 0 is dropped: all that is
+            returned for it is 0.
 
     Returns:
         A `TokenDivergence`. All statistics are at the temperature of the loss.

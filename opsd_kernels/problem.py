@@ -62,7 +62,7 @@ def has_bounded_scores(beta: float | Tensor | None) -> bool:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What is filled. It is zeros when it is given; of a token that is not kept nothing is said."""
+    """What a schedule fills, zeros at first. Results of tokens that are not kept are undefined."""
 
     loss: Tensor  # [N] fp32, ℓ; or log p(ŷ), where no divergence is wanted
     statistics: Tensor | None = None  # [STATISTICS, N] fp32, see `divergence.py`

@@ -61,7 +61,8 @@ def _schema() -> str:
         float | None: "float?",
         float | Tensor | None: "float?",
     }
-    fields = ", ".join(f"{types[kind]} {name}" for name, kind in get_type_hints(Problem).items())
+    hints = get_type_hints(Problem)
+    fields = ", ".join(f"{types[hint]} {name}" for name, hint in hints.items())
     return (
         "(Tensor(a!) loss, Tensor(b!)? statistics, Tensor(c!)? dh_S, Tensor(d!)[] scratch, "
         f"{fields}, Tensor? betas, float workspace_bytes) -> ()"
