@@ -15,6 +15,7 @@ import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import accuracy, memory, report, resources, roofline, speed, step
@@ -71,25 +72,38 @@ def gpus(results: Path) -> list[Gpu]:
 def readme_parts(results: Path, page: Path) -> dict[str, str]:
     """What stands between the marks of the README, whose place is `page`, by the marks' name."""
     measured = gpus(results)
-
-    def best(name: str) -> Path:
-        """A GPU's if there is one."""
-        return next((path for gpu in measured if (path := gpu.csv(name))), results / f"{name}.csv")
-
     setting, errors = report.read(results / "accuracy.csv", accuracy.Row)
     return {
         "accuracy": f"{accuracy.gradient_table(errors)}\n\n({setting})",
-        "memory": _memory_of_readme(best("memory"), page),
-        "speed": _speed_of_readme(best("speed"), page),
+        "memory": _memory_of_readme(_best(results, measured, "memory", memory.Row), page),
+        "speed": _speed_of_readme(_best(results, measured, "speed", speed.Row), page),
         "gpu": _gpus_of_readme(measured),
         "compatibility": compatibility(results, measured),
     }
 
 
+def _best(results: Path, measured: list[Gpu], name: str, kind: type) -> Path:
+    """The csv of the first GPU on which ours has a result, otherwise the CPU's."""
+    for gpu in measured:
+        if path := gpu.csv(name):
+            ours = [row for row in _measured(path, kind) if row.method.startswith("ours")]
+            if any(report.is_result(row) for row in ours):
+                return path
+    return results / f"{name}.csv"
+
+
+def _measured(path: Path, kind: type) -> list[Any]:
+    """The rows of a csv that were not counted, nor are the floor."""
+    _, rows = report.read(path, kind)
+    return [
+        row for row in rows if row.method != speed.FLOOR and getattr(row, "device", "") != "counted"
+    ]
+
+
 def _memory_of_readme(path: Path, page: Path) -> str:
     """Of a GPU what was measured, otherwise what is counted as on one."""
     setting, rows = report.read(path, memory.Row)
-    on_gpu = [row for row in rows if row.device not in ("counted", "CPU")]
+    on_gpu = [row for row in _measured(path, memory.Row) if row.device != "CPU"]
     if on_gpu:
         table = memory.measured_table(report.complete(on_gpu))
         how = "the high-water mark of PyTorch's allocator:"
@@ -107,8 +121,8 @@ def _memory_of_readme(path: Path, page: Path) -> str:
 
 
 def _speed_of_readme(path: Path, page: Path) -> str:
-    setting, rows = report.read(path, speed.Row)
-    table = speed.table(report.complete([row for row in rows if row.method != speed.FLOOR]))
+    setting, _ = report.read(path, speed.Row)
+    table = speed.table(report.complete(_measured(path, speed.Row)))
     names = "Bars: multiples of the floor by method and shape"
     return "\n\n".join([*_picture(path, names, page), table, f"({setting})"])
 

@@ -126,7 +126,7 @@ def complete(rows: list[Any]) -> list[Any]:
     """The rows of the methods that have a result wherever another has one."""
     results = Counter(row.method for row in rows if is_result(row))
     most = max(results.values(), default=0)
-    return [row for row in rows if results[row.method] == most]
+    return [row for row in rows if results[row.method] == most > 0]
 
 
 def style(axis: Any, *, log: bool = False) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -271,6 +272,7 @@ def test_complete_methods():
     ]  # fmt: skip
     assert report.complete(rows) == rows[:2]
     assert report.complete(rows[4:]) == rows[4:]
+    assert report.complete(rows[3:4]) == []
     table = report.by_method("", rows, lambda row: str(row.N), lambda row: row.failure or "1")
     assert table.splitlines()[2:] == [
         "| a | 1 | out of memory |", "| b | 1 | not installed |", "| c | 1 | – |",
@@ -338,6 +340,16 @@ def test_results_of_a_gpu_take_the_place_of_the_cpus(results_of_a_gpu):
     (folder / "speed.png").touch()
     parts = readme.readme_parts(results_of_a_gpu, readme.README)
     assert parts["speed"].startswith("![Bars")
+
+
+def test_a_gpu_without_a_result_of_ours_takes_no_place(results_of_a_gpu):
+    path = results_of_a_gpu / "nvidia-x1" / "speed.csv"
+    setting, rows = report.read(path, speed.Row)
+    failed = [replace(row, failure="no kernel") if "ours" in row.method else row for row in rows]
+    report.write(path, setting, failed)
+    parts = readme.readme_parts(results_of_a_gpu, readme.README)
+    assert "X1" not in parts["speed"]
+    assert "X1" in parts["memory"]
 
 
 @pytest.mark.parametrize(
