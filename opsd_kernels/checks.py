@@ -148,8 +148,7 @@ def check_tensors(
                 "all tensors must be on one device"
             )
     device_type = h_student.device.type
-    # Devices without autocast (meta, say) raise when asked whether it is on.
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if _has_autocast(device_type) and torch.is_autocast_enabled(device_type):
         operand_dtype = torch.get_autocast_dtype(device_type)
     else:
         operand_dtype = h_student.dtype
@@ -199,6 +198,13 @@ def check_tensors(
             "student and teacher must share one vocabulary"
         )
     return operand_dtype
+
+
+@torch.compiler.assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    """Devices without it (meta, say) raise when asked whether it is on. A constant of the graph:
+    PyTorch 2.11 cannot trace the question."""
+    return torch.amp.is_autocast_available(device_type)
 
 
 def check_reduction(reduction: str) -> None:
