@@ -124,7 +124,15 @@ def _speed_of_readme(path: Path, page: Path) -> str:
     setting, _ = report.read(path, speed.Row)
     table = speed.table(report.complete(_measured(path, speed.Row)))
     names = "Bars: multiples of the floor by method and shape"
-    return "\n\n".join([*_picture(path, names, page), table, f"({setting})"])
+    parts = [*_picture(path, names, page), table, f"({setting})"]
+    if ", driver" not in setting:  # that of a GPU is named
+        about = (
+            "A CPU has no product of bf16 into fp32: ours widens the head, tile by tile, and takes"
+        )
+        parts.append(
+            _wrapped(f"{about} about as long as for fp32 ([more](docs/benchmarks.md#time)).")
+        )
+    return "\n\n".join(parts)
 
 
 def _gpus_of_readme(measured: list[Gpu]) -> str:
