@@ -7,11 +7,10 @@ hidden states are placed at such a distance from the student's that the mean JSD
 0.5; for the divergence of each panel, then, every method's error relative to the oracle: of the
 mean loss, and of the gradient in norm. What rounding the exact gradient to bf16 costs is the floor.
 
-Writes accuracy.csv and accuracy.png to the folder, and prints the rows that the README shows.
+Writes accuracy.csv, accuracy.md and accuracy.png to the folder.
 Without a GPU the logit-free kernels run in Triton's interpreter, their tiles rounded as on a GPU.
 """
 
-import argparse
 import math
 import os
 import sys
@@ -30,6 +29,7 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import peers, report
 from benchmarks.inputs import make_inputs
+from benchmarks.options import Options
 from opsd_kernels import divergence_name, fused_jsd_loss, reference_jsd_loss
 
 # β and entry clip.
@@ -130,56 +130,63 @@ def relative(t: Tensor, exact: Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--vocabulary", type=int, default=16384)
-    parser.add_argument("--features", type=int, default=128)
-    parser.add_argument("--output", type=Path, help="folder for accuracy.csv and accuracy.png")
-    args = parser.parse_args()
+    options = Options(__doc__)
+    options.add_device()
+    options.add_sizes(tokens=64, vocabulary=16384, features=128)
+    options.add_output("accuracy.csv", "accuracy.md", "accuracy.png")
+    args = options.parse_args()
     device = torch.device(args.device)
     N, V, D = args.tokens, args.vocabulary, args.features
     setting = f"{report.machine(device)}; bf16, N = {N}, V = {V}, D = {D}"
     print(setting)
-    rows = []
+    results = report.Results("accuracy", setting, args.output, show)
     for row in measure(N, V, D, device):
-        rows.append(row)
-        print(
-            f"{row.divergence:<58} JSD {row.mean_jsd:.1e}  {row.method:<20} "
-            f"loss {row.loss_error:8.1e}  gradient {row.grad_error:8.1e} "
-            f"= {row.grad_error / row.rounding:8.2f} roundings",
-            flush=True,
-        )
-        if args.output:  # what there is, should time be up
-            report.write(args.output / "accuracy.csv", setting, rows)
-    if args.output:
-        path = args.output / "accuracy.csv"
-        plot(path, args.output / "accuracy.png")
-        print(summary(path))
+        results.add(row)
+    results.finish(summary, plot)
+
+
+def show(row: Row) -> None:
+    print(
+        f"{row.divergence:<58} JSD {row.mean_jsd:.1e}  {row.method:<20} "
+        f"loss {row.loss_error:8.1e}  gradient {row.grad_error:8.1e} "
+        f"= {row.grad_error / row.rounding:8.2f} roundings",
+        flush=True,
+    )
 
 
 def summary(path: Path) -> str:
     """Errors of gradient and loss of the JSD, as Markdown."""
     setting, rows = report.read(path, Row)
-    of_jsd = {(r.method, r.mean_jsd): r for r in rows if r.divergence == divergence_name(0.5)}
-    levels = sorted({level for _, level in of_jsd})
-    shown = [levels[i] for i in range(0, len(levels), 2)] + levels[-1:]
-    heads = [f"{level:.0e}" if level < 0.1 else f"{level:.1f}" for level in shown]
-    lines = []
-    for what, error in (("gradient", "grad_error"), ("mean loss", "loss_error")):
-        lines.append(f"| {what}, at a mean JSD of | " + " | ".join(heads) + " |")
-        lines.append("|---" * (len(shown) + 1) + "|")
-        for method in METHODS:
-            cells = [percent(getattr(of_jsd[method, level], error)) for level in shown]
-            strong = "**" if method.startswith("ours") else ""
-            lines.append(
-                "| " + " | ".join(f"{strong}{cell}{strong}" for cell in (method, *cells)) + " |"
-            )
-        if what == "gradient":
-            floor = [percent(of_jsd["ours, row workspace", level].rounding) for level in shown]
-            lines.append("| *the exact gradient, rounded to bf16* | " + " | ".join(floor) + " |")
-        lines.append("")
-    return "\n".join([*lines, f"({setting})"])
+    return f"{gradient_table(rows)}\n\n{loss_table(rows)}\n\n({setting})"
+
+
+def gradient_table(rows: list[Row]) -> str:
+    rows = _shown(rows)
+    of_one = [row for row in rows if row.method == rows[0].method]
+    floor = [percent(row.rounding) for row in of_one]
+    last = "| *the exact gradient, rounded to bf16* | " + " | ".join(floor) + " |"
+    table = report.by_method(
+        "gradient, at a mean JSD of", rows, level, lambda row: percent(row.grad_error)
+    )
+    return f"{table}\n{last}"
+
+
+def loss_table(rows: list[Row]) -> str:
+    return report.by_method(
+        "mean loss, at a mean JSD of", _shown(rows), level, lambda row: percent(row.loss_error)
+    )
+
+
+def _shown(rows: list[Row]) -> list[Row]:
+    """The JSD's rows, at every other distance of teacher and student and the largest."""
+    of_jsd = [row for row in rows if row.divergence == divergence_name(0.5)]
+    levels = sorted({row.mean_jsd for row in of_jsd})
+    shown = {*levels[::2], *levels[-1:]}
+    return [row for row in of_jsd if row.mean_jsd in shown]
+
+
+def level(row: Row) -> str:
+    return f"{row.mean_jsd:.0e}" if row.mean_jsd < 0.1 else f"{row.mean_jsd:.1f}"
 
 
 def percent(error: float) -> str:
@@ -234,7 +241,7 @@ def plot(path: Path, to: Path) -> None:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=6, frameon=False, fontsize=9)
     axes[0, 0].set_ylim(bottom=1e-3)
-    figure.supxlabel(setting, fontsize=6, color="#777777", x=1, ha="right")
+    report.caption(figure, setting)
     figure.savefig(to, dpi=150)
 
 

@@ -39,6 +39,6 @@ def describe(h_S: Tensor, h_T: Tensor, W: Tensor, tokens: int = 32) -> str:
     """Mean teacher entropy and JSD, in nats, of some of the tokens."""
     some = torch.linspace(0, h_S.shape[0] - 1, min(tokens, h_S.shape[0])).long().to(h_S.device)
     with torch.no_grad():
-        told = reference_token_divergence(h_S[some], h_T[some], W)
-    entropy, jsd = told.entropy_teacher.mean(), told.loss.mean()
+        stats = reference_token_divergence(h_S[some], h_T[some], W)
+    entropy, jsd = stats.entropy_teacher.mean(), stats.loss.mean()
     return f"mean teacher entropy {entropy:.2f} nats, mean JSD {jsd:.1e}"

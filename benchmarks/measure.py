@@ -17,8 +17,8 @@ MIB = 2**20
 
 
 def in_a_process(script: str, task: dict[str, Any], seconds: float) -> tuple[str, dict[str, Any]]:
-    """Run `script --here TASK`, which is to `tell` of the task; return why it failed, or "", and
-    what it told."""
+    """Run `script --here TASK`, which is to `tell` what it measures; return why it failed, or "",
+    and its figures by name."""
     command = [sys.executable, script, "--here", json.dumps(task)]
     try:
         result = subprocess.run(
@@ -31,8 +31,8 @@ def in_a_process(script: str, task: dict[str, Any], seconds: float) -> tuple[str
         return "out of memory" if ended == signal.SIGKILL else f"ended by {ended.name}", {}
     if result.returncode > 0:
         return result.stderr.strip().rpartition("\n")[2][:60] or "failed", {}
-    told = json.loads(result.stdout.splitlines()[-1])
-    return told.pop("failure"), told
+    figures = json.loads(result.stdout.splitlines()[-1])
+    return figures.pop("failure"), figures
 
 
 def tell(measure: Callable[..., dict[str, float]], task: str) -> None:
@@ -45,10 +45,10 @@ def tell(measure: Callable[..., dict[str, float]], task: str) -> None:
             from benchmarks.launches import settle_hashes  # needs Triton
 
             settle_hashes()  # kernels are found, if another process has compiled them
-        told = {"failure": "", **measure(**options)}
+        figures = {"failure": "", **measure(**options)}
     except Exception as error:
-        told = {"failure": why(error)}
-    print(json.dumps(told))
+        figures = {"failure": why(error)}
+    print(json.dumps(figures))
 
 
 def start_counting(device: torch.device) -> int:

@@ -14,7 +14,6 @@ The returned gradient, 2 N D bytes in bf16, is part of every figure. With --outp
 memory.csv, memory.md and memory.png to the folder.
 """
 
-import argparse
 import math
 import sys
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import report
 from benchmarks.allocations import Allocations, pretended
 from benchmarks.measure import MIB, high_water, in_a_process, start_counting, tell
+from benchmarks.options import Options
 from benchmarks.peers import COLORS, METHODS, Loss, why
 from benchmarks.shapes import MODELS
 
@@ -57,17 +57,16 @@ class Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on a CPU")
-    parser.add_argument("--model", choices=list(MODELS), help="whose LM head")
-    parser.add_argument("--tokens", type=int, nargs="+")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--seconds", type=float, default=600, help="for each figure at most")
-    parser.add_argument("--quick", action="store_true", help="little, in two minutes")
-    parser.add_argument("--output", type=Path, help="folder for memory.csv, memory.md, memory.png")
-    parser.add_argument("--here", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    options = Options(__doc__)
+    options.add_device()
+    options.add_dtype("float32 on a CPU")
+    options.add_argument("--model", choices=list(MODELS), help="whose LM head")
+    options.add_argument("--tokens", type=int, nargs="+")
+    options.add_methods(METHODS)
+    options.add_processes()
+    options.add_quick("little, in two minutes")
+    options.add_output("memory.csv", "memory.md", "memory.png")
+    args = options.parse_args()
     if args.here:  # the process of one figure
         tell(measure_here, args.here)
         return
@@ -76,28 +75,20 @@ def main() -> None:
     model, tokens = args.model or model, args.tokens or tokens
     dtype = args.dtype or DTYPES[kind]
     setting = f"{report.machine(torch.device(args.device))}, {dtype}"
-    rows = []
+    results = report.Results("memory", setting, args.output, show)
     D, V = MODELS[model]
     print(f"{setting}\nMiB above the inputs: measured, counted")
     for N in tokens:
         for method in args.methods:
-            rows.append(measure(args.device, model, N, D, V, dtype, method, args.seconds))
-            show(rows[-1])
-            if args.output:  # what there is, should time be up
-                report.write(args.output / "memory.csv", setting, rows)
+            results.add(measure(args.device, model, N, D, V, dtype, method, args.seconds))
     counted_models = [args.model or SHOWN] if args.model or args.quick else list(MODELS)
     counted_tokens = args.tokens or (COUNTED[::3] if args.quick else COUNTED)
     print("\nMiB above the inputs, counted as on a GPU, bfloat16")
     for model in counted_models:
         for N in counted_tokens:
             for method in args.methods:
-                rows.append(count(model, N, *MODELS[model], method))
-                show(rows[-1])
-    if args.output:
-        path = args.output / "memory.csv"
-        report.write(path, setting, rows)
-        path.with_suffix(".md").write_text(summary(path) + "\n")
-        plot(path, path.with_suffix(".png"))
+                results.add(count(model, N, *MODELS[model], method))
+    results.finish(summary, plot)
 
 
 def show(row: Row) -> None:
@@ -111,12 +102,11 @@ def measure(
 ) -> Row:
     """One figure, from a fresh process; or why there is none."""
     task = {"device": device, "N": N, "D": D, "V": V, "dtype": dtype, "method": method}
-    failure, told = in_a_process(__file__, task, seconds)
+    failure, figures = in_a_process(__file__, task, seconds)
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
     counted = count(model, N, D, V, method, device=torch.device(device).type, dtype=dtype)
-    return Row(
-        name, model, N, D, V, dtype, method, failure, told.get("mib", NAN), counted.counted_mib
-    )
+    mib = figures.get("mib", NAN)
+    return Row(name, model, N, D, V, dtype, method, failure, mib, counted.counted_mib)
 
 
 def measure_here(device: str, N: int, D: int, V: int, dtype: str, method: str) -> dict[str, float]:
@@ -168,33 +158,42 @@ def forward_and_backward(loss: Loss, h_S: Tensor, h_T: Tensor, W: Tensor) -> Non
 def summary(path: Path) -> str:
     """What is counted for one head, then what was measured, as Markdown."""
     setting, rows = report.read(path, Row)
-    counted = shown(rows)
-    tokens = list(dict.fromkeys(row.N for row in counted))[::2]
-    tables = [
-        _table(f"counted as on a GPU, {counted[0].model}, bf16", tokens, counted, "counted_mib")
-    ]
-    measured = [row for row in rows if row.device != "counted"]
-    tokens = list(dict.fromkeys(row.N for row in measured))
-    head = f"measured, {measured[0].device}, {measured[0].model}, {measured[0].dtype}"
-    tables.append(_table(head, tokens, measured, "measured_mib"))
-    return "\n\n".join([*tables, f"({setting})"])
+    parts = [counted_table(shown(rows)), measured_table(rows), f"({setting})"]
+    return "\n\n".join(part for part in parts if part)
 
 
 def shown(rows: list[Row]) -> list[Row]:
-    """What was counted of one head, that of `SHOWN` if it is there."""
+    """What was counted of one head, that of `SHOWN` if it is there, at every other number of
+    tokens."""
     counted = [row for row in rows if row.device == "counted"]
-    names = [row.model for row in counted]
-    model = SHOWN if SHOWN in names else names[0]
-    return [row for row in counted if row.model == model]
+    names = {row.model: None for row in counted}
+    model = SHOWN if SHOWN in names else next(iter(names), "")
+    of_it = [row for row in counted if row.model == model]
+    tokens = list(dict.fromkeys(row.N for row in of_it))[::2]
+    return [row for row in of_it if row.N in tokens]
 
 
-def _table(head: str, tokens: list[int], rows: list[Row], field: str) -> str:
-    figures = {(row.method, row.N): row.failure or amount(getattr(row, field)) for row in rows}
-    methods = dict.fromkeys(row.method for row in rows)
-    return report.table(
-        [head, *(f"N = {N}" for N in tokens)],
-        [[method, *(figures[method, N] for N in tokens)] for method in methods],
-    )
+def counted_table(rows: list[Row]) -> str:
+    """Of the rows of one head those that were counted; empty if there are none."""
+    counted = [row for row in rows if row.device == "counted"]
+    return _table(f"counted as on a GPU, {counted[0].model}, bf16", counted) if counted else ""
+
+
+def measured_table(rows: list[Row]) -> str:
+    """Those that were measured; empty if there are none."""
+    measured = [row for row in rows if row.device != "counted"]
+    if not measured:
+        return ""
+    first = measured[0]
+    return _table(f"measured, {first.device}, {first.model}, {first.dtype}", measured)
+
+
+def _table(head: str, rows: list[Row]) -> str:
+    return report.by_method(head, rows, lambda row: f"N = {row.N}", _cell)
+
+
+def _cell(row: Row) -> str:
+    return row.failure or amount(row.counted_mib if row.device == "counted" else row.measured_mib)
 
 
 def amount(mib: float) -> str:
@@ -208,7 +207,9 @@ def plot(path: Path, to: Path) -> None:
     setting, rows = report.read(path, Row)
     figure = Figure(figsize=(9.6, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    counted = shown(rows)
+    counted = [row for row in rows if row.device == "counted"]
+    model = shown(rows)[0].model
+    counted = [row for row in counted if row.model == model]
     measured = [row for row in rows if row.device != "counted"]
     for method, color in COLORS.items():
         width = 2.4 if method.startswith("ours") else 1.4
@@ -232,7 +233,7 @@ def plot(path: Path, to: Path) -> None:
     left.set_ylabel("GiB above the inputs, forward and backward", fontsize=9)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, fontsize=8)
-    figure.supxlabel(setting, fontsize=6, color="#777777", x=1, ha="right")
+    report.caption(figure, setting)
     figure.savefig(to, dpi=150)
 
 

@@ -1,41 +1,280 @@
-"""Put what was recorded into the README: each table of results stands between two marks.
+"""Put what was recorded into README.md and docs/benchmarks.md: each table between two marks.
 
-python benchmarks/readme.py
+    python benchmarks/readme.py
+
+The README has one table each for accuracy, memory and time, of the methods that have a result
+everywhere; docs/benchmarks.md has all tables, with a line for every method. What `make gpu` left in
+a folder of benchmarks/results becomes a section of docs/benchmarks.md, and the time and memory of
+the first such GPU, by name, take the place of the CPU's in the README.
 """
 
+import csv
+import os
 import re
 import sys
+import textwrap
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import accuracy, memory, report, resources, roofline, speed, step
 
-RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 
 
-def generated(text: str) -> str:
-    """The README's text, with the tables of the recorded results."""
-    for name, table in tables().items():
-        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-        parts = marks.split(text)
-        if len(parts) != 4:
-            raise ValueError(f"README.md has no place for the table of {name}, or two")
-        before, start, end, after = parts
-        text = f"{before}{start}\n{table}\n\n{end}{after}"
+@dataclass(frozen=True)
+class Gpu:
+    """A folder that `make gpu` wrote."""
+
+    folder: Path
+
+    @property
+    def hardware(self) -> str:
+        """Hardware, driver and versions, on one line."""
+        return (self.folder / "hardware.txt").read_text().strip()
+
+    @property
+    def name(self) -> str:
+        return self.hardware.partition(", driver")[0].partition(" x ")[2]
+
+    @property
+    def versions(self) -> str:
+        return _versions(self.hardware, "torch", "triton")
+
+    @property
+    def ended(self) -> str:
+        """How each step ended; empty if none has."""
+        return _text(self.folder / "summary.txt").partition("\n")[2].rstrip()
+
+    @property
+    def tests(self) -> str:
+        """What became of the tests."""
+        step = re.search(r"^tests .*\n((?: .*\n?)*)", self.ended, re.MULTILINE)
+        if step is None:
+            return "neither"
+        outcomes = [line.split(maxsplit=1)[1] for line in step[1].splitlines()]
+        passed = all(outcome == "ok" or outcome.startswith("ok;") for outcome in outcomes)
+        return "tested" if passed else "tests failed or were cut short"
+
+    def csv(self, name: str) -> Path | None:
+        path = self.folder / f"{name}.csv"
+        return path if path.exists() else None
+
+
+def gpus(results: Path) -> list[Gpu]:
+    return [Gpu(path.parent) for path in sorted(results.glob("*/hardware.txt"))]
+
+
+def readme_parts(results: Path, page: Path) -> dict[str, str]:
+    """What stands between the marks of the README, whose place is `page`, by the marks' name."""
+    measured = gpus(results)
+    setting, errors = report.read(results / "accuracy.csv", accuracy.Row)
+    return {
+        "accuracy": f"{accuracy.gradient_table(errors)}\n\n({setting})",
+        "memory": _memory_of_readme(_best(results, measured, "memory", memory.Row), page),
+        "speed": _speed_of_readme(_best(results, measured, "speed", speed.Row), page),
+        "gpu": _gpus_of_readme(measured),
+        "compatibility": compatibility(results, measured),
+    }
+
+
+def _best(results: Path, measured: list[Gpu], name: str, kind: type) -> Path:
+    """The csv of the first GPU on which ours has a result, otherwise the CPU's."""
+    for gpu in measured:
+        if path := gpu.csv(name):
+            ours = [row for row in _measured(path, kind) if row.method.startswith("ours")]
+            if any(report.is_result(row) for row in ours):
+                return path
+    return results / f"{name}.csv"
+
+
+def _measured(path: Path, kind: type) -> list[Any]:
+    """The rows of a csv that were not counted, nor are the floor."""
+    _, rows = report.read(path, kind)
+    return [
+        row for row in rows if row.method != speed.FLOOR and getattr(row, "device", "") != "counted"
+    ]
+
+
+def _memory_of_readme(path: Path, page: Path) -> str:
+    """Of a GPU what was measured, otherwise what is counted as on one."""
+    setting, rows = report.read(path, memory.Row)
+    on_gpu = [row for row in _measured(path, memory.Row) if row.device != "CPU"]
+    if on_gpu:
+        table = memory.measured_table(report.complete(on_gpu))
+        how = "the high-water mark of PyTorch's allocator:"
+        source = setting
+    else:
+        table = memory.counted_table(report.complete(memory.shown(rows)))
+        how = (
+            "counted: bytes alive at once in tensors, each method run as on a GPU but on tensors "
+            "without contents (a test holds such counts to those of real tensors, byte for byte):"
+        )
+        source = _versions(setting, "torch", *report.PEERS)  # the machine is of no matter
+    about = _wrapped(f"Above the inputs, forward and backward, {how}")
+    names = "Memory over the number of tokens by method, counted and measured"
+    return "\n\n".join([about, *_picture(path, names, page), table, f"({source})"])
+
+
+def _speed_of_readme(path: Path, page: Path) -> str:
+    setting, _ = report.read(path, speed.Row)
+    table = speed.table(report.complete(_measured(path, speed.Row)))
+    names = "Bars: multiples of the floor by method and shape"
+    parts = [*_picture(path, names, page), table, f"({setting})"]
+    if ", driver" not in setting:  # that of a GPU is named
+        about = (
+            "A CPU has no product of bf16 into fp32: ours widens the head, tile by tile, and takes"
+        )
+        parts.append(
+            _wrapped(f"{about} about as long as for fp32 ([more](docs/benchmarks.md#time)).")
+        )
+    return "\n\n".join(parts)
+
+
+def _gpus_of_readme(measured: list[Gpu]) -> str:
+    predicted = (
+        "is [predicted](docs/benchmarks.md#what-a-gpu-should-take) from counted operations and "
+        "bytes and from the instructions of the compiled kernels"
+    )
+    if not measured:
+        return _wrapped(
+            "**On a GPU nothing has been measured yet.** The kernels are tested in Triton's "
+            f"interpreter, and compiled ahead of time. What to expect {predicted}, for the first "
+            "run to confirm or refute."
+        )
+    names = ", ".join(f"[{gpu.name}](docs/benchmarks.md#{slug(gpu.name)})" for gpu in measured)
+    return _wrapped(
+        f"**Measured on a GPU:** {names}, beside what was predicted. What to expect of others "
+        f"{predicted}."
+    )
+
+
+def compatibility(results: Path, measured: list[Gpu]) -> str:
+    """Which versions run where: tested, compiled ahead of time, or neither."""
+    with (results / "resources.csv").open(newline="") as file:
+        archs = list(dict.fromkeys(row["arch"] for row in csv.DictReader(file)))
+    cuda, rocm = (
+        f"compiled for {', '.join(arch for arch in archs if arch.startswith(prefix))}"
+        for prefix in ("sm_", "gfx")
+    )
+    rows = [
+        ["torch", "tested", "neither", "neither"],
+        ["triton", "tested, interpreted", cuda, rocm],
+        ["transformers, to train", "tested", "neither", "neither"],
+        ["trl, to compare with", "tested", "neither", "neither"],
+    ]
+    required, pinned = (ROOT / name for name in ("pyproject.toml", "constraints.txt"))
+    body = []
+    for what, *cells in rows:
+        package = what.partition(",")[0]
+        bounds = re.search(rf'"{package}([<>=.,\d]+)', required.read_text())
+        version = re.search(rf"^{package}==([\w.]+)", pinned.read_text(), re.MULTILINE)
+        if bounds is None or version is None:
+            raise ValueError(f"pyproject.toml or constraints.txt does not name {package}")
+        body.append([what, bounds[1].replace(",", ", "), version[1], *cells])
+    for gpu in measured:
+        on_cuda = gpu.name.startswith("NVIDIA")
+        cells = [gpu.tests, "–"] if on_cuda else ["–", gpu.tests]
+        body.append([f"kernels on {gpu.name}", "", gpu.versions, "–", *cells])
+    return report.table(["", "required", "version", "CPU", "CUDA", "ROCm"], body)
+
+
+def page_parts(results: Path, page: Path) -> dict[str, str]:
+    """The same of docs/benchmarks.md."""
+    setting, predicted = report.read(results / "roofline.csv", roofline.Row)
+    return {
+        "accuracy": accuracy.summary(results / "accuracy.csv"),
+        "memory": memory.summary(results / "memory.csv"),
+        "heads": _every_head(results / "memory.csv"),
+        "speed": speed.summary(results / "speed.csv"),
+        "step": step.summary(results / "step.csv"),
+        "roofline": roofline.summary(predicted, setting),
+        "resources": resources.summary(results / "resources.csv"),
+        "gpus": "\n\n".join(_section(gpu, page) for gpu in gpus(results)) or "None yet.",
+    }
+
+
+def _every_head(path: Path) -> str:
+    """What is counted of each model's head, at every number of tokens."""
+    _, rows = report.read(path, memory.Row)
+    counted = [row for row in rows if row.device == "counted"]
+    models = dict.fromkeys(row.model for row in counted)
+    tables = [
+        memory.counted_table([row for row in report.complete(counted) if row.model == model])
+        for model in models
+    ]
+    return "\n\n".join(tables)
+
+
+def _section(gpu: Gpu, page: Path) -> str:
+    """What was measured on a GPU."""
+    parts = [f"### {gpu.name}", gpu.hardware + "."]
+    for title, name, summary in (
+        ("Time, as multiples of three bare products", "speed", speed.summary),
+        ("Memory", "memory", memory.summary),
+        ("Accuracy", "accuracy", accuracy.summary),
+    ):
+        if path := gpu.csv(name):
+            parts += [f"#### {title}", *_picture(path, f"{title} on {gpu.name}", page)]
+            parts.append(summary(path))
+    if prediction := _text(gpu.folder / "prediction.md").strip():
+        below = prediction.partition("\n")[2].strip().replace("\n## ", "\n##### ")
+        parts += ["#### Prediction and measurement", re.sub(r"^## ", "##### ", below)]
+    if gpu.ended:
+        parts += ["#### How each step of `make gpu` ended", f"```\n{gpu.ended}\n```"]
+    return "\n\n".join(parts)
+
+
+def _picture(path: Path, text: str, page: Path) -> list[str]:
+    """The picture beside a csv, as it is called from a page; none if there is none."""
+    picture = path.with_suffix(".png")
+    return [f"![{text}]({os.path.relpath(picture, page.parent)})"] if picture.exists() else []
+
+
+def _versions(setting: str, *packages: str) -> str:
+    """Those of some packages, of a line that `report.machine` wrote."""
+    known = re.findall(rf"\b({'|'.join(packages)}) ([^,;\s]+)", setting)
+    return ", ".join(f"{package} {version}" for package, version in known)
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def filled(text: str, parts: dict[str, str], name: str) -> str:
+    """A page's text with each part between its marks. `name` is the page's."""
+    for mark, part in parts.items():
+        marks = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- end of {mark} -->)", re.DOTALL)
+        pieces = marks.split(text)
+        if len(pieces) != 4:
+            raise ValueError(f"{name} has no place for {mark}, or two")
+        before, start, end, after = pieces
+        text = f"{before}{start}\n{part}\n\n{end}{after}"
     return text
 
 
-def tables() -> dict[str, str]:
-    benchmarks = {"accuracy": accuracy, "memory": memory, "speed": speed, "step": step}
-    found = {name: module.summary(RESULTS / f"{name}.csv") for name, module in benchmarks.items()}
-    setting, rows = report.read(RESULTS / "roofline.csv", roofline.Row)
+def generated(results: Path = RESULTS) -> dict[Path, str]:
+    """The text of both pages, with what is recorded in `results`."""
+    parts = {README: readme_parts, BENCHMARKS: page_parts}
     return {
-        **found,
-        "roofline": roofline.summary(rows, setting),
-        "resources": resources.summary(RESULTS / "resources.csv"),
+        page: filled(page.read_text(), made(results, page), page.name)
+        for page, made in parts.items()
     }
 
 
 if __name__ == "__main__":
-    README.write_text(generated(README.read_text()))
+    for page, text in generated().items():
+        page.write_text(text)

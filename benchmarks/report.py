@@ -2,6 +2,8 @@
 
 import csv
 import platform
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -47,6 +49,39 @@ def write(path: Path, setting: str, rows: list[Any]) -> None:
         writer.writerows(asdict(row) for row in rows)
 
 
+class Results:
+    """Rows of a benchmark as they come: shown, and kept in the csv, should time be up.
+
+    Args:
+        name: of the files.
+        setting: see `write`; it may grow.
+        folder: of the files, or None to keep nothing.
+        show: prints a row.
+    """
+
+    def __init__(
+        self, name: str, setting: str, folder: Path | None, show: Callable[[Any], None]
+    ) -> None:
+        self.path = None if folder is None else folder / f"{name}.csv"
+        self.setting, self.show, self.rows = setting, show, list[Any]()
+
+    def add(self, row: Any) -> None:
+        self.rows.append(row)
+        self.show(row)
+        if self.path is not None:
+            write(self.path, self.setting, self.rows)
+
+    def finish(self, summary: Callable[[Path], str], plot: Callable[[Path, Path], None]) -> None:
+        """Print what `summary` makes of the csv, and write it and the picture beside the csv;
+        nothing without a folder."""
+        if self.path is None:
+            return
+        text = summary(self.path)
+        self.path.with_suffix(".md").write_text(text + "\n")
+        plot(self.path, self.path.with_suffix(".png"))
+        print(f"\n{text}")
+
+
 def read(path: Path, kind: type) -> tuple[str, list[Any]]:
     """The setting of what `write` wrote, and its rows."""
     kinds: dict[str, Any] = {field.name: field.type for field in fields(kind)}
@@ -68,6 +103,32 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
+def by_method(
+    corner: str, rows: list[Any], column: Callable[[Any], str], cell: Callable[[Any], str]
+) -> str:
+    """A line for each method and a column for each of what `column` names, in their order, as
+    Markdown; what was not reached is a dash."""
+    columns = dict.fromkeys(column(row) for row in rows)
+    cells = {(row.method, column(row)): cell(row) for row in rows}
+    body = [
+        [method, *(cells.get((method, name), "–") for name in columns)]
+        for method in dict.fromkeys(row.method for row in rows)
+    ]
+    return table([corner, *columns], body)
+
+
+def is_result(row: Any) -> bool:
+    """Whether a row holds figures, or that memory did not suffice, which is a result too."""
+    return row.failure in ("", "out of memory")
+
+
+def complete(rows: list[Any]) -> list[Any]:
+    """The rows of the methods that have a result wherever another has one."""
+    results = Counter(row.method for row in rows if is_result(row))
+    most = max(results.values(), default=0)
+    return [row for row in rows if results[row.method] == most > 0]
+
+
 def style(axis: Any, *, log: bool = False) -> None:
     """How every picture's axes look."""
     if log:
@@ -82,6 +143,11 @@ def style(axis: Any, *, log: bool = False) -> None:
         axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
+
+
+def caption(figure: Any, setting: str) -> None:
+    """Below a picture: where its figures are from."""
+    figure.supxlabel(setting, fontsize=5, color="#777777", x=0.995, ha="right")
 
 
 def memory_lines(axis: Any, x: float) -> None:

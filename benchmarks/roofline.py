@@ -21,7 +21,6 @@ their worst. Nothing here is measured on a GPU. With --output it writes roofline
 and roofline.png to the folder.
 """
 
-import argparse
 import csv
 import os
 import sys
@@ -44,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import peers, report
 from benchmarks.allocations import pretended, tensors
 from benchmarks.cycles import COPY, GAP, GPUS, LIBRARY, SPECIAL_LANES, Gpu, Range
+from benchmarks.options import Options
 from opsd_kernels import fused_jsd_loss, fused_sampled_token_loss, logit_free
 from opsd_kernels.kernels import tiles
 
@@ -330,12 +330,10 @@ def rates(recorded: dict[str, str], features: int) -> Range:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--features", type=int, default=4096)
-    parser.add_argument("--vocabulary", type=int, default=151936)
-    parser.add_argument("--output", type=Path, help="folder for roofline.csv, .md and .png")
-    args = parser.parse_args()
+    options = Options(__doc__)
+    options.add_sizes(tokens=16384, vocabulary=151936, features=4096)
+    options.add_output("roofline.csv", "roofline.md", "roofline.png")
+    args = options.parse_args()
     N, D, V = args.tokens, args.features, args.vocabulary
     recorded = kernels_recorded()
     rows = [

@@ -5,15 +5,14 @@
 The floor of a frozen head is 3 U of matrix products (U = 2 N D V): both logits and the gradient of
 the student's. It is measured in turns with the losses, in one process, so that a slow moment of the
 machine hits all of them; a multiple is that of the floor of the same round, and the median of all
-rounds is told with the lowest and highest. Ours makes its gradient in forward. A method that cannot
-run is a row that says why.
+rounds is given with the lowest and highest. Ours makes its gradient in forward. A method that
+cannot run is a row that says why.
 
 Without a model: on a CPU two shapes that it can hold, on a GPU the head of Qwen3-8B. With --output
 it writes speed.csv, speed.md and speed.png to the folder. --profile says instead where our time
 goes.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import report
 from benchmarks.inputs import describe, make_inputs
 from benchmarks.measure import limit_memory
+from benchmarks.options import Options
 from benchmarks.peers import COLORS, METHODS, Loss, why
 from benchmarks.shapes import MODELS
 
@@ -59,19 +59,19 @@ class Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="both on a CPU")
-    parser.add_argument("--beta", type=float, default=0.5)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--model", choices=list(MODELS), help="whose LM head")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024], help="with --model")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--flat", action="store_true", help="flat distributions, not peaked ones")
-    parser.add_argument("--quick", action="store_true", help="one small shape")
-    parser.add_argument("--profile", action="store_true", help="ours alone, by operation")
-    parser.add_argument("--output", type=Path, help="folder for speed.csv, speed.md, speed.png")
-    args = parser.parse_args()
+    options = Options(__doc__)
+    options.add_device()
+    options.add_dtype("both on a CPU")
+    options.add_argument("--beta", type=float, default=0.5)
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--model", choices=list(MODELS), help="whose LM head")
+    options.add_argument("--tokens", type=int, nargs="+", default=[1024], help="with --model")
+    options.add_methods(METHODS)
+    options.add_argument("--flat", action="store_true", help="flat distributions, not peaked ones")
+    options.add_quick("one small shape")
+    options.add_argument("--profile", action="store_true", help="ours alone, by operation")
+    options.add_output("speed.csv", "speed.md", "speed.png")
+    args = options.parse_args()
     device = torch.device(args.device)
     dtypes = [args.dtype] if args.dtype else DTYPES[device.type]
     shapes = (QUICK if args.quick else SHAPES)[device.type]
@@ -85,25 +85,18 @@ def main() -> None:
         limit_memory()
     setting = f"{report.machine(device)}; beta {args.beta}"
     print(setting)
-    rows: list[Row] = []
+    results = report.Results("speed", setting, args.output, show)
     for N, D, V in shapes:
         for dtype in dtypes:
             h_S, h_T, W = inputs((N, D, V), dtype, device, args.flat)
-            told = describe(h_S, h_T, W)
+            described = describe(h_S, h_T, W)
             if dtype == dtypes[0]:
-                setting += f"; N = {N}, D = {D}: {told}"
-            print(f"\nN = {N}, D = {D}, V = {V}, {dtype}; {told}")
+                results.setting += f"; N = {N}, D = {D}: {described}"
+            print(f"\nN = {N}, D = {D}, V = {V}, {dtype}; {described}")
             print(f"{'method':<20}{'forward':>9}{'backward':>9}{'both':>9} s   x {FLOOR}")
             for row in measure(h_S, h_T, W, args.beta, args.repeats, args.methods):
-                rows.append(row)
-                show(row)
-            if args.output:  # what there is, should time be up
-                report.write(args.output / "speed.csv", setting, rows)
-    if args.output:
-        path = args.output / "speed.csv"
-        path.with_suffix(".md").write_text(summary(path) + "\n")
-        plot(path, path.with_suffix(".png"))
-        print("\n" + summary(path))
+                results.add(row)
+    results.finish(summary, plot)
 
 
 def inputs(
@@ -115,7 +108,7 @@ def inputs(
 
 def show(row: Row) -> None:
     seconds = f"{row.forward_s:>9.3f}{row.backward_s:>9.3f}{row.both_s:>9.3f}"
-    print(f"{row.method:<20}{row.failure or seconds + '     ' + told(row)}", flush=True)
+    print(f"{row.method:<20}{row.failure or seconds + '     ' + multiple(row)}", flush=True)
 
 
 def profile(h_S: Tensor, h_T: Tensor, W: Tensor, beta: float) -> None:
@@ -221,29 +214,31 @@ def now(device: torch.device) -> float:
 
 
 def summary(path: Path) -> str:
-    """Multiples of the floor, a column for each shape and dtype, as Markdown."""
     setting, rows = report.read(path, Row)
-    columns = list(dict.fromkeys(column(row) for row in rows))
-    figures = {(row.method, column(row)): row.failure or told(row) for row in rows}
-    methods = dict.fromkeys(row.method for row in rows if row.method != FLOOR)
-    body = [[method, *(figures[method, name] for name in columns)] for method in methods]
-    return report.table(["", *columns], body) + f"\n\n({setting})"
+    return f"{table(rows)}\n\n({setting})"
+
+
+def table(rows: list[Row]) -> str:
+    """Multiples of the floor, a column for each shape and dtype, as Markdown."""
+    losses = [row for row in rows if row.method != FLOOR]
+    return report.by_method("", losses, column, lambda row: row.failure or multiple(row))
 
 
 def column(row: Row) -> str:
     return f"N = {row.N}, D = {row.D}, V = {row.V}, {row.dtype}"
 
 
-def told(row: Row) -> str:
+def multiple(row: Row) -> str:
     return f"{row.floors:.2f} ({row.floors_low:.2f} – {row.floors_high:.2f})"
 
 
 def plot(path: Path, to: Path) -> None:
-    """A group of bars for each shape and dtype: multiples of the floor."""
+    """A group of bars for each shape and dtype: multiples of the floor, of what has a result."""
     from matplotlib.figure import Figure
 
     setting, rows = report.read(path, Row)
     columns = list(dict.fromkeys(column(row) for row in rows))
+    rows = [row for row in rows if row.method != FLOOR and report.is_result(row)]
     across = min(2, len(columns))
     down = -(-len(columns) // across)
     figure = Figure(figsize=(4.4 * across + 0.8, 2.5 * down + 0.4), layout="constrained")
@@ -251,7 +246,7 @@ def plot(path: Path, to: Path) -> None:
     for axis in axes[len(columns) :]:
         axis.set_visible(False)
     for axis, name in zip(axes, columns, strict=False):
-        of_it = [row for row in rows if column(row) == name and row.method != FLOOR][::-1]
+        of_it = [row for row in rows if column(row) == name][::-1]
         values = [0.0 if row.failure else row.floors for row in of_it]
         names = [row.method for row in of_it]
         bars = axis.barh(names, values, color=[COLORS[row.method] for row in of_it])
@@ -261,10 +256,9 @@ def plot(path: Path, to: Path) -> None:
         axis.set_title(name, fontsize=9, loc="left")
         report.style(axis)
         axis.margins(x=0.15)
-    figure.suptitle(
-        "forward and backward, as multiples of three bare products", fontsize=9, x=0, ha="left"
-    )
-    figure.supxlabel(setting, fontsize=5, color="#777777", x=1, ha="right")
+    title = "forward and backward, as multiples of three bare products"
+    figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+    report.caption(figure, setting)
     figure.savefig(to, dpi=150)
 
 

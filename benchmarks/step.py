@@ -13,7 +13,6 @@ it.
 With --output it writes step.csv, step.md and step.png to the folder.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -32,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import peers, report
 from benchmarks.allocations import Allocations, pretended
 from benchmarks.measure import MIB, high_water, in_a_process, start_counting, tell
+from benchmarks.options import Options
 from benchmarks.shapes import QWEN3
 from opsd_kernels import fused_sampled_token_loss
 
@@ -99,16 +99,15 @@ class Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", choices=list(QWEN3))
-    parser.add_argument("--tokens", type=int, nargs="+")
-    parser.add_argument("--methods", nargs="+", choices=list(LOSSES), default=list(LOSSES))
-    parser.add_argument("--seconds", type=float, default=600, help="for each figure at most")
-    parser.add_argument("--quick", action="store_true", help="little, in two minutes")
-    parser.add_argument("--output", type=Path, help="folder for step.csv, step.md, step.png")
-    parser.add_argument("--here", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    options = Options(__doc__)
+    options.add_device()
+    options.add_argument("--model", choices=list(QWEN3))
+    options.add_argument("--tokens", type=int, nargs="+")
+    options.add_methods(LOSSES)
+    options.add_processes()
+    options.add_quick("little, in two minutes")
+    options.add_output("step.csv", "step.md", "step.png")
+    args = options.parse_args()
     if args.here:
         tell(measure_here, args.here)
         return
@@ -116,22 +115,16 @@ def main() -> None:
     dtype = "float32" if kind == "cpu" else "bfloat16"
     setting = f"{report.machine(torch.device(args.device))}, {dtype}"
     print(setting)
-    rows = []
+    results = report.Results("step", setting, args.output, show)
     model, tokens = (QUICK if args.quick else MEASURED)[kind]
     for N in args.tokens or tokens:
         for method in args.methods:
-            rows.append(measure(args.device, args.model or model, N, dtype, method, args.seconds))
-            show(rows[-1])
+            results.add(measure(args.device, args.model or model, N, dtype, method, args.seconds))
     model, tokens = QUICK_COUNTED if args.quick else COUNTED
     for N in args.tokens or tokens:
         for method in args.methods:
-            rows.append(count(args.model or model, N, method))
-            show(rows[-1])
-    if args.output:
-        path = args.output / "step.csv"
-        report.write(path, setting, rows)
-        path.with_suffix(".md").write_text(summary(path) + "\n")
-        plot(path, path.with_suffix(".png"))
+            results.add(count(args.model or model, N, method))
+    results.finish(summary, plot)
 
 
 def show(row: Row) -> None:
@@ -142,9 +135,9 @@ def show(row: Row) -> None:
 
 def measure(device: str, model: str, N: int, dtype: str, method: str, seconds: float) -> Row:
     task = {"device": device, "model": model, "N": N, "dtype": dtype, "method": method}
-    failure, told = in_a_process(__file__, task, seconds)
+    failure, figures = in_a_process(__file__, task, seconds)
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
-    return Row(name, model, N, dtype, method, failure, **told)
+    return Row(name, model, N, dtype, method, failure, **figures)
 
 
 def measure_here(device: str, model: str, N: int, dtype: str, method: str) -> dict[str, float]:
@@ -274,25 +267,23 @@ def summary(path: Path) -> str:
     setting, rows = report.read(path, Row)
     counted = [row for row in rows if row.device == "counted"]
     measured = [row for row in rows if row.device != "counted"]
-    methods = list(dict.fromkeys(row.method for row in rows))
     tokens = list(dict.fromkeys(row.N for row in counted))
     head = f"counted as on a GPU, {counted[0].model}, bf16: weights and step"
     body = []
-    for method in methods:
+    for method in dict.fromkeys(row.method for row in rows):
         of_it = [row for row in counted if row.method == method]
         cells = [row.failure or f"{total_gib(row):,.0f} GiB" for row in of_it]
         points = [(row.N, total_gib(row)) for row in of_it if not row.failure]
         body.append([method, *cells, *(fits(points, gib) for gib in report.GPU_GIB.values())])
     fits_heads = [f"fits in {name}" for name in report.GPU_GIB]
-    tables = [report.table([head, *(f"N = {N}" for N in tokens), *fits_heads], body)]
-    tokens = list(dict.fromkeys(row.N for row in measured))
-    head = f"measured, {measured[0].device}, {measured[0].model}, {measured[0].dtype}: the step"
-    figures = {
-        (r.method, r.N): r.failure or f"{r.peak_mib:,.0f} MiB, {r.seconds:.1f} s" for r in measured
-    }
-    body = [[method, *(figures[method, N] for N in tokens)] for method in methods]
-    tables.append(report.table([head, *(f"N = {N}" for N in tokens)], body))
-    return "\n\n".join([*tables, f"({setting})"])
+    of_counted = report.table([head, *(f"N = {N}" for N in tokens), *fits_heads], body)
+    of_measured = report.by_method(
+        f"measured, {measured[0].device}, {measured[0].model}, {measured[0].dtype}: the step",
+        measured,
+        lambda row: f"N = {row.N}",
+        lambda row: row.failure or f"{row.peak_mib:,.0f} MiB, {row.seconds:.1f} s",
+    )
+    return f"{of_counted}\n\n{of_measured}\n\n({setting})"
 
 
 def total_gib(row: Row) -> float:
@@ -322,7 +313,7 @@ def plot(path: Path, to: Path) -> None:
     title = f"One LoRA step of {counted[0].model}, bf16, checkpointed: counted as on a GPU"
     axis.set_title(title, fontsize=9, loc="left")
     axis.legend(frameon=False, fontsize=8)
-    figure.supxlabel(setting, fontsize=5, color="#777777", x=1, ha="right")
+    report.caption(figure, setting)
     figure.savefig(to, dpi=150)
 
 

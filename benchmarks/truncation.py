@@ -12,7 +12,6 @@ Writes truncation.csv to the folder, and prints the tables that docs/maths.md sh
 ten minutes on one core, and needs no GPU.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import report
 from benchmarks.accuracy import DIVERGENCES, METHODS, relative
 from benchmarks.inputs import make_inputs
+from benchmarks.options import Options
 from benchmarks.tensor_cores import ARCHITECTURES, TensorCore, matmul, simulated
 from opsd_kernels import divergence_name, reference_jsd_loss, row_workspace
 from opsd_kernels.divergence import divergence_rows_
@@ -186,31 +186,31 @@ def of_the_last_product(N: int, V: int, D: int) -> Iterator[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--vocabulary", type=int, default=1024)
-    parser.add_argument("--features", type=int, nargs="+", default=[1024, 2048, 4096])
-    parser.add_argument("--output", type=Path, help="folder for truncation.csv")
-    args = parser.parse_args()
+    options = Options(__doc__)
+    options.add_sizes(tokens=32, vocabulary=1024, features=[1024, 2048, 4096])
+    options.add_output("truncation.csv")
+    args = options.parse_args()
     N, V = args.tokens, args.vocabulary
-    rows = []
+    setting = f"simulated; bf16, N = {N}, V = {V}"
+    results = report.Results("truncation", setting, args.output, show)
     for part in (
         of_the_op(N, V, args.features),
         of_the_logits(N, V, 2048),
         of_the_last_product(N // 4, 151936, 128),
     ):
         for row in part:
-            rows.append(row)
-            print(
-                f"{NAMES[row.arch]:<5} D {row.D:<5} distance {row.distance:<6} "
-                f"{row.divergence:<50} {row.method:<40} loss {row.loss_error:8.1e}  gradient "
-                f"{row.grad_error / row.rounding:5.2f} roundings",
-                flush=True,
-            )
-    if args.output:
-        path = args.output / "truncation.csv"
-        report.write(path, f"simulated; bf16, N = {N}, V = {V}", rows)
-        print(summary(path))
+            results.add(row)
+    if results.path is not None:
+        print(summary(results.path))
+
+
+def show(row: Row) -> None:
+    print(
+        f"{NAMES[row.arch]:<5} D {row.D:<5} distance {row.distance:<6} "
+        f"{row.divergence:<50} {row.method:<40} loss {row.loss_error:8.1e}  gradient "
+        f"{row.grad_error / row.rounding:5.2f} roundings",
+        flush=True,
+    )
 
 
 def summary(path: Path) -> str:
@@ -241,13 +241,13 @@ def summary(path: Path) -> str:
             for arch, name in NAMES.items():
                 for D in features:
                     wanted = {"arch": arch, "D": D, "method": method}
-                    told = [
+                    errors = [
                         f"{largest(roundings, distance=distance, **wanted):.2f}"
                         if what.startswith("gradient")
                         else f"{largest(lambda r: r.loss_error, distance=distance, **wanted):.0e}"
                         for distance in DISTANCES
                     ]
-                    cells.append([f"{name}, D = {D}", *told])
+                    cells.append([f"{name}, D = {D}", *errors])
             lines += [report.table([f"{what}: {method}", *heads], cells), ""]
     of_logits = [row for row in rows if row.method in remedies(2048)]
     distances = list(dict.fromkeys(row.distance for row in of_logits))

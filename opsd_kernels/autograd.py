@@ -11,48 +11,41 @@ from torch import Tensor
 
 from opsd_kernels import schedules
 from opsd_kernels.divergence import STATISTICS
-from opsd_kernels.problem import Outputs, Problem
+from opsd_kernels.problem import FIELDS, Outputs, Problem
 
 
-class DivergenceFunction(torch.autograd.Function):
-    """Divergence of every token, [N] fp32, differentiable with respect to h_S alone, and its
-    statistics, [STATISTICS, N] fp32 without gradient.
+def divergence_of_tokens(
+    problem: Problem, needs_statistics: bool, workspace_bytes: float
+) -> tuple[Tensor, Tensor | None]:
+    """Loss and statistics of every token of a problem.
 
-    Args of `apply`:
-        h_S, h_T: [N, D], [N, D_T] hidden states.
-        W, W_T: [V, D], [V, D_T] LM heads; W_T is None if W serves both.
-        beta, temperature, entry_clip: the divergence. β is a number, a tensor [N], or None: then
-            log p of the targets takes the divergence's place.
-        keep: [N] bool, the tokens that will count, or None for all. The others may be skipped, and
-            it is for the caller to select.
-        targets: [N] int32 ids of sampled tokens, within the vocabulary, or None.
-        needs_statistics: whether they are wanted.
-        needs_gradient: False under no_grad; then no gradient work is done.
-        operand_dtype: the dtype whose rounding the operands of the matrix products have.
+    Args:
+        problem: the tokens. Those that it does not keep may be skipped: their results are
+            undefined, and the caller selects.
+        needs_statistics: whether statistics are wanted.
         workspace_bytes: bound on all temporaries with a vocabulary-sized dimension together; 0
             for none.
-    """
 
+    Returns:
+        The divergence, or log p of the targets where β is None, [N] fp32, differentiable with
+        respect to h_S alone; and the statistics, [STATISTICS, N] fp32 without gradient.
+    """
+    # Under no_grad no gradient work is done.
+    needs_gradient = torch.is_grad_enabled() and problem.h_S.requires_grad
+    return _Divergence.apply(needs_statistics, needs_gradient, workspace_bytes, *problem.values())
+
+
+class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        h_S: Tensor,
-        h_T: Tensor,
-        W: Tensor,
-        W_T: Tensor | None,
-        beta: float | Tensor | None,
-        temperature: float,
-        entry_clip: float | None,
-        keep: Tensor | None,
-        targets: Tensor | None,
         needs_statistics: bool,
         needs_gradient: bool,
-        operand_dtype: torch.dtype,
         workspace_bytes: float,
+        *values: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        problem = Problem(
-            h_S, h_T, W, W_T, operand_dtype, beta, temperature, entry_clip, keep, targets
-        )
+        problem = Problem(*values)
+        h_S = problem.h_S
         N, D = h_S.shape
 
         def zeros(*shape: int) -> Tensor:
@@ -81,7 +74,8 @@ class DivergenceFunction(torch.autograd.Function):
         torch.mul(dh_S, grad_loss[:, None], out=grad)
         # Selected, not multiplied: a token that does not count may have a gradient of NaN.
         grad.masked_fill_((grad_loss == 0)[:, None], 0)
-        return grad, *(None,) * 12
+        gradients = dict.fromkeys(FIELDS) | {"h_S": grad}
+        return None, None, None, *gradients.values()
 
 
 def refuse_second_derivative() -> None:

@@ -14,21 +14,19 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from opsd_kernels import kernels
 from opsd_kernels.divergence import HUGE
+from opsd_kernels.problem import Problem
 from opsd_kernels.row_workspace import MIB, default_workspace_mib
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Arguments(NamedTuple):
-    """What the losses and their oracle are given, checked."""
+    """What a loss, or its oracle, was called with, checked."""
 
-    beta: float | Tensor | None  # fp32 [N] if of each token
-    temperature: float
-    entry_clip: float | None
-    operand_dtype: torch.dtype  # whose rounding the operands of the products have
+    problem: Problem  # its N tokens, one after the other; the gradient flows to h_S alone
+    leading: torch.Size  # [...], the shape that the tokens came in
     weights: Tensor | None  # [...] fp32
-    targets: Tensor | None  # [N]
-    valid: Tensor | None  # [...] which targets lie in the vocabulary
+    valid: Tensor | None  # [...] which targets lie in the vocabulary; None without targets
 
 
 def check_arguments(
@@ -39,13 +37,19 @@ def check_arguments(
     *,
     beta: float | Tensor | None,
     temperature: float,
-    entry_clip: float | None,
+    entry_clip: float | None = None,
     token_weights: Tensor | None,
-    targets: Tensor | None,
-    dtypes: tuple[torch.dtype, ...],
+    targets: Tensor | None = None,
+    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES,
 ) -> Arguments:
-    """Check what all losses take. A number β has been through `check_beta`; None is for log p of
-    the targets. `dtypes` are those that hidden states may have."""
+    """Check what all losses take.
+
+    Args:
+        beta: from `check_number_beta`, or None for log p of the targets.
+        dtypes: those that hidden states may have.
+
+    For the others see `fused_jsd_loss`.
+    """
     temperature = check_temperature(temperature)
     entry_clip = check_clip("entry_clip", entry_clip)
     operand_dtype = check_tensors(h_student, h_teacher, W, W_teacher, dtypes)
@@ -55,14 +59,32 @@ def check_arguments(
     ids = valid = None
     if targets is not None or beta is None:
         ids, valid = check_targets(targets, h_student, W.shape[0], weights)
-    return Arguments(beta, temperature, entry_clip, operand_dtype, weights, ids, valid)
+    problem = Problem(
+        h_student.reshape(-1, h_student.shape[-1]),
+        h_teacher.detach().reshape(-1, h_teacher.shape[-1]),
+        W.detach(),
+        None if W_teacher is None else W_teacher.detach(),
+        operand_dtype,
+        beta,
+        temperature,
+        entry_clip,
+        None if weights is None else weights.reshape(-1) != 0,
+        ids,
+    )
+    return Arguments(problem, h_student.shape[:-1], weights, valid)
 
 
 def check_beta(beta: float) -> float:
+    """Check β of all tokens."""
     beta = _number("beta", beta)
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must lie in [0, 1], got {beta}")
     return beta
+
+
+def check_number_beta(beta: float | Tensor) -> float | Tensor:
+    """Check β if it is a number. A tensor is checked later, beside the hidden states."""
+    return beta if isinstance(beta, Tensor) else check_beta(beta)
 
 
 def check_token_beta(beta: Tensor, h_student: Tensor) -> Tensor:

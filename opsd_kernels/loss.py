@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import divergence
-from opsd_kernels.autograd import DivergenceFunction
+from opsd_kernels.autograd import divergence_of_tokens
 from opsd_kernels.checks import (
-    FLOAT_DTYPES,
+    Arguments,
     check_arguments,
-    check_beta,
     check_clip,
+    check_number_beta,
     check_reduction,
     check_workspace,
 )
@@ -80,17 +80,17 @@ def fused_jsd_loss(
         ValueError: shapes, devices or values that do not fit; the message names the argument.
     """
     check_reduction(reduction)
-    tokens = _per_token(
+    checked = check_arguments(
         h_student,
         h_teacher,
         W,
         W_teacher,
-        beta=beta if isinstance(beta, Tensor) else check_beta(beta),
+        beta=check_number_beta(beta),
         temperature=temperature,
         entry_clip=entry_clip,
         token_weights=token_weights,
-        workspace_mib=workspace_mib,
     )
+    tokens = _compute(checked, workspace_mib, needs_statistics=False)
     return reduce_tokens(tokens.value, tokens.weights, reduction)
 
 
@@ -140,8 +140,8 @@ def token_divergence(
         targets: [...] ids of the tokens that were sampled, of any integer dtype. What they are is
             checked on a CPU only; elsewhere an id outside the vocabulary gives NaN. Those of
             dropped tokens may be anything.
-        token_weights: [...] weights of the loss. A token of weight 0 is dropped: all that is told
-            of it is 0.
+        token_weights: [...] weights of the loss. A token of weight 0 is dropped: all that is
+            returned for it is 0.
 
     Returns:
         A `TokenDivergence`. All statistics are at the temperature of the loss.
@@ -149,19 +149,18 @@ def token_divergence(
     Raises:
         TypeError, ValueError: as `fused_jsd_loss`.
     """
-    tokens = _per_token(
+    checked = check_arguments(
         h_student,
         h_teacher,
         W,
         W_teacher,
-        beta=beta if isinstance(beta, Tensor) else check_beta(beta),
+        beta=check_number_beta(beta),
         temperature=temperature,
         entry_clip=entry_clip,
         token_weights=token_weights,
         targets=targets,
-        needs_statistics=True,
-        workspace_mib=workspace_mib,
     )
+    tokens = _compute(checked, workspace_mib, needs_statistics=True)
     return tokens.divergence()
 
 
@@ -214,7 +213,7 @@ def fused_sampled_token_loss(
     """
     check_reduction(reduction)
     advantage_clip = check_clip("advantage_clip", advantage_clip)
-    tokens = _per_token(
+    checked = check_arguments(
         h_student,
         h_teacher,
         W,
@@ -223,9 +222,8 @@ def fused_sampled_token_loss(
         temperature=temperature,
         token_weights=token_weights,
         targets=targets,
-        needs_statistics=True,
-        workspace_mib=workspace_mib,
     )
+    tokens = _compute(checked, workspace_mib, needs_statistics=True)
     return tokens.sampled_token_loss(advantage_clip, reduction, return_log_probs)
 
 
@@ -283,15 +281,10 @@ class Tokens:
         return SampledTokenLoss(loss, log_p, log_q) if return_log_probs else loss
 
 
-def tokens_of(
-    value: Tensor,
-    statistics: Tensor | None,
-    weights: Tensor | None,
-    valid: Tensor | None,
-    leading: torch.Size,
-) -> Tokens:
-    """Name what `DivergenceFunction` returned. A dropped token's statistics are 0, whatever a
+def tokens_of(checked: Arguments, value: Tensor, statistics: Tensor | None) -> Tokens:
+    """Name what was computed of every token. A dropped token's statistics are 0, whatever a
     schedule made of it; those of a target outside the vocabulary are NaN."""
+    _, leading, weights, valid = checked
     if statistics is None:
         return Tokens(value.reshape(leading), weights, value.new_empty(0), False)
     statistics = statistics.reshape(divergence.STATISTICS, *leading)
@@ -303,47 +296,7 @@ def tokens_of(
     return Tokens(value.reshape(leading), weights, statistics, valid is not None)
 
 
-def _per_token(
-    h_student: Tensor,
-    h_teacher: Tensor,
-    W: Tensor,
-    W_teacher: Tensor | None,
-    *,
-    beta: float | Tensor | None,
-    temperature: float,
-    entry_clip: float | None = None,
-    token_weights: Tensor | None,
-    targets: Tensor | None = None,
-    needs_statistics: bool = False,
-    workspace_mib: float | None,
-) -> Tokens:
-    """Check the arguments and run. β is None for log p of the targets."""
-    checked = check_arguments(
-        h_student,
-        h_teacher,
-        W,
-        W_teacher,
-        beta=beta,
-        temperature=temperature,
-        entry_clip=entry_clip,
-        token_weights=token_weights,
-        targets=targets,
-        dtypes=FLOAT_DTYPES,
-    )
-    workspace_bytes = check_workspace(workspace_mib, h_student.device)
-    value, statistics = DivergenceFunction.apply(
-        h_student.reshape(-1, h_student.shape[-1]),
-        h_teacher.detach().reshape(-1, h_teacher.shape[-1]),
-        W.detach(),
-        None if W_teacher is None else W_teacher.detach(),
-        checked.beta,
-        checked.temperature,
-        checked.entry_clip,
-        None if checked.weights is None else checked.weights.reshape(-1) != 0,
-        checked.targets,
-        needs_statistics,
-        torch.is_grad_enabled() and h_student.requires_grad,
-        checked.operand_dtype,
-        workspace_bytes,
-    )
-    return tokens_of(value, statistics, checked.weights, checked.valid, h_student.shape[:-1])
+def _compute(checked: Arguments, workspace_mib: float | None, needs_statistics: bool) -> Tokens:
+    problem = checked.problem
+    workspace_bytes = check_workspace(workspace_mib, problem.h_S.device)
+    return tokens_of(checked, *divergence_of_tokens(problem, needs_statistics, workspace_bytes))

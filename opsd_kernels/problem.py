@@ -1,6 +1,11 @@
-"""What every schedule is given, and what it fills."""
+"""What every schedule is given, and what it fills.
 
-from dataclasses import dataclass, replace
+`Problem` is the one list of what a call of a loss is made of: `checks` makes it of the arguments,
+and all that follows passes it on as it is.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +25,11 @@ class Problem:
     entry_clip: float | None = None
     keep: Tensor | None = None  # [N] bool, the tokens that will count; None for all
     targets: Tensor | None = None  # [N] int32 ids ŷ of sampled tokens, all within the vocabulary
+
+    def values(self) -> tuple[Any, ...]:
+        """All fields in order, for what PyTorch takes as arguments only; `Problem(*values)` is the
+        problem again."""
+        return tuple(getattr(self, name) for name in FIELDS)
 
     @property
     def heads(self) -> tuple[Tensor, ...]:
@@ -41,6 +51,9 @@ class Problem:
         )
 
 
+FIELDS = tuple(field.name for field in fields(Problem))
+
+
 def has_bounded_scores(beta: float | Tensor | None) -> bool:
     """Whether no score is larger than 1, and neither is G: all but those of the reverse KL, which
     grow with the log-ratio, and of a β of each token, which may be it."""
@@ -49,7 +62,7 @@ def has_bounded_scores(beta: float | Tensor | None) -> bool:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What is filled. It is zeros when it is given; of a token that is not kept nothing is said."""
+    """What a schedule fills, zeros at first. Results of tokens that are not kept are undefined."""
 
     loss: Tensor  # [N] fp32, ℓ; or log p(ŷ), where no divergence is wanted
     statistics: Tensor | None = None  # [STATISTICS, N] fp32, see `divergence.py`

@@ -5,6 +5,7 @@ Slow and large on purpose. What it shares with the fused ops is the pointwise fa
 against autograd through the formulas as they are written in the paper.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from opsd_kernels import divergence
 from opsd_kernels.autograd import refuse_second_derivative
 from opsd_kernels.checks import (
     FLOAT_DTYPES,
+    Arguments,
     check_arguments,
-    check_beta,
     check_clip,
+    check_number_beta,
     check_reduction,
 )
 from opsd_kernels.divergence import divergence_rows_, log_prob_rows_
@@ -28,6 +30,9 @@ from opsd_kernels.loss import (
     reduce_tokens,
     tokens_of,
 )
+from opsd_kernels.problem import FIELDS, Problem
+
+DTYPES = (*FLOAT_DTYPES, torch.float64)
 
 
 def reference_jsd_loss(
@@ -52,16 +57,18 @@ def reference_jsd_loss(
         pass `h_student.double()` to have it unrounded.
     """
     check_reduction(reduction)
-    tokens = _per_token(
+    checked = check_arguments(
         h_student,
         h_teacher,
         W,
         W_teacher,
-        beta=beta if isinstance(beta, Tensor) else check_beta(beta),
+        beta=check_number_beta(beta),
         temperature=temperature,
         entry_clip=entry_clip,
         token_weights=token_weights,
+        dtypes=DTYPES,
     )
+    tokens = _compute(checked)
     return reduce_tokens(tokens.value, tokens.weights, reduction)
 
 
@@ -79,17 +86,19 @@ def reference_token_divergence(
     workspace_mib: float | None = None,
 ) -> TokenDivergence:
     """`token_divergence` in float64; see `reference_jsd_loss`."""
-    tokens = _per_token(
+    checked = check_arguments(
         h_student,
         h_teacher,
         W,
         W_teacher,
-        beta=beta if isinstance(beta, Tensor) else check_beta(beta),
+        beta=check_number_beta(beta),
         temperature=temperature,
         entry_clip=entry_clip,
         token_weights=token_weights,
         targets=targets,
+        dtypes=DTYPES,
     )
+    tokens = _compute(checked)
     return tokens.divergence()
 
 
@@ -110,7 +119,7 @@ def reference_sampled_token_loss(
     """`fused_sampled_token_loss` in float64; see `reference_jsd_loss`."""
     check_reduction(reduction)
     advantage_clip = check_clip("advantage_clip", advantage_clip)
-    tokens = _per_token(
+    checked = check_arguments(
         h_student,
         h_teacher,
         W,
@@ -119,72 +128,39 @@ def reference_sampled_token_loss(
         temperature=temperature,
         token_weights=token_weights,
         targets=targets,
+        dtypes=DTYPES,
     )
+    tokens = _compute(checked)
     return tokens.sampled_token_loss(advantage_clip, reduction, return_log_probs)
 
 
-def _per_token(
-    h_student: Tensor,
-    h_teacher: Tensor,
-    W: Tensor,
-    W_teacher: Tensor | None,
-    *,
-    beta: float | Tensor | None,
-    temperature: float,
-    entry_clip: float | None = None,
-    token_weights: Tensor | None,
-    targets: Tensor | None = None,
-) -> Tokens:
-    """Check the arguments and run. β is None for log p of the targets."""
-    checked = check_arguments(
-        h_student,
-        h_teacher,
-        W,
-        W_teacher,
-        beta=beta,
-        temperature=temperature,
-        entry_clip=entry_clip,
-        token_weights=token_weights,
-        targets=targets,
-        dtypes=(*FLOAT_DTYPES, torch.float64),
-    )
+def _compute(checked: Arguments) -> Tokens:
+    problem = checked.problem
     # A β of each token as the fused ops round it, so that it is the same divergence.
-    beta = checked.beta.double() if isinstance(checked.beta, Tensor) else checked.beta
-    teacher_head = W if W_teacher is None else W_teacher
-    value, statistics = _ReferenceDivergence.apply(
-        h_student.reshape(-1, h_student.shape[-1]),
-        _logits(h_teacher.detach(), teacher_head, checked.temperature),
-        W.detach(),
-        beta,
-        checked.temperature,
-        checked.entry_clip,
-        None if checked.targets is None else checked.targets.long(),
-    )
+    beta = problem.beta.double() if isinstance(problem.beta, Tensor) else problem.beta
+    targets = None if problem.targets is None else problem.targets.long()
     weights = None if checked.weights is None else checked.weights.double()
-    return tokens_of(value, statistics, weights, checked.valid, h_student.shape[:-1])
+    values = replace(problem, beta=beta, targets=targets).values()
+    return tokens_of(checked._replace(weights=weights), *_ReferenceDivergence.apply(*values))
 
 
 class _ReferenceDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        h_S: Tensor,
-        z_T: Tensor,
-        W: Tensor,
-        beta: float | Tensor | None,
-        temperature: float,
-        entry_clip: float | None,
-        targets: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        z_S = _logits(h_S, W, temperature)
+    def forward(ctx: Any, *values: Any) -> tuple[Tensor, Tensor]:
+        problem = Problem(*values)
+        W, temperature = problem.W, problem.temperature
+        z_S = _logits(problem.h_S, W, temperature)
+        z_T = _logits(problem.h_T, W if problem.W_T is None else problem.W_T, temperature)
         statistics = z_S.new_zeros(divergence.STATISTICS, z_S.shape[0])
-        if beta is None:
-            assert targets is not None
-            loss = log_prob_rows_(z_S, z_T, targets, True, statistics)
+        if problem.beta is None:
+            assert problem.targets is not None
+            loss = log_prob_rows_(z_S, z_T, problem.targets, True, statistics)
         else:
-            loss = divergence_rows_(z_S, z_T, beta, entry_clip, True, statistics, targets)
+            loss = divergence_rows_(
+                z_S, z_T, problem.beta, problem.entry_clip, True, statistics, problem.targets
+            )
         ctx.save_for_backward(z_S, W)  # z_S now holds the gradient
-        ctx.temperature, ctx.dtype = temperature, h_S.dtype
+        ctx.temperature, ctx.dtype = temperature, problem.h_S.dtype
         ctx.mark_non_differentiable(statistics)
         return loss, statistics
 
@@ -195,8 +171,9 @@ class _ReferenceDivergence(torch.autograd.Function):
         dh_S = dz_S @ W.double() / ctx.temperature
         # Selected, not multiplied: the row of a dropped token may hold NaN.
         dh_S = torch.where(grad_loss[:, None] != 0, grad_loss[:, None] * dh_S, 0)
-        return dh_S.to(ctx.dtype), *(None,) * 6
+        gradients = dict.fromkeys(FIELDS) | {"h_S": dh_S.to(ctx.dtype)}
+        return tuple(gradients.values())
 
 
 def _logits(h: Tensor, W: Tensor, temperature: float) -> Tensor:
-    return h.reshape(-1, h.shape[-1]).double() @ W.detach().double().t() / temperature
+    return h.double() @ W.double().t() / temperature

@@ -5,6 +5,9 @@ given. Called as usual, a schedule is plain Python: profilers and dispatch modes
 in it. PyTorch's compiler, and fake tensors, see one opaque operator that writes into its arguments.
 """
 
+from dataclasses import replace
+from typing import Any, get_type_hints
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -27,23 +30,16 @@ def allocate(
 def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, workspace_bytes: float) -> None:
     """Fill the outputs by the schedule that the scratch is of."""
     if torch.compiler.is_compiling() or isinstance(outputs.loss, FakeTensor):
-        per_token = isinstance(problem.beta, Tensor)
+        beta, betas = problem.beta, None
+        if isinstance(beta, Tensor):
+            beta, betas = None, beta
         torch.ops.opsd_kernels.fill(
             outputs.loss,
             outputs.statistics,
             outputs.dh_S,
             scratch,
-            problem.h_S,
-            problem.h_T,
-            problem.W,
-            problem.W_T,
-            problem.operand_dtype,
-            None if per_token else problem.beta,
-            problem.beta if per_token else None,
-            problem.temperature,
-            problem.entry_clip,
-            problem.keep,
-            problem.targets,
+            *replace(problem, beta=beta).values(),
+            betas,
             workspace_bytes,
         )
     elif workspace_bytes == 0:
@@ -54,40 +50,42 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, workspace_by
         row_workspace.fill(outputs, scratch, problem, workspace_bytes)
 
 
+def _schema() -> str:
+    """Of the operator: what it writes into, a problem's fields, and the budget. An operator's
+    argument has one type, so a β of each token is an argument of its own."""
+    types = {
+        Tensor: "Tensor",
+        Tensor | None: "Tensor?",
+        torch.dtype: "ScalarType",
+        float: "float",
+        float | None: "float?",
+        float | Tensor | None: "float?",
+    }
+    hints = get_type_hints(Problem)
+    fields = ", ".join(f"{types[hint]} {name}" for name, hint in hints.items())
+    return (
+        "(Tensor(a!) loss, Tensor(b!)? statistics, Tensor(c!)? dh_S, Tensor(d!)[] scratch, "
+        f"{fields}, Tensor? betas, float workspace_bytes) -> ()"
+    )
+
+
 @torch.library.custom_op(
-    "opsd_kernels::fill", mutates_args=("loss", "statistics", "dh_S", "scratch")
+    "opsd_kernels::fill",
+    mutates_args=("loss", "statistics", "dh_S", "scratch"),
+    schema=_schema(),
 )
 def _fill(
     loss: Tensor,
     statistics: Tensor | None,
     dh_S: Tensor | None,
     scratch: list[Tensor],
-    h_S: Tensor,
-    h_T: Tensor,
-    W: Tensor,
-    W_T: Tensor | None,
-    operand_dtype: torch.dtype,
-    beta: float | None,
-    betas: Tensor | None,
-    temperature: float,
-    entry_clip: float | None,
-    keep: Tensor | None,
-    targets: Tensor | None,
-    workspace_bytes: float,
+    *rest: Any,
 ) -> None:
-    """`fill` with its arguments spelled out; β is `beta` or `betas`, if not None."""
-    problem = Problem(
-        h_S,
-        h_T,
-        W,
-        W_T,
-        operand_dtype,
-        beta if betas is None else betas,
-        temperature,
-        entry_clip,
-        keep,
-        targets,
-    )
+    """`fill` as an operator."""
+    *values, betas, workspace_bytes = rest
+    problem = Problem(*values)
+    if betas is not None:
+        problem = replace(problem, beta=betas)
     fill(Outputs(loss, statistics, dh_S), scratch, problem, workspace_bytes)
 
 

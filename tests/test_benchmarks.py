@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -228,14 +230,143 @@ def test_what_fits_a_memory():
     assert step.fits(points[:1], 40) == "not counted"
 
 
-def test_the_readme_shows_what_was_recorded():
+def test_the_pages_show_what_was_recorded():
     """Tables are generated, never typed."""
-    text = readme.README.read_text()
-    assert readme.generated(text) == text
-    for name in ("accuracy", "memory", "speed", "step"):
-        assert f"benchmarks/results/{name}.png" in text
+    generated = readme.generated()
+    for page, text in generated.items():
+        assert page.read_text() == text
+    for module in (accuracy_benchmark, memory, speed, step):
+        name = module.__name__.rpartition(".")[2]
+        table = module.summary(readme.RESULTS / f"{name}.csv")
+        assert (readme.RESULTS / f"{name}.md").read_text() == table + "\n"
+        assert table in generated[readme.BENCHMARKS]
+        assert f"](../benchmarks/results/{name}.png)" in generated[readme.BENCHMARKS]
         assert (readme.RESULTS / f"{name}.png").exists()
     setting, rows = report.read(readme.RESULTS / "roofline.csv", roofline.Row)
     assert roofline.page(rows, setting) == (readme.RESULTS / "roofline.md").read_text()
-    with pytest.raises(ValueError, match="no place for the table of speed"):
-        readme.generated(text.replace("<!-- speed -->", ""))
+    parts = readme.readme_parts(readme.RESULTS, readme.README)
+    text = readme.README.read_text().replace("<!-- speed -->", "")
+    with pytest.raises(ValueError, match=r"README\.md has no place for speed, or two"):
+        readme.filled(text, parts, "README.md")
+
+
+NO_RESULT = ("needs a GPU", "not installed", "not to be counted")
+
+
+def test_the_readme_has_no_line_without_a_result():
+    """Such lines are in docs/benchmarks.md."""
+    texts = readme.generated()
+    for reason in NO_RESULT:
+        assert reason not in texts[readme.README]
+        assert reason in texts[readme.BENCHMARKS]
+    assert texts[readme.README].count("**ours, row workspace**") == 3
+
+
+def test_complete_methods():
+    """Those with a result wherever another has one; memory that does not suffice is a result."""
+    row = partial(speed.Row, D=1, V=1, dtype="float32")
+    rows = [
+        row(1, method="a"), row(2, method="a", failure="out of memory"),
+        row(1, method="b"), row(2, method="b", failure="not installed"),
+        row(1, method="c"),  # time was up
+    ]  # fmt: skip
+    assert report.complete(rows) == rows[:2]
+    assert report.complete(rows[4:]) == rows[4:]
+    assert report.complete(rows[3:4]) == []
+    table = report.by_method("", rows, lambda row: str(row.N), lambda row: row.failure or "1")
+    assert table.splitlines()[2:] == [
+        "| a | 1 | out of memory |", "| b | 1 | not installed |", "| c | 1 | – |",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def results_of_a_gpu(tmp_path):
+    """The recorded results, and those of a GPU that nobody has."""
+    shutil.copytree(readme.RESULTS, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+    folder = tmp_path / "nvidia-x1"
+    folder.mkdir()
+    hardware = "1 x NVIDIA X1, driver 999.1, torch 9.9.0, Python 3.99.0, triton 8.8.0"
+    (folder / "hardware.txt").write_text(hardware + "\n")
+    (folder / "prediction.md").write_text(
+        "# NVIDIA X1: prediction and measurement\n\nPredicted: little.\n\n## Each kernel\n"
+    )
+    shape = {"D": 4096, "V": 151936, "dtype": "bfloat16"}
+    ours, eager = "ours, logit-free", "eager"
+    times = {"floors": 2.5, "floors_low": 2.25, "floors_high": 2.75}
+    report.write(folder / "speed.csv", f"{hardware}; beta 0.5", [
+        speed.Row(1024, method=speed.FLOOR, floors=1.0, **shape),
+        speed.Row(1024, method=ours, **times, **shape),
+        speed.Row(1024, method=eager, failure="out of memory", **shape),
+        speed.Row(1024, method="TRL", failure="not installed", **shape),
+    ])  # fmt: skip
+    of_memory = {"model": "qwen3-8b", "N": 1024, **shape}
+    report.write(folder / "memory.csv", f"{hardware}, bfloat16", [
+        memory.Row("NVIDIA X1", method=ours, measured_mib=70.0, **of_memory),
+        memory.Row("NVIDIA X1", method="TRL", failure="not installed", **of_memory),
+    ])  # fmt: skip
+    return tmp_path
+
+
+def test_results_of_a_gpu_take_the_place_of_the_cpus(results_of_a_gpu):
+    folder = results_of_a_gpu / "nvidia-x1"
+    (folder / "summary.txt").write_text(
+        "X1\ntests   140.0 s\n  gpu  ok\n  kernels  ok; compiled 2\n"
+    )
+    parts = readme.readme_parts(results_of_a_gpu, readme.README)
+    assert parts["speed"].splitlines()[:4] == [
+        "|  | N = 1024, D = 4096, V = 151936, bfloat16 |",
+        "|---|---|",
+        "| **ours, logit-free** | **2.50 (2.25 – 2.75)** |",
+        "| eager | out of memory |",
+    ]
+    assert "| measured, NVIDIA X1, qwen3-8b, bfloat16 | N = 1024 |" in parts["memory"]
+    assert "| **ours, logit-free** | **70 MiB** |" in parts["memory"]
+    assert "TRL |" not in parts["speed"] + parts["memory"]
+    assert "[NVIDIA X1](docs/benchmarks.md#nvidia-x1)" in parts["gpu"]
+    assert "nothing has been measured" not in parts["gpu"]
+    row = "| kernels on NVIDIA X1 |  | torch 9.9.0, triton 8.8.0 | – | tested | – |"
+    assert row in parts["compatibility"]
+    # Nothing else changes.
+    recorded = readme.readme_parts(readme.RESULTS, readme.README)
+    assert parts["accuracy"] == recorded["accuracy"]
+
+    section = readme.page_parts(results_of_a_gpu, readme.BENCHMARKS)["gpus"]
+    assert section.startswith("### NVIDIA X1\n\n1 x NVIDIA X1, driver 999.1, torch 9.9.0")
+    for part in ("| TRL | not installed |", "Predicted: little.\n\n##### Each kernel", "  gpu  ok"):
+        assert part in section
+    (folder / "speed.png").touch()
+    parts = readme.readme_parts(results_of_a_gpu, readme.README)
+    assert parts["speed"].startswith("![Bars")
+
+
+def test_a_gpu_without_a_result_of_ours_takes_no_place(results_of_a_gpu):
+    path = results_of_a_gpu / "nvidia-x1" / "speed.csv"
+    setting, rows = report.read(path, speed.Row)
+    failed = [replace(row, failure="no kernel") if "ours" in row.method else row for row in rows]
+    report.write(path, setting, failed)
+    parts = readme.readme_parts(results_of_a_gpu, readme.README)
+    assert "X1" not in parts["speed"]
+    assert "X1" in parts["memory"]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "told"),
+    [
+        ("ok", "tested"),
+        ("exit status 1", "tests failed or were cut short"),
+        ("stopped after 140 s", "tests failed or were cut short"),
+        (None, "neither"),
+    ],
+)
+def test_tested_on_a_gpu_means_that_all_tests_passed(results_of_a_gpu, outcome, told):
+    summary = results_of_a_gpu / "nvidia-x1" / "summary.txt"
+    if outcome:
+        summary.write_text(
+            f"X1\ncompile  9.0 s\n  compile  ok\ntests   140.0 s\n  gpu  ok\n  loss  {outcome}\n"
+            "speed    3.0 s\n  speed  exit status 1\n"
+        )
+    table = readme.readme_parts(results_of_a_gpu, readme.README)["compatibility"]
+    assert f"torch 9.9.0, triton 8.8.0 | – | {told} | – |" in table

@@ -19,6 +19,7 @@ from opsd_kernels import (
     token_divergence,
 )
 from opsd_kernels.kernels import tiles
+from opsd_kernels.problem import Problem
 from opsd_kernels.row_workspace import row_stride
 
 V = 600
@@ -144,10 +145,8 @@ def test_the_operator_does_what_it_declares():
     """PyTorch's own checks of the schema, the fake implementation, and what is written to."""
     h_S, h_T, W = random_inputs(5, 40, 8)
     zeros = torch.zeros(5), torch.zeros(8, 5), torch.zeros(5, 8)
-    args = (
-        *zeros, [torch.empty(10, 40)], h_S, h_T, W, None, torch.float32, 0.5, None, 1.0, None,
-        None, None, 2.0**20,
-    )  # fmt: skip
+    problem = Problem(h_S, h_T, W, None, torch.float32, 0.5)
+    args = (*zeros, [torch.empty(10, 40)], *problem.values(), None, 2.0**20)
     torch.library.opcheck(
         torch.ops.opsd_kernels.fill.default,
         args,
