@@ -4,9 +4,9 @@
 that it names, and run/ does the rest. Each folder is a room with one door, its __init__.py, which
 says what lives there and what does not. What is listed below imports only from what is above it.
 
-config.py        what a run can be asked for
-records.py       what is handed from one room to the next: Problem, Rollout, Scores
 errors.py        what any room may raise
+records.py       what is handed from one room to the next: Problem, Rollout, Scores
+config.py        what a run can be asked for
 presets/         configs by name
 data/            problems, and the two prompts of each
 models/          models, adapters, LM heads, sharding

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from opsd_train.config import Config, field_choices, field_types, make_config
+from opsd_train.config import SECTIONS, Config, field_choices, field_types, make_config
 from opsd_train.errors import did_you_mean
 from opsd_train.presets import DEFAULT_PRESET, find_preset, preset_names, preset_summary
 from opsd_train.worlds import find_world
@@ -73,12 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "config", nargs="?", help="name of a preset, or path of a YAML file of the options below"
     )
-    groups: dict[str, Any] = {}
+    groups = {section: parser.add_argument_group(section) for section in SECTIONS}
     section = ""
     for f in dataclasses.fields(Config):
         section = f.metadata["section"] or section
-        if section not in groups:
-            groups[section] = parser.add_argument_group(section)
         groups[section].add_argument(_flag(f.name), default=argparse.SUPPRESS, **_presentation(f))
     return parser
 

@@ -29,19 +29,21 @@ TEACHER_TEMPLATE = (
 )
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+SECTIONS = ("model", "teacher", "data", "sampling", "objective", "optimization", "run")
+"""Of the options, in `--help`."""
+
 
 def option(default: Any = dataclasses.MISSING, *, section: str = "", help: str) -> Any:
-    """A field of `Config`. A section is one of `--help`; it goes on until another is named."""
+    """A field of `Config`. The section that it names is that of the fields after it as well."""
     return field(default=default, metadata={"section": section, "help": help})
 
 
 @dataclass(frozen=True)
 class Config:
-    model: str = option(
-        section="model", help="folder or hub name of a Qwen3, or of a world with its own model"
-    )
+    model: str = option(section="model", help="folder or hub name of a Qwen3, or a world's name")
     data: str = option(
-        section="data", help="data set: hub name, .jsonl or .parquet file, or the model's world"
+        section="data",
+        help="data set: hub name, .jsonl or .parquet file, or the world of the model",
     )
 
     dtype: Literal["bfloat16", "float16", "float32"] = option(
@@ -130,9 +132,11 @@ class Config:
     dry_run: bool = option(
         False, help="show prompts, lengths and memory, do one step, write nothing"
     )
-    eval_every: int = option(10, help="steps between evaluations, in a world that has them")
+    eval_every: int = option(
+        10, help="steps between evaluations, where the world has held-out problems"
+    )
     eval_problems: int = option(
-        512, help="held-out problems evaluated before and after, in such a world"
+        512, help="held-out problems to evaluate before and after, where the world has them"
     )
 
     def __post_init__(self) -> None:

@@ -38,6 +38,6 @@ def find_preset(name: str) -> Path:
         return path
     called = path.stem if path.suffix in (".yaml", ".yml") else path.name
     raise FileNotFoundError(
-        f"No such file, and no preset of that name (there are {', '.join(names)})"
-        f"{did_you_mean(called, names)}"
+        f"No such file, and no preset of that name{did_you_mean(called, names) or '.'} "
+        f"Presets: {', '.join(names)}"
     )
