@@ -1,11 +1,10 @@
 """Everything a run can be asked for, in one place. Each field is a key of a YAML file and an option
 of the command line; the defaults are the paper's figures where it gives them.
 
-Plain values become typed ones here by code of our own, after a trial of jsonargparse, tyro and
-transformers' HfArgumentParser. None of them spells these options as they are spelled (`none`, a
-list with commas, a mapping on the command line, `--no-` switches) and names the key, the value
-wanted and the nearest name for values from a file as well as from the command line. Adapters around
-any of them came to more lines than `make_config` below.
+Plain values become typed ones here by code of our own: jsonargparse, tyro and transformers'
+HfArgumentParser were tried on what tests/test_train_config.py asks for. The last two do not check
+the values of a file. jsonargparse does, but for it `none` is no value, a list with commas no list
+and `--no-` no switch, and it names no nearest key; most of what follows would stay around it.
 """
 
 import dataclasses

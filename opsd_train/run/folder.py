@@ -8,7 +8,7 @@ summary.json        versions, seconds by phase, hash of the base weights
 adapter/            as PEFT loads it
 failed_batch.json   token ids of a batch whose loss was not finite, if the run ended on one
 
-and of the small world curves.png, and accuracy before and after with intervals.
+and, of a world with held-out problems, curves.png, and accuracy before and after with intervals.
 """
 
 import json
