@@ -62,7 +62,7 @@ class Config:
         section="teacher",
         help="adapter of the teacher: none, the student's, or the student's average",
     )
-    ema_decay: float = option(0.99, help="of the ema teacher's average, at each step")
+    ema_decay: float = option(0.99, help="decay of the ema teacher's average")
     teacher_model: str | None = option(None, help="another model, same vocabulary, as the teacher")
 
     split: str = option("train", section="data", help="of a data set on the hub")
@@ -71,7 +71,7 @@ class Config:
     where: dict[str, Any] | None = option(
         None, help="rows to keep, {column: value} or {column: [values]}"
     )
-    max_problems: int | None = option(None, help="use the first so many rows")
+    max_problems: int | None = option(None, help="use at most this many rows, the first ones")
     max_prompt_tokens: int = option(8192, help="a problem with a longer prompt is dropped")
 
     student_template: str = option(STUDENT_TEMPLATE, help="{problem} stands for the problem")
@@ -83,8 +83,8 @@ class Config:
         "generate", section="sampling", help="transformers' generate, or its continuous batching"
     )
     temperature: float = option(1.2, help="of sampling and of the loss")
-    top_p: float = option(1.0, help="sample from the likeliest tokens that make up so much")
-    top_k: int = option(0, help="sample from so many likeliest tokens; 0 for all")
+    top_p: float = option(1.0, help="sample from the likeliest tokens that together have this mass")
+    top_k: int = option(0, help="sample from this many of the likeliest tokens; 0 for all")
     max_new_tokens: int = option(2048, help="longest rollout")
     rollout_batch_size: int | None = option(
         None, help="rollouts a process samples at once (none: its whole share of the batch)"
@@ -114,7 +114,8 @@ class Config:
     max_grad_norm: float = option(1.0, help="gradients are scaled down to this norm")
     shard: bool = option(False, help="spread the weights over the processes (FSDP2)")
     patience: int | None = option(
-        None, help="stop early if the mean loss of so many steps is no less than of those before"
+        None,
+        help="stop early if the mean loss of this many steps is no less than of as many before",
     )
     seed: int = option(0, help="of the adapter, the order of problems and all sampling")
 

@@ -59,8 +59,10 @@ def test_a_preset_shrunk_by_options_alone(folder, undisturbed):
     ]:
         assert line in said
     # Without a terminal, a line a step.
-    told = re.findall(r"OPSD: (\d)/6  loss \S+  forward KL \S+  length \d  truncated \d+%", said)
-    assert told == ["1", "2", "3", "4", "5", "6"]
+    reported = re.findall(
+        r"OPSD: (\d)/6  loss \S+  forward KL \S+  length \d  truncated \d+%", said
+    )
+    assert reported == ["1", "2", "3", "4", "5", "6"]
     rows = metrics(undisturbed)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     for row in rows:
@@ -273,30 +275,30 @@ def test_two_processes_are_one(folder, tmp_path, options, tied):
 
 
 def test_a_tracker_is_told_every_number(tmp_path, monkeypatch):
-    told = []
+    reported = []
 
     class Tracker:
         def __init__(self, name):
-            told.append(name)
+            reported.append(name)
 
         def start(self):
-            told.append("start")
+            reported.append("start")
 
         def store_init_configuration(self, values):
-            told.append(values)
+            reported.append(values)
 
         def log(self, values, step):
-            told.append((step, values))
+            reported.append((step, values))
 
         def finish(self):
-            told.append("finish")
+            reported.append("finish")
 
     monkeypatch.setitem(trackers.TRACKERS, "wandb", Tracker)
     folder = RunFolder(tmp_path)
     folder.track("wandb", {"beta": 0.5, "where": {"a": 1}})
     folder.write_metrics(step=3, loss=0.25, seconds={"rollout": 1.5}, interval=[1, 2])
     folder.write_summary()
-    assert told == [
+    assert reported == [
         *("opsd", "start", {"beta": 0.5, "where": "{'a': 1}"}),
         (3, {"step": 3, "loss": 0.25, "seconds/rollout": 1.5}),
         "finish",

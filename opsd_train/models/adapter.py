@@ -59,8 +59,8 @@ def peft_name(name: str) -> str:
 def adapter_config(model: PeftModelForCausalLM) -> str:
     """adapter_config.json, as PEFT reads it."""
     values = model.peft_config[model.active_adapter].to_dict()
-    plain = {name: sorted(v) if isinstance(v, set) else v for name, v in values.items()}
-    return json.dumps(plain, indent=2, sort_keys=True)
+    serializable = {name: sorted(v) if isinstance(v, set) else v for name, v in values.items()}
+    return json.dumps(serializable, indent=2, sort_keys=True)
 
 
 def check_not_merged(model: torch.nn.Module) -> None:

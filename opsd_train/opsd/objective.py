@@ -18,14 +18,15 @@ def loss_name(config: Config) -> str:
 
 
 def token_weights(lengths: Tensor, mean: str, rollouts: int, tokens: int) -> Tensor:
-    """[N] a weight for each token, which sum to 1 over the whole batch: all micro-batches of all
-    processes, which hold so many rollouts and tokens. So the parts' weighted sums add up to the
-    batch's mean, however it is divided.
+    """[N] a weight for each token of a part of the batch. The weights of all parts, that is of all
+    micro-batches in all processes, sum to 1: the parts' weighted sums add up to the batch's mean,
+    however the batch is divided.
 
     Args:
         lengths: [rollouts of this part] tokens of each.
         mean: "rollout", over each rollout's tokens, then over the rollouts (Algorithm 1); or
             "token", over all tokens alike.
+        rollouts, tokens: how many the whole batch has.
     """
     each = 1 / (rollouts * lengths) if mean == "rollout" else torch.full_like(lengths, 1) / tokens
     return each.float().repeat_interleave(lengths)

@@ -16,7 +16,8 @@ from opsd_train.sampling import Sampler
 
 @dataclass(frozen=True)
 class Setup:
-    """What a step is taken with: student, teacher, problems and prompts, on so many processes."""
+    """What a step is taken with: student, teacher, problems and prompts, and the processes that
+    share the work."""
 
     accelerator: Accelerator
     tokenizer: PreTrainedTokenizerBase

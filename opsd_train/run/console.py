@@ -12,7 +12,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def be_quiet() -> None:
-    """Of several processes, one is to be heard."""
+    """Say nothing from now on: of several processes, one is to be heard."""
     console.quiet = True
 
 
@@ -45,7 +45,7 @@ class Bar:
 
 @contextmanager
 def progress_bar(name: str, total: int, lines: int = 10) -> Iterator[Bar]:
-    """A bar in a terminal, elsewhere so many plain lines."""
+    """A bar in a terminal; elsewhere plain text, in at most `lines` lines."""
     if not console.is_terminal:
         yield Bar(None, name, total, lines)
         return

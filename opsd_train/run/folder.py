@@ -42,9 +42,9 @@ FILES = [
 ]
 ADAPTER = "adapter"
 
-# What may differ when a run is resumed, because the metrics do not depend on it beyond rounding;
-# rollout_batch_size not with continuous batching, where a rollout depends on those beside it.
-FREE = [
+# Options on which the metrics do not depend, beyond rounding; but rollout_batch_size may not differ
+# with continuous batching, where a rollout depends on those beside it.
+MAY_DIFFER_WHEN_RESUMED = [
     *("output_dir", "resume", "overwrite", "dry_run", "tracker", "save_every", "keep_last"),
     *("attention", "liger", "activation_checkpointing", "workspace_mib"),
     *("micro_batch_size", "rollout_batch_size", "shard"),
@@ -201,7 +201,7 @@ class RunFolder:
                 f"{self.path / 'config.yaml'} does not say what the run to resume was asked for; "
                 "replace the run with --overwrite, or name another folder with --output-dir"
             )
-        free = set(FREE)
+        free = set(MAY_DIFFER_WHEN_RESUMED)
         if config.get("engine") == "continuous":
             free.remove("rollout_batch_size")
         for name, value in config.items():

@@ -42,7 +42,7 @@ class World:
 
     def __init__(self, config: Config):
         """Raises:
-        ValueError: the config asks for what this world has not.
+        ValueError: the config asks for what this world does not have.
         """
         self.config = config
 

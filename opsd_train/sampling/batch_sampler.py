@@ -15,7 +15,8 @@ def end_ids(model: PeftModelForCausalLM, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 class BatchSampler:
-    """A sampler that takes so many prompts at once, all of them by default, with `sample_batch`."""
+    """A sampler that takes `batch_size` prompts at once, by default all of them, with the
+    `sample_batch` of a subclass."""
 
     def __init__(
         self,

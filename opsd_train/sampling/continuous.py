@@ -54,11 +54,11 @@ def completed(results: list[Any], expected: int) -> list[list[int]]:
     for result in results:
         if result.error is not None and "out of memory" in result.error.lower():
             raise torch.OutOfMemoryError(result.error)
-    whole = [r.generated_tokens for r in results if r.error is None and r.generated_tokens]
-    if len(whole) < expected:
+    completions = [r.generated_tokens for r in results if r.error is None and r.generated_tokens]
+    if len(completions) < expected:
         why = next((f" ({r.error})" for r in results if r.error is not None), "")
         raise RunFailed(
-            f"continuous batching completed {len(whole)} of {expected} rollouts{why}; go on with "
-            "--resume, or begin anew with --engine generate"
+            f"continuous batching completed {len(completions)} of {expected} rollouts{why}; go on "
+            "with --resume, or begin anew with --engine generate"
         )
-    return whole
+    return completions

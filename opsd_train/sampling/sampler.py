@@ -20,8 +20,8 @@ class Sampler(Protocol):
     ends: set[int]  # the tokens that finish a completion
 
     def sample(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
-        """A completion a prompt, as token ids: up to and including the end of text, or as many as
-        may be. The same prompts and seeds give the same completions."""
+        """A completion a prompt, as token ids: up to and including the end of text, or as many
+        as are allowed. The same prompts and seeds give the same completions."""
         ...
 
 
