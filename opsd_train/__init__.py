@@ -1,1 +1,20 @@
-"""On-policy self-distillation with `opsd_kernels`, from a problem to a trained adapter."""
+"""On-policy self-distillation with `opsd_kernels`, from a problem to a trained adapter.
+
+`python -m opsd_train` is __main__.py: command_line.py makes a `Config`, worlds.py finds the world
+that it names, and run/ does the rest. Each folder is a room with one door, its __init__.py, which
+says what lives there and what does not. What is listed below imports only from what is above it.
+
+errors.py        what any room may raise
+records.py       what is handed from one room to the next: Problem, Rollout, Scores
+config.py        what a run can be asked for
+presets/         configs by name
+data/            problems, and the two prompts of each
+models/          models, adapters, LM heads, sharding
+sampling/        rollouts, by one of several engines
+opsd/            Algorithm 1: scores, teachers, objective, step
+evaluation/      whether solutions are right, and how many are
+run/             the life of a run: loop, checkpoints, folder, failures, console
+small_world/     the demo's model and problems
+worlds.py        worlds by name
+command_line.py  from the command line to a config
+"""

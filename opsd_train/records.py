@@ -1,4 +1,4 @@
-"""What is handed from one stage of a training step to the next. Token ids all the way: nothing that
+"""What is handed from one room to the next. Token ids all the way: nothing that
 was sampled is ever decoded and encoded again."""
 
 from dataclasses import dataclass

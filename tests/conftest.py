@@ -1,6 +1,7 @@
 import os
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,3 +74,24 @@ def op(request: pytest.FixtureRequest) -> Schedule:
     if request.config.getoption("--tiles") and not request.param.logit_free:
         pytest.skip("has no tiles")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3 on the disk, in model/, and problems for it, in problems.jsonl."""
+    import tiny_qwen3
+
+    path = tmp_path_factory.mktemp("qwen3")
+    tiny_qwen3.save_qwen3(path / "model")
+    tiny_qwen3.save_problems(path / "problems.jsonl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happened to."""
+    import training_runs
+
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    training_runs.run(output.with_suffix(".log"), *training_runs.shrunk(folder, output))
+    return output

@@ -1,6 +1,7 @@
-"""Configs: files, options over them, what is refused; presets as docs/training.md has them."""
+"""Configs: presets and files, options over them, what is refused, what `--help` says."""
 
-import itertools
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -8,14 +9,13 @@ import pytest
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from opsd_train.config import Config, make_config, parse, read_yaml
-from opsd_train.step import learning_rate
-
-CONFIGS = Path(__file__).parents[1] / "configs"
+from opsd_train.command_line import parse, read_yaml
+from opsd_train.config import SECTIONS, Config, make_config
+from opsd_train.presets import find_preset, preset_names
 
 
 def preset(size: str, name: str, *options: str) -> Config:
-    return parse([str(CONFIGS / f"qwen3-{size}-{name}.yaml"), *options])
+    return parse([f"qwen3-{size}-{name}", *options])
 
 
 @pytest.mark.parametrize("size", ["1.7B", "4B", "8B"])
@@ -118,12 +118,71 @@ def test_a_file_names_model_and_data(tmp_path, capsys):
     assert "No such file" in capsys.readouterr().err
 
 
-def test_schedules():
-    cosine = make_config(
-        {"model": "m", "data": "d", "steps": 10, "warmup": 0.2, "learning_rate": 1}
-    )
-    rates = [learning_rate(cosine, step) for step in range(1, 11)]
-    assert rates[:2] == [0.5, 1.0]
-    assert all(a > b > 0 for a, b in itertools.pairwise(rates[1:]))
-    constant = preset("4b", "authors-2026-05")
-    assert {learning_rate(constant, step) for step in range(1, 101)} == {5e-6}
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--beta", "1.5"], "beta must lie in [0, 1], got 1.5"),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--temperature", "0"], "temperature must be positive"),
+        (["--learning-rate", "-1"], "learning_rate must be positive and finite, got -1.0"),
+        (["--eval-problems", "513"], "eval_problems must be at most 512, got 513"),
+        (["--entry-clip", "0"], "entry_clip must be positive"),
+        (["--unknown"], "unrecognized arguments: --unknown"),
+        (["--max-tokens", "9"], "--max-tokens; did you mean --max-new-tokens?"),
+        (["--steps", "many"], "steps must be a whole number, got 'many'"),
+    ],
+)
+def test_bad_options_end_with_a_message(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(arguments)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# By name
+
+
+def test_a_preset_is_called_by_its_name_or_by_its_path(tmp_path):
+    named = parse(["qwen3-4b-paper"])
+    assert parse([str(find_preset("qwen3-4b-paper"))]) == named
+    copy = tmp_path / "mine.yaml"
+    copy.write_text(find_preset("qwen3-4b-paper").read_text())
+    assert parse([str(copy)]) == named
+    assert parse(["small-world"]) == parse([]) != named
+
+
+@pytest.mark.parametrize("name", ["qwen3-4b-papr", "configs/qwen3-4b-paper.yaml", "zzz"])
+def test_a_wrong_name_is_answered_with_the_presets(capsys, name):
+    with pytest.raises(SystemExit) as end:
+        parse([name])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert f"{name}: No such file, and no preset of that name" in error
+    assert ("; did you mean qwen3-4b-paper?" in error) == (name != "zzz")
+    assert f"Presets: {', '.join(preset_names())}\n" in error
+
+
+def test_help_has_sections_and_presets(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    places = [text.index(f"\n{name}:\n") for name in (*SECTIONS, "presets")]
+    assert places == sorted(places)
+    sections = dict(re.findall(r"\n(\w+):\n((?: .*\n|\n(?= ))+)", text))
+    for option, section in [
+        ("--dtype", "model"),
+        ("--ema-decay", "teacher"),
+        ("--data", "data"),
+        ("--student-template", "data"),
+        ("--top-k", "sampling"),
+        ("--beta", "objective"),
+        ("--warmup", "optimization"),
+        ("--output-dir", "run"),
+    ]:
+        assert option in sections[section]
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name.replace('_', '-')}" in text
+    lines = dict(line.split(maxsplit=1) for line in sections["presets"].splitlines())
+    assert list(lines) == preset_names()
+    assert lines["qwen3-4b-paper"] == "Qwen3-4B, as the paper trains it."

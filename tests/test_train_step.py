@@ -1,6 +1,6 @@
-"""What a step is made of: sampling, teachers, the objective and its statistics."""
+"""A step: which problems it takes, rows aligned, teacher unmoved, learning rates."""
 
-from dataclasses import replace
+import itertools
 
 import pytest
 import torch
@@ -8,122 +8,137 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-import tiny_qwen3
-from tiny_qwen3 import config, prepared
-from transformers.generation.continuous_batching.requests import GenerationOutput
+from accelerate import Accelerator
+from tiny_qwen3 import config
+from training_runs import demo_config
 
-from opsd_kernels.reference import reference_jsd_loss
-from opsd_train.failures import RunFailed
-from opsd_train.model import adapter_weights, base_model
-from opsd_train.objective import opsd_loss, token_weights
-from opsd_train.prompts import join
-from opsd_train.records import Scores
-from opsd_train.rollout import GenerateSampler, Sampling, SeededDraws, draw_seed, roll_out
-from opsd_train.score import score
-from opsd_train.step import problem_indices
-from opsd_train.train import has_stalled
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("qwen3")
-    tiny_qwen3.save_qwen3(path / "model")
-    tiny_qwen3.save_problems(path / "problems.jsonl")
-    return path
+from opsd_train.command_line import parse
+from opsd_train.config import make_config
+from opsd_train.evaluation import grade
+from opsd_train.models import adapter_weights, base_model, base_weights_sha256
+from opsd_train.opsd import Setup, opsd_loss, score, token_weights
+from opsd_train.opsd.step import learning_rate, problem_indices
+from opsd_train.records import Rollout, Scores
+from opsd_train.run import set_up
+from opsd_train.sampling import GenerateSampler, Sampling, roll_out
+from opsd_train.small_world.multiplication import is_correct, make_problem
+from opsd_train.small_world.warm_start import build_model, build_tokenizer
 
 
-def with_adapter(setup, std=0.3):
-    """An adapter that does something, on a model that was just prepared."""
-    torch.manual_seed(1)
+@pytest.fixture
+def tiny() -> Setup:
+    """A randomly initialised model with an adapter that does something, its tokenizer, problems of
+    different lengths."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    problems = [make_problem(a, b) for a, b in [(1234, 5), (7, 6), (98, 3), (31415, 9)]]
+    setup = set_up(
+        demo_config(lora_rank=4, lora_alpha=8),
+        Accelerator(cpu=True),
+        build_model(tokenizer),
+        tokenizer,
+        problems,
+    )
     for name, weight in adapter_weights(setup.model).items():
         if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=std)
+            torch.nn.init.normal_(weight, std=0.1)
     return setup
 
 
-# Sampling
+def sampled(tiny: Setup, temperature: float, max_new_tokens: int, problems=None) -> Rollout:
+    sampler = GenerateSampler(tiny.model, tiny.tokenizer, Sampling(temperature, max_new_tokens))
+    problems = problems or tiny.problems
+    return roll_out(sampler, tiny.contexts.student, problems, seeds=list(range(len(problems))))
 
 
-def test_draws_have_the_distribution_of_the_logits():
-    total = 20_000
-    log_p = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0]).log()
-    scores = (log_p + 7.0).expand(total, 5)
-    draws = SeededDraws([draw_seed(3, i) for i in range(total)], torch.device("cpu"))
-    share = draws(torch.empty(0), scores).argmax(-1).bincount(minlength=5) / total
-    # Six standard deviations.
-    torch.testing.assert_close(share, log_p.exp(), rtol=0, atol=6 * (0.25 / total) ** 0.5)
-    assert share[4] == 0
+def scored(tiny: Setup, rollout: Rollout) -> Scores:
+    return score(tiny.backbone, tiny.teacher, tiny.contexts.teacher, rollout)
 
 
-def test_a_rollout_does_not_depend_on_the_rollouts_beside_it(folder):
-    setup = with_adapter(prepared(folder))
-    problems, seeds = setup.problems[:5], [11, 12, 13, 14, 15]
-    together = roll_out(setup.sampler, setup.contexts.student, problems, seeds)
-    alone = [
-        roll_out(setup.sampler, setup.contexts.student, [p], [s]).completions[0]
-        for p, s in zip(problems, seeds, strict=True)
-    ]
-    by_two = prepared(folder, rollout_batch_size=2)
-    with_adapter(by_two)
-    assert together.completions == alone
-    assert by_two.sampler.sample(together.prompts, seeds) == alone
-    assert len({tuple(c) for c in alone}) == 5
-    other = roll_out(setup.sampler, setup.contexts.student, problems[:1], [99])
-    assert other.completions[0] != alone[0]
+def loss_of(tiny: Setup, scores: Scores, **options) -> torch.Tensor:
+    weights = token_weights(scores.lengths, "rollout", len(scores.lengths), len(scores.tokens))
+    loss, _ = opsd_loss(scores, tiny.W, demo_config(**options), weights)
+    return loss
 
 
-@pytest.mark.parametrize("engine", ["generate", "continuous"])
-def test_the_model_does_not_decide_how_it_is_sampled(folder, engine):
-    """Its generation config has a top-k of 20, as Qwen3's."""
-    setup = prepared(folder, engine=engine, temperature=5.0, max_new_tokens=1)
-    prompts = setup.contexts.student.token_ids(setup.problems[:1])
-    first = {c[0] for c in setup.sampler.sample(prompts * 99, list(range(99)))}
-    assert len(first) > 30
+def test_row_n_predicts_token_n(tiny):
+    """Off by one here trains nonsense quietly. Recomputed sequence by sequence, without padding,
+    from the model's full logits."""
+    model, W = tiny.model, tiny.W
+    rollout = sampled(tiny, temperature=1.2, max_new_tokens=20)
+    assert len({len(c) for c in rollout.completions}) > 1, "the test wants ragged completions"
+    assert len({len(p) for p in rollout.prompts}) > 1, "the test wants ragged prompts"
+    scores = scored(tiny, rollout)
+
+    expected = {"student": [], "teacher": []}
+    for problem, completion in zip(rollout.problems, rollout.completions, strict=True):
+        for who in ("student", "teacher"):
+            (prompt_ids,) = getattr(tiny.contexts, who).token_ids([problem])
+            ids = torch.tensor([prompt_ids + completion])
+            with torch.no_grad():
+                if who == "teacher":
+                    with model.disable_adapter():
+                        logits = model(input_ids=ids).logits
+                else:
+                    logits = model(input_ids=ids).logits
+            log_probs = logits[0, :-1].log_softmax(-1)
+            predicted = log_probs[torch.arange(ids.shape[1] - 1), ids[0, 1:]]
+            expected[who].append(predicted[-len(completion) :])
+    for h, who in ((scores.h_student, "student"), (scores.h_teacher, "teacher")):
+        log_probs = (h @ W.T).log_softmax(-1).gather(1, scores.tokens[:, None]).squeeze(1)
+        torch.testing.assert_close(log_probs, torch.cat(expected[who]), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(scores.h_student, scores.h_teacher, atol=1e-2)
 
 
-def test_top_k_and_top_p(folder):
-    setup = prepared(folder)
-    prompts = setup.contexts.student.token_ids(setup.problems[:1])
+def test_objective_is_the_mean_over_tokens_then_rollouts(tiny):
+    W = tiny.W
+    rollout = sampled(tiny, temperature=1.2, max_new_tokens=20)
+    scores = scored(tiny, rollout)
+    log_p = (scores.h_student @ W.T / 1.2).log_softmax(-1)
+    log_q = (scores.h_teacher @ W.T / 1.2).log_softmax(-1)
+    log_m = (0.5 * log_p.exp() + 0.5 * log_q.exp()).log()
+    jsd = 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1)
+    rollouts = jsd.split([len(c) for c in rollout.completions])
+    expected = torch.stack([r.mean() for r in rollouts]).mean()
+    loss = loss_of(tiny, scores, temperature=1.2)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_gradient_reaches_the_adapter_and_nothing_else(tiny):
+    model = tiny.model
+    before = base_weights_sha256(model)
+    scores = scored(tiny, sampled(tiny, temperature=1.0, max_new_tokens=8))
+    assert not scores.h_teacher.requires_grad
+    loss_of(tiny, scores).backward()
+    for name, weight in model.named_parameters():
+        assert (weight.grad is not None and weight.grad.any()) == ("lora_" in name), name
+    torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1.0).step()
+    assert base_weights_sha256(model) == before
     with torch.no_grad():
-        logits = setup.model(input_ids=torch.tensor(prompts)).logits[0, -1] / 1.5
-    likeliest = logits.argsort(descending=True).tolist()
-    mass = logits.softmax(-1).sort(descending=True).values.cumsum(0)
-    nucleus = int((mass < 0.5).sum()) + 1
-    for options, size in (({"top_k": 3}, 3), ({"top_p": 0.5}, nucleus)):
-        sampler = GenerateSampler(setup.model, setup.tokenizer, Sampling(1.5, 1, **options))
-        first = {c[0] for c in sampler.sample(prompts * 200, list(range(200)))}
-        assert first <= set(likeliest[:size])
-        assert len(first) > 1
+        next(w for n, w in base_model(model).named_parameters() if "base_layer" in n)[0, 0] += 1e-6
+    assert base_weights_sha256(model) != before
 
 
-def test_engines_agree_where_there_is_nothing_to_draw(folder):
-    both = []
-    for engine in ("generate", "continuous"):
-        setup = with_adapter(prepared(folder, engine=engine, temperature=1e-4))
-        context, problems = setup.contexts.student, setup.problems[:3]
-        both.append(roll_out(setup.sampler, context, problems, [1, 2, 3]))
-    assert both[0] == both[1]
-    assert both[1] == roll_out(setup.sampler, context, problems, [1, 2, 3])
+def test_token_ids_are_never_re_encoded(tiny, monkeypatch):
+    """A completion whose text would be read back differently keeps the ids that were sampled."""
+    tokenizer, problems = tiny.tokenizer, tiny.problems[:1]
+    odd = [tokenizer.pad_token_id, 9, tokenizer.pad_token_id, 8, tokenizer.eos_token_id]
+    rollout = Rollout(problems, tiny.contexts.student.token_ids(problems), [odd], [True])
+    monkeypatch.setattr(type(tokenizer), "decode", None)
+    monkeypatch.setattr(type(tokenizer), "batch_decode", None)
+    assert scored(tiny, rollout).tokens.tolist() == odd
 
 
-@pytest.mark.parametrize(
-    ("failure", "raised", "message"),
-    [
-        ({"error": "CUDA out of memory. Tried to allocate 2 GiB"}, torch.OutOfMemoryError, "2 GiB"),
-        ({"error": "a block is lost"}, RunFailed, r"completed 1 of 2 rollouts \(a block is lost\)"),
-        ({"generated_tokens": []}, RunFailed, "completed 1 of 2 rollouts; go on with --resume"),
-        (None, RunFailed, "completed 1 of 2 rollouts; go on with --resume"),
-    ],
-)
-def test_a_request_that_failed_is_not_trained_on(folder, monkeypatch, failure, raised, message):
-    setup = prepared(folder, engine="continuous")
-    fine = GenerationOutput("a", generated_tokens=[5, 6])
-    results = {"a": fine}
-    if failure is not None:
-        results["b"] = replace(fine, **failure)
-    monkeypatch.setattr(base_model(setup.model), "generate_batch", lambda *_, **__: results)
-    with pytest.raises(raised, match=message):
-        setup.sampler.sample([[1], [2]], [1, 2])
+def test_completions_stop_at_the_end_of_text(tiny):
+    tokenizer = tiny.tokenizer
+    rollout = sampled(tiny, temperature=1.2, max_new_tokens=12, problems=tiny.problems * 4)
+    for completion, finished in zip(rollout.completions, rollout.finished, strict=True):
+        assert (completion[-1] == tokenizer.eos_token_id) == finished
+        assert tokenizer.eos_token_id not in completion[:-1]
+        assert finished or len(completion) == 12
+    graded = grade(tokenizer, rollout, is_correct)
+    prompts = [tiny.contexts.student.text(p) for p in tiny.problems * 4]
+    assert [g.prompt for g in graded] == prompts
 
 
 def test_every_problem_once_before_any_comes_again(folder):
@@ -136,146 +151,12 @@ def test_every_problem_once_before_any_comes_again(folder):
     assert problem_indices(10, other, 1) != drawn[:4]
 
 
-# Teachers
-
-
-def scored(setup) -> Scores:
-    context = setup.contexts.student
-    rollout = roll_out(setup.sampler, context, setup.problems[:3], [1, 2, 3])
-    # Both in the student's context, so that only the weights differ.
-    return score(setup.backbone, setup.teacher, context, rollout)
-
-
-def test_the_initial_teacher_is_the_model_without_its_adapter(folder):
-    setup = prepared(folder)
-    untrained = scored(setup)
-    assert torch.equal(untrained.h_student, untrained.h_teacher)
-    scores = scored(with_adapter(setup))
-    assert not torch.allclose(scores.h_student, scores.h_teacher)
-    assert scores.h_student.requires_grad
-    assert not scores.h_teacher.requires_grad
-
-
-def test_the_live_teacher_is_the_student(folder):
-    scores = scored(with_adapter(prepared(folder, teacher="live")))
-    assert torch.equal(scores.h_student, scores.h_teacher)
-
-
-def test_the_ema_teacher_wears_the_average(folder):
-    setup = prepared(folder, teacher="ema", ema_decay=0.75)
-    weights = adapter_weights(setup.model)
-    average = {name: w.detach().clone() for name, w in weights.items()}
-    for _ in range(3):
-        with torch.no_grad():
-            for w in weights.values():
-                w.add_(0.1 * torch.randn_like(w))
-        setup.teacher.follow()
-        average = {n: 0.75 * a + 0.25 * weights[n].detach() for n, a in average.items()}
-    student = {name: w.detach().clone() for name, w in weights.items()}
-    context = setup.contexts.student
-    rollout = roll_out(setup.sampler, context, setup.problems[:3], [1, 2, 3])
-    h_teacher = score(setup.backbone, setup.teacher, context, rollout).h_teacher
-    for name, w in weights.items():
-        assert torch.equal(w, student[name])
-        torch.testing.assert_close(setup.teacher.state()[name], average[name])
-        w.data.copy_(average[name])
-    h_average = setup.backbone(*join(rollout.prompts, rollout.completions, pad_id=0))
-    torch.testing.assert_close(h_teacher, h_average, rtol=1e-3, atol=1e-4)
-
-
-def test_another_model_as_the_teacher(folder, tmp_path):
-    tiny_qwen3.save_qwen3(tmp_path / "other", seed=5)
-    setup = prepared(folder, teacher_model=str(tmp_path / "other"))
-    scores = scored(with_adapter(setup))
-    alone = prepared(folder, model=str(tmp_path / "other"))
-    assert torch.equal(setup.teacher.W, alone.W)
-    context = setup.contexts.student
-    rollout = roll_out(setup.sampler, context, setup.problems[:3], [1, 2, 3])
-    h = alone.backbone(*join(rollout.prompts, rollout.completions, pad_id=0))
-    torch.testing.assert_close(scores.h_teacher, h.detach())
-    weights = token_weights(scores.lengths, "token", 3, len(scores.tokens))
-    loss, _ = opsd_loss(scores, setup.W, config(folder), weights, setup.teacher.W)
-    expected = reference_jsd_loss(
-        scores.h_student, scores.h_teacher, setup.W, temperature=1.2, W_teacher=setup.teacher.W
+def test_schedules():
+    cosine = make_config(
+        {"model": "m", "data": "d", "steps": 10, "warmup": 0.2, "learning_rate": 1}
     )
-    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
-
-
-def test_the_head_sees_neither_prompt_nor_completion(folder):
-    setup = prepared(folder)
-    rollout = roll_out(setup.sampler, setup.contexts.student, setup.problems[:2], [1, 2])
-
-    def refuse(*_):
-        raise AssertionError("the LM head was called")
-
-    base_model(setup.model).get_output_embeddings().register_forward_pre_hook(refuse)
-    scores = score(setup.backbone, setup.teacher, setup.contexts.teacher, rollout)
-    assert scores.h_student.shape == scores.h_teacher.shape == (rollout.tokens, 32)
-
-
-# Objective
-
-
-@pytest.mark.parametrize("mean", ["rollout", "token"])
-@pytest.mark.parametrize(
-    "options", [{}, {"beta": 0.0, "entry_clip": 0.01}, {"objective": "sampled_token"}]
-)
-def test_micro_batches_add_up(folder, mean, options):
-    """Loss, statistics and gradient of a batch of 3 and of its parts."""
-    setup = with_adapter(prepared(folder))
-    asked = config(folder, mean=mean, **options)
-    rollout = roll_out(setup.sampler, setup.contexts.student, setup.problems[:3], [1, 2, 7])
-    rollout.completions[1][4:] = []
-    weights = adapter_weights(setup.model)
-    results = []
-    for size in (3, 2, 1):
-        setup.model.zero_grad()
-        totals: dict[str, float] = {}
-        for part in rollout.micro_batches(size):
-            scores = score(setup.backbone, setup.teacher, setup.contexts.teacher, part)
-            w = token_weights(scores.lengths, mean, len(rollout), rollout.tokens)
-            loss, told = opsd_loss(scores, setup.W, asked, w)
-            loss.backward()
-            for name, value in {"loss": loss.detach(), **told}.items():
-                totals[name] = totals.get(name, 0) + float(value)
-        results.append((totals, torch.cat([w.grad.flatten() for w in weights.values()])))
-    for totals, gradient in results[1:]:
-        assert totals == pytest.approx(results[0][0], rel=1e-4, abs=1e-6)
-        error = (gradient - results[0][1]).norm() / results[0][1].norm()
-        assert error < 1e-4
-
-
-def test_statistics_are_means_of_the_batch(folder):
-    setup = with_adapter(prepared(folder))
-    rollout = roll_out(setup.sampler, setup.contexts.student, setup.problems[:3], [1, 2, 3])
-    scores = score(setup.backbone, setup.teacher, setup.contexts.teacher, rollout)
-    weights = token_weights(scores.lengths, "token", 3, rollout.tokens)
-    asked = config(folder, beta=0.0, entry_clip=0.01, temperature=1.3)
-    loss, told = opsd_loss(scores, setup.W, asked, weights)
-    log_p = (scores.h_student.detach() @ setup.W.T / 1.3).log_softmax(-1)
-    log_q = (scores.h_teacher @ setup.W.T / 1.3).log_softmax(-1)
-    p, q, x = log_p.exp(), log_q.exp(), log_q - log_p
-    expected = {
-        "forward_kl": (q * x).sum(-1),
-        "reverse_kl": (-p * x).sum(-1),
-        "entropy_student": -(p * log_p).sum(-1),
-        "entropy_teacher": -(q * log_q).sum(-1),
-        "log_ratio": x.gather(1, scores.tokens[:, None])[:, 0],
-    }
-    for name, values in expected.items():
-        assert float(told[name]) == pytest.approx(float(values.mean()), rel=1e-3), name
-    assert float(loss.detach()) == pytest.approx(
-        float((q * x).clamp(max=0.01).sum(-1).mean()), rel=1e-3
-    )
-    assert float(told["clipped_share"]) > 0.1
-
-
-def test_early_stop():
-    def rows(*losses):
-        return [{"step": 0}, *({"loss": x, "skipped": x is None} for x in losses)]
-
-    assert not has_stalled(rows(3, 2, 1, 1), None)
-    assert not has_stalled(rows(3, 3, 3), 2)
-    assert has_stalled(rows(3, 3, 3, 3), 2)
-    assert has_stalled(rows(9, 1, 2, None, 1, 2), 2)
-    assert not has_stalled(rows(1, 2, 2, 0.5), 2)
+    rates = [learning_rate(cosine, step) for step in range(1, 11)]
+    assert rates[:2] == [0.5, 1.0]
+    assert all(a > b > 0 for a, b in itertools.pairwise(rates[1:]))
+    constant = parse(["qwen3-4b-authors-2026-05"])
+    assert {learning_rate(constant, step) for step in range(1, 101)} == {5e-6}

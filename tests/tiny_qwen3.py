@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from opsd_train.config import Config, make_config
 from opsd_train.data import load_problems
-from opsd_train.model import load_model, load_tokenizer
-from opsd_train.setup import Setup, set_up
+from opsd_train.models import adapter_weights, load_model, load_tokenizer
+from opsd_train.opsd import Setup
+from opsd_train.run import set_up
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 CHAT_TEMPLATE = (
@@ -100,3 +101,12 @@ def prepared(folder: Path, **options: object) -> Setup:
     asked = config(folder, **options)
     model, tokenizer = load_model(asked.model, asked), load_tokenizer(asked.model)
     return set_up(asked, Accelerator(cpu=True), model, tokenizer, load_problems(asked))
+
+
+def with_adapter(setup: Setup, std: float = 0.3) -> Setup:
+    """An adapter that does something, on a model that was just prepared."""
+    torch.manual_seed(1)
+    for name, weight in adapter_weights(setup.model).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=std)
+    return setup

@@ -2,6 +2,7 @@
 everything already; and ways to end them early."""
 
 import itertools
+import json
 import multiprocessing
 import os
 import resource
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).parents[1]
+COST = ("seconds", "tokens_per_second", "peak_memory_mib")  # not the same when repeated
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
 
 
@@ -83,6 +85,45 @@ def run_distributed(log: Path, *arguments: object, world_size: int = 2, status: 
         assert process.exitcode == status, log.with_suffix(f".{r}").read_text()
 
 
+def shrunk(folder: Path, output: Path, *options: object, preset: str = "4b-paper") -> list[object]:
+    """The command line of a preset made small, by options alone."""
+    return [
+        f"qwen3-{preset}",
+        *("--model", folder / "model", "--data", folder / "problems.jsonl"),
+        *("--dtype", "float32", "--lora-rank", 4, "--lora-alpha", 8),
+        *("--max-prompt-tokens", 512, "--max-new-tokens", 6),
+        *("--steps", 6, "--batch-size", 4, "--micro-batch-size", 2, "--learning-rate", 0.01),
+        *("--save-every", 2, "--keep-last", 2, "--output-dir", output),
+        *options,
+    ]
+
+
+def demo_config(**options: object):
+    """Of the small world's preset."""
+    from opsd_train.command_line import read_yaml
+    from opsd_train.config import make_config
+    from opsd_train.presets import find_preset
+
+    return make_config(read_yaml(find_preset("small-world")) | options)
+
+
+def metrics(output: Path) -> list[dict]:
+    """All that should not depend on when a run is made."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{name: v for name, v in row.items() if name not in COST} for row in rows]
+
+
+def contents(output: Path) -> tuple:
+    """All that an interruption must not change."""
+    adapter = (output / "adapter" / "adapter_model.safetensors").read_bytes()
+    return metrics(output), (output / "completions.jsonl").read_text(), adapter
+
+
+def steps_done(output: Path) -> int:
+    path = output / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
 def wait_for(condition, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -115,20 +156,20 @@ def let_no_file_grow(limit: int) -> None:
 
 def lose_the_loss(calls: range) -> None:
     """Make the loss NaN in these calls, that is micro-batches."""
-    from opsd_train import step
+    from opsd_train.opsd import step
 
     opsd_loss, count = step.opsd_loss, itertools.count()
 
     def broken(*arguments):
-        loss, told = opsd_loss(*arguments)
-        return (loss * float("nan") if next(count) in calls else loss), told
+        loss, statistics = opsd_loss(*arguments)
+        return (loss * float("nan") if next(count) in calls else loss), statistics
 
     step.opsd_loss = broken
 
 
 def run_out_of_memory(call: int) -> None:
     """Have no memory for the forward passes of a micro-batch."""
-    from opsd_train import step
+    from opsd_train.opsd import step
 
     score, count = step.score, itertools.count()
 
@@ -141,12 +182,12 @@ def run_out_of_memory(call: int) -> None:
 
 
 def have_no_room_for_the_model() -> None:
-    from opsd_train import __main__
+    from opsd_train.run import world
 
     def broken(*arguments):
         raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
 
-    __main__.load_model = broken
+    world.load_model = broken
 
 
 def _run(

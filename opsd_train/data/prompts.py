@@ -1,0 +1,111 @@
+"""The two contexts of one model: the student sees the problem, the teacher its solution as well."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from opsd_train.records import Problem
+
+
+def fill(template: str, problem: Problem) -> str:
+    """The template with the problem, and its reference solution, in their places. Any other braces
+    stay as they are, those of \\boxed{} and those within the problem too."""
+    values = {"{problem}": problem.question, "{solution}": problem.solution}
+    return re.sub(r"\{problem\}|\{solution\}", lambda match: values[match[0]], template)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What one of the two sees of a problem: a template, as a user's message where the tokenizer
+    has a chat template, as the whole prompt where it has none.
+
+    Raises:
+        ValueError: the template lacks its problem, or the tokenizer knows no switch for thinking.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    thinking: bool | None = None  # the chat template's switch; None leaves it alone
+
+    def __post_init__(self) -> None:
+        if "{problem}" not in self.template:
+            raise ValueError(f"a template must contain {{problem}}, got {self.template!r}")
+        knows_thinking = "enable_thinking" in (self.tokenizer.chat_template or "")
+        if self.thinking is not None and not knows_thinking:
+            raise ValueError(
+                f"thinking is asked to be {'on' if self.thinking else 'off'}, but the tokenizer's "
+                "chat template has no such switch (enable_thinking); leave student_thinking and "
+                "teacher_thinking at none"
+            )
+
+    def text(self, problem: Problem) -> str:
+        """The prompt, special tokens and all."""
+        content = fill(self.template, problem)
+        if self.tokenizer.chat_template is None:
+            return content
+        switch: dict[str, Any] = {} if self.thinking is None else {"enable_thinking": self.thinking}
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=False,
+            add_generation_prompt=True,
+            **switch,
+        )
+        assert isinstance(text, str)  # what tokenize=False asks for
+        return text
+
+    def token_ids(self, problems: list[Problem]) -> list[list[int]]:
+        # A chat template writes the special tokens itself.
+        return self.tokenizer(
+            [self.text(p) for p in problems],
+            add_special_tokens=self.tokenizer.chat_template is None,
+        )["input_ids"]
+
+
+@dataclass(frozen=True)
+class Contexts:
+    student: Context
+    teacher: Context
+
+    def __post_init__(self) -> None:
+        if "{solution}" in self.student.template:
+            raise ValueError("student_template contains {solution}, which only the teacher may see")
+
+    def lengths(self, problems: list[Problem]) -> list[int]:
+        """Tokens of the longer of the two prompts of each problem."""
+        both = self.student.token_ids(problems), self.teacher.token_ids(problems)
+        return [max(len(x), len(y)) for x, y in zip(*both, strict=True)]
+
+
+def left_pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, [B, longest] int64, padded on the left."""
+    longest = max(map(len, sequences))
+    ids = torch.tensor([[pad_id] * (longest - len(s)) + s for s in sequences])
+    mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences])
+    return ids, mask
+
+
+def join(
+    prompts: list[list[int]], completions: list[list[int]], pad_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sequences of a prompt and its completion, prompts padded on the left and completions on the
+    right.
+
+    Returns:
+        Token ids [B, L] int64; their mask [B, L] int64, 1 on real tokens; and [B, L] bool whether a
+        position predicts a token of the completion: it is the one BEFORE that token.
+    """
+    prompt_ids, prompt_mask = left_pad(prompts, pad_id)
+    longest = max(map(len, completions))
+    completion_ids = torch.tensor([c + [pad_id] * (longest - len(c)) for c in completions])
+    completion_mask = torch.tensor([[1] * len(c) + [0] * (longest - len(c)) for c in completions])
+    is_completion = torch.cat([torch.zeros_like(prompt_mask), completion_mask], dim=1).bool()
+    return (
+        torch.cat([prompt_ids, completion_ids], dim=1),
+        torch.cat([prompt_mask, completion_mask], dim=1),
+        # The first position is a prompt's: it wraps around to where nothing is left to predict.
+        is_completion.roll(-1, dims=1),
+    )

@@ -1,0 +1,19 @@
+"""Errors that any room may raise, and how a message helps with a name that is wrong."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class RunFailed(Exception):
+    """A run that stops with a message and an exit status; its run folder can be resumed."""
+
+    def __init__(self, message: str, status: int = 1):
+        super().__init__(message)
+        self.status = status
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest of those that exist, if one is near
+    enough."""
+    nearest = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""

@@ -1,0 +1,38 @@
+"""Models: loading one, the adapter around it, its LM head, its backbone, its weights sharded.
+
+Whatever knows about Qwen3, PEFT, LM heads or FSDP lives here. How a model is sampled from is in
+sampling/, and who is teacher and who is student in opsd/.
+"""
+
+from opsd_train.models.adapter import (
+    adapter_config,
+    adapter_weights,
+    add_adapter,
+    base_model,
+    base_weights_sha256,
+    check_not_merged,
+    peft_name,
+)
+from opsd_train.models.backbone import Backbone
+from opsd_train.models.head import check_same_vocabulary, lm_head
+from opsd_train.models.loading import load_model, load_tokenizer
+from opsd_train.models.sharding import call_with_full_parameters, copy_full, full_tensor, shard
+
+__all__ = [
+    "Backbone",
+    "adapter_config",
+    "adapter_weights",
+    "add_adapter",
+    "base_model",
+    "base_weights_sha256",
+    "call_with_full_parameters",
+    "check_not_merged",
+    "check_same_vocabulary",
+    "copy_full",
+    "full_tensor",
+    "lm_head",
+    "load_model",
+    "load_tokenizer",
+    "peft_name",
+    "shard",
+]

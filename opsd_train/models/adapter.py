@@ -1,0 +1,88 @@
+"""The adapter around a model, and the proof that what it wraps does not move."""
+
+import hashlib
+import json
+from typing import cast
+
+import torch
+from peft import LoraConfig, PeftModelForCausalLM, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel
+
+from opsd_train.config import Config
+from opsd_train.models.sharding import full_tensor
+
+
+def add_adapter(model: PreTrainedModel, config: Config) -> PeftModelForCausalLM:
+    """LoRA on the layers that `lora_targets` names, by default every projection of attention and
+    MLP; in fp32, whatever the model's dtype.
+
+    Raises:
+        ValueError: a target is the LM head (or shares its weight), or none of the model's layers.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head.weight is embeddings.weight
+    for name, module in model.named_modules():
+        is_head = module is head or (tied and module is embeddings)
+        if is_head and name.split(".")[-1] in config.lora_targets:
+            raise ValueError(
+                f"lora_targets must not name {name}: the loss reads the LM head's weight directly, "
+                "and would ignore an adapter on it"
+            )
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=list(config.lora_targets),
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, lora)
+    assert isinstance(adapted, PeftModelForCausalLM)  # what task_type asks for
+    return adapted
+
+
+def base_model(model: PeftModelForCausalLM) -> PreTrainedModel:
+    """The model inside, with the adapter's layers in it."""
+    return cast(PreTrainedModel, model.get_base_model())
+
+
+def adapter_weights(model: PeftModelForCausalLM) -> dict[str, torch.nn.Parameter]:
+    """What is trained, by name."""
+    return {name: w for name, w in model.named_parameters() if "lora_" in name}
+
+
+def peft_name(name: str) -> str:
+    """What PEFT calls an adapter's weight in a file: without the adapter's own name."""
+    return name.replace(".default.", ".")
+
+
+def adapter_config(model: PeftModelForCausalLM) -> str:
+    """adapter_config.json, as PEFT reads it."""
+    values = model.peft_config[model.active_adapter].to_dict()
+    serializable = {name: sorted(v) if isinstance(v, set) else v for name, v in values.items()}
+    return json.dumps(serializable, indent=2, sort_keys=True)
+
+
+def check_not_merged(model: torch.nn.Module) -> None:
+    """The base weights are the teacher: an adapter merged into them would move it.
+
+    Raises:
+        ValueError: one is.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            raise ValueError(
+                f"the adapter is merged into {name}, so that the teacher would be the student; "
+                "unmerging a bf16 weight does not restore it: load the base model again"
+            )
+
+
+def base_weights_sha256(model: PeftModelForCausalLM) -> str:
+    """Hash of every weight that is not the adapter's: the teacher, bit by bit."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(base_model(model).state_dict().items()):
+        if "lora_" not in name:
+            weight = full_tensor(weight.detach()).cpu().contiguous()
+            digest.update(name.encode())
+            digest.update(weight.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,37 @@
+"""What both teacher and student score with."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+class Backbone(torch.nn.Module):
+    """The model without its LM head, as a module whose forward returns what the loss reads: so data
+    parallelism can wrap it, and nobody has to reach around the wrapper."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model: Any = model.base_model
+
+    def forward(self, ids: Tensor, mask: Tensor, predicts: Tensor) -> Tensor:
+        """[N, D] last hidden states of the positions that predict the completions' N tokens, of
+        sequences as `join` makes them.
+
+        The LM head is never applied, neither to prompts nor to completions.
+        """
+        device = self.model.device
+        mask = mask.to(device)
+        h = self.model(
+            input_ids=ids.to(device),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),  # counted over real tokens
+            use_cache=False,
+        ).last_hidden_state
+        return h[predicts.to(device)]
+
+    def with_full_parameters(self, call: Callable[[], Any]) -> Any:
+        """Call something; where the weights are sharded, with this module's own in place."""
+        return call()

@@ -1,0 +1,24 @@
+"""OPSD: Algorithm 1 of Zhao et al. (2026), and nothing else.
+
+One step reads from top to bottom in step.py: the student's rollout, both sides' scores, the
+objective, AdamW. Nothing here reads or writes a file or says anything: steps follow one another in
+run/.
+"""
+
+from opsd_train.opsd.objective import loss_name, opsd_loss, token_weights
+from opsd_train.opsd.scoring import score
+from opsd_train.opsd.setup import Setup
+from opsd_train.opsd.step import take_step
+from opsd_train.opsd.teachers import EmaTeacher, InitialTeacher, Teacher
+
+__all__ = [
+    "EmaTeacher",
+    "InitialTeacher",
+    "Setup",
+    "Teacher",
+    "loss_name",
+    "opsd_loss",
+    "score",
+    "take_step",
+    "token_weights",
+]

@@ -1,0 +1,88 @@
+"""The OPSD objective of a batch of rollouts, and the statistics that the same pass yields."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opsd_kernels import divergence_name, fused_sampled_token_loss, token_divergence
+from opsd_train.config import Config
+from opsd_train.records import Scores
+
+
+def loss_name(config: Config) -> str:
+    if config.objective == "sampled_token":
+        return "sampled-token policy gradient"
+    return divergence_name(config.beta, config.entry_clip)
+
+
+def token_weights(lengths: Tensor, mean: str, rollouts: int, tokens: int) -> Tensor:
+    """[N] a weight for each token of a part of the batch. The weights of all parts, that is of all
+    micro-batches in all processes, sum to 1: the parts' weighted sums add up to the batch's mean,
+    however the batch is divided.
+
+    Args:
+        lengths: [rollouts of this part] tokens of each.
+        mean: "rollout", over each rollout's tokens, then over the rollouts (Algorithm 1); or
+            "token", over all tokens alike.
+        rollouts, tokens: how many the whole batch has.
+    """
+    each = 1 / (rollouts * lengths) if mean == "rollout" else torch.full_like(lengths, 1) / tokens
+    return each.float().repeat_interleave(lengths)
+
+
+def opsd_loss(
+    scores: Scores,
+    W: Tensor,
+    config: Config,
+    weights: Tensor,
+    W_teacher: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Σ w ℓ over the tokens, and Σ w of each statistic: what is added up over all micro-batches and
+    processes is the batch's loss, and each statistic's mean.
+
+    Returns:
+        The loss, with gradient, and the statistics by name, without; KLs are never clipped.
+    """
+    common: dict[str, Any] = {
+        "temperature": config.temperature,
+        "token_weights": weights,
+        "W_teacher": W_teacher,
+        "workspace_mib": config.workspace_mib,
+    }
+    is_sampled = config.objective == "sampled_token"
+    with torch.no_grad() if is_sampled else nullcontext():
+        divergence = token_divergence(
+            scores.h_student,
+            scores.h_teacher,
+            W,
+            beta=config.beta,
+            entry_clip=config.entry_clip,
+            targets=scores.tokens,
+            **common,
+        )
+    loss = divergence.loss.sum()
+    if is_sampled:
+        sampled = fused_sampled_token_loss(
+            scores.h_student,
+            scores.h_teacher,
+            W,
+            scores.tokens,
+            advantage_clip=config.advantage_clip,
+            reduction="sum",
+            **common,
+        )
+        assert isinstance(sampled, Tensor)  # without return_log_probs
+        loss = sampled
+    assert divergence.logp_student is not None  # there are targets
+    assert divergence.logp_teacher is not None
+    statistics = {
+        "forward_kl": divergence.forward_kl,
+        "reverse_kl": divergence.reverse_kl,
+        "clipped_share": divergence.clipped_share,
+        "entropy_student": divergence.entropy_student,
+        "entropy_teacher": divergence.entropy_teacher,
+        "log_ratio": divergence.logp_teacher - divergence.logp_student,
+    }
+    return loss, {name: (weights * s).sum() for name, s in statistics.items()}

@@ -1,0 +1,30 @@
+"""What a step is taken with."""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModelForCausalLM
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from opsd_train.data import Contexts
+from opsd_train.opsd.teachers import Teacher
+from opsd_train.records import Problem
+from opsd_train.sampling import Sampler
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a step is taken with: student, teacher, problems and prompts, and the processes that
+    share the work."""
+
+    accelerator: Accelerator
+    tokenizer: PreTrainedTokenizerBase
+    contexts: Contexts
+    problems: list[Problem]
+    model: PeftModelForCausalLM  # the student, to sample from
+    backbone: torch.nn.Module  # the student, to score with: a `Backbone`, wrapped if distributed
+    W: Tensor  # [V, D] its LM head, frozen
+    teacher: Teacher
+    sampler: Sampler

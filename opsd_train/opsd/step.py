@@ -1,0 +1,127 @@
+"""One step of on-policy self-distillation (Zhao et al., 2026, Algorithm 1).
+
+Which problems a step takes, what it draws and how fast it learns are functions of the seed and the
+step's number alone.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opsd_train.config import Config
+from opsd_train.models import adapter_weights, full_tensor
+from opsd_train.opsd.objective import opsd_loss, token_weights
+from opsd_train.opsd.scoring import score
+from opsd_train.opsd.setup import Setup
+from opsd_train.records import Problem, Rollout
+from opsd_train.sampling import draw_seed, roll_out
+
+Phase = Callable[[str], AbstractContextManager[None]]
+"""Called with the name of a phase of the step; the phase takes place within the context."""
+
+
+def take_step(
+    config: Config, setup: Setup, optimizer: torch.optim.Optimizer, step: int, phase: Phase
+) -> tuple[Rollout, dict[str, Any]]:
+    """The student samples, the teacher scores the same tokens with the solution in view, the
+    student moves towards the teacher's whole next-token distribution.
+
+    A step whose loss or gradient is not finite is not taken, in any process.
+
+    Returns:
+        This process's rollouts, and metrics of those of all processes.
+    """
+    accelerator, teacher = setup.accelerator, setup.teacher
+    problems, seeds = own_batch(config, setup, step)  # (x, y*) ~ S
+
+    with phase("rollout"):  # ŷ ~ p_S(· | x)
+        rollout = roll_out(setup.sampler, setup.contexts.student, problems, seeds)
+        metrics = {"step": step, **describe(rollout, setup)}
+
+    totals: dict[str, Tensor] = {}
+    parts = rollout.micro_batches(config.micro_batch_size)
+    for part in parts:
+        # Gradients are added up, and over the processes with the last micro-batch.
+        with nullcontext() if part is parts[-1] else accelerator.no_sync(setup.backbone):
+            with phase("score"):  # both contexts over the same ŷ
+                setup.backbone.train()
+                scores = score(setup.backbone, teacher, setup.contexts.teacher, part)
+            with phase("loss"):  # mean over each rollout's tokens, then over the batch
+                weights = token_weights(
+                    scores.lengths, config.mean, config.batch_size, metrics["tokens"]
+                )
+                loss, statistics = opsd_loss(scores, setup.W, config, weights, teacher.W)
+            with phase("backward"):
+                # The processes' gradients are averaged, but are parts of a sum.
+                (loss * accelerator.num_processes).backward()
+        for name, value in {"loss": loss.detach(), **statistics}.items():
+            totals[name] = totals.get(name, 0) + value.double()
+    metrics |= {name: accelerator.reduce(t, "sum").item() for name, t in totals.items()}
+
+    with phase("step"):
+        metrics["learning_rate"] = learning_rate(config, step)
+        for group in optimizer.param_groups:
+            group["lr"] = metrics["learning_rate"]
+        adapter = adapter_weights(setup.model).values()
+        norm = torch.nn.utils.clip_grad_norm_(adapter, config.max_grad_norm)
+        metrics["grad_norm"] = full_tensor(norm).item()
+        metrics["skipped"] = not math.isfinite(metrics["loss"] + metrics["grad_norm"])
+        if not metrics["skipped"]:
+            optimizer.step()
+            teacher.follow()
+        optimizer.zero_grad()
+    return rollout, metrics
+
+
+def own_batch(config: Config, setup: Setup, step: int) -> tuple[list[Problem], list[int]]:
+    """The part of the step's batch that this process takes, and a seed for each rollout."""
+    share = config.batch_size // setup.accelerator.num_processes
+    first = share * setup.accelerator.process_index
+    indices = problem_indices(len(setup.problems), config, step)[first : first + share]
+    seeds = [draw_seed(config.seed, step, row) for row in range(first, first + share)]
+    return [setup.problems[i] for i in indices], seeds
+
+
+def problem_indices(total: int, config: Config, step: int) -> list[int]:
+    """The problems of a step's batch: every problem once before any comes again."""
+    first = (step - 1) * config.batch_size
+    places = [divmod(place, total) for place in range(first, first + config.batch_size)]
+    return [shuffled(total, config.seed, epoch)[place] for epoch, place in places]
+
+
+@lru_cache(maxsize=2)
+def shuffled(total: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(draw_seed(seed, "epoch", epoch))
+    return torch.randperm(total, generator=generator).tolist()
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Of the step, from 1: up over the first `warmup` of the steps, then constant, or down half a
+    cosine to 0 after the last."""
+    rising = round(config.warmup * config.steps)
+    if step <= rising:
+        return config.learning_rate * step / rising
+    if config.schedule == "constant":
+        return config.learning_rate
+    done = (step - rising) / (config.steps - rising + 1)
+    return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
+
+
+def describe(rollout: Rollout, setup: Setup) -> dict[str, Any]:
+    """Lengths and stop reasons of all processes' rollouts."""
+    own = [[len(c), end] for c, end in zip(rollout.completions, rollout.finished, strict=True)]
+    device = setup.accelerator.device
+    lengths, finished = setup.accelerator.gather(torch.tensor(own, device=device)).T.tolist()
+    return {
+        "tokens": sum(lengths),
+        "length_mean": fmean(lengths),
+        "length_max": max(lengths),
+        "finished": fmean(finished),  # reached the end of text
+        "truncated": 1 - fmean(finished),  # reached max_new_tokens
+    }

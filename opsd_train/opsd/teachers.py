@@ -1,0 +1,78 @@
+"""Who scores what the student sampled: a backbone, and the adapter that is on it meanwhile.
+
+initial         the model with its adapter off: the policy that training began with
+live            the student itself, as it is now
+ema             an exponential moving average of the student's adapter
+another model   with an LM head of its own, for on-policy distillation
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from peft import PeftModelForCausalLM
+from torch import Tensor
+
+from opsd_train.models import adapter_weights
+
+
+class Teacher:
+    """A backbone as it is: another model's, or the student's own."""
+
+    def __init__(self, backbone: torch.nn.Module, W: Tensor | None = None):
+        self.backbone = backbone
+        self.W = W  # an LM head of its own
+
+    def active(self) -> AbstractContextManager[None]:
+        """The context in which the backbone is the teacher."""
+        return nullcontext()
+
+    def follow(self) -> None:
+        """Called after each step of the student."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint has to keep of it, by name; filled in place when a run is resumed."""
+        return {}
+
+
+class InitialTeacher(Teacher):
+    """The student's backbone without its adapter."""
+
+    def __init__(self, backbone: torch.nn.Module, model: PeftModelForCausalLM):
+        super().__init__(backbone)
+        self.model = model
+
+    def active(self) -> AbstractContextManager[None]:
+        return self.model.disable_adapter()
+
+
+class EmaTeacher(Teacher):
+    """The student's backbone with the average of its adapter: ā ← decay · ā + (1 − decay) · a after
+    each step."""
+
+    def __init__(self, backbone: torch.nn.Module, model: PeftModelForCausalLM, decay: float):
+        super().__init__(backbone)
+        self.decay = decay
+        self.student = adapter_weights(model)
+        self.average = {name: w.detach().clone() for name, w in self.student.items()}
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        live = {name: w.detach().clone() for name, w in self.student.items()}
+        self._set(self.average)
+        try:
+            yield
+        finally:
+            self._set(live)
+
+    @torch.no_grad()
+    def _set(self, weights: dict[str, Tensor]) -> None:
+        for name, w in self.student.items():
+            w.copy_(weights[name])
+
+    def follow(self) -> None:
+        for name, w in self.student.items():
+            self.average[name].lerp_(w.detach(), 1 - self.decay)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.average

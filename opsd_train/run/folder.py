@@ -1,0 +1,254 @@
+"""The run folder, and the seconds of a run by phase.
+
+config.yaml         what was asked for, as a config file; the divergence by name above it
+metrics.jsonl       a line a step
+completions.jsonl   every solution sampled: phase, step, prompt, completion, and whether it is right
+checkpoints/        what it takes to go on; see checkpoint.py
+summary.json        versions, seconds by phase, hash of the base weights
+adapter/            as PEFT loads it
+failed_batch.json   token ids of a batch whose loss was not finite, if the run ended on one
+
+and, of a world with held-out problems, curves.png, and accuracy before and after with intervals.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate.tracking import GeneralTracker
+
+from opsd_train.evaluation import Completion
+from opsd_train.run.checkpoint import (
+    FOLDER,
+    copy_adapter,
+    last_step,
+    remove_unfinished,
+    write_through,
+)
+from opsd_train.run.trackers import numbers_by_name, start_tracker
+
+FILES = [
+    *("config.yaml", "metrics.jsonl", "completions.jsonl", "summary.json", "curves.png"),
+    "failed_batch.json",
+]
+ADAPTER = "adapter"
+
+# Options on which the metrics do not depend, beyond rounding; but rollout_batch_size may not differ
+# with continuous batching, where a rollout depends on those beside it.
+MAY_DIFFER_WHEN_RESUMED = [
+    *("output_dir", "resume", "overwrite", "dry_run", "tracker", "save_every", "keep_last"),
+    *("attention", "liger", "activation_checkpointing", "workspace_mib"),
+    *("micro_batch_size", "rollout_batch_size", "shard"),
+]
+
+
+class RunFolder:
+    """Writes a run's files, in the main process of several. Lines reach the disk as they are made,
+    so that an interrupted run keeps what it has."""
+
+    def __init__(
+        self, path: Path, *, overwrite: bool = False, resume: bool = False, is_main: bool = True
+    ):
+        """Open a folder for a run.
+
+        Raises:
+            FileExistsError: it holds a run already, and neither `overwrite` says to replace it nor
+                `resume` to go on with it; or one to resume that has lost its checkpoints.
+            NotADirectoryError: it is a file.
+        """
+        self.path, self.resume, self.is_main = path, resume, is_main
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"{path} is not a folder; name another with --output-dir")
+        found = [name for name in [FOLDER, *FILES, ADAPTER] if (path / name).exists()]
+        if found and is_main and not (overwrite or resume):
+            raise FileExistsError(
+                f"{path} holds a run already ({', '.join(found)}); name another folder with "
+                "--output-dir, go on with --resume, or replace the run with --overwrite"
+            )
+        if resume and is_main:
+            self._check_not_lost()
+        if is_main:
+            path.mkdir(parents=True, exist_ok=True)
+        self.replaced = found
+        self.start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+        self.lap_seconds: dict[str, float] = {}
+        self.current_phase = ""
+        self.metrics: list[dict[str, Any]] = []
+        self.tracker: GeneralTracker | None = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the seconds spent within towards a phase. What fails within is said to have failed
+        there."""
+        self.current_phase = name
+        synchronize()
+        start = time.perf_counter()
+        yield
+        synchronize()
+        spent = time.perf_counter() - start
+        for seconds in (self.seconds, self.lap_seconds):
+            seconds[name] = seconds.get(name, 0.0) + spent
+        self.current_phase = ""
+
+    def lap(self) -> dict[str, float]:
+        """Seconds by phase since the last call."""
+        lap, self.lap_seconds = self.lap_seconds, {}
+        return lap
+
+    def begin(self, config: dict[str, Any], comment: str) -> None:
+        """Go on with the run in the folder, or remove it and write config.yaml, a comment above.
+        Until then the folder is as it was: a run that fails before it begins costs nothing.
+
+        Raises:
+            ValueError: the run to go on with was asked for something else, whether or not it came
+                to a checkpoint.
+        """
+        resumed = last_step(self.path) if self.resume else None
+        if resumed is not None:
+            self._check_same(config)
+            self.metrics = self._lines("metrics.jsonl", up_to=resumed)
+        if not self.is_main:
+            return
+        if resumed is not None:
+            # What the run did after its last checkpoint will be done again.
+            for name in ("metrics.jsonl", "completions.jsonl"):
+                self._replace(name, to_lines(self._lines(name, up_to=resumed)))
+            remove_unfinished(self.path)
+            return
+        if self.resume and (self.path / "config.yaml").exists():
+            self._check_same(config)
+        for name in self.replaced:
+            if (self.path / name).is_dir():
+                shutil.rmtree(self.path / name)
+            else:
+                (self.path / name).unlink(missing_ok=True)
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        self._replace("config.yaml", f"# {comment}\n{text}")
+
+    def track(self, name: str, config: dict[str, Any]) -> None:
+        """Send metrics to a tracker as well, if any is named."""
+        if self.is_main and name != "none":
+            self.tracker = start_tracker(name, config, self.path)
+
+    def write_metrics(self, **metrics: Any) -> None:
+        """A line of metrics.jsonl; what is not finite is null there."""
+        self.metrics.append(metrics)
+        self._append("metrics.jsonl", [finite_only(metrics)])
+        if self.tracker is not None:
+            self.tracker.log(numbers_by_name(metrics), step=metrics["step"])
+
+    def write_completions(self, phase: str, step: int, completions: Iterable[Completion]) -> None:
+        self._append(
+            "completions.jsonl", ({"phase": phase, "step": step, **asdict(c)} for c in completions)
+        )
+
+    def completions(self, phase: str) -> list[Completion]:
+        """Those written so far."""
+        rows = [row for row in self._lines("completions.jsonl") if row["phase"] == phase]
+        return [Completion(row["prompt"], row["completion"], row["correct"]) for row in rows]
+
+    def write_json(self, name: str, values: Any) -> Path:
+        if self.is_main:
+            self._replace(name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        return self.path / name
+
+    def write_summary(self, **summary: Any) -> None:
+        seconds = {**self.seconds, "total": time.perf_counter() - self.start}
+        seconds = {name: round(spent, 2) for name, spent in seconds.items()}
+        self.write_json("summary.json", {**summary, "seconds": seconds})
+        if self.tracker is not None:
+            self.tracker.finish()
+
+    def save_adapter(self) -> None:
+        """That of the last checkpoint."""
+        if self.is_main:
+            copy_adapter(self.path, self.path / ADAPTER)
+
+    def sync(self) -> None:
+        """Wait until all lines written are on the disk."""
+        for name in ("metrics.jsonl", "completions.jsonl"):
+            if (self.path / name).exists():
+                with (self.path / name).open("rb") as file:
+                    os.fsync(file.fileno())
+
+    def _check_not_lost(self) -> None:
+        """Without a checkpoint a resumed run starts anew: right if it was killed before the first,
+        but not if that would remove more than the lines written until then."""
+        if last_step(self.path) is not None:
+            return
+        kept = [ADAPTER, "summary.json", f"{FOLDER}/step-*"]
+        if found := [name for name in kept if any(self.path.glob(name))]:
+            raise FileExistsError(
+                f"{self.path} has no whole checkpoint to go on from, but results of a run "
+                f"({', '.join(found)}), which --resume does not remove; name another folder with "
+                "--output-dir, or replace the run with --overwrite"
+            )
+
+    def _check_same(self, config: dict[str, Any]) -> None:
+        was = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        if not isinstance(was, dict):
+            raise ValueError(
+                f"{self.path / 'config.yaml'} does not say what the run to resume was asked for; "
+                "replace the run with --overwrite, or name another folder with --output-dir"
+            )
+        free = set(MAY_DIFFER_WHEN_RESUMED)
+        if config.get("engine") == "continuous":
+            free.remove("rollout_batch_size")
+        for name, value in config.items():
+            if name not in free and was.get(name) != value:
+                raise ValueError(
+                    f"{name} was {was.get(name)} in the run to resume, and is {value} now; ask for "
+                    "the same, or name another folder with --output-dir"
+                )
+
+    def _append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        if self.is_main:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(to_lines(rows))
+
+    def _lines(self, name: str, up_to: float = math.inf) -> list[dict[str, Any]]:
+        """The rows of a file, up to a step. A line cut short by a kill is none of them."""
+        rows: list[dict[str, Any]] = []
+        if not (self.path / name).exists():
+            return rows
+        with (self.path / name).open(encoding="utf-8") as file:
+            for line in file:
+                if not line.endswith("\n") or (row := json.loads(line))["step"] > up_to:
+                    break
+                rows.append(row)
+        return rows
+
+    def _replace(self, name: str, text: str) -> None:
+        unfinished = self.path / f"{name}.unfinished"
+        write_through(unfinished, text.encode())
+        unfinished.replace(self.path / name)
+
+
+def synchronize() -> None:
+    """Wait for what a GPU has been asked to do, so that seconds are those of the work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def to_lines(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def finite_only(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows neither infinity nor NaN."""
+    finite = {}
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            value = None
+        finite[name] = value
+    return finite

@@ -1,0 +1,110 @@
+"""A run from its folder to its summary."""
+
+import time
+from pathlib import Path
+
+import accelerate
+import peft
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from opsd_train.config import Config
+from opsd_train.models import base_weights_sha256
+from opsd_train.opsd import Setup, loss_name
+from opsd_train.run.console import say
+from opsd_train.run.dry_run import dry_run
+from opsd_train.run.folder import RunFolder
+from opsd_train.run.loop import train
+from opsd_train.run.setup import set_up
+from opsd_train.run.world import World
+
+
+def run_in(world: World, accelerator: Accelerator) -> None:
+    """The run that a world's config asks for, or for a dry run one step of it.
+
+    Raises:
+        RunFailed: it cannot go on, or was asked to stop; what it did is saved.
+        OSError, ValueError: it cannot begin; the run folder is as it was.
+    """
+    config = world.config
+    run = None if config.dry_run else open_run_folder(config, accelerator)
+    materials = world.load(accelerator, run)
+    setup = set_up(config, accelerator, materials.model, materials.tokenizer, materials.problems)
+    if run is None:
+        dry_run(config, setup)
+        return
+    say(world.describe(materials, setup))
+    say_plan(config, setup)
+    begin(config, run)
+    if not world.is_fast:
+        say("Hashing the base weights, to see at the end that they did not move ...")
+    before = hash_base_weights(config, setup)
+    train(world, setup, run, world.evaluation(materials, setup, run))
+    finish(config, setup, run, before, **world.conclude(materials, run))
+
+
+def open_run_folder(config: Config, accelerator: Accelerator) -> RunFolder:
+    path = config.output_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    (path,) = broadcast_object_list([path])
+    return RunFolder(
+        path,
+        overwrite=config.overwrite,
+        resume=config.resume,
+        is_main=accelerator.is_main_process,
+    )
+
+
+def begin(config: Config, run: RunFolder) -> None:
+    values = {**config.as_dict(), "output_dir": str(run.path)}
+    # How a run is started is asked each time: its config.yaml alone must not replace the run.
+    values |= {"overwrite": False, "resume": False, "dry_run": False}
+    run.begin(values, comment=loss_name(config))
+    run.track(config.tracker, values)
+
+
+def hash_base_weights(config: Config, setup: Setup) -> str:
+    """By the main process alone, "" in others; but all take part where each holds a share."""
+    if config.shard or setup.accelerator.is_main_process:
+        return base_weights_sha256(setup.model)
+    return ""
+
+
+def finish(config: Config, setup: Setup, run: RunFolder, sha256: str, **summary: object) -> None:
+    if hash_base_weights(config, setup) != sha256:
+        raise RuntimeError("the base weights, which are the teacher, changed during training")
+    run.save_adapter()
+    run.write_summary(
+        divergence=loss_name(config),
+        **summary,
+        base_weights_sha256=sha256,
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        peft=peft.__version__,
+        accelerate=accelerate.__version__,
+    )
+    say(f"\nThe base weights, which are the teacher, did not move. Run folder: {run.path}")
+
+
+def say_plan(config: Config, setup: Setup) -> None:
+    """Model, loss, effective batch and schedule, before the first step."""
+    model, processes = setup.model, setup.accelerator.num_processes
+    share = config.batch_size // processes
+    micro_batches = -(-share // config.micro_batch_size)
+    adapter = sum(w.numel() for w in model.parameters() if w.requires_grad)
+    parameters = sum(w.numel() for w in model.parameters()) - adapter
+    rising = round(config.warmup * config.steps)
+    say(
+        f"Model: Qwen3 with {parameters:,} parameters in {setup.W.dtype}, "
+        f"{model.config._attn_implementation} attention, on {setup.accelerator.device}; "
+        f"adapter of {adapter:,}, rank {config.lora_rank}.\n"
+        f"Teacher: {config.teacher_model or config.teacher}.\n"
+        f"Loss: {loss_name(config)}, temperature {config.temperature}, mean over "
+        f"{'each rollout, then the batch' if config.mean == 'rollout' else 'all tokens'}.\n"
+        f"Batch: {config.batch_size} rollouts a step (processes × micro-batches × at most so many "
+        f"rollouts: {processes} × {micro_batches} × {config.micro_batch_size}).\n"
+        f"Schedule: {config.steps} steps, {config.steps * config.batch_size:,} rollouts; learning "
+        f"rate up to {config.learning_rate:.3g} over {rising} steps, then "
+        f"{config.schedule}."
+    )

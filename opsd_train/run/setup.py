@@ -1,0 +1,123 @@
+"""From a config to all that a training step needs."""
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, set_seed
+from peft import PeftModelForCausalLM
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opsd_train.config import Config
+from opsd_train.data import Context, Contexts, those_that_fit
+from opsd_train.models import (
+    Backbone,
+    add_adapter,
+    base_model,
+    check_not_merged,
+    check_same_vocabulary,
+    lm_head,
+    load_model,
+    load_tokenizer,
+    shard,
+)
+from opsd_train.opsd import EmaTeacher, InitialTeacher, Setup, Teacher
+from opsd_train.records import Problem
+from opsd_train.sampling import Sampling, make_sampler
+
+
+def set_up(
+    config: Config,
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+) -> Setup:
+    """Put the adapter on the model, and everything around it.
+
+    Raises:
+        OSError: teacher_model cannot be loaded.
+        ValueError: what does not fit together, by name.
+    """
+    contexts = Contexts(
+        Context(tokenizer, config.student_template, config.student_thinking),
+        Context(tokenizer, config.teacher_template, config.teacher_thinking),
+    )
+    check_lengths(config, model)
+    problems = those_that_fit(problems, contexts, config.max_prompt_tokens)
+
+    set_seed(config.seed)  # of the adapter; all other draws have seeds of their own
+    torch.nn.Module.to(model, accelerator.device)
+    student = add_adapter(model, config)
+    check_not_merged(student)
+    if config.activation_checkpointing:
+        base_model(student).activation_checkpointing_enable()
+    W = lm_head(base_model(student))
+    backbone = Backbone(base_model(student))
+    if config.shard:
+        shard(backbone, accelerator)
+    else:
+        backbone = accelerator.prepare(backbone)
+    sampling = Sampling(config.temperature, config.max_new_tokens, config.top_p, config.top_k)
+    sampler = make_sampler(config, student, backbone, tokenizer, sampling)
+    teacher = make_teacher(config, student, backbone, W, tokenizer)
+    return Setup(
+        accelerator,
+        tokenizer,
+        contexts,
+        problems,
+        student,
+        backbone,
+        W,
+        teacher,
+        sampler,
+    )
+
+
+def make_teacher(
+    config: Config,
+    student: PeftModelForCausalLM,
+    backbone: torch.nn.Module,
+    W: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Teacher:
+    if config.teacher_model is not None:
+        other = load_model(config.teacher_model, config).requires_grad_(False)
+        torch.nn.Module.to(other, W.device)
+        W_teacher = lm_head(other)
+        check_same_vocabulary(tokenizer, load_tokenizer(config.teacher_model), W, W_teacher)
+        return Teacher(Backbone(other), W_teacher)
+    if config.teacher == "live":
+        return Teacher(backbone)
+    if config.teacher == "ema":
+        return EmaTeacher(backbone, student, config.ema_decay)
+    return InitialTeacher(backbone, student)
+
+
+def check_distribution(config: Config, accelerator: Accelerator) -> None:
+    """Raises:
+    ValueError: what was launched is not what the config can be trained on.
+    """
+    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in supported:
+        raise ValueError(
+            f"distributed type {accelerator.distributed_type.value} is not supported: launch for "
+            "data parallelism (accelerate launch --multi_gpu), and shard weights with --shard"
+        )
+    if config.shard and accelerator.num_processes == 1:
+        raise ValueError("shard spreads weights over several processes; there is only one")
+    if config.batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"batch_size must be a multiple of the {accelerator.num_processes} processes, "
+            f"got {config.batch_size}"
+        )
+
+
+def check_lengths(config: Config, model: PreTrainedModel) -> None:
+    longest = config.max_prompt_tokens + config.max_new_tokens
+    positions = model.config.max_position_embeddings
+    if longest > positions:
+        raise ValueError(
+            f"max_prompt_tokens={config.max_prompt_tokens} and "
+            f"max_new_tokens={config.max_new_tokens} together exceed the model's {positions} "
+            "positions; lower one of them"
+        )

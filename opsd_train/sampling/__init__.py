@@ -1,0 +1,12 @@
+"""Sampling: from prompts to rollouts, by one of several engines.
+
+An engine is whatever has the `sample` of `Sampler`; each has a file here, and its name in
+engines.py. Nothing here knows what rollouts are for: scoring them is in opsd/, grading in
+evaluation/.
+"""
+
+from opsd_train.sampling.engines import make_sampler
+from opsd_train.sampling.generate import GenerateSampler
+from opsd_train.sampling.sampler import Sampler, Sampling, draw_seed, roll_out
+
+__all__ = ["GenerateSampler", "Sampler", "Sampling", "draw_seed", "make_sampler", "roll_out"]

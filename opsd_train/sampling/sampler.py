@@ -1,0 +1,40 @@
+"""What a sampling engine is, and a rollout by one."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Protocol
+
+from opsd_train.data import Context
+from opsd_train.records import Problem, Rollout
+
+
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float
+    max_new_tokens: int
+    top_p: float = 1.0  # 1 for all tokens
+    top_k: int = 0  # 0 for all tokens
+
+
+class Sampler(Protocol):
+    ends: set[int]  # the tokens that finish a completion
+
+    def sample(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
+        """A completion a prompt, as token ids: up to and including the end of text, or as many
+        as are allowed. The same prompts and seeds give the same completions."""
+        ...
+
+
+def draw_seed(*of: object) -> int:
+    """A seed for what is drawn at one place of a run, say (seed, step, row of the batch): what is
+    drawn there depends neither on what was drawn before, nor on which process draws it."""
+    return int.from_bytes(hashlib.sha256(repr(of).encode()).digest()[:8], "big", signed=True)
+
+
+def roll_out(
+    sampler: Sampler, context: Context, problems: list[Problem], seeds: list[int]
+) -> Rollout:
+    """One completion a problem."""
+    prompts = context.token_ids(problems)
+    completions = sampler.sample(prompts, seeds)
+    return Rollout(problems, prompts, completions, [c[-1] in sampler.ends for c in completions])

@@ -1,0 +1,105 @@
+"""A model from the disk: as it was asked for, or refused."""
+
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+import tiny_qwen3
+from tiny_qwen3 import config, prepared
+from transformers import AutoModelForCausalLM
+
+from opsd_train.data import join
+from opsd_train.models import add_adapter, base_model, check_not_merged, lm_head, load_model
+
+
+def test_the_model_as_asked_for(folder):
+    setup = prepared(folder, dtype="bfloat16", attention="eager", lora_targets=("q_proj",))
+    base = base_model(setup.model)
+    assert setup.W.dtype == torch.bfloat16
+    assert base.config._attn_implementation == "eager"
+    assert base.is_activation_checkpointing
+    trained = {n: w for n, w in setup.model.named_parameters() if w.requires_grad}
+    assert all("q_proj.lora_" in name for name in trained)
+    assert {w.dtype for w in trained.values()} == {torch.float32}
+    assert prepared(folder).model.config._attn_implementation == "sdpa"
+
+
+def test_activation_checkpointing_changes_nothing_but_memory(folder):
+    gradients = []
+    for checkpointing in (False, True):
+        setup = prepared(folder, activation_checkpointing=checkpointing)
+        h = setup.backbone.train()(*join([[5, 6, 7], [8]], [[9, 10], [11, 12, 13]], pad_id=0))
+        h.square().sum().backward()
+        gradients.append([w.grad for w in setup.model.parameters() if w.grad is not None])
+    assert gradients[0]
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_other_models_are_refused(folder, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="is of type llama; the model must be a dense Qwen3"):
+        load_model(str(tmp_path), config(folder))
+    with pytest.raises(OSError, match="no-such-model"):
+        load_model(str(tmp_path / "no-such-model"), config(folder))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="liger needs a CUDA device"):
+            prepared(folder, liger=True)
+    with pytest.raises(ValueError, match="exceed the model's 2048 positions"):
+        prepared(folder, max_new_tokens=2000)
+
+
+def test_kernels_that_are_not_installed_are_named(folder, monkeypatch):
+    def not_installed(*_, **__):
+        raise ImportError("there is no FlashAttention2.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
+    with pytest.raises(ValueError, match=r"liger cannot be used: .* `pip install -e '\.\[gpu\]'`"):
+        load_model(str(folder / "model"), config(folder, liger=True))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", not_installed)
+    message = r"flash_attention_2 cannot be used: there is no .* `pip install -e '\.\[flash\]'`"
+    with pytest.raises(ValueError, match=message):
+        load_model(str(folder / "model"), config(folder, attention="flash_attention_2"))
+
+
+def test_an_adapter_on_the_head_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="must not name lm_head"):
+        prepared(folder, lora_targets=("q_proj", "lm_head"))
+    prepared(folder, lora_targets=("q_proj", "embed_tokens"))
+    tied = tiny_qwen3.save_qwen3(tmp_path / "tied", tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=r"must not name model.embed_tokens"):
+        prepared(folder, model=str(tied), lora_targets=("embed_tokens",))
+
+
+def test_a_merged_adapter_is_refused(folder):
+    asked = config(folder)
+    model = add_adapter(load_model(asked.model, asked), asked)
+    check_not_merged(model)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged into"):
+        check_not_merged(model)
+
+
+@pytest.mark.parametrize("shape", [[104 * 32], [0]])
+def test_a_head_flattened_or_emptied_by_sharding_is_refused(folder, shape):
+    asked = config(folder)
+    model = load_model(asked.model, asked)
+    model.get_output_embeddings().weight = torch.nn.Parameter(torch.zeros(shape))
+    with pytest.raises(ValueError, match="FSDP1 flattens it and ZeRO-3 leaves it empty"):
+        lm_head(model)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(folder, tmp_path):
+    tiny_qwen3.save_qwen3(tmp_path / "wide", vocab_size=110)
+    with pytest.raises(ValueError, match="rows as the student's 104, got 110"):
+        prepared(folder, teacher_model=str(tmp_path / "wide"))
+    tiny_qwen3.save_qwen3(tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"a": ', '"ä": '))
+    with pytest.raises(ValueError, match="2 entries differ"):
+        prepared(folder, teacher_model=str(tmp_path / "other"))

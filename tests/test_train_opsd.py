@@ -1,0 +1,150 @@
+"""Who scores a rollout, the objective and its statistics. A whole step is in test_train_step.py."""
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+import tiny_qwen3
+from tiny_qwen3 import config, prepared, with_adapter
+
+from opsd_kernels.reference import reference_jsd_loss
+from opsd_train.data import join
+from opsd_train.models import adapter_weights, base_model
+from opsd_train.opsd import opsd_loss, score, token_weights
+from opsd_train.records import Scores
+from opsd_train.sampling import roll_out
+
+# Teachers
+
+
+def scored(setup) -> Scores:
+    context = setup.contexts.student
+    rollout = roll_out(setup.sampler, context, setup.problems[:3], [1, 2, 3])
+    # Both in the student's context, so that only the weights differ.
+    return score(setup.backbone, setup.teacher, context, rollout)
+
+
+def test_the_initial_teacher_is_the_model_without_its_adapter(folder):
+    setup = prepared(folder)
+    untrained = scored(setup)
+    assert torch.equal(untrained.h_student, untrained.h_teacher)
+    scores = scored(with_adapter(setup))
+    assert not torch.allclose(scores.h_student, scores.h_teacher)
+    assert scores.h_student.requires_grad
+    assert not scores.h_teacher.requires_grad
+
+
+def test_the_live_teacher_is_the_student(folder):
+    scores = scored(with_adapter(prepared(folder, teacher="live")))
+    assert torch.equal(scores.h_student, scores.h_teacher)
+
+
+def test_the_ema_teacher_has_the_average_of_the_adapter(folder):
+    setup = prepared(folder, teacher="ema", ema_decay=0.75)
+    weights = adapter_weights(setup.model)
+    average = {name: w.detach().clone() for name, w in weights.items()}
+    for _ in range(3):
+        with torch.no_grad():
+            for w in weights.values():
+                w.add_(0.1 * torch.randn_like(w))
+        setup.teacher.follow()
+        average = {n: 0.75 * a + 0.25 * weights[n].detach() for n, a in average.items()}
+    student = {name: w.detach().clone() for name, w in weights.items()}
+    context = setup.contexts.student
+    rollout = roll_out(setup.sampler, context, setup.problems[:3], [1, 2, 3])
+    h_teacher = score(setup.backbone, setup.teacher, context, rollout).h_teacher
+    for name, w in weights.items():
+        assert torch.equal(w, student[name])
+        torch.testing.assert_close(setup.teacher.state()[name], average[name])
+        w.data.copy_(average[name])
+    h_average = setup.backbone(*join(rollout.prompts, rollout.completions, pad_id=0))
+    torch.testing.assert_close(h_teacher, h_average, rtol=1e-3, atol=1e-4)
+
+
+def test_another_model_as_the_teacher(folder, tmp_path):
+    tiny_qwen3.save_qwen3(tmp_path / "other", seed=5)
+    setup = prepared(folder, teacher_model=str(tmp_path / "other"))
+    scores = scored(with_adapter(setup))
+    alone = prepared(folder, model=str(tmp_path / "other"))
+    assert torch.equal(setup.teacher.W, alone.W)
+    context = setup.contexts.student
+    rollout = roll_out(setup.sampler, context, setup.problems[:3], [1, 2, 3])
+    h = alone.backbone(*join(rollout.prompts, rollout.completions, pad_id=0))
+    torch.testing.assert_close(scores.h_teacher, h.detach())
+    weights = token_weights(scores.lengths, "token", 3, len(scores.tokens))
+    loss, _ = opsd_loss(scores, setup.W, config(folder), weights, setup.teacher.W)
+    expected = reference_jsd_loss(
+        scores.h_student, scores.h_teacher, setup.W, temperature=1.2, W_teacher=setup.teacher.W
+    )
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
+
+
+def test_the_head_sees_neither_prompt_nor_completion(folder):
+    setup = prepared(folder)
+    rollout = roll_out(setup.sampler, setup.contexts.student, setup.problems[:2], [1, 2])
+
+    def refuse(*_):
+        raise AssertionError("the LM head was called")
+
+    base_model(setup.model).get_output_embeddings().register_forward_pre_hook(refuse)
+    scores = score(setup.backbone, setup.teacher, setup.contexts.teacher, rollout)
+    assert scores.h_student.shape == scores.h_teacher.shape == (rollout.tokens, 32)
+
+
+# Objective
+
+
+@pytest.mark.parametrize("mean", ["rollout", "token"])
+@pytest.mark.parametrize(
+    "options", [{}, {"beta": 0.0, "entry_clip": 0.01}, {"objective": "sampled_token"}]
+)
+def test_micro_batches_add_up(folder, mean, options):
+    """Loss, statistics and gradient of a batch of 3 and of its parts."""
+    setup = with_adapter(prepared(folder))
+    asked = config(folder, mean=mean, **options)
+    rollout = roll_out(setup.sampler, setup.contexts.student, setup.problems[:3], [1, 2, 7])
+    rollout.completions[1][4:] = []
+    weights = adapter_weights(setup.model)
+    results = []
+    for size in (3, 2, 1):
+        setup.model.zero_grad()
+        totals: dict[str, float] = {}
+        for part in rollout.micro_batches(size):
+            scores = score(setup.backbone, setup.teacher, setup.contexts.teacher, part)
+            w = token_weights(scores.lengths, mean, len(rollout), rollout.tokens)
+            loss, statistics = opsd_loss(scores, setup.W, asked, w)
+            loss.backward()
+            for name, value in {"loss": loss.detach(), **statistics}.items():
+                totals[name] = totals.get(name, 0) + float(value)
+        results.append((totals, torch.cat([w.grad.flatten() for w in weights.values()])))
+    for totals, gradient in results[1:]:
+        assert totals == pytest.approx(results[0][0], rel=1e-4, abs=1e-6)
+        error = (gradient - results[0][1]).norm() / results[0][1].norm()
+        assert error < 1e-4
+
+
+def test_statistics_are_means_of_the_batch(folder):
+    setup = with_adapter(prepared(folder))
+    rollout = roll_out(setup.sampler, setup.contexts.student, setup.problems[:3], [1, 2, 3])
+    scores = score(setup.backbone, setup.teacher, setup.contexts.teacher, rollout)
+    weights = token_weights(scores.lengths, "token", 3, rollout.tokens)
+    asked = config(folder, beta=0.0, entry_clip=0.01, temperature=1.3)
+    loss, statistics = opsd_loss(scores, setup.W, asked, weights)
+    log_p = (scores.h_student.detach() @ setup.W.T / 1.3).log_softmax(-1)
+    log_q = (scores.h_teacher @ setup.W.T / 1.3).log_softmax(-1)
+    p, q, x = log_p.exp(), log_q.exp(), log_q - log_p
+    expected = {
+        "forward_kl": (q * x).sum(-1),
+        "reverse_kl": (-p * x).sum(-1),
+        "entropy_student": -(p * log_p).sum(-1),
+        "entropy_teacher": -(q * log_q).sum(-1),
+        "log_ratio": x.gather(1, scores.tokens[:, None])[:, 0],
+    }
+    for name, values in expected.items():
+        assert float(statistics[name]) == pytest.approx(float(values.mean()), rel=1e-3), name
+    assert float(loss.detach()) == pytest.approx(
+        float((q * x).clamp(max=0.01).sum(-1).mean()), rel=1e-3
+    )
+    assert float(statistics["clipped_share"]) > 0.1
