@@ -214,12 +214,13 @@ def _convert(name: str, value: Any) -> Any:
     without a point, for text."""
     kind, *others = field_types(name)
     choices = field_choices(name)
-    if (value is None or str(value).lower() == "none") and "none" not in choices:
+    is_none = str(value).lower() == "none"
+    if is_none and "none" not in choices:
         if types.NoneType not in others:
             raise ValueError(f"{name} cannot be none")
         return None
     if choices:
-        value = "none" if value is None else value
+        value = "none" if is_none else value
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value}")
         return value
@@ -230,42 +231,26 @@ def _convert(name: str, value: Any) -> Any:
         raise ValueError(f"{name} must be {wanted}, got {value!r}") from None
 
 
-def _whole(value: Any) -> int:
-    if not isinstance(value, int | str) or isinstance(value, bool):
-        raise TypeError
-    return int(value)
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool):
-        raise TypeError
-    return float(value)
-
-
-def _exactly(kind: type, value: Any) -> Any:
-    if not isinstance(value, kind):
+def _of(kind: Any, value: Any) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError
     return value
 
 
-def _truth(value: Any) -> bool:
-    return {"true": True, "false": False}[str(value).lower()]
-
-
 def _words(value: Any) -> tuple[str, ...]:
     words = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
-    return tuple(_exactly(str, word) for word in words)
+    return tuple(_of(str, word) for word in words)
 
 
 def _mapping(value: Any) -> dict[str, Any]:
-    return _exactly(dict, yaml.safe_load(value) if isinstance(value, str) else value)
+    return _of(dict, yaml.safe_load(value) if isinstance(value, str) else value)
 
 
 _CONVERSIONS: dict[Any, tuple[str, typing.Callable[[Any], Any]]] = {
-    int: ("a whole number", _whole),
-    float: ("a number", _number),
-    bool: ("true or false", _truth),
-    str: ("text", lambda value: _exactly(str, value)),
+    int: ("a whole number", lambda value: int(_of(int | str, value))),
+    float: ("a number", lambda value: float(_of(int | float | str, value))),
+    bool: ("true or false", lambda value: {"true": True, "false": False}[str(value).lower()]),
+    str: ("text", lambda value: _of(str, value)),
     Path: ("a path", Path),
     tuple: ("a list of names", _words),
     dict: ("a mapping, {column: value}", _mapping),
