@@ -1,0 +1,128 @@
+"""The wheel, as someone who installs it has it: without the repository on the path."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CALLER = """\
+import torch
+from opsd_kernels import FusedJSDLoss, TokenDivergence, fused_jsd_loss, token_divergence
+from opsd_train.opsd import take_step
+
+h, W = torch.zeros(2, 8), torch.zeros(16, 8)
+loss: torch.Tensor = fused_jsd_loss(h, h, W, beta=0.5)
+module_loss: torch.Tensor = FusedJSDLoss(entry_clip=0.05)(h, h, W)
+stats: TokenDivergence = token_divergence(h, h, W)
+forward_kl: torch.Tensor = stats.forward_kl
+fused_jsd_loss(h, h, W, betta=0.5)  # wrong
+stats.forward_kld  # wrong
+take_step("a setup")  # wrong
+"""
+
+
+# The demo's model before its warm start, a minute's work that another test does.
+CACHE_THE_WORLD = """
+from opsd_train.small_world import world
+world.warm_start = lambda *_: None
+world.load_world(seed=0)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from what is there; nothing is fetched."""
+    folder = tmp_path_factory.mktemp("wheel")
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    run(sys.executable, "-m", "pip", "wheel", *options, "-w", folder, ROOT, cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory) -> Path:
+    """Of an environment that holds the wheel, and the dependencies that this one has."""
+    folder = tmp_path_factory.mktemp("installed")
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    interpreter = folder / "bin" / "python"
+    found = run(interpreter, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
+    site = Path(found.stdout.strip())
+    # A folder that is added so is searched, but its own .pth files, such as that of an editable
+    # installation of this repository, are not read.
+    dependencies = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (site / "dependencies.pth").write_text("\n".join(sorted(dependencies)) + "\n")
+    options = ["--no-deps", "--no-index", "--quiet", "--target", site]
+    run(sys.executable, "-m", "pip", "install", *options, wheel)
+    return interpreter
+
+
+def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MYPYPATH")}
+    settings = {"cwd": "/", "env": environment, "check": True} | options
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, **settings)
+
+
+def test_what_it_holds(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.partition("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {
+        "opsd_kernels",
+        "opsd_train",
+    }
+    assert {"opsd_kernels/py.typed", "opsd_train/py.typed"} <= set(names)
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+    presets = {path.name for path in (ROOT / "opsd_train" / "presets").glob("*.yaml")}
+    assert {Path(name).name for name in names if name.endswith(".yaml")} == presets
+
+
+def test_it_is_imported_from_where_it_is_installed(python):
+    files = run(
+        python, "-c", "import opsd_kernels as k, opsd_train as t; print(k.__file__, t.__file__)"
+    )
+    for file in files.stdout.split():
+        assert Path(file).is_relative_to(python.parents[1])
+
+
+def test_a_caller_type_checks(python, tmp_path):
+    """What is wrong in it, and nothing else, is an error in the caller's mypy."""
+    (tmp_path / "caller.py").write_text(CALLER)
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--python-executable",
+        python,
+        "--ignore-missing-imports",
+    ]
+    found = run(*command, "caller.py", cwd=tmp_path, check=False)
+    errors = re.findall(r"^caller.py:(\d+): error: (.*)", found.stdout, flags=re.MULTILINE)
+    wrong = [n for n, line in enumerate(CALLER.splitlines(), 1) if line.endswith("# wrong")]
+    assert {int(line) for line, _ in errors} == set(wrong), found.stdout + found.stderr
+    assert len(wrong) == 3
+    assert "betta" in errors[0][1]
+
+
+def test_presets_are_listed_and_run(python, tmp_path):
+    told = run(python, "-m", "opsd_train", "--help", cwd=tmp_path).stdout
+    for path in (ROOT / "opsd_train" / "presets").glob("*.yaml"):
+        assert path.stem in told
+    wrong = run(python, "-m", "opsd_train", "qwen3-4b-papr", cwd=tmp_path, check=False)
+    assert wrong.returncode != 0
+    assert "qwen3-4b-paper" in wrong.stderr
+
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    run(python, "-c", CACHE_THE_WORLD, cwd=tmp_path, env=environment)
+    options = ["--steps", 2, "--eval-problems", 4, "--output-dir", "run"]
+    command = [python, "-m", "opsd_train", "small-world", *options]
+    run(*command, cwd=tmp_path, env=environment)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+    assert (tmp_path / "run" / "summary.json").exists()
