@@ -34,10 +34,8 @@ from opsd_kernels.kernels.records import (
     Accumulated,
     Partials,
     Results,
-    Scores,
+    Scored,
     Side,
-    Sides,
-    Sums,
     Tiling,
     Tokens,
 )
@@ -174,14 +172,15 @@ def launch_lse(scratch: Scratch, chunk: Problem) -> None:
     R, V = chunk.h_S.shape[0], chunk.W.shape[0]
     spans, stride = scratch.index.shape
     limit = 0.0 if scratch.s_p is None else mean_limit(chunk.beta)  # scores alone need the mean
-    partials = Partials(scratch.partials, scratch.index, LIMIT=tl.constexpr(limit))
+    partials = Partials(
+        scratch.partials, scratch.index, lse.span(V, scratch.row), LIMIT=tl.constexpr(limit)
+    )
     tile = scratch.row.lse
     lse.lse_kernel[(cdiv(R, tile.BM), spans)](
         partials=partials,
         tokens=Tokens(chunk.keep, chunk.targets),
         R=R,
         stride=stride,
-        span=lse.span(V, scratch.row),
         inverse_temperature=1 / chunk.temperature,
         **_operands(chunk, tile),
     )
@@ -210,22 +209,23 @@ def pair_launcher(scratch: Scratch, chunk: Problem) -> Callable[[int], None]:
     else:
         tokens = tokens._replace(targets=None)
     s, p = scratch.s_and_p(R)
+    scored = _scored(scratch)._replace(
+        s=s, p=p, stride=scratch.columns, SCALE=tl.constexpr(scratch.scale)
+    )
     given = {
-        "sums": _sums(scratch),
         "tokens": tokens,
         "R": R,
         "stride": scratch.rows,
         "divergence": divergence_record(chunk.beta, chunk.entry_clip, chunk.temperature),
         **operands,
     }
-    scores = Scores(s, p, begin=0, stride=scratch.columns, SCALE=tl.constexpr(scratch.scale))
     rows, slots = cdiv(R, tile.BM), scratch.sums.shape[1]
     # With FLAT as many programs as run at once, each for several slots; else one for each slot.
     at_once = max(1, scratch.row.multiprocessors // rows) if tile.FLAT else slots
 
     def launch(v: int) -> None:
         programs = min(at_once, slots, cdiv(V - v, tile.BV))
-        pair.pair_kernel[(rows, programs)](scores=scores._replace(begin=v), **given)
+        pair.pair_kernel[(rows, programs)](scored=scored._replace(begin=v), **given)
 
     return launch
 
@@ -258,7 +258,7 @@ def launch_finish(outputs: Outputs, scratch: Scratch, chunk: Problem) -> None:
         accumulated=Accumulated(A, P, SCALE=tl.constexpr(scratch.scale)),
         W=chunk.W,
         student=_side(chunk.h_S, chunk.W),
-        sums=_sums(scratch),
+        scored=_scored(scratch),
         tokens=_tokens(scratch, chunk),
         R=R,
         stride=scratch.rows,
@@ -280,25 +280,26 @@ def _operands(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
         t.dtype == chunk.operand_dtype and _has_bulk_strides(t) for t in operands
     )
     tile = replace(tile, BULK=bulk)
-    sides = Sides(_side(h_S, W), _side(h_T, W_T), W.shape[0])
+    student, teacher = _side(h_S, W), _side(h_T, W_T)
     rows, cols = [tile.BM, tile.BK], [tile.BV, tile.BK]
     tiling = Tiling.of(
         tile,
-        even_d=sides.S.D % tile.BK == 0 and sides.T.D % tile.BK == 0,
-        even_v=sides.V % tile.BV == 0,
+        even_d=student.D % tile.BK == 0 and teacher.D % tile.BK == 0,
+        even_v=student.V % tile.BV == 0,
         operand=chunk.operand_dtype,
         precision="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
     )
+    if chunk.W_T is None:
+        W_T = None  # each tile of W is loaded once
+    elif bulk:
+        W_T = TensorDescriptor.from_tensor(W_T, cols)
     return {
         "h_S": TensorDescriptor.from_tensor(h_S, rows) if bulk else h_S,
         "h_T": TensorDescriptor.from_tensor(h_T, rows) if bulk else h_T,
         "W": TensorDescriptor.from_tensor(W, cols) if bulk else W,
-        "W_T": None
-        if chunk.W_T is None
-        else TensorDescriptor.from_tensor(W_T, cols)
-        if bulk
-        else W_T,
-        "sides": sides,
+        "W_T": W_T,
+        "student": student,
+        "teacher": teacher,
         "tiling": tiling,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
@@ -306,7 +307,7 @@ def _operands(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
 
 
 def _side(h: Tensor, W: Tensor) -> Side:
-    return Side(h.shape[1], h.stride(0), W.stride(0), W.stride(1))
+    return Side(*W.shape, h.stride(0), *W.stride())
 
 
 def _tokens(scratch: Scratch, chunk: Problem) -> Tokens:
@@ -314,9 +315,9 @@ def _tokens(scratch: Scratch, chunk: Problem) -> Tokens:
     return Tokens(chunk.keep, chunk.targets, beta, scratch.stats, scratch.top)
 
 
-def _sums(scratch: Scratch) -> Sums:
+def _scored(scratch: Scratch) -> Scored:
     fields, slots, _rows = scratch.sums.shape
-    return Sums(scratch.sums, slots, STATISTICS=tl.constexpr(fields > pair.SUMS.value))
+    return Scored(scratch.sums, slots, STATISTICS=tl.constexpr(fields > pair.SUMS.value))
 
 
 def _has_bulk_strides(t: Tensor) -> bool:

@@ -21,7 +21,7 @@ import triton.language as tl
 from opsd_kernels import divergence
 from opsd_kernels.kernels.logits_tile import round_to
 from opsd_kernels.kernels.lse import P_MAX, Q_MAX, S_TOP, STATS, STATS_OF_TARGETS
-from opsd_kernels.kernels.pair import SCORE, SUMS, VALUE, fields_of, top_of
+from opsd_kernels.kernels.pair import SCORE, SUMS, SUMS_OF_STATISTICS, VALUE, top_of
 from opsd_kernels.kernels.pointwise import FORWARD_KL, LOG_PROB, MIXED, REVERSE_KL
 
 # Fields of `statistics`: the first five in the order of `sums`, from here on in that of `stats`.
@@ -37,7 +37,7 @@ def finish_kernel(
     accumulated,
     W,
     student,
-    sums,
+    scored,
     tokens,
     R,
     stride,
@@ -49,13 +49,13 @@ def finish_kernel(
     """Grid (row tiles).
 
     Writes:
-        results: of statistics what `sums.STATISTICS` are, and what there is of sampled tokens.
+        results: of statistics what `scored.STATISTICS` are, and what there is of sampled tokens.
 
     Reads:
         accumulated: A may lie where dh_S is to be.
         W: [V, D], and of it `student`, a `Side`.
-        sums, tokens: what `pair` and `lse` wrote, and what was given.
-        SLOTS: a power of two, at least `sums.slots`.
+        scored, tokens: what `pair` and `lse` wrote, and what was given.
+        SLOTS: a power of two, at least `scored.slots`.
         OPERAND: the dtype whose rounding W has.
     """
     row = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -66,7 +66,7 @@ def finish_kernel(
     if divergence.FAMILY == LOG_PROB:
         loss = tl.load(tokens.stats + STATS * stride + row, mask=keep, other=0.0)
     else:
-        loss = summed(VALUE, sums, stride, row, keep, SLOTS)
+        loss = summed(VALUE, scored, stride, row, keep, SLOTS)
     tl.store(results.loss + row, loss, mask=exists)
     p_max = tl.load(tokens.stats + P_MAX * stride + row, mask=keep, other=1.0)
 
@@ -75,8 +75,8 @@ def finish_kernel(
         if divergence.FAMILY != LOG_PROB:
             q_max = tl.load(tokens.stats + Q_MAX * stride + row, mask=keep, other=1.0)
             terms = ()
-            for i in tl.static_range(SUMS, fields_of(divergence, True)):
-                terms = terms + (summed(i, sums, stride, row, keep, SLOTS),)
+            for i in tl.static_range(SUMS, SUMS + SUMS_OF_STATISTICS - 1 + divergence.CLIPPED):
+                terms = terms + (summed(i, scored, stride, row, keep, SLOTS),)
             beta = divergence.beta
             if divergence.FAMILY == MIXED:
                 beta = tl.load(tokens.beta + row, mask=exists, other=0.5)
@@ -89,7 +89,7 @@ def finish_kernel(
                 tl.store(to + (LOG_P + i) * stride_statistics, field, mask=exists)
 
     if results.dh_S is not None:
-        others = summed(SCORE, sums, stride, row, keep, SLOTS)
+        others = summed(SCORE, scored, stride, row, keep, SLOTS)
         s_top = tl.load(tokens.stats + S_TOP * stride + row, mask=keep, other=0.0)
         g_top = top_gradient(s_top, others, p_max, divergence.FAMILY, accumulated.P is None)
         missed = s_top + others  # G − c
@@ -112,12 +112,12 @@ def finish_kernel(
 
 
 @triton.jit
-def summed(FIELD: tl.constexpr, sums, stride, row, keep, SLOTS: tl.constexpr):
+def summed(FIELD: tl.constexpr, scored, stride, row, keep, SLOTS: tl.constexpr):
     """A field of sums of rows [BM], over all slots."""
     slot = tl.arange(0, SLOTS)
-    at = (FIELD * sums.slots + slot[:, None]) * stride + row[None, :]
-    present = (slot[:, None] < sums.slots) & keep[None, :]
-    return tl.sum(tl.load(sums.fields + at, mask=present, other=0.0), 0)
+    at = (FIELD * scored.slots + slot[:, None]) * stride + row[None, :]
+    present = (slot[:, None] < scored.slots) & keep[None, :]
+    return tl.sum(tl.load(scored.sums + at, mask=present, other=0.0), 0)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ def round_to(t, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def logits_tiles(h_S, h_T, W, W_T, sides, row, col, R, tiling):
+def logits_tiles(h_S, h_T, W, W_T, student, teacher, row, col, R, tiling):
     """z_S, z_T [BM, BV] fp32 before temperature, of the rows from `row` and the columns from `col`
     on.
 
@@ -37,14 +37,15 @@ def logits_tiles(h_S, h_T, W, W_T, sides, row, col, R, tiling):
         W, W_T: [V, D], [V, D_T], any strides: pointers; if BULK, for which features are contiguous,
             descriptors of blocks [BV, BK]. W_T is None where both sides have the head W: each tile
             of it is loaded once.
-        sides, tiling: the records.
+        student, teacher: each a `Side`.
+        tiling: a `Tiling`.
     """
     BM: tl.constexpr = tiling.BM
     BV: tl.constexpr = tiling.BV
     BK: tl.constexpr = tiling.BK
     OPERAND: tl.constexpr = tl.dtype(tiling.OPERAND)
     PRECISION: tl.constexpr = tiling.PRECISION
-    D, D_T = sides.S.D, sides.T.D
+    D, D_T = student.D, teacher.D
     z_S = tl.zeros((BM, BV), tl.float32)
     z_T = tl.zeros((BM, BV), tl.float32)
     if tiling.BULK:
@@ -64,13 +65,13 @@ def logits_tiles(h_S, h_T, W, W_T, sides, row, col, R, tiling):
         rows = tl.minimum(row + tl.arange(0, BM), R - 1).to(tl.int64)
         cols = col + tl.arange(0, BV)
         if not tiling.EVEN_V:
-            cols = tl.minimum(cols, sides.V - 1)
+            cols = tl.minimum(cols, student.V - 1)
         cols = cols.to(tl.int64)
         k = tl.arange(0, BK)
-        h_S_ptrs = h_S + rows[:, None] * sides.S.stride_h + k[None, :]
+        h_S_ptrs = h_S + rows[:, None] * student.stride_h + k[None, :]
         if h_T is not None:
-            h_T_ptrs = h_T + rows[:, None] * sides.T.stride_h + k[None, :]
-        W_ptrs = _columns_of(W, cols, k, sides.S)
+            h_T_ptrs = h_T + rows[:, None] * teacher.stride_h + k[None, :]
+        W_ptrs = _columns_of(W, cols, k, student)
         for d in range(0, D, BK):
             h_S_tile = _load(h_S_ptrs, k[None, :] < D - d, tiling)
             W_tile = _load(W_ptrs, k[:, None] < D - d, tiling)
@@ -80,15 +81,15 @@ def logits_tiles(h_S, h_T, W, W_T, sides, row, col, R, tiling):
                 z_T = tl.dot(h_T_tile, W_tile, z_T, input_precision=PRECISION)
                 h_T_ptrs += BK
             h_S_ptrs += BK
-            W_ptrs += BK * sides.S.stride_d
+            W_ptrs += BK * student.stride_d
         if W_T is not None and h_T is not None:
-            W_T_ptrs = _columns_of(W_T, cols, k, sides.T)
+            W_T_ptrs = _columns_of(W_T, cols, k, teacher)
             for d in range(0, D_T, BK):
                 h_T_tile = _load(h_T_ptrs, k[None, :] < D_T - d, tiling)
                 W_tile = _load(W_T_ptrs, k[:, None] < D_T - d, tiling)
                 z_T = tl.dot(h_T_tile, W_tile, z_T, input_precision=PRECISION)
                 h_T_ptrs += BK
-                W_T_ptrs += BK * sides.T.stride_d
+                W_T_ptrs += BK * teacher.stride_d
     return z_S, z_T
 
 

@@ -83,11 +83,11 @@ def lse_kernel(
     h_T,
     W,
     W_T,
-    sides,
+    student,
+    teacher,
     tokens,
     R,
     stride,
-    span,
     inverse_temperature,
     tiling,
 ):
@@ -98,10 +98,9 @@ def lse_kernel(
 
     Reads:
         h_S, h_T, W, W_T: see `logits_tiles`.
-        sides, tiling: the records.
+        student, teacher, tiling: the records.
         tokens: keep and targets, or None of either. A tile of rows none of which is kept is left
             out.
-        span: columns of a program, a multiple of BV.
     """
     BM: tl.constexpr = tiling.BM
     LIMIT: tl.constexpr = partials.LIMIT
@@ -116,11 +115,11 @@ def lse_kernel(
     if tokens.targets is not None:
         target = tl.load(tokens.targets + row, mask=exists, other=0)
     state = nothing(BM, tiling.BV // tiling.PARTS)
-    V = sides.V
+    V, span = student.V, partials.span
     for v in tl.range(s * span, tl.minimum(s * span + span, V), tiling.BV, flatten=tiling.FLAT):
         z_S, z_T = logits_tiles(
-            h_S, h_T, W, W_T, sides, tl.program_id(0) * BM, v, R, tiling
-        )  # fmt: skip
+            h_S, h_T, W, W_T, student, teacher, tl.program_id(0) * BM, v, R, tiling
+        )
         state = absorb(
             z_S, z_T, v, V, target, state, inverse_temperature, LIMIT, tiling.EVEN_V, tiling.PARTS
         )
@@ -128,21 +127,9 @@ def lse_kernel(
     at = s * stride + row
     field = tl.num_programs(1) * stride
     for i in tl.static_range(PARTIALS):
-        if is_partial(i, LIMIT, tokens.targets):
+        if (i != E_SUM or LIMIT > 0) and (i < Z_S or tokens.targets is not None):
             tl.store(partials.fields + i * field + at, state[i], mask=exists)
     tl.store(partials.index + at, state.index, mask=exists)
-
-
-@triton.jit
-def is_partial(i: tl.constexpr, LIMIT: tl.constexpr, targets):
-    """Whether there is a field of `Partials`."""
-    if i == E_SUM:
-        wanted: tl.constexpr = LIMIT > 0
-    elif i >= Z_S:
-        wanted: tl.constexpr = targets is not None
-    else:
-        wanted: tl.constexpr = True
-    return wanted
 
 
 @triton.jit
@@ -316,7 +303,7 @@ def merge_kernel(
     field = spans * stride
     fields = ()
     for i in tl.static_range(PARTIALS):
-        if not is_partial(i, LIMIT, tokens.targets):
+        if (i == E_SUM and LIMIT == 0) or (i >= Z_S and tokens.targets is None):
             found = tl.zeros((SPANS, MERGE_BM), tl.float32)
         elif i == TOP_S or i == TOP_T:
             found = tl.load(partials.fields + i * field + at, mask=exists, other=float("-inf"))

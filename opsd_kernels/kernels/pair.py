@@ -49,7 +49,7 @@ from opsd_kernels.kernels.pointwise import (
 )
 from opsd_kernels.kernels.records import Stats
 
-# Fields of `Sums.fields` [2 or 7, slots, stride] fp32: Σ f, and Σ s without the top entry's; with
+# Fields of `Scored.sums` [2 or 7, slots, stride] fp32: Σ f, and Σ s without the top entry's; with
 # statistics also those of forward and reverse KL, of both entropies, and of what the clip took, if
 # one is set.
 VALUE, SCORE = tl.constexpr(0), tl.constexpr(1)
@@ -59,13 +59,13 @@ SUMS, SUMS_OF_STATISTICS = tl.constexpr(2), tl.constexpr(5)
 # What depends on the batch is no reason to compile again.
 @triton.jit(do_not_specialize=["R", "stride"])
 def pair_kernel(
-    sums,
-    scores,
+    scored,
     h_S,
     h_T,
     W,
     W_T,
-    sides,
+    student,
+    teacher,
     tokens,
     R,
     stride,
@@ -73,22 +73,22 @@ def pair_kernel(
     tiling,
 ):
     """Grid (row tiles, programs): a program takes slot after slot, as many apart as there are
-    programs; of a slot the columns from `scores.begin` + slot · BV on, up to the vocabulary's end.
+    programs; of a slot the columns from `scored.begin` + slot · BV on, up to the vocabulary's end.
 
     Writes:
-        sums: added to, unless `scores.begin` is 0.
-        scores: s and p, as far as they are there; 0 beyond the vocabulary's end, up to a multiple
-            of BV.
+        scored: sums, added to unless `begin` is 0; s and p, as far as they are there, 0 beyond the
+            vocabulary's end, up to a multiple of BV.
 
     Reads:
         h_S, h_T, W, W_T: see `logits_tiles`.
-        sides, divergence, tiling: the records.
+        student, teacher, divergence, tiling: the records.
         tokens: stats and top; of LOG_PROB targets instead; beta if MIXED; and keep, or None: a tile
             of rows none of which is kept is left out.
     """
     BM: tl.constexpr = tiling.BM
     BV: tl.constexpr = tiling.BV
-    FIELDS: tl.constexpr = fields_of(divergence, sums.STATISTICS)
+    OF_STATISTICS: tl.constexpr = SUMS_OF_STATISTICS - 1 + divergence.CLIPPED
+    FIELDS: tl.constexpr = SUMS + scored.STATISTICS * OF_STATISTICS
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     exists = row < R
     if tokens.keep is not None:
@@ -98,38 +98,33 @@ def pair_kernel(
     beta = divergence.beta
     if divergence.FAMILY == MIXED:
         beta = tl.load(tokens.beta + row, mask=exists, other=0.5)[:, None]
-    at_tile = row[:, None].to(tl.int64) * scores.stride - scores.begin
-    s_ptrs, p_ptrs = scores.s, scores.p
-    if scores.s is not None:
+    at_tile = row[:, None].to(tl.int64) * scored.stride - scored.begin
+    s_ptrs, p_ptrs = scored.s, scored.p
+    if scored.s is not None:
         s_ptrs += at_tile
-    if scores.p is not None:
+    if scored.p is not None:
         p_ptrs += at_tile
-    V = sides.V
-    stop = tl.minimum(sums.slots, tl.cdiv(V - scores.begin, BV))
+    V = student.V
+    stop = tl.minimum(scored.slots, tl.cdiv(V - scored.begin, BV))
     for slot in tl.range(tl.program_id(1), stop, tl.num_programs(1), flatten=tiling.FLAT):
-        begin = scores.begin + slot * BV
-        z_S, z_T = logits_tiles(h_S, h_T, W, W_T, sides, tl.program_id(0) * BM, begin, R, tiling)
+        begin = scored.begin + slot * BV
+        z_S, z_T = logits_tiles(
+            h_S, h_T, W, W_T, student, teacher, tl.program_id(0) * BM, begin, R, tiling
+        )
         stats = load_stats(tokens, stride, row, exists)
         top = top_of(tokens, row, exists, divergence)[:, None]
         of_rows = (top, stats, beta, exists[:, None])
         added = _columns(
             z_S, z_T, begin, None if tiling.EVEN_V else V, of_rows, (s_ptrs, p_ptrs),
-            zeros(FIELDS, BM, BV // tiling.PARTS), divergence, scores.SCALE, sums.STATISTICS,
+            zeros(FIELDS, BM, BV // tiling.PARTS), divergence, scored.SCALE, scored.STATISTICS,
             tiling.PARTS,
         )  # fmt: skip
-        earlier = exists & (scores.begin > 0)
+        earlier = exists & (scored.begin > 0)
         for i in tl.static_range(FIELDS):
-            if i != SCORE or scores.s is not None:
-                at = (i * sums.slots + slot) * stride + row
-                total = tl.sum(added[i], 1) + tl.load(sums.fields + at, mask=earlier, other=0.0)
-                tl.store(sums.fields + at, total, mask=exists)
-
-
-@triton.jit
-def fields_of(divergence, STATISTICS: tl.constexpr):
-    """How many sums there are."""
-    FIELDS: tl.constexpr = SUMS + STATISTICS * (SUMS_OF_STATISTICS - 1 + divergence.CLIPPED)
-    return FIELDS
+            if i != SCORE or scored.s is not None:
+                at = (i * scored.slots + slot) * stride + row
+                total = tl.sum(added[i], 1) + tl.load(scored.sums + at, mask=earlier, other=0.0)
+                tl.store(scored.sums + at, total, mask=exists)
 
 
 @triton.jit

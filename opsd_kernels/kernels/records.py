@@ -13,8 +13,9 @@ what is in them, and what is not:
   A dtype goes by its name: as a constexpr within a record it would fail as soon as one of Triton's
   hooks is set, for whom arguments are written as JSON.
 - A kernel that gives a record a name of its own (`x = record`) gets what was known to the compiler
-  as ordinary numbers: records are passed on as they came. Fields cannot be called `values` or
-  `type`, which Triton's own tuples have.
+  as ordinary numbers: records are passed on as they came. Triton 3.6 forgets it in a record within
+  a record, and in what a function returns: there is neither. And fields cannot be called `values`
+  or `type`, which Triton's own tuples have.
 """
 
 from typing import Any, NamedTuple
@@ -33,18 +34,11 @@ class Side(NamedTuple):
     """Student or teacher: what there is to know of h [R, D], whose features are contiguous, and of
     its head W [V, D], of any strides."""
 
+    V: Any
     D: Any
     stride_h: Any
     stride_v: Any  # of W, from one entry of the vocabulary to the next
     stride_d: Any  # of W, from one feature to the next
-
-
-class Sides(NamedTuple):
-    """Student, teacher, and the vocabulary that they have in common."""
-
-    S: Side
-    T: Side
-    V: Any
 
 
 class Tokens(NamedTuple):
@@ -98,25 +92,22 @@ class Partials(NamedTuple):
 
     fields: Any  # [6 or 8, spans, stride] fp32, the first fields of `State`
     index: Any  # [spans, stride] int32, the last
+    span: Any  # columns of each, a multiple of BV
     LIMIT: Any  # `mean_limit` of β, or 0: E is not wanted
 
 
-class Scores(NamedTuple):
-    """The tiles that are multiplied by W: of the columns from `begin` on, times SCALE."""
+class Scored(NamedTuple):
+    """What `pair` makes of entries: sums, one slot for each block of columns; and the tiles that
+    are multiplied by W, of the columns from `begin` on, times SCALE."""
 
-    s: Any  # [R, stride]; None without gradient
-    p: Any  # [R, stride]; None also where G is known
-    begin: Any
-    stride: Any
-    SCALE: Any
-
-
-class Sums(NamedTuple):
-    """Sums over the entries of a row, one slot for each block of columns."""
-
-    fields: Any  # [2 or 7, slots, stride] fp32: Σ f, Σ s; and what STATISTICS are made of
+    sums: Any  # [2 or 7, slots, stride of `Tokens`] fp32: Σ f, Σ s; and what STATISTICS are made of
     slots: Any
     STATISTICS: Any
+    s: Any = None  # [R, stride]; None without gradient
+    p: Any = None  # [R, stride]; None also where G is known
+    begin: Any = None
+    stride: Any = None
+    SCALE: Any = None
 
 
 class Accumulated(NamedTuple):

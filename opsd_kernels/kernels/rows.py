@@ -28,7 +28,7 @@ from opsd_kernels.kernels.lse import (
     normalizers,
     nothing,
 )
-from opsd_kernels.kernels.pair import SUMS, add_each, entries, fields_of, zeros
+from opsd_kernels.kernels.pair import SUMS, SUMS_OF_STATISTICS, add_each, entries, zeros
 from opsd_kernels.kernels.pointwise import FORWARD_KL, LOG_PROB, MIXED, REVERSE_KL
 from opsd_kernels.kernels.records import Stats
 
@@ -70,6 +70,7 @@ def rows_kernel(
     KNOWS_G: tl.constexpr = (UNCLIPPED and IS_KL) or divergence.FAMILY == LOG_PROB
     HAS_STATISTICS: tl.constexpr = results.statistics is not None
     STATISTICS: tl.constexpr = HAS_STATISTICS and divergence.FAMILY != LOG_PROB
+    OF_STATISTICS: tl.constexpr = SUMS_OF_STATISTICS - 1 + divergence.CLIPPED
     # Log-probabilities alone need no second sweep.
     SECOND: tl.constexpr = NEEDS_SCORE or divergence.FAMILY != LOG_PROB
     row = tl.program_id(0).to(tl.int64)
@@ -94,7 +95,7 @@ def rows_kernel(
         top = target
     stats = normalizers(state, of_row, divergence, gradient.SCALE)
     column = column_of(stats)
-    sums = zeros(fields_of(divergence, STATISTICS), 1, BLOCK)
+    sums = zeros(SUMS + STATISTICS * OF_STATISTICS, 1, BLOCK)
     for v in range(0, V if SECOND else 0, BLOCK):
         col = v + block
         z_S, z_T = _load(z_ptrs, col, V)
