@@ -281,7 +281,6 @@ def _operands(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
     )
     tile = replace(tile, BULK=bulk)
     student, teacher = _side(h_S, W), _side(h_T, W_T)
-    rows, cols = [tile.BM, tile.BK], [tile.BV, tile.BK]
     tiling = Tiling.of(
         tile,
         even_d=student.D % tile.BK == 0 and teacher.D % tile.BK == 0,
@@ -289,15 +288,18 @@ def _operands(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
         operand=chunk.operand_dtype,
         precision="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
     )
-    if chunk.W_T is None:
-        W_T = None  # each tile of W is loaded once
-    elif bulk:
-        W_T = TensorDescriptor.from_tensor(W_T, cols)
+    h: dict[str, Any] = {"h_S": h_S, "h_T": h_T}
+    heads: dict[str, Any] = {"W": W, "W_T": chunk.W_T}  # one for both sides is loaded once
+    if bulk:
+        rows, cols = [tile.BM, tile.BK], [tile.BV, tile.BK]
+        h = {name: TensorDescriptor.from_tensor(t, rows) for name, t in h.items()}
+        heads = {
+            name: None if t is None else TensorDescriptor.from_tensor(t, cols)
+            for name, t in heads.items()
+        }
     return {
-        "h_S": TensorDescriptor.from_tensor(h_S, rows) if bulk else h_S,
-        "h_T": TensorDescriptor.from_tensor(h_T, rows) if bulk else h_T,
-        "W": TensorDescriptor.from_tensor(W, cols) if bulk else W,
-        "W_T": W_T,
+        **h,
+        **heads,
         "student": student,
         "teacher": teacher,
         "tiling": tiling,
@@ -307,7 +309,7 @@ def _operands(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
 
 
 def _side(h: Tensor, W: Tensor) -> Side:
-    return Side(*W.shape, h.stride(0), *W.stride())
+    return Side(W.shape[0], h.shape[1], h.stride(0), W.stride(0), W.stride(1))
 
 
 def _tokens(scratch: Scratch, chunk: Problem) -> Tokens:

@@ -310,7 +310,7 @@ def merge_kernel(
         else:
             found = tl.load(partials.fields + i * field + at, mask=exists, other=0.0)
         fields = fields + (found,)
-    state = State(*fields, tl.load(partials.index + at, mask=exists, other=0))
+    state = State(*fields, tl.load(partials.index + at, mask=exists, other=0))  # type: ignore[call-arg]
     state = combined(state, 0, divergence.inverse_temperature, LIMIT)
 
     exists_row = row < R
