@@ -58,15 +58,20 @@ def finish_kernel(
         SLOTS: a power of two, at least `scored.slots`.
         OPERAND: the dtype whose rounding W has.
     """
+    inverse_temperature = divergence.inverse_temperature
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     exists = row < R
     keep = exists
     if tokens.keep is not None:
         keep = exists & (tl.load(tokens.keep + row, mask=exists, other=0) != 0)
+    slot = tl.arange(0, SLOTS)
+    at = slot[:, None] * stride + row[None, :]
+    present = (slot[:, None] < scored.slots) & keep[None, :]
+    field = scored.slots * stride
     if divergence.FAMILY == LOG_PROB:
         loss = tl.load(tokens.stats + STATS * stride + row, mask=keep, other=0.0)
     else:
-        loss = summed(VALUE, scored, stride, row, keep, SLOTS)
+        loss = summed(VALUE, scored.sums, field, at, present)
     tl.store(results.loss + row, loss, mask=exists)
     p_max = tl.load(tokens.stats + P_MAX * stride + row, mask=keep, other=1.0)
 
@@ -76,7 +81,7 @@ def finish_kernel(
             q_max = tl.load(tokens.stats + Q_MAX * stride + row, mask=keep, other=1.0)
             terms = ()
             for i in tl.static_range(SUMS, SUMS + SUMS_OF_STATISTICS - 1 + divergence.CLIPPED):
-                terms = terms + (summed(i, scored, stride, row, keep, SLOTS),)
+                terms = terms + (summed(i, scored.sums, field, at, present),)
             beta = divergence.beta
             if divergence.FAMILY == MIXED:
                 beta = tl.load(tokens.beta + row, mask=exists, other=0.5)
@@ -85,11 +90,11 @@ def finish_kernel(
                 tl.store(to + i * stride_statistics, found[i], mask=exists)
         if tokens.targets is not None:
             for i in tl.static_range(STATS_OF_TARGETS):
-                field = tl.load(tokens.stats + (STATS + i) * stride + row, mask=keep, other=0.0)
-                tl.store(to + (LOG_P + i) * stride_statistics, field, mask=exists)
+                value = tl.load(tokens.stats + (STATS + i) * stride + row, mask=keep, other=0.0)
+                tl.store(to + (LOG_P + i) * stride_statistics, value, mask=exists)
 
     if results.dh_S is not None:
-        others = summed(SCORE, scored, stride, row, keep, SLOTS)
+        others = summed(SCORE, scored.sums, field, at, present)
         s_top = tl.load(tokens.stats + S_TOP * stride + row, mask=keep, other=0.0)
         g_top = top_gradient(s_top, others, p_max, divergence.FAMILY, accumulated.P is None)
         missed = s_top + others  # G − c
@@ -99,25 +104,22 @@ def finish_kernel(
             k = d + tl.arange(0, BD)
             inside = exists[:, None] & (k < student.D)[None, :]
             used = kept[:, None] & (k < student.D)[None, :]
-            at = row[:, None].to(tl.int64) * student.D + k[None, :]
+            at_D = row[:, None].to(tl.int64) * student.D + k[None, :]
             at_W = top[:, None] * student.stride_v + k[None, :].to(tl.int64) * student.stride_d
+            dh = tl.load(accumulated.A + at_D, mask=used, other=0.0)
+            if accumulated.P is not None:
+                dh -= missed[:, None] * tl.load(accumulated.P + at_D, mask=used, other=0.0)
             W_top = tl.load(W + at_W, mask=used, other=0.0).to(tl.float32)
             W_top = round_to(W_top, OPERAND).to(tl.float32)
-            dh = tl.load(accumulated.A + at, mask=used, other=0.0)
-            if accumulated.P is not None:
-                dh -= missed[:, None] * tl.load(accumulated.P + at, mask=used, other=0.0)
             dh = dh * (1 / accumulated.SCALE) + g_top[:, None] * W_top
-            dh = tl.where(used, dh * divergence.inverse_temperature, 0.0)
-            tl.store(results.dh_S + at, dh, mask=inside)
+            at_dh = results.dh_S + at_D
+            tl.store(at_dh, tl.where(used, dh * inverse_temperature, 0.0), mask=inside)
 
 
 @triton.jit
-def summed(FIELD: tl.constexpr, scored, stride, row, keep, SLOTS: tl.constexpr):
-    """A field of sums of rows [BM], over all slots."""
-    slot = tl.arange(0, SLOTS)
-    at = (FIELD * scored.slots + slot[:, None]) * stride + row[None, :]
-    present = (slot[:, None] < scored.slots) & keep[None, :]
-    return tl.sum(tl.load(scored.sums + at, mask=present, other=0.0), 0)
+def summed(FIELD: tl.constexpr, sums, field, at, present):
+    """A field of sums of rows [BM], over all slots; `field` is the stride of fields."""
+    return tl.sum(tl.load(sums + FIELD * field + at, mask=present, other=0.0), 0)
 
 
 @triton.jit

@@ -247,9 +247,10 @@ def add_each(a, b):
 @triton.jit
 def load_stats(tokens, stride, row, exists):
     """The `Stats` of rows, [BM, 1] each."""
+    ptrs = tokens.stats + row
     stats = ()
     for i in tl.static_range(STATS):
-        field = tl.load(tokens.stats + i * stride + row, mask=exists, other=0.0)
+        field = tl.load(ptrs + i * stride, mask=exists, other=0.0)
         stats = stats + (field[:, None],)
     return Stats(*stats)
 
