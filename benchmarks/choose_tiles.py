@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import cycles
 from benchmarks.resources import (
     CASES,
-    POINTERS,
+    DTYPES,
     Usage,
     Variant,
     compile_variant,
@@ -41,7 +41,7 @@ from opsd_kernels.kernels.tiles import Row, Tile
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", choices=list(cycles.GPU_OF), required=True)
-    parser.add_argument("--dtype", choices=list(POINTERS), default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--kernel", choices=["lse", "pair"], required=True)
     parser.add_argument("--divergence", choices=list(CASES), default="JSD")
     parser.add_argument("--features", type=int, choices=[4096, 2048], default=4096)

@@ -23,7 +23,8 @@ import pkgutil
 import runpy
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,10 +97,10 @@ class NoDriver:
     def get_current_target(self) -> GPUTarget:
         return self.target
 
-    def get_current_device(self) -> int:
-        return 0
+    def get_current_device(self) -> GPUTarget:
+        return self.target  # Triton keeps what it compiled by device: each target is one
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: GPUTarget) -> int:
         return 0
 
 
@@ -108,6 +109,18 @@ def target_of(arch: str) -> GPUTarget:
     if arch.startswith("sm_"):
         return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     return GPUTarget("hip", arch, 64)
+
+
+@contextmanager
+def without_driver(arch: str) -> Iterator[None]:
+    """Within it kernels are compiled for an architecture of the tile table, and not launched."""
+    driver = triton.runtime.driver
+    before = driver._active
+    driver.set_active(NoDriver(target_of(arch)))
+    try:
+        yield
+    finally:
+        driver._active = before
 
 
 def pretend(arch: str) -> None:

@@ -19,28 +19,27 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import cycles, report, sass
-from opsd_kernels.kernels import finish, lse, pair, rows, tiles
-from opsd_kernels.kernels.pointwise import family, is_wide, knows_G, mean_limit
-from opsd_kernels.kernels.tiles import Row, Sweep, Tile
-from opsd_kernels.problem import has_bounded_scores
-from opsd_kernels.products import score_dtype, score_scale
+from benchmarks import cycles, launches, report, sass
+from opsd_kernels import divergence, logit_free, row_workspace
+from opsd_kernels.kernels import lse, tiles
+from opsd_kernels.kernels.pointwise import is_wide
+from opsd_kernels.kernels.tiles import Row, Tile
+from opsd_kernels.problem import Outputs, Problem, has_bounded_scores
+from opsd_kernels.products import score_dtype
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-TRITON_DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
-POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -129,122 +128,58 @@ def compile_variant(variant: Variant, row: Row | None = None, stored: str | None
 
 
 def compiled(variant: Variant, row: Row | None = None, stored: str | None = None) -> Any:
-    """What Triton makes of a variant: see `compile_variant`."""
+    """What Triton makes of a variant: see `compile_variant`. The launchers themselves ask for it,
+    so that it is specialized as on a GPU, with tensors that have no contents."""
     row = row or tiles.TABLE[variant.arch, variant.dtype]
-    if stored is not None:  # as the launchers do
-        row = replace(row, lse=row.lse.widened(), pair=row.pair.widened())
-        row = replace(row, pair_wide=row.pair_wide.widened())
-    kernel, constants, options = _specialized(variant, row)
-    tile = tile_of(variant, row) if variant.kernel in ("lse", "pair") else None
-    names = kernel.arg_names
-    signature, attributes = {}, {}
-    for i, name in enumerate(names):
-        signature[name] = "constexpr" if name in constants else _type(name, variant, stored, tile)
-        divisible = signature[name].startswith("*") or name in DIVISIBLE
-        if divisible and name not in constants:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(
-        kernel, signature, {(names.index(name),): value for name, value in constants.items()},
-        attributes,
-    )  # fmt: skip
-    return triton.compile(source, target=_target(variant.arch), options=options)
+    run, found = JITFunction.run, []
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        if self.__name__ == f"{variant.kernel}_kernel":
+            found.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    with (
+        launches.without_driver(variant.arch),
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(tiles, "lookup", return_value=row),
+    ):
+        _launch(variant, row, getattr(torch, stored or variant.dtype))
+    (kernel,) = found
+    return kernel
 
 
-# Integers that a language model has as multiples of 16, which Triton specializes for.
-DIVISIBLE = {
-    "V", "D", "D_T", "span", "v_begin", "stride_tile", "stride_h_S", "stride_h_T", "stride_Wv",
-    "stride_W_Tv", "stride_z", "stride_g",
-}  # fmt: skip
-
-
-def _type(name: str, variant: Variant, stored: str | None, tile: Tile | None) -> str:
-    dtype = variant.dtype
-    if name in ("index_ptr", "top_ptr", "targets_ptr"):
-        return "*i32"
-    if name == "beta" and CASES[variant.divergence].beta is PER_TOKEN:
-        return "*fp32"
-    if name == "keep_ptr":
-        return "*i1"
-    if name in ("h_S", "h_T", "W", "W_T", "W_ptr"):
-        pointer = POINTERS[stored or dtype]
-        if tile is None or not tile.BULK:
-            return pointer
-        return f"tensordesc<{pointer[1:]}[{tile.BM if name[0] == 'h' else tile.BV},{tile.BK}]>"
-    if name in ("s_ptr", "p_ptr", "g_ptr"):
-        return POINTERS[str(_score_dtype(variant)).removeprefix("torch.")]
-    if name.endswith("_ptr"):
-        return "*fp32"
-    return "fp32" if name in ("beta", "entry_clip", "inverse_temperature") else "i32"
-
-
-def _specialized(variant: Variant, row: Row) -> tuple[Any, dict[str, Any], dict[str, int]]:
-    """The kernel, its compile-time constants, and its options."""
+def _launch(variant: Variant, row: Row, stored: torch.dtype) -> None:
+    """A variant's kernel, for a chunk of tokens of a language model: one head for both sides, whose
+    sizes are multiples of all that a kernel is specialized for."""
     case = CASES[variant.divergence]
-    limit = {"LIMIT": mean_limit(case.beta)}
-    divergence = {"FAMILY": family(case.beta), "CLIPPED": case.clipped}
-    no_P = knows_G(case.beta, 1.0 if case.clipped else None)
-    no_targets = {} if case.statistics else {"targets_ptr": None}
-    no_statistics = {} if case.statistics else {"statistics_ptr": None}
-    operand = {"OPERAND": TRITON_DTYPES[variant.dtype]}
-    logits = {
-        **operand, "keep_ptr": None, "stride_Wd": 1, "stride_W_Td": 1, "SHARED": True,
-        "MASKED": False, "EVEN_D": True, "EVEN_V": True, "PRECISION": "ieee",
-    }  # fmt: skip
-    small = {"num_warps": 4}
-    if variant.kernel == "lse":
-        return (
-            lse.lse_kernel,
-            {
-                **logits,
-                **no_targets,
-                **limit,
-                **_shape(row.lse),
-            },
-            _options(row.lse),
-        )
-    if variant.kernel == "pair":
-        statistics = case.statistics and case.beta is not None
-        tile = tile_of(variant, row)
-        constants = {
-            **logits,
-            **divergence,
-            "STATISTICS": statistics,
-            "SCALE": score_scale(_score_dtype(variant)),
-            **_shape(tile),
-        }
-        if no_P:
-            constants["p_ptr"] = None
-        if case.beta is None:
-            constants |= {"h_T": None, "W_T": None}
-        return pair.pair_kernel, constants, _options(tile)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    R, D, V = row.chunk, 4096, VOCABULARY
+    problem = Problem(
+        empty(R, D, dtype=stored),
+        empty(R, D, dtype=stored),
+        empty(V, D, dtype=stored),
+        None,
+        getattr(torch, variant.dtype),
+        empty(R) if case.beta is PER_TOKEN else case.beta,
+        entry_clip=1.0 if case.clipped else None,
+        targets=empty(R, dtype=torch.int32) if case.statistics else None,
+    )
+    statistics = empty(divergence.STATISTICS, R) if case.statistics else None
+    outputs = Outputs(empty(R), statistics, empty(R, D))
     if variant.kernel == "rows":
-        sweep = asdict(_sweep(variant, row))
-        num_warps = sweep.pop("num_warps")
-        constants = {
-            **divergence, **no_targets, **no_statistics, "NEEDS_SCORE": True, **limit,
-            "SCALE": score_scale(_score_dtype(variant)), **sweep,
-        }  # fmt: skip
-        return rows.rows_kernel, constants, {"num_warps": num_warps}
-    if variant.kernel == "merge":
-        constants = {
-            **divergence,
-            **limit,
-            "SCALE": score_scale(_score_dtype(variant)),
-            "TARGETS": case.statistics,
-            "BM": lse.MERGE_BM,
-            "SPANS": triton.next_power_of_2(triton.cdiv(VOCABULARY, lse.span(VOCABULARY, row))),
-        }
-        return lse.merge_kernel, constants, small
-    slots = triton.next_power_of_2(_slots(variant, row))
-    constants = {
-        **divergence, **operand, **no_statistics, "keep_ptr": None, "stride_Wd": 1,
-        "SCALE": score_scale(_score_dtype(variant)),
-        "TARGETS": case.statistics, "MASKED": False, "BM": finish.BM, "BD": finish.BD,
-        "SLOTS": slots,
-    }  # fmt: skip
-    if no_P:
-        constants["P_ptr"] = None
-    return finish.finish_kernel, constants, small
+        z = empty(2, R, V)
+        row_workspace.launch_rows(outputs, z[0], z[1], problem, needs_score=True)
+        return
+    tensors = logit_free.allocate(problem, True, case.statistics)
+    scratch = logit_free.Scratch.of(tensors, problem, case.statistics)
+    if variant.kernel in ("lse", "merge"):
+        logit_free.launch_lse(scratch, problem)
+    elif variant.kernel == "pair":
+        logit_free.pair_launcher(scratch, problem)(0)
+    else:
+        logit_free.launch_finish(outputs, scratch, problem)
 
 
 def _slots(variant: Variant, row: Row) -> int:
@@ -255,20 +190,6 @@ def _slots(variant: Variant, row: Row) -> int:
 def _score_dtype(variant: Variant) -> torch.dtype:
     case = CASES[variant.divergence]
     return score_dtype(getattr(torch, variant.dtype), has_bounded_scores(case.beta))
-
-
-def _shape(tile: Tile) -> dict[str, Any]:
-    return {k: v for k, v in asdict(tile).items() if k.isupper()}
-
-
-def _options(tile: Tile) -> dict[str, int]:
-    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-
-
-def _target(arch: str) -> GPUTarget:
-    if arch.startswith("sm_"):
-        return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    return GPUTarget("hip", arch, 64)
 
 
 def _usage(compiled: Any, variant: Variant, row: Row) -> Usage:
@@ -288,7 +209,7 @@ def _usage(compiled: Any, variant: Variant, row: Row) -> Usage:
         for features in (4096, 2048):
             predicted += cycles.fraction(parts, shape, gpu, features, even)
     else:
-        entries = _sweep(variant, row).BLOCK
+        entries = (row.rows_wide if wide(variant) else row.rows).BLOCK
         predicted = 2 * [*cycles.rows_fraction(parts, warps, gpu)]
     kinds = sass.by_class(parts.tile)
     share = warps * cycles.lanes(gpu) / entries
@@ -319,10 +240,6 @@ def wide(variant: Variant) -> bool:
     """Whether a variant takes what the table has for more than f and s of an entry."""
     case = CASES[variant.divergence]
     return is_wide(case.beta, case.statistics)
-
-
-def _sweep(variant: Variant, row: Row) -> Sweep:
-    return row.rows_wide if wide(variant) else row.rows
 
 
 def _compiled_shape(variant: Variant, row: Row, registers: int, shared: int) -> cycles.Shape:
@@ -374,7 +291,7 @@ def main() -> None:
     archs = list(dict.fromkeys(arch for arch, _ in tiles.TABLE))
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", nargs="+", choices=archs, default=archs)
-    parser.add_argument("--dtype", nargs="+", choices=list(POINTERS), default=list(POINTERS))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--jobs", type=int, default=1, help="kernels compiled at a time")
     parser.add_argument("--output", type=Path, help="folder for resources.csv")
     args = parser.parse_args()

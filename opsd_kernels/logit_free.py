@@ -17,7 +17,7 @@ by D features too few tiles for a GPU, step 3 is one product of both.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from opsd_kernels import kernels
 from opsd_kernels.kernels import cdiv, finish, lse, pair, tiles
-from opsd_kernels.kernels.pointwise import arguments, is_wide, knows_G, mean_limit
+from opsd_kernels.kernels.pointwise import divergence_record, is_wide, knows_G, mean_limit
+from opsd_kernels.kernels.records import (
+    DTYPE_NAMES,
+    Accumulated,
+    Partials,
+    Results,
+    Scored,
+    Side,
+    Tiling,
+    Tokens,
+)
 from opsd_kernels.problem import Outputs, Problem
 from opsd_kernels.products import copied_bytes, project_back, score_dtype, score_scale
 
@@ -39,12 +49,6 @@ SCRATCH_MIB = 64
 # Up to this size A and P of a chunk are made by one product, for which A needs room of its own;
 # above they are two, each with tiles enough.
 STACKED_MIB = 16
-
-TRITON_DTYPES = {
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float32: tl.float32,
-}
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def allocate(problem: Problem, needs_gradient: bool, needs_statistics: bool) -> 
         return h_S.new_empty(shape, dtype=torch.float32)
 
     tensors = [
-        fp32(lse.PARTIALS - (0 if targets else 2), spans, R),
+        fp32(lse.PARTIALS.value - (0 if targets else 2), spans, R),
         h_S.new_empty(spans, R, dtype=torch.int32),
         fp32(lse.STATS.value + (lse.STATS_OF_TARGETS.value if targets else 0), R),
         h_S.new_empty(R, dtype=torch.int32),
@@ -168,30 +172,27 @@ def launch_lse(scratch: Scratch, chunk: Problem) -> None:
     R, V = chunk.h_S.shape[0], chunk.W.shape[0]
     spans, stride = scratch.index.shape
     limit = 0.0 if scratch.s_p is None else mean_limit(chunk.beta)  # scores alone need the mean
-    lse.lse_kernel[(cdiv(R, scratch.row.lse.BM), spans)](
-        partials_ptr=scratch.partials,
-        index_ptr=scratch.index,
-        stride_partials=stride,
-        span=lse.span(V, scratch.row),
-        targets_ptr=chunk.targets,
-        LIMIT=limit,
-        **_logits(chunk, scratch.row.lse),
+    partials = Partials(
+        scratch.partials, scratch.index, lse.span(V, scratch.row), LIMIT=tl.constexpr(limit)
     )
-    lse.merge_kernel[(cdiv(R, lse.MERGE_BM),)](
-        stats_ptr=scratch.stats,
-        top_ptr=scratch.top,
-        partials_ptr=scratch.partials,
-        index_ptr=scratch.index,
+    tile = scratch.row.lse
+    lse.lse_kernel[(cdiv(R, tile.BM), spans)](
+        partials=partials,
+        tokens=Tokens(chunk.keep, chunk.targets),
+        R=R,
+        stride=stride,
+        inverse_temperature=1 / chunk.temperature,
+        **_operands(chunk, tile),
+    )
+    lse.merge_kernel[(cdiv(R, lse.MERGE_BM.value),)](
+        tokens=_tokens(scratch, chunk)._replace(keep=None),
+        partials=partials,
         R=R,
         spans=spans,
-        stride_partials=stride,
-        inverse_temperature=1 / chunk.temperature,
+        stride=stride,
+        divergence=divergence_record(chunk.beta, chunk.entry_clip, chunk.temperature),
         SCALE=scratch.scale,
-        TARGETS=chunk.targets is not None,
-        LIMIT=limit,
-        BM=lse.MERGE_BM,
         SPANS=triton.next_power_of_2(spans),
-        **arguments(chunk.beta, chunk.entry_clip),
     )
 
 
@@ -200,33 +201,31 @@ def pair_launcher(scratch: Scratch, chunk: Problem) -> Callable[[int], None]:
 
     All that does not depend on v is made here, once a chunk.
     """
-    tile, sampled = scratch.pair, chunk.beta is None
-    R, slots = chunk.h_S.shape[0], scratch.sums.shape[1]
+    tile, R, V = scratch.pair, chunk.h_S.shape[0], chunk.W.shape[0]
+    operands = _operands(chunk, tile)
+    tokens = _tokens(scratch, chunk)
+    if chunk.beta is None:
+        operands |= {"h_T": None, "W_T": None}
+    else:
+        tokens = tokens._replace(targets=None)
     s, p = scratch.s_and_p(R)
-    logits = _logits(chunk, tile)
-    if sampled:
-        logits |= {"h_T": None, "W_T": None, "SHARED": True}
+    scored = _scored(scratch)._replace(
+        s=s, p=p, stride=scratch.columns, SCALE=tl.constexpr(scratch.scale)
+    )
     given = {
-        "sums_ptr": scratch.sums,
-        "s_ptr": s,
-        "p_ptr": p,
-        "stats_ptr": scratch.stats,
-        "top_ptr": chunk.targets if sampled else scratch.top,
-        "slots": slots,
-        "stride_sums": scratch.rows,
-        "stride_tile": scratch.columns,
-        "STATISTICS": scratch.sums.shape[0] > pair.SUMS.value,
-        "SCALE": scratch.scale,
-        **logits,
-        **arguments(chunk.beta, chunk.entry_clip),
+        "tokens": tokens,
+        "R": R,
+        "stride": scratch.rows,
+        "divergence": divergence_record(chunk.beta, chunk.entry_clip, chunk.temperature),
+        **operands,
     }
-    rows, V = cdiv(R, tile.BM), chunk.W.shape[0]
+    rows, slots = cdiv(R, tile.BM), scratch.sums.shape[1]
     # With FLAT as many programs as run at once, each for several slots; else one for each slot.
     at_once = max(1, scratch.row.multiprocessors // rows) if tile.FLAT else slots
 
     def launch(v: int) -> None:
         programs = min(at_once, slots, cdiv(V - v, tile.BV))
-        pair.pair_kernel[(rows, programs)](v_begin=v, **given)
+        pair.pair_kernel[(rows, programs)](scored=scored._replace(begin=v), **given)
 
     return launch
 
@@ -252,82 +251,75 @@ def accumulator(scratch: Scratch, chunk: Problem, outputs: Outputs) -> Callable[
 
 def launch_finish(outputs: Outputs, scratch: Scratch, chunk: Problem) -> None:
     """outputs ← ℓ, statistics and ∂ℓ/∂h_S from sums and accumulators."""
-    R, D = chunk.h_S.shape
+    R = chunk.h_S.shape[0]
     A, P = scratch.A_and_P(R, outputs.dh_S)
-    statistics = outputs.statistics
-    _terms, slots, stride = scratch.sums.shape
-    divergence = arguments(chunk.beta, chunk.entry_clip)
-    finish.finish_kernel[(cdiv(R, finish.BM),)](
-        loss_ptr=outputs.loss,
-        statistics_ptr=statistics,
-        dh_ptr=outputs.dh_S,
-        A_ptr=A,
-        P_ptr=P,
-        W_ptr=chunk.W,
-        sums_ptr=scratch.sums,
-        stats_ptr=scratch.stats,
-        top_ptr=chunk.targets if chunk.beta is None else scratch.top,
-        keep_ptr=chunk.keep,
+    finish.finish_kernel[(cdiv(R, finish.BM.value),)](
+        results=Results(outputs.loss, outputs.statistics, outputs.dh_S),
+        accumulated=Accumulated(A, P, SCALE=tl.constexpr(scratch.scale)),
+        W=chunk.W,
+        student=_side(chunk.h_S, chunk.W),
+        scored=_scored(scratch),
+        tokens=_tokens(scratch, chunk),
         R=R,
-        D=D,
-        slots=slots,
-        stride_sums=stride,
-        stride_statistics=0 if statistics is None else statistics.stride(0),
-        stride_Wv=chunk.W.stride(0),
-        stride_Wd=chunk.W.stride(1),
-        inverse_temperature=1 / chunk.temperature,
-        beta=divergence["beta"],
-        FAMILY=divergence["FAMILY"],
-        CLIPPED=divergence["CLIPPED"],
-        TARGETS=chunk.targets is not None,
-        MASKED=chunk.keep is not None,
-        SCALE=scratch.scale,
-        BM=finish.BM,
-        BD=finish.BD,
-        SLOTS=triton.next_power_of_2(slots),
-        OPERAND=TRITON_DTYPES[chunk.operand_dtype],
+        stride=scratch.rows,
+        stride_statistics=0 if outputs.statistics is None else outputs.statistics.stride(0),
+        divergence=divergence_record(chunk.beta, chunk.entry_clip, chunk.temperature),
+        SLOTS=triton.next_power_of_2(scratch.sums.shape[1]),
+        OPERAND=tl.dtype(DTYPE_NAMES[chunk.operand_dtype]),
     )
 
 
-def _logits(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
-    """The arguments of `logits_tiles`, and what goes with them in every kernel that calls it."""
+def _operands(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
+    """What `logits_tiles` multiplies, and how, as the kernels that call it name it."""
     h_S, h_T, W = chunk.h_S, chunk.h_T, chunk.W
     W_T = W if chunk.W_T is None else chunk.W_T
     operands = (h_S, h_T, W, W_T)
-    D, D_T = h_S.shape[1], h_T.shape[1]
     if any(t.itemsize > chunk.operand_dtype.itemsize for t in operands):
         tile = tile.widened()
     bulk = tile.BULK and all(
         t.dtype == chunk.operand_dtype and _has_bulk_strides(t) for t in operands
     )
     tile = replace(tile, BULK=bulk)
-    rows, cols = [tile.BM, tile.BK], [tile.BV, tile.BK]
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    student, teacher = _side(h_S, W), _side(h_T, W_T)
+    tiling = Tiling.of(
+        tile,
+        even_d=student.D % tile.BK == 0 and teacher.D % tile.BK == 0,
+        even_v=student.V % tile.BV == 0,
+        operand=chunk.operand_dtype,
+        precision="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
+    )
+    h: dict[str, Any] = {"h_S": h_S, "h_T": h_T}
+    heads: dict[str, Any] = {"W": W, "W_T": chunk.W_T}  # one for both sides is loaded once
+    if bulk:
+        rows, cols = [tile.BM, tile.BK], [tile.BV, tile.BK]
+        h = {name: TensorDescriptor.from_tensor(t, rows) for name, t in h.items()}
+        heads = {
+            name: None if t is None else TensorDescriptor.from_tensor(t, cols)
+            for name, t in heads.items()
+        }
     return {
-        "h_S": TensorDescriptor.from_tensor(h_S, rows) if bulk else h_S,
-        "h_T": TensorDescriptor.from_tensor(h_T, rows) if bulk else h_T,
-        "W": TensorDescriptor.from_tensor(W, cols) if bulk else W,
-        "W_T": TensorDescriptor.from_tensor(W_T, cols) if bulk else W_T,
-        "keep_ptr": chunk.keep,
-        "R": h_S.shape[0],
-        "V": W.shape[0],
-        "D": D,
-        "D_T": D_T,
-        "stride_h_S": h_S.stride(0),
-        "stride_h_T": h_T.stride(0),
-        "stride_Wv": W.stride(0),
-        "stride_Wd": W.stride(1),
-        "stride_W_Tv": W_T.stride(0),
-        "stride_W_Td": W_T.stride(1),
-        "inverse_temperature": 1 / chunk.temperature,
-        "SHARED": chunk.W_T is None,
-        "MASKED": chunk.keep is not None,
-        "EVEN_D": D % tile.BK == 0 and D_T % tile.BK == 0,
-        "EVEN_V": W.shape[0] % tile.BV == 0,
-        "OPERAND": TRITON_DTYPES[chunk.operand_dtype],
-        "PRECISION": "tf32" if tf32 else "ieee",
-        **asdict(tile),
+        **h,
+        **heads,
+        "student": student,
+        "teacher": teacher,
+        "tiling": tiling,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
     }
+
+
+def _side(h: Tensor, W: Tensor) -> Side:
+    return Side(W.shape[0], h.shape[1], h.stride(0), W.stride(0), W.stride(1))
+
+
+def _tokens(scratch: Scratch, chunk: Problem) -> Tokens:
+    beta = chunk.beta if isinstance(chunk.beta, Tensor) else None
+    return Tokens(chunk.keep, chunk.targets, beta, scratch.stats, scratch.top)
+
+
+def _scored(scratch: Scratch) -> Scored:
+    fields, slots, _rows = scratch.sums.shape
+    return Scored(scratch.sums, slots, STATISTICS=tl.constexpr(fields > pair.SUMS.value))
 
 
 def _has_bulk_strides(t: Tensor) -> bool:

@@ -234,8 +234,11 @@ def launch_rows(
     outputs: Outputs, z_S: Tensor, z_T: Tensor, problem: Problem, needs_score: bool
 ) -> LogitGradient:
     """Step 2 by the kernel: fills loss and statistics, and z_S with the gradient."""
+    import triton.language as tl
+
     from opsd_kernels.kernels import rows, tiles
-    from opsd_kernels.kernels.pointwise import arguments, is_wide, mean_limit
+    from opsd_kernels.kernels.pointwise import divergence_record, is_wide, mean_limit
+    from opsd_kernels.kernels.records import Results, RowGradient, Rows
 
     statistics, beta = outputs.statistics, problem.beta
     # What is narrower than fp32 lies in the first part of each row.
@@ -246,24 +249,18 @@ def launch_rows(
     sweep = row.rows_wide if is_wide(beta, statistics is not None) else row.rows
     with kernels.current(z_S.device):
         rows.rows_kernel[(z_S.shape[0],)](
-            loss_ptr=outputs.loss,
-            statistics_ptr=statistics,
-            g_ptr=g,
-            top_ptr=top,
-            g_top_ptr=g_top,
-            z_S_ptr=z_S,
-            z_T_ptr=z_T,
-            targets_ptr=problem.targets,
-            V=z_S.shape[1],
+            results=Results(outputs.loss, statistics),
+            gradient=RowGradient(
+                g, top, g_top, g.stride(0), SCALE=tl.constexpr(score_scale(g.dtype))
+            ),
+            logits=Rows(z_S, z_T, z_S.shape[1], z_S.stride(0)),
+            targets=problem.targets,
+            beta=beta if isinstance(beta, Tensor) else None,
             stride_statistics=0 if statistics is None else statistics.stride(0),
-            stride_g=g.stride(0),
-            stride_z=z_S.stride(0),
-            inverse_temperature=1 / problem.temperature,
-            NEEDS_SCORE=needs_score,
-            SCALE=score_scale(g.dtype),
+            divergence=divergence_record(beta, problem.entry_clip, problem.temperature),
             LIMIT=mean_limit(beta) if needs_score else 0.0,
+            NEEDS_SCORE=needs_score,
             **asdict(sweep),
-            **arguments(beta, problem.entry_clip),
         )
     return LogitGradient(g, top, g_top)
 

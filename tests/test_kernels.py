@@ -30,14 +30,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @triton.jit
-def pointwise_kernel(
-    f_ptr, a_ptr, p_ptr, q_ptr, x_ptr, beta, FAMILY: tl.constexpr, BLOCK: tl.constexpr
-):
+def pointwise_kernel(f_ptr, a_ptr, p_ptr, q_ptr, x_ptr, betas, member, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     p, q, x = tl.load(p_ptr + i), tl.load(q_ptr + i), tl.load(x_ptr + i)
-    if FAMILY == pointwise.MIXED:
-        beta = tl.load(beta + i)
-    f, a, _excess = pointwise.value_and_score(p, q, x, 0.0, beta, 0.0, FAMILY, False)
+    beta = member.beta
+    if member.FAMILY == pointwise.MIXED:
+        beta = tl.load(betas + i)
+    f, a, _excess = pointwise.value_and_score(p, q, x, 0.0, beta, member)
     tl.store(f_ptr + i, f)
     tl.store(a_ptr + i, a)
 
@@ -55,12 +54,11 @@ def test_pointwise_is_the_family(beta, mixed):
     q = torch.where(x > 0, smaller, smaller * torch.exp(x))
     f, a = torch.empty_like(x, device=DEVICE), torch.empty_like(x, device=DEVICE)
     betas = torch.full((4096,), beta, device=DEVICE)
-    named = pointwise.arguments(betas if mixed else beta, None)
+    member = pointwise.divergence_record(betas if mixed else beta, None, temperature=1.0)
     if mixed:
         beta = float(betas[0])
     pointwise_kernel[(1,)](
-        f, a, p.to(DEVICE), q.to(DEVICE), x.to(DEVICE),
-        named["beta"], FAMILY=named["FAMILY"], BLOCK=4096,
+        f, a, p.to(DEVICE), q.to(DEVICE), x.to(DEVICE), betas, member, BLOCK=4096
     )  # fmt: skip
     expected_f, expected_a = divergence.value_and_score(
         p.double(), q.double(), x.double(), beta, None

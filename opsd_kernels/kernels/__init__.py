@@ -6,6 +6,7 @@
     pair.py         hidden states → per-token sums, and the tiles of scores that dh_S is made of
     finish.py       sums and accumulators → ℓ and dh_S
     rows.py         rows of logits that exist → ℓ and their gradient in place (row workspace)
+    records.py      what kernels are given: sides, tokens, divergence, tiling; what they fill
     tiles.py        tile sizes and warp counts, in one table
 
 Under TRITON_INTERPRET=1, set before Python starts, Triton interprets them on CPU tensors; that is

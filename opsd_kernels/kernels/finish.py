@@ -21,119 +21,105 @@ import triton.language as tl
 from opsd_kernels import divergence
 from opsd_kernels.kernels.logits_tile import round_to
 from opsd_kernels.kernels.lse import P_MAX, Q_MAX, S_TOP, STATS, STATS_OF_TARGETS
-from opsd_kernels.kernels.pair import SCORE, SUMS, SUMS_OF_STATISTICS, VALUE
+from opsd_kernels.kernels.pair import SCORE, SUMS, SUMS_OF_STATISTICS, VALUE, top_of
 from opsd_kernels.kernels.pointwise import FORWARD_KL, LOG_PROB, MIXED, REVERSE_KL
 
 # Fields of `statistics`: the first five in the order of `sums`, from here on in that of `stats`.
 LOG_P = tl.constexpr(divergence.LOG_P)
 # Rows of a program, and features at a time.
-BM = 16
-BD = 256
+BM, BD = tl.constexpr(16), tl.constexpr(256)
 
 
 # What depends on the batch is no reason to compile again.
-@triton.jit(do_not_specialize=["R", "slots", "stride_sums", "stride_statistics"])
+@triton.jit(do_not_specialize=["R", "stride", "stride_statistics"])
 def finish_kernel(
-    loss_ptr,
-    statistics_ptr,
-    dh_ptr,
-    A_ptr,
-    P_ptr,
-    W_ptr,
-    sums_ptr,
-    stats_ptr,
-    top_ptr,
-    keep_ptr,
+    results,
+    accumulated,
+    W,
+    student,
+    scored,
+    tokens,
     R,
-    D,
-    slots,
-    stride_sums,
+    stride,
     stride_statistics,
-    stride_Wv,
-    stride_Wd,
-    inverse_temperature,
-    beta,
-    FAMILY: tl.constexpr,
-    CLIPPED: tl.constexpr,
-    TARGETS: tl.constexpr,
-    MASKED: tl.constexpr,
-    SCALE: tl.constexpr,
-    BM: tl.constexpr,
-    BD: tl.constexpr,
+    divergence,
     SLOTS: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
     """Grid (row tiles).
 
     Writes:
-        loss_ptr: [R] fp32; 0 for rows that are not kept.
-        statistics_ptr: [STATISTICS, R] fp32 at stride stride_statistics, or None; what there is of
-            sampled tokens if TARGETS. 0 for rows that are not kept.
-        dh_ptr: [R, D] fp32, or None; 0 for rows that are not kept.
+        results: of statistics what `scored.STATISTICS` are, and what there is of sampled tokens.
 
     Reads:
-        A_ptr, P_ptr: [R, D] fp32, times SCALE. A may lie where dh_S is to be; None without dh_ptr,
-            P_ptr also where c = G.
-        W_ptr: [V, D], any strides.
-        sums_ptr, stats_ptr, top_ptr: what `pair` and `lse` wrote.
-        keep_ptr: [R] bool if MASKED.
-        beta: a pointer to β [R], read if MIXED.
-        SLOTS: a power of two, at least `slots`.
+        accumulated: A may lie where dh_S is to be.
+        W: [V, D], and of it `student`, a `Side`.
+        scored, tokens: what `pair` and `lse` wrote, and what was given.
+        SLOTS: a power of two, at least `scored.slots`.
+        OPERAND: the dtype whose rounding W has.
     """
+    inverse_temperature = divergence.inverse_temperature
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     exists = row < R
     keep = exists
-    if MASKED:
-        keep = exists & (tl.load(keep_ptr + row, mask=exists, other=0) != 0)
+    if tokens.keep is not None:
+        keep = exists & (tl.load(tokens.keep + row, mask=exists, other=0) != 0)
     slot = tl.arange(0, SLOTS)
-    at = slot[:, None] * stride_sums + row[None, :]
-    present = (slot[:, None] < slots) & keep[None, :]
-    field = slots * stride_sums
-    if FAMILY == LOG_PROB:
-        loss = tl.load(stats_ptr + STATS * stride_sums + row, mask=keep, other=0.0)
+    at = slot[:, None] * stride + row[None, :]
+    present = (slot[:, None] < scored.slots) & keep[None, :]
+    field = scored.slots * stride
+    if divergence.FAMILY == LOG_PROB:
+        loss = tl.load(tokens.stats + STATS * stride + row, mask=keep, other=0.0)
     else:
-        loss = tl.sum(tl.load(sums_ptr + VALUE * field + at, mask=present, other=0.0), 0)
-    tl.store(loss_ptr + row, loss, mask=exists)
-    p_max = tl.load(stats_ptr + P_MAX * stride_sums + row, mask=keep, other=1.0)
+        loss = summed(VALUE, scored.sums, field, at, present)
+    tl.store(results.loss + row, loss, mask=exists)
+    p_max = tl.load(tokens.stats + P_MAX * stride + row, mask=keep, other=1.0)
 
-    if statistics_ptr is not None:
-        to = statistics_ptr + row
-        if FAMILY != LOG_PROB:
-            q_max = tl.load(stats_ptr + Q_MAX * stride_sums + row, mask=keep, other=1.0)
-            sums = ()
-            for i in tl.static_range(SUMS, SUMS + SUMS_OF_STATISTICS - 1 + CLIPPED):
-                terms = tl.load(sums_ptr + i * field + at, mask=present, other=0.0)
-                sums = sums + (tl.sum(terms, 0),)
-            if FAMILY == MIXED:
-                beta = tl.load(beta + row, mask=exists, other=0.5)
-            told = statistics(sums, loss, p_max, q_max, inverse_temperature, beta, FAMILY)
-            for i in tl.static_range(len(told)):
-                tl.store(to + i * stride_statistics, told[i], mask=exists)
-        if TARGETS:
+    if results.statistics is not None:
+        to = results.statistics + row
+        if divergence.FAMILY != LOG_PROB:
+            q_max = tl.load(tokens.stats + Q_MAX * stride + row, mask=keep, other=1.0)
+            terms = ()
+            for i in tl.static_range(SUMS, SUMS + SUMS_OF_STATISTICS - 1 + divergence.CLIPPED):
+                terms = terms + (summed(i, scored.sums, field, at, present),)
+            beta = divergence.beta
+            if divergence.FAMILY == MIXED:
+                beta = tl.load(tokens.beta + row, mask=exists, other=0.5)
+            found = statistics(terms, loss, p_max, q_max, beta, divergence)
+            for i in tl.static_range(len(found)):
+                tl.store(to + i * stride_statistics, found[i], mask=exists)
+        if tokens.targets is not None:
             for i in tl.static_range(STATS_OF_TARGETS):
-                value = tl.load(stats_ptr + (STATS + i) * stride_sums + row, mask=keep, other=0.0)
+                value = tl.load(tokens.stats + (STATS + i) * stride + row, mask=keep, other=0.0)
                 tl.store(to + (LOG_P + i) * stride_statistics, value, mask=exists)
 
-    if dh_ptr is not None:
-        others = tl.sum(tl.load(sums_ptr + SCORE * field + at, mask=present, other=0.0), 0)
-        s_top = tl.load(stats_ptr + S_TOP * stride_sums + row, mask=keep, other=0.0)
-        g_top = top_gradient(s_top, others, p_max, FAMILY, P_ptr is None)
+    if results.dh_S is not None:
+        others = summed(SCORE, scored.sums, field, at, present)
+        s_top = tl.load(tokens.stats + S_TOP * stride + row, mask=keep, other=0.0)
+        g_top = top_gradient(s_top, others, p_max, divergence.FAMILY, accumulated.P is None)
         missed = s_top + others  # G − c
-        top = tl.load(top_ptr + row, mask=keep, other=0).to(tl.int64)
+        top = top_of(tokens, row, keep, divergence).to(tl.int64)
         kept = keep & (loss != float("inf"))
-        for d in range(0, D, BD):
+        for d in range(0, student.D, BD):
             k = d + tl.arange(0, BD)
-            inside = exists[:, None] & (k < D)[None, :]
-            used = kept[:, None] & (k < D)[None, :]
-            at_D = row[:, None].to(tl.int64) * D + k[None, :]
-            at_W = top[:, None] * stride_Wv + k[None, :].to(tl.int64) * stride_Wd
-            W_top = tl.load(W_ptr + at_W, mask=used, other=0.0).to(tl.float32)
+            inside = exists[:, None] & (k < student.D)[None, :]
+            used = kept[:, None] & (k < student.D)[None, :]
+            at_D = row[:, None].to(tl.int64) * student.D + k[None, :]
+            at_W = top[:, None] * student.stride_v + k[None, :].to(tl.int64) * student.stride_d
+            dh = tl.load(accumulated.A + at_D, mask=used, other=0.0)
+            if accumulated.P is not None:
+                dh -= missed[:, None] * tl.load(accumulated.P + at_D, mask=used, other=0.0)
+            W_top = tl.load(W + at_W, mask=used, other=0.0).to(tl.float32)
             W_top = round_to(W_top, OPERAND).to(tl.float32)
-            dh = tl.load(A_ptr + at_D, mask=used, other=0.0)
-            if P_ptr is not None:
-                dh -= missed[:, None] * tl.load(P_ptr + at_D, mask=used, other=0.0)
-            dh = dh * (1 / SCALE) + g_top[:, None] * W_top
-            tl.store(dh_ptr + at_D, tl.where(used, dh * inverse_temperature, 0.0), mask=inside)
+            dh = dh * (1 / accumulated.SCALE) + g_top[:, None] * W_top
+            at_dh = results.dh_S + at_D
+            tl.store(at_dh, tl.where(used, dh * inverse_temperature, 0.0), mask=inside)
+
+
+@triton.jit
+def summed(FIELD: tl.constexpr, sums, field, at, present):
+    """A field of sums of rows [BM], over all slots; `field` is the stride of fields."""
+    return tl.sum(tl.load(sums + FIELD * field + at, mask=present, other=0.0), 0)
 
 
 @triton.jit
@@ -149,12 +135,14 @@ def top_gradient(s_top, others, p_top, FAMILY: tl.constexpr, KNOWS_G: tl.constex
 
 
 @triton.jit
-def statistics(sums, loss, p_max, q_max, inverse_temperature, beta, FAMILY: tl.constexpr):
+def statistics(sums, loss, p_max, q_max, beta, divergence):
     """The first fields of `statistics` of rows from the sums of their terms (see `entries`)."""
+    FAMILY: tl.constexpr = divergence.FAMILY
+    inverse_temperature = divergence.inverse_temperature
     forward, reverse = sums[0], sums[1]
     entropy_S = sums[2] * inverse_temperature - tl.log(p_max)
     entropy_T = sums[3] * inverse_temperature - tl.log(q_max)
-    told = (forward, reverse, entropy_S, entropy_T)
+    found = (forward, reverse, entropy_S, entropy_T)
     if len(sums) > 4:
         removed = sums[4]
         # Of a KL by the form that is right where it is small, and its terms have both signs.
@@ -167,5 +155,5 @@ def statistics(sums, loss, p_max, q_max, inverse_temperature, beta, FAMILY: tl.c
             whole = tl.where(beta == 0, forward, tl.where(beta == 1, reverse, whole))
         share = tl.where(whole == float("inf"), 1.0, removed / whole)
         nothing = (removed == 0) & (loss == loss)  # not of NaN
-        told = told + (tl.where(nothing, 0.0, share),)
-    return told
+        found = found + (tl.where(nothing, 0.0, share),)
+    return found

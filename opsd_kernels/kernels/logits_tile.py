@@ -27,58 +27,36 @@ def round_to(t, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def logits_tiles(
-    h_S,
-    h_T,
-    W,
-    W_T,
-    row,
-    col,
-    R,
-    V,
-    D,
-    D_T,
-    stride_h_S,
-    stride_h_T,
-    stride_Wv,
-    stride_Wd,
-    stride_W_Tv,
-    stride_W_Td,
-    SHARED: tl.constexpr,
-    BULK: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    EVEN_V: tl.constexpr,
-    BM: tl.constexpr,
-    BV: tl.constexpr,
-    BK: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def logits_tiles(h_S, h_T, W, W_T, student, teacher, row, col, R, tiling):
     """z_S, z_T [BM, BV] fp32 before temperature, of the rows from `row` and the columns from `col`
-    on. Where h_T is None nothing is multiplied for the teacher, and z_T is 0.
+    on.
 
     Args:
         h_S, h_T: [R, D], [R, D_T], features contiguous: pointers; if BULK descriptors of blocks
-            [BM, BK].
+            [BM, BK]. Where h_T is None nothing is multiplied for the teacher, and z_T is 0.
         W, W_T: [V, D], [V, D_T], any strides: pointers; if BULK, for which features are contiguous,
-            descriptors of blocks [BV, BK]. W_T is read unless SHARED.
-        SHARED: both sides have the head W: each tile of it is loaded once.
-        EVEN_D: BK divides D and D_T.
-        EVEN_V: BV divides V.
-        OPERAND: the dtype whose rounding the operands have; if BULK their own.
-        PRECISION: of fp32 products, as in tl.dot.
+            descriptors of blocks [BV, BK]. W_T is None where both sides have the head W: each tile
+            of it is loaded once.
+        student, teacher: each a `Side`.
+        tiling: a `Tiling`.
     """
+    BM: tl.constexpr = tiling.BM
+    BV: tl.constexpr = tiling.BV
+    BK: tl.constexpr = tiling.BK
+    OPERAND: tl.constexpr = tl.dtype(tiling.OPERAND)
+    PRECISION: tl.constexpr = tiling.PRECISION
+    D, D_T = student.D, teacher.D
     z_S = tl.zeros((BM, BV), tl.float32)
     z_T = tl.zeros((BM, BV), tl.float32)
-    if BULK:
+    if tiling.BULK:
         for d in range(0, D, BK):
             W_tile = operand(W.load([col, d]), OPERAND).T
             h_S_tile = operand(h_S.load([row, d]), OPERAND)
             z_S = tl.dot(h_S_tile, W_tile, z_S, input_precision=PRECISION)
-            if SHARED and h_T is not None:
+            if W_T is None and h_T is not None:
                 h_T_tile = operand(h_T.load([row, d]), OPERAND)
                 z_T = tl.dot(h_T_tile, W_tile, z_T, input_precision=PRECISION)
-        if not SHARED and h_T is not None:
+        if W_T is not None and h_T is not None:
             for d in range(0, D_T, BK):
                 W_tile = operand(W_T.load([col, d]), OPERAND).T
                 h_T_tile = operand(h_T.load([row, d]), OPERAND)
@@ -86,42 +64,48 @@ def logits_tiles(
     else:
         rows = tl.minimum(row + tl.arange(0, BM), R - 1).to(tl.int64)
         cols = col + tl.arange(0, BV)
-        if not EVEN_V:
-            cols = tl.minimum(cols, V - 1)
+        if not tiling.EVEN_V:
+            cols = tl.minimum(cols, student.V - 1)
         cols = cols.to(tl.int64)
         k = tl.arange(0, BK)
-        h_S_ptrs = h_S + rows[:, None] * stride_h_S + k[None, :]
+        h_S_ptrs = h_S + rows[:, None] * student.stride_h + k[None, :]
         if h_T is not None:
-            h_T_ptrs = h_T + rows[:, None] * stride_h_T + k[None, :]
-        W_ptrs = W + cols[None, :] * stride_Wv + k[:, None].to(tl.int64) * stride_Wd
+            h_T_ptrs = h_T + rows[:, None] * teacher.stride_h + k[None, :]
+        W_ptrs = _columns_of(W, cols, k, student)
         for d in range(0, D, BK):
-            h_S_tile = _load(h_S_ptrs, k[None, :] < D - d, EVEN_D, OPERAND)
-            W_tile = _load(W_ptrs, k[:, None] < D - d, EVEN_D, OPERAND)
+            h_S_tile = _load(h_S_ptrs, k[None, :] < D - d, tiling)
+            W_tile = _load(W_ptrs, k[:, None] < D - d, tiling)
             z_S = tl.dot(h_S_tile, W_tile, z_S, input_precision=PRECISION)
-            if SHARED and h_T is not None:
-                h_T_tile = _load(h_T_ptrs, k[None, :] < D - d, EVEN_D, OPERAND)
+            if W_T is None and h_T is not None:
+                h_T_tile = _load(h_T_ptrs, k[None, :] < D - d, tiling)
                 z_T = tl.dot(h_T_tile, W_tile, z_T, input_precision=PRECISION)
                 h_T_ptrs += BK
             h_S_ptrs += BK
-            W_ptrs += BK * stride_Wd
-        if not SHARED and h_T is not None:
-            W_T_ptrs = W_T + cols[None, :] * stride_W_Tv + k[:, None].to(tl.int64) * stride_W_Td
+            W_ptrs += BK * student.stride_d
+        if W_T is not None and h_T is not None:
+            W_T_ptrs = _columns_of(W_T, cols, k, teacher)
             for d in range(0, D_T, BK):
-                h_T_tile = _load(h_T_ptrs, k[None, :] < D_T - d, EVEN_D, OPERAND)
-                W_tile = _load(W_T_ptrs, k[:, None] < D_T - d, EVEN_D, OPERAND)
+                h_T_tile = _load(h_T_ptrs, k[None, :] < D_T - d, tiling)
+                W_tile = _load(W_T_ptrs, k[:, None] < D_T - d, tiling)
                 z_T = tl.dot(h_T_tile, W_tile, z_T, input_precision=PRECISION)
                 h_T_ptrs += BK
-                W_T_ptrs += BK * stride_W_Td
+                W_T_ptrs += BK * teacher.stride_d
     return z_S, z_T
 
 
 @triton.jit
-def _load(ptrs, mask, EVEN_D: tl.constexpr, OPERAND: tl.constexpr):
-    if EVEN_D:
+def _columns_of(W, cols, k, side):
+    """Pointers [BK, BV] to the first features of columns of logits, which are rows of W."""
+    return W + cols[None, :] * side.stride_v + k[:, None].to(tl.int64) * side.stride_d
+
+
+@triton.jit
+def _load(ptrs, mask, tiling):
+    if tiling.EVEN_D:
         t = tl.load(ptrs)
     else:
         t = tl.load(ptrs, mask=mask, other=0.0)
-    return operand(t, OPERAND)
+    return operand(t, tl.dtype(tiling.OPERAND))
 
 
 @triton.jit

@@ -43,19 +43,18 @@ from opsd_kernels.kernels.pointwise import (
     shift,
     within,
 )
+from opsd_kernels.kernels.records import State, Stats
 from opsd_kernels.kernels.tiles import Row
 
-# Fields of `partials` [6 or 8, spans, R] fp32, the last two those of the sampled tokens …
-TOP_S, SUM_S, TOP_T, SUM_T, AT_TOP, E_SUM, Z_S, Z_T = (tl.constexpr(i) for i in range(8))
-PARTIALS = 8
-# … and of `stats` [8 or 11, R] fp32, what is known of a row: top_S, p_max, top_T, q_max, log_sums,
-# the shift c of its scores, whether it is plain, the score of its top entry after the shift; and of
-# the sampled token log p, log q, and log q − log p.
+# Fields of `Partials`, the last two those of the sampled tokens: by their number in `State`.
+TOP_S, TOP_T, E_SUM, Z_S = tl.constexpr(0), tl.constexpr(2), tl.constexpr(5), tl.constexpr(6)
+PARTIALS = tl.constexpr(8)
+# Fields of `Tokens.stats`: those of `Stats`, and of the sampled token log p, log q, log q − log p.
 P_MAX, Q_MAX, S_TOP = tl.constexpr(1), tl.constexpr(3), tl.constexpr(7)
 STATS, STATS_OF_TARGETS = tl.constexpr(8), tl.constexpr(3)
 LAST = tl.constexpr(2**31 - 1)  # beyond every column
 # Rows of a program of `merge`.
-MERGE_BM = 8
+MERGE_BM = tl.constexpr(8)
 # Parts of the vocabulary at most, which bounds the size of `partials`.
 MAX_SPANS = 160
 
@@ -77,121 +76,69 @@ def span(V: int, row: Row) -> int:
 
 
 # What depends on the batch is no reason to compile again.
-@triton.jit(do_not_specialize=["R", "stride_partials"])
+@triton.jit(do_not_specialize=["R", "stride"])
 def lse_kernel(
-    partials_ptr,
-    index_ptr,
+    partials,
     h_S,
     h_T,
     W,
     W_T,
-    keep_ptr,
-    targets_ptr,
+    student,
+    teacher,
+    tokens,
     R,
-    V,
-    D,
-    D_T,
-    span,
-    stride_partials,
-    stride_h_S,
-    stride_h_T,
-    stride_Wv,
-    stride_Wd,
-    stride_W_Tv,
-    stride_W_Td,
+    stride,
     inverse_temperature,
-    SHARED: tl.constexpr,
-    MASKED: tl.constexpr,
-    LIMIT: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    EVEN_V: tl.constexpr,
-    BM: tl.constexpr,
-    BV: tl.constexpr,
-    BK: tl.constexpr,
-    PARTS: tl.constexpr,
-    FLAT: tl.constexpr,
-    BULK: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    tiling,
 ):
     """Grid (row tiles, spans).
 
     Writes:
-        partials_ptr: [6, spans, stride_partials] fp32, two fields more if there are targets.
-        index_ptr: [spans, stride_partials] int32, the column of the span's top_S.
+        partials: `Partials`, of sampled tokens too if there are targets.
 
     Reads:
-        h_S, h_T, W, W_T, D, D_T, strides: see `logits_tiles`.
-        keep_ptr: [R] bool if MASKED: a tile of rows none of which is kept is left out.
-        targets_ptr: [R] int32, the sampled tokens, or None.
-        span: columns of a program, a multiple of BV.
-        LIMIT: `mean_limit` of β, or 0: E is not wanted.
+        h_S, h_T, W, W_T: see `logits_tiles`.
+        student, teacher, tiling: the records.
+        tokens: keep and targets, or None of either. A tile of rows none of which is kept is left
+            out.
     """
+    BM: tl.constexpr = tiling.BM
+    LIMIT: tl.constexpr = partials.LIMIT
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     exists = row < R
-    if MASKED:
-        keep = tl.load(keep_ptr + row, mask=exists, other=0)
+    if tokens.keep is not None:
+        keep = tl.load(tokens.keep + row, mask=exists, other=0)
         if tl.max(keep.to(tl.int32), 0) == 0:
             return
     s = tl.program_id(1)
     target = None
-    if targets_ptr is not None:
-        target = tl.load(targets_ptr + row, mask=exists, other=0)
-    state = nothing(BM, BV // PARTS)
-    for v in tl.range(s * span, tl.minimum(s * span + span, V), BV, flatten=FLAT):
+    if tokens.targets is not None:
+        target = tl.load(tokens.targets + row, mask=exists, other=0)
+    state = nothing(BM, tiling.BV // tiling.PARTS)
+    V, span = student.V, partials.span
+    for v in tl.range(s * span, tl.minimum(s * span + span, V), tiling.BV, flatten=tiling.FLAT):
         z_S, z_T = logits_tiles(
-            h_S,
-            h_T,
-            W,
-            W_T,
-            tl.program_id(0) * BM,
-            v,
-            R,
-            V,
-            D,
-            D_T,
-            stride_h_S,
-            stride_h_T,
-            stride_Wv,
-            stride_Wd,
-            stride_W_Tv,
-            stride_W_Td,
-            SHARED,
-            BULK,
-            EVEN_D,
-            EVEN_V,
-            BM,
-            BV,
-            BK,
-            OPERAND,
-            PRECISION,
+            h_S, h_T, W, W_T, student, teacher, tl.program_id(0) * BM, v, R, tiling
         )
-        state = absorb(z_S, z_T, v, V, target, state, inverse_temperature, LIMIT, EVEN_V, PARTS)
+        state = absorb(
+            z_S, z_T, v, V, target, state, inverse_temperature, LIMIT, tiling.EVEN_V, tiling.PARTS
+        )
     state = combined(state, 1, inverse_temperature, LIMIT)
-    top_S, sum_S, top_T, sum_T, at_top, E, index, z_Sy, z_Ty = state
-    at = s * stride_partials + row
-    field = tl.num_programs(1) * stride_partials
-    tl.store(partials_ptr + TOP_S * field + at, top_S, mask=exists)
-    tl.store(partials_ptr + SUM_S * field + at, sum_S, mask=exists)
-    tl.store(partials_ptr + TOP_T * field + at, top_T, mask=exists)
-    tl.store(partials_ptr + SUM_T * field + at, sum_T, mask=exists)
-    tl.store(partials_ptr + AT_TOP * field + at, at_top, mask=exists)
-    if LIMIT > 0:
-        tl.store(partials_ptr + E_SUM * field + at, E, mask=exists)
-    if targets_ptr is not None:
-        tl.store(partials_ptr + Z_S * field + at, z_Sy, mask=exists)
-        tl.store(partials_ptr + Z_T * field + at, z_Ty, mask=exists)
-    tl.store(index_ptr + at, index, mask=exists)
+    at = s * stride + row
+    field = tl.num_programs(1) * stride
+    for i in tl.static_range(PARTIALS):
+        if (i != E_SUM or LIMIT > 0) and (i < Z_S or tokens.targets is not None):
+            tl.store(partials.fields + i * field + at, state[i], mask=exists)
+    tl.store(partials.index + at, state.index, mask=exists)
 
 
 @triton.jit
 def nothing(BM: tl.constexpr, WIDTH: tl.constexpr):
-    """The state [BM, WIDTH] of BM rows of which no logit was seen yet: top_S, sum_S, top_T, sum_T,
-    z_T at the student's top, E, the column of top_S, and z_S, z_T of the sampled token."""
+    """The state [BM, WIDTH] of BM rows of which no logit was seen yet."""
     zeros = tl.zeros((BM, WIDTH), tl.float32)
     low = tl.full((BM, WIDTH), float("-inf"), tl.float32)
     index = tl.zeros((BM, WIDTH), tl.int32)
-    return low, zeros, low, zeros, zeros, zeros, index, zeros, zeros
+    return State(low, zeros, low, zeros, zeros, zeros, zeros, zeros, index)
 
 
 @triton.jit
@@ -210,7 +157,7 @@ def absorb(
     """A tile of logits [BM, BV] of the columns `begin` … into the state [BM, BV / PARTS] of its
     rows; columns ≥ V count for nothing unless EVEN_V. `target` [BM] is the column of the sampled
     token, or None."""
-    top_S, sum_S, top_T, sum_T, at_top, E, index, z_Sy, z_Ty = state
+    top_S, sum_S, top_T, sum_T, at_top, E, z_Sy, z_Ty, index = state
     tops = (top_S, top_T, at_top, index, z_Sy, z_Ty)
     tops = _tops(z_S, z_T, begin, V, target, tops, EVEN_V, PARTS)
     new_top_S, new_top_T, new_at_top, index, z_Sy, z_Ty = tops
@@ -228,7 +175,7 @@ def absorb(
     sum_S, sum_T, E = _sums(
         z_S, z_T, begin, V, references, sums, inverse_temperature, LIMIT, EVEN_V, PARTS
     )
-    return new_top_S, sum_S, new_top_T, sum_T, new_at_top, E, index, z_Sy, z_Ty
+    return State(new_top_S, sum_S, new_top_T, sum_T, new_at_top, E, z_Sy, z_Ty, index)
 
 
 @triton.jit
@@ -304,7 +251,7 @@ def finite_or_zero(top):
 @triton.jit
 def combined(state, AXIS: tl.constexpr, inverse_temperature, LIMIT: tl.constexpr):
     """One state of each row from several, which lie along an axis."""
-    top_Ss, sum_Ss, top_Ts, sum_Ts, at_tops, Es, indices, z_Sys, z_Tys = state
+    top_Ss, sum_Ss, top_Ts, sum_Ts, at_tops, Es, z_Sys, z_Tys, indices = state
     top_S, top_T = tl.max(top_Ss, AXIS), tl.max(top_Ts, AXIS)
     safe_S = tl.expand_dims(finite_or_zero(top_S), AXIS)
     safe_T = tl.expand_dims(finite_or_zero(top_T), AXIS)
@@ -321,114 +268,91 @@ def combined(state, AXIS: tl.constexpr, inverse_temperature, LIMIT: tl.constexpr
         d_top = tl.expand_dims(difference(top_S, at_top), AXIS)
         moved = within(difference(top_Ss, at_tops) - d_top, LIMIT)
         E = tl.sum(scale * (Es + sum_Ss * moved), AXIS)
-    return top_S, sum_S, top_T, sum_T, at_top, E, index, tl.sum(z_Sys, AXIS), tl.sum(z_Tys, AXIS)
+    z_Sy, z_Ty = tl.sum(z_Sys, AXIS), tl.sum(z_Tys, AXIS)
+    return State(top_S, sum_S, top_T, sum_T, at_top, E, z_Sy, z_Ty, index)
 
 
 # What depends on the batch is no reason to compile again.
-@triton.jit(do_not_specialize=["R", "spans", "stride_partials"])
+@triton.jit(do_not_specialize=["R", "spans", "stride"])
 def merge_kernel(
-    stats_ptr,
-    top_ptr,
-    partials_ptr,
-    index_ptr,
+    tokens,
+    partials,
     R,
     spans,
-    stride_partials,
-    inverse_temperature,
-    beta,
-    entry_clip,
-    FAMILY: tl.constexpr,
-    CLIPPED: tl.constexpr,
+    stride,
+    divergence,
     SCALE: tl.constexpr,
-    TARGETS: tl.constexpr,
-    LIMIT: tl.constexpr,
-    BM: tl.constexpr,
     SPANS: tl.constexpr,
 ):
     """Grid (row tiles). Put the spans together.
 
     Writes:
-        stats_ptr: [STATS, stride_partials] fp32, with STATS_OF_TARGETS more if TARGETS.
-        top_ptr: [stride_partials] int32, the student's most likely entry.
+        tokens: stats and top; of sampled tokens too if there are targets.
 
     Reads:
-        partials_ptr, index_ptr: what `lse_kernel` wrote; of sampled tokens too if TARGETS.
-        beta: β, or a pointer to [R] if MIXED.
+        tokens: beta if MIXED.
+        partials: what `lse_kernel` wrote.
+        SCALE: what scores will be multiplied by.
         SPANS: a power of two, at least `spans`.
     """
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    LIMIT: tl.constexpr = partials.LIMIT
+    row = tl.program_id(0) * MERGE_BM + tl.arange(0, MERGE_BM)
     s = tl.arange(0, SPANS)
     exists = (s[:, None] < spans) & (row[None, :] < R)
-    at = s[:, None] * stride_partials + row[None, :]
-    field = spans * stride_partials
-    low, zeros = float("-inf"), tl.zeros((SPANS, BM), tl.float32)
-    E, z_Sy, z_Ty = zeros, zeros, zeros
-    if LIMIT > 0:
-        E = tl.load(partials_ptr + E_SUM * field + at, mask=exists, other=0.0)
-    if TARGETS:
-        z_Sy = tl.load(partials_ptr + Z_S * field + at, mask=exists, other=0.0)
-        z_Ty = tl.load(partials_ptr + Z_T * field + at, mask=exists, other=0.0)
-    state = (
-        tl.load(partials_ptr + TOP_S * field + at, mask=exists, other=low),
-        tl.load(partials_ptr + SUM_S * field + at, mask=exists, other=0.0),
-        tl.load(partials_ptr + TOP_T * field + at, mask=exists, other=low),
-        tl.load(partials_ptr + SUM_T * field + at, mask=exists, other=0.0),
-        tl.load(partials_ptr + AT_TOP * field + at, mask=exists, other=0.0),
-        E,
-        tl.load(index_ptr + at, mask=exists, other=0),
-        z_Sy,
-        z_Ty,
-    )
-    state = combined(state, 0, inverse_temperature, LIMIT)
+    at = s[:, None] * stride + row[None, :]
+    field = spans * stride
+    fields = ()
+    for i in tl.static_range(PARTIALS):
+        if (i == E_SUM and LIMIT == 0) or (i >= Z_S and tokens.targets is None):
+            found = tl.zeros((SPANS, MERGE_BM), tl.float32)
+        elif i == TOP_S or i == TOP_T:
+            found = tl.load(partials.fields + i * field + at, mask=exists, other=float("-inf"))
+        else:
+            found = tl.load(partials.fields + i * field + at, mask=exists, other=0.0)
+        fields = fields + (found,)
+    state = State(*fields, tl.load(partials.index + at, mask=exists, other=0))  # type: ignore[call-arg]
+    state = combined(state, 0, divergence.inverse_temperature, LIMIT)
 
     exists_row = row < R
-    if FAMILY == MIXED:
-        beta = tl.load(beta + row, mask=exists_row, other=0.5)
-    stats = normalizers(state, inverse_temperature, beta, entry_clip, FAMILY, CLIPPED, SCALE)
-    if TARGETS:
-        stats = stats + log_probs(state, inverse_temperature)
-    for i in tl.static_range(len(stats)):
-        tl.store(stats_ptr + i * stride_partials + row, stats[i], mask=exists_row)
-    tl.store(top_ptr + row, state[6], mask=exists_row)
+    beta = divergence.beta
+    if divergence.FAMILY == MIXED:
+        beta = tl.load(tokens.beta + row, mask=exists_row, other=0.5)
+    stats = normalizers(state, beta, divergence, SCALE)
+    for i in tl.static_range(STATS):
+        tl.store(tokens.stats + i * stride + row, stats[i], mask=exists_row)
+    if tokens.targets is not None:
+        sampled = log_probs(state, divergence.inverse_temperature)
+        for i in tl.static_range(STATS_OF_TARGETS):
+            tl.store(tokens.stats + (STATS + i) * stride + row, sampled[i], mask=exists_row)
+    tl.store(tokens.top + row, state.index, mask=exists_row)
 
 
 @triton.jit
-def normalizers(
-    state,
-    inverse_temperature,
-    beta,
-    entry_clip,
-    FAMILY: tl.constexpr,
-    CLIPPED: tl.constexpr,
-    SCALE: tl.constexpr,
-):
-    """The fields of `stats` [BM] from the state of rows of which every logit was seen."""
-    top_S, sum_S, top_T, sum_T, at_top, E = (
-        state[0], state[1], state[2], state[3], state[4], state[5],
-    )  # fmt: skip
+def normalizers(state, beta, divergence, SCALE: tl.constexpr):
+    """The `Stats` [BM] from the state of rows of which every logit was seen."""
+    top_S, sum_S, top_T, sum_T = state.top_S, state.sum_S, state.top_T, state.sum_T
     p_max, q_max, log_sums = 1.0 / sum_S, 1.0 / sum_T, log_quotient(sum_S, sum_T)
     c, s_top, plain = sum_S, sum_S, sum_S  # never read for log p(ŷ)
-    if FAMILY != LOG_PROB:
+    if divergence.FAMILY != LOG_PROB:
+        d_top = difference(top_S, state.at_top)
+        mean_d = state.E / sum_S * divergence.inverse_temperature
         c, s_top, plain = shift(
-            top_S, p_max, top_T, q_max, log_sums, difference(top_S, at_top),
-            E / sum_S * inverse_temperature, inverse_temperature, beta, entry_clip, FAMILY, CLIPPED,
-        )  # fmt: skip
+            top_S, p_max, top_T, q_max, log_sums, d_top, mean_d, beta, divergence
+        )
         if SCALE != 1:
             # What is scaled has few exponents. |G| ≤ 1 where scores are bounded, so c may be too.
             bounded = tl.minimum(tl.maximum(c, -1.0), 1.0, propagate_nan=tl.PropagateNan.ALL)
             s_top = tl.where(bounded == c, s_top, s_top + (c - bounded) * p_max)
             c = bounded
-    return top_S, p_max, top_T, q_max, log_sums, c, plain, s_top
+    return Stats(top_S, p_max, top_T, q_max, log_sums, c, plain, s_top)
 
 
 @triton.jit
 def log_probs(state, inverse_temperature):
     """log p, log q and log q − log p of the sampled token."""
-    top_S, sum_S, top_T, sum_T, z_Sy, z_Ty = (
-        state[0], state[1], state[2], state[3], state[7], state[8],
-    )  # fmt: skip
-    d = z_Ty - z_Sy
+    top_S, sum_S, top_T, sum_T = state.top_S, state.sum_S, state.top_T, state.sum_T
+    d = state.z_Ty - state.z_Sy
     d = within(tl.where(d == d, d, 0.0), HUGE)  # 0 where neither side gives it any mass
     x = log_ratio(d, top_S, top_T, log_quotient(sum_S, sum_T), inverse_temperature)
-    log_p = (z_Sy - top_S) * inverse_temperature - tl.log(sum_S)
-    return log_p, (z_Ty - top_T) * inverse_temperature - tl.log(sum_T), x
+    log_p = (state.z_Sy - top_S) * inverse_temperature - tl.log(sum_S)
+    return log_p, (state.z_Ty - top_T) * inverse_temperature - tl.log(sum_T), x

@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 
 from opsd_kernels.kernels.logits_tile import halves, logits_tiles, round_to
+from opsd_kernels.kernels.lse import STATS
 from opsd_kernels.kernels.pointwise import (
     FORWARD_KL,
     HUGE,
@@ -46,135 +47,84 @@ from opsd_kernels.kernels.pointwise import (
     log_ratio,
     value_and_score,
 )
+from opsd_kernels.kernels.records import Stats
 
-# Fields of `sums` [2 or 7, slots, R] fp32: Σ f, and Σ s without the top entry's; with statistics
-# also those of forward and reverse KL, of both entropies, and of what the clip took, if one is set.
+# Fields of `Scored.sums` [2 or 7, slots, stride] fp32: Σ f, and Σ s without the top entry's; with
+# statistics also those of forward and reverse KL, of both entropies, and of what the clip took, if
+# one is set.
 VALUE, SCORE = tl.constexpr(0), tl.constexpr(1)
 SUMS, SUMS_OF_STATISTICS = tl.constexpr(2), tl.constexpr(5)
 
 
 # What depends on the batch is no reason to compile again.
-@triton.jit(do_not_specialize=["R", "slots", "stride_sums"])
+@triton.jit(do_not_specialize=["R", "stride"])
 def pair_kernel(
-    sums_ptr,
-    s_ptr,
-    p_ptr,
+    scored,
     h_S,
     h_T,
     W,
     W_T,
-    stats_ptr,
-    top_ptr,
-    keep_ptr,
-    v_begin,
-    slots,
+    student,
+    teacher,
+    tokens,
     R,
-    V,
-    D,
-    D_T,
-    stride_sums,
-    stride_tile,
-    stride_h_S,
-    stride_h_T,
-    stride_Wv,
-    stride_Wd,
-    stride_W_Tv,
-    stride_W_Td,
-    inverse_temperature,
-    beta,
-    entry_clip,
-    FAMILY: tl.constexpr,
-    CLIPPED: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    SCALE: tl.constexpr,
-    SHARED: tl.constexpr,
-    MASKED: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    EVEN_V: tl.constexpr,
-    BM: tl.constexpr,
-    BV: tl.constexpr,
-    BK: tl.constexpr,
-    PARTS: tl.constexpr,
-    FLAT: tl.constexpr,
-    BULK: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    stride,
+    divergence,
+    tiling,
 ):
     """Grid (row tiles, programs): a program takes slot after slot, as many apart as there are
-    programs; of a slot the columns from v_begin + slot · BV on, up to the vocabulary's end.
+    programs; of a slot the columns from `scored.begin` + slot · BV on, up to the vocabulary's end.
 
     Writes:
-        sums_ptr: [SUMS, slots, stride_sums] fp32, SUMS_OF_STATISTICS more if STATISTICS; added to
-            unless v_begin is 0.
-        s_ptr, p_ptr: [R, stride_tile], columns of the vocabulary from v_begin on, times SCALE; 0
-            beyond its end, up to a multiple of BV. None without gradient, p_ptr also where G is
-            known.
+        scored: sums, added to unless `begin` is 0; s and p, as far as they are there, 0 beyond the
+            vocabulary's end, up to a multiple of BV.
 
     Reads:
-        h_S, h_T, W, W_T, D, D_T, strides: see `logits_tiles`.
-        stats_ptr, top_ptr: [STATS, stride_sums] fp32, [stride_sums] int32, from `lse`; of LOG_PROB
-            top_ptr is the sampled tokens.
-        beta: β, or a pointer to [R] if MIXED.
-        keep_ptr: [R] bool if MASKED: a tile of rows none of which is kept is left out.
+        h_S, h_T, W, W_T: see `logits_tiles`.
+        student, teacher, divergence, tiling: the records.
+        tokens: stats and top; of LOG_PROB targets instead; beta if MIXED; and keep, or None: a tile
+            of rows none of which is kept is left out.
     """
+    BM: tl.constexpr = tiling.BM
+    BV: tl.constexpr = tiling.BV
+    OF_STATISTICS: tl.constexpr = SUMS_OF_STATISTICS - 1 + divergence.CLIPPED
+    FIELDS: tl.constexpr = SUMS + scored.STATISTICS * OF_STATISTICS
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     exists = row < R
-    if MASKED:
-        keep = tl.load(keep_ptr + row, mask=exists, other=0)
+    if tokens.keep is not None:
+        keep = tl.load(tokens.keep + row, mask=exists, other=0)
         if tl.max(keep.to(tl.int32), 0) == 0:
             return
-    if FAMILY == MIXED:
-        beta = tl.load(beta + row, mask=exists, other=0.5)[:, None]
-    at_tile = row[:, None].to(tl.int64) * stride_tile - v_begin
-    s_ptrs, p_ptrs = s_ptr, p_ptr
-    if s_ptr is not None:
+    beta = divergence.beta
+    if divergence.FAMILY == MIXED:
+        beta = tl.load(tokens.beta + row, mask=exists, other=0.5)[:, None]
+    at_tile = row[:, None].to(tl.int64) * scored.stride - scored.begin
+    s_ptrs, p_ptrs = scored.s, scored.p
+    if scored.s is not None:
         s_ptrs += at_tile
-    if p_ptr is not None:
+    if scored.p is not None:
         p_ptrs += at_tile
-    stop = tl.minimum(slots, tl.cdiv(V - v_begin, BV))
-    for slot in tl.range(tl.program_id(1), stop, tl.num_programs(1), flatten=FLAT):
-        begin = v_begin + slot * BV
+    V = student.V
+    stop = tl.minimum(scored.slots, tl.cdiv(V - scored.begin, BV))
+    for slot in tl.range(tl.program_id(1), stop, tl.num_programs(1), flatten=tiling.FLAT):
+        begin = scored.begin + slot * BV
         z_S, z_T = logits_tiles(
-            h_S,
-            h_T,
-            W,
-            W_T,
-            tl.program_id(0) * BM,
-            begin,
-            R,
-            V,
-            D,
-            D_T,
-            stride_h_S,
-            stride_h_T,
-            stride_Wv,
-            stride_Wd,
-            stride_W_Tv,
-            stride_W_Td,
-            SHARED,
-            BULK,
-            EVEN_D,
-            EVEN_V,
-            BM,
-            BV,
-            BK,
-            OPERAND,
-            PRECISION,
+            h_S, h_T, W, W_T, student, teacher, tl.program_id(0) * BM, begin, R, tiling
         )
-        stats = load_stats(stats_ptr, stride_sums, row, exists)
-        top = tl.load(top_ptr + row, mask=exists, other=0)[:, None]
-        sums = zeros(SUMS + STATISTICS * (SUMS_OF_STATISTICS - 1 + CLIPPED), BM, BV // PARTS)
-        given = (top, stats, inverse_temperature, beta, entry_clip)
-        sums = _columns(
-            z_S, z_T, begin, V, given, exists[:, None], s_ptrs, p_ptrs, sums,
-            FAMILY, CLIPPED, STATISTICS, SCALE, EVEN_V, PARTS,
+        stats = load_stats(tokens, stride, row, exists)
+        top = top_of(tokens, row, exists, divergence)[:, None]
+        of_rows = (top, stats, beta, exists[:, None])
+        added = _columns(
+            z_S, z_T, begin, None if tiling.EVEN_V else V, of_rows, (s_ptrs, p_ptrs),
+            zeros(FIELDS, BM, BV // tiling.PARTS), divergence, scored.SCALE, scored.STATISTICS,
+            tiling.PARTS,
         )  # fmt: skip
-        earlier = exists & (v_begin > 0)
-        for i in tl.static_range(len(sums)):
-            if i != SCORE or s_ptr is not None:
-                at = (i * slots + slot) * stride_sums + row
-                total = tl.sum(sums[i], 1) + tl.load(sums_ptr + at, mask=earlier, other=0.0)
-                tl.store(sums_ptr + at, total, mask=exists)
+        earlier = exists & (scored.begin > 0)
+        for i in tl.static_range(FIELDS):
+            if i != SCORE or scored.s is not None:
+                at = (i * scored.slots + slot) * stride + row
+                total = tl.sum(added[i], 1) + tl.load(scored.sums + at, mask=earlier, other=0.0)
+                tl.store(scored.sums + at, total, mask=exists)
 
 
 @triton.jit
@@ -183,42 +133,43 @@ def _columns(
     z_T,
     begin,
     V,
-    given,
-    exists,
-    s_ptrs,
-    p_ptrs,
+    of_rows,
+    pointers,
     sums,
-    FAMILY: tl.constexpr,
-    CLIPPED: tl.constexpr,
-    STATISTICS: tl.constexpr,
+    divergence,
     SCALE: tl.constexpr,
-    EVEN_V: tl.constexpr,
+    STATISTICS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """The columns `begin` … into `sums` [BM, BV / PARTS], and their s and p stored, in PARTS parts
-    one after the other; `given` is what `entries` takes beside logits."""
+    one after the other.
+
+    Args:
+        V: the vocabulary's end, or None if all columns are before it.
+        of_rows: top entry, `Stats`, β and whether it exists, of each row [BM, 1].
+        pointers: to rows of s and p, to which a column of the vocabulary is added; None of what is
+            not stored.
+    """
     if PARTS > 1:
         z_S0, z_S1 = halves(z_S)
         z_T0, z_T1 = halves(z_T)
         sums = _columns(
-            z_S0, z_T0, begin, V, given, exists, s_ptrs, p_ptrs, sums,
-            FAMILY, CLIPPED, STATISTICS, SCALE, EVEN_V, PARTS // 2,
+            z_S0, z_T0, begin, V, of_rows, pointers, sums,
+            divergence, SCALE, STATISTICS, PARTS // 2,
         )  # fmt: skip
         return _columns(
-            z_S1, z_T1, begin + z_S0.shape[1], V, given, exists, s_ptrs, p_ptrs, sums,
-            FAMILY, CLIPPED, STATISTICS, SCALE, EVEN_V, PARTS // 2,
+            z_S1, z_T1, begin + z_S0.shape[1], V, of_rows, pointers, sums,
+            divergence, SCALE, STATISTICS, PARTS // 2,
         )  # fmt: skip
     else:
         col = (tl.arange(0, z_S.shape[1]) + begin)[None, :]
-        if not EVEN_V:
+        if V is not None:
             z_S = tl.where(col < V, z_S, float("-inf"))
             z_T = tl.where(col < V, z_T, float("-inf"))
-        top, stats, inverse_temperature, beta, entry_clip = given
-        terms, p = entries(
-            z_S, z_T, col == top, stats, inverse_temperature, beta, entry_clip,
-            FAMILY, CLIPPED, STATISTICS,
-        )  # fmt: skip
+        top, stats, beta, exists = of_rows
+        terms, p = entries(z_S, z_T, col == top, stats, beta, divergence, STATISTICS)
         # No mask but that of the rows: it would hide that columns are contiguous.
+        s_ptrs, p_ptrs = pointers
         if s_ptrs is not None:
             s = round_to(terms[1] * SCALE, s_ptrs.dtype.element_ty)
             tl.store(s_ptrs + col, s, mask=exists)
@@ -237,50 +188,43 @@ def zeros(FIELDS: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def entries(
-    z_S,
-    z_T,
-    is_top,
-    stats,
-    inverse_temperature,
-    beta,
-    entry_clip,
-    FAMILY: tl.constexpr,
-    CLIPPED: tl.constexpr,
-    STATISTICS: tl.constexpr,
-):
-    """What entries contribute, from logits [BM, BV] and `stats` [BM, 1] (see `load_stats`).
+def entries(z_S, z_T, is_top, stats, beta, divergence, STATISTICS: tl.constexpr):
+    """What entries contribute, from logits [BM, BV], and the `Stats` and β [BM, 1] of their
+    rows.
 
     Returns:
         A tuple of the terms of all `sums`, of which the first two are f and s = a − c p, and p. s
         and p are 0 at the top entry. The terms of the entropies are those before temperature.
     """
-    top_S, p_max, top_T, q_max, log_sums, c, plain = stats
-    p = exp(z_S - top_S, inverse_temperature) * p_max
+    FAMILY: tl.constexpr = divergence.FAMILY
+    inverse_temperature = divergence.inverse_temperature
+    top_S, top_T = stats.top_S, stats.top_T
+    p = exp(z_S - top_S, inverse_temperature) * stats.p_max
     if FAMILY == LOG_PROB:
         p = tl.where(is_top, 0.0, p)
         return (tl.zeros(p.shape, tl.float32), -p), p
     d = difference(z_S, z_T)
-    q = exp(z_T - top_T, inverse_temperature) * q_max
-    x = log_ratio(d, top_S, top_T, log_sums, inverse_temperature)
-    f, a, excess = value_and_score(p, q, x, plain, beta, entry_clip, FAMILY, CLIPPED)
+    q = exp(z_T - top_T, inverse_temperature) * stats.q_max
+    x = log_ratio(d, top_S, top_T, stats.log_sums, inverse_temperature)
+    f, a, excess = value_and_score(p, q, x, stats.plain, beta, divergence)
     # No mass on one side where the other has some.
-    if not CLIPPED:
+    if not divergence.CLIPPED:
         if FAMILY == FORWARD_KL:
             f = tl.where(d >= HUGE, float("inf"), f)
         elif FAMILY == REVERSE_KL:
             f = tl.where((d <= -HUGE) & (z_S > -HUGE), float("inf"), f)
         elif FAMILY == MIXED:
             f = tl.where((beta == 0) & (d >= HUGE), float("inf"), f)
-            f = tl.where((beta == 1) & (d <= -HUGE) & (z_S > -HUGE), float("inf"), f)
-    s = tl.where(is_top, 0.0, a - c * p)
+            nowhere = (d <= -HUGE) & (z_S > -HUGE)
+            f = tl.where((beta == 1) & nowhere, float("inf"), f)
+    s = tl.where(is_top, 0.0, a - stats.c * p)
     terms = (f, s)
     if STATISTICS:
         forward, reverse = kullback_leiblers(p, q, x)
         forward = tl.where(d >= HUGE, float("inf"), forward)
         reverse = tl.where((d <= -HUGE) & (z_S > -HUGE), float("inf"), reverse)
         terms = terms + (forward, reverse, _mean_term(p, top_S - z_S), _mean_term(q, top_T - z_T))
-        if CLIPPED:
+        if divergence.CLIPPED:
             terms = terms + (excess,)
     return terms, tl.where(is_top, 0.0, p)
 
@@ -301,15 +245,21 @@ def add_each(a, b):
 
 
 @triton.jit
-def load_stats(stats_ptr, stride, row, exists):
-    """top_S, p_max, top_T, q_max, log_sums, c, plain of rows, [BM, 1] each."""
-    ptrs = stats_ptr + row
-    return (
-        tl.load(ptrs, mask=exists, other=0.0)[:, None],
-        tl.load(ptrs + stride, mask=exists, other=0.0)[:, None],
-        tl.load(ptrs + 2 * stride, mask=exists, other=0.0)[:, None],
-        tl.load(ptrs + 3 * stride, mask=exists, other=0.0)[:, None],
-        tl.load(ptrs + 4 * stride, mask=exists, other=0.0)[:, None],
-        tl.load(ptrs + 5 * stride, mask=exists, other=0.0)[:, None],
-        tl.load(ptrs + 6 * stride, mask=exists, other=0.0)[:, None],
-    )
+def load_stats(tokens, stride, row, exists):
+    """The `Stats` of rows, [BM, 1] each."""
+    ptrs = tokens.stats + row
+    stats = ()
+    for i in tl.static_range(STATS):
+        field = tl.load(ptrs + i * stride, mask=exists, other=0.0)
+        stats = stats + (field[:, None],)
+    return Stats(*stats)
+
+
+@triton.jit
+def top_of(tokens, row, mask, divergence):
+    """The entry of rows [BM] whose gradient is given apart: the student's most likely, or ŷ."""
+    if divergence.FAMILY == LOG_PROB:
+        top = tl.load(tokens.targets + row, mask=mask, other=0)
+    else:
+        top = tl.load(tokens.top + row, mask=mask, other=0)
+    return top

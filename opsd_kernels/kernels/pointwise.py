@@ -24,7 +24,6 @@ lm / b = t; the reverse KL is the forward KL exchanged.
 """
 
 import math
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -33,6 +32,7 @@ from triton.language.core import builtin
 from triton.language.extra.cuda import libdevice
 
 from opsd_kernels import divergence
+from opsd_kernels.kernels.records import Divergence
 
 # A constant for the kernels: the interpreter has no machine instructions to choose from.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -64,19 +64,20 @@ def family(beta: float | Tensor | None) -> int:
     return (JENSEN_SHANNON if beta <= 0.5 else JENSEN_SHANNON_EXCHANGED).value
 
 
-def arguments(beta: float | Tensor | None, entry_clip: float | None) -> dict[str, Any]:
-    """The arguments by which every kernel knows the divergence."""
-    weight = beta
-    if beta is None:
-        weight = 0.0
-    elif not isinstance(beta, Tensor) and beta > 0.5:
-        weight = 1 - beta  # in fp64: near 1 this is more than fp32 knows of β
-    return {
-        "beta": weight,
-        "entry_clip": entry_clip or 0.0,
-        "FAMILY": family(beta),
-        "CLIPPED": entry_clip is not None,
-    }
+def divergence_record(
+    beta: float | Tensor | None, entry_clip: float | None, temperature: float
+) -> Divergence:
+    """The divergence as every kernel is given it; a β of each token goes with the tokens."""
+    weight = 0.0 if beta is None or isinstance(beta, Tensor) else beta
+    if weight > 0.5:
+        weight = 1 - weight  # in fp64: near 1 this is more than fp32 knows of β
+    return Divergence(
+        weight,
+        entry_clip or 0.0,
+        1 / temperature,
+        FAMILY=tl.constexpr(family(beta)),
+        CLIPPED=tl.constexpr(entry_clip is not None),
+    )
 
 
 def knows_G(beta: float | Tensor | None, entry_clip: float | None) -> bool:
@@ -179,20 +180,7 @@ def log_quotient(sum_S, sum_T):
 
 
 @triton.jit
-def shift(
-    top_S,
-    p_max,
-    top_T,
-    q_max,
-    log_sums,
-    d_top,
-    mean_d,
-    inverse_temperature,
-    beta,
-    entry_clip,
-    FAMILY: tl.constexpr,
-    CLIPPED: tl.constexpr,
-):
+def shift(top_S, p_max, top_T, q_max, log_sums, d_top, mean_d, beta, divergence):
     """The shift c of a row's scores, the top entry's score after it, and whether the row is plain.
 
     c is what is known of G = Σ a before the vocabulary is seen a second time: the top entry's
@@ -206,10 +194,14 @@ def shift(
         top_S, p_max, top_T, q_max, log_sums: [BM] the normalizers, see `lse`.
         d_top: [BM] z_T − z_S at the student's top entry.
         mean_d: [BM] Σ p (d − d_top) / T, with d − d_top within ±`mean_limit` entry by entry.
+        beta: as in `value_and_score`; [BM] if MIXED.
 
     Returns:
         c, a_top − c p_top, plain (1 or 0), [BM] each.
     """
+    FAMILY: tl.constexpr = divergence.FAMILY
+    CLIPPED: tl.constexpr = divergence.CLIPPED
+    inverse_temperature, entry_clip = divergence.inverse_temperature, divergence.entry_clip
     x = log_ratio(d_top, top_S, top_T, log_sums, inverse_temperature)
     p, q = p_max, exp(d_top + (top_S - top_T), inverse_temperature) * q_max
     p_others = 1.0 - p
@@ -218,11 +210,11 @@ def shift(
     # Where the top entry has nearly all the mass, 1 − p_top has few digits left, and
     # c = a_top / p_top, which needs none of them, is as near to G.
     guessed = p <= 0.9
-    _f, a, excess = value_and_score(p, q, x, no, beta, entry_clip, FAMILY, CLIPPED)
+    _f, a, excess = value_and_score(p, q, x, no, beta, divergence)
     if FAMILY == FORWARD_KL:
         # Σ (p − q) over the others; with a clip, besides, how much of q the clip may have taken,
         # which is what G then is: all that the student's top entry does not account for.
-        a_others = -value_and_score(p, q, x, no, beta, entry_clip, FAMILY, False)[1]
+        a_others = -unclipped(p, q, x, beta, FAMILY)[1]
         if CLIPPED:
             plain = tl.where((excess > 0) & (q > 0.5), 1.0, 0.0)
             a_others += tl.where(excess > 0, 0.0, tl.maximum(1.0 - q / p, 0.0))
@@ -235,7 +227,7 @@ def shift(
     else:
         x_others = x + mean_d / tl.maximum(p_others, 1e-30)
         one = no + 1.0
-        a_others = p_others * value_and_score(one, one, x_others, no, beta, 0.0, FAMILY, False)[1]
+        a_others = p_others * unclipped(one, one, x_others, beta, FAMILY)[1]
         if CLIPPED:
             # Where the top entry is clipped all may be, and scores of 0 are to stay 0.
             clipped = excess > 0
@@ -255,29 +247,20 @@ def shift(
 
 
 @triton.jit
-def value_and_score(p, q, x, plain, beta, entry_clip, FAMILY: tl.constexpr, CLIPPED: tl.constexpr):
+def value_and_score(p, q, x, plain, beta, divergence):
     """Value f and score a of entries, and what the clip took of f; for the KLs f and a carry the
     null term, ±(p − q).
 
     Args:
         p, q, x: fp32 tiles: student, teacher and log-ratio.
         plain: 1 for rows whose clipped KL is better summed without the null term, else 0.
-        beta: for the JSDs β, or 1 − β if exchanged, fp32; if MIXED β of each row.
-        entry_clip: τ, fp32; read if CLIPPED.
+        beta: that of each row if MIXED, else `divergence.beta`.
     """
+    FAMILY: tl.constexpr = divergence.FAMILY
+    entry_clip = divergence.entry_clip
+    f, a, textbook, null, clipped_score = unclipped(p, q, x, beta, FAMILY)
     excess = 0.0
-    if FAMILY == FORWARD_KL or FAMILY == REVERSE_KL:
-        f, a = _kullback_leibler(p, q, x, FAMILY)
-        if FAMILY == FORWARD_KL:
-            textbook, null, clipped_score = q * x, a, p
-        else:
-            textbook, null, clipped_score = a, q - p, -p
-    elif FAMILY == MIXED:
-        f, a, textbook, null, clipped_score = _any_divergence(p, q, x, beta)
-    else:
-        f, a = _jensen_shannon(p, q, x, beta, FAMILY == JENSEN_SHANNON_EXCHANGED)
-        textbook = f
-    if CLIPPED:
+    if divergence.CLIPPED:
         clipped = textbook > entry_clip
         excess = tl.where(clipped, textbook - entry_clip, 0.0)
         if FAMILY == JENSEN_SHANNON or FAMILY == JENSEN_SHANNON_EXCHANGED:
@@ -288,6 +271,25 @@ def value_and_score(p, q, x, plain, beta, entry_clip, FAMILY: tl.constexpr, CLIP
             f = tl.where(clipped, entry_clip + (1.0 - plain) * null, f)
             a = tl.where(clipped, clipped_score, a)
     return f, a, excess
+
+
+@triton.jit
+def unclipped(p, q, x, beta, FAMILY: tl.constexpr):
+    """f and a without a clip; and what a clip needs of them: the value without the null term, that
+    term, and the score of a clipped entry, which for JSDs are f, 0 and 0."""
+    if FAMILY == FORWARD_KL:
+        f, a = _kullback_leibler(p, q, x, FAMILY)
+        textbook, null, clipped_score = q * x, a, p
+    elif FAMILY == REVERSE_KL:
+        f, a = _kullback_leibler(p, q, x, FAMILY)
+        textbook, null, clipped_score = a, q - p, -p
+    elif FAMILY == MIXED:
+        f, a, textbook, null, clipped_score = _any_divergence(p, q, x, beta)
+    else:
+        EXCHANGED: tl.constexpr = FAMILY == JENSEN_SHANNON_EXCHANGED
+        f, a = _jensen_shannon(p, q, x, beta, EXCHANGED)
+        textbook, null, clipped_score = f, 0.0, 0.0
+    return f, a, textbook, null, clipped_score
 
 
 @triton.jit
@@ -333,8 +335,7 @@ def _kullback_leibler(p, q, x, FAMILY: tl.constexpr):
 
 @triton.jit
 def _any_divergence(p, q, x, beta):
-    """f and a for a β of each row; and what a clip needs of KLs: the value without the null term,
-    that term, and the score of a clipped entry, which for JSDs are f, 0 and 0."""
+    """`unclipped` for a β of each row."""
     exchanged = beta > 0.5
     b = tl.where(exchanged, 1.0 - beta, beta)
     is_kl = b == 0

@@ -30,153 +30,155 @@ from opsd_kernels.kernels.lse import (
 )
 from opsd_kernels.kernels.pair import SUMS, SUMS_OF_STATISTICS, add_each, entries, zeros
 from opsd_kernels.kernels.pointwise import FORWARD_KL, LOG_PROB, MIXED, REVERSE_KL
+from opsd_kernels.kernels.records import Stats
 
 
 # What depends on the batch is no reason to compile again.
 @triton.jit(
     do_not_specialize=["stride_statistics"],
-    do_not_specialize_on_alignment=["beta", "targets_ptr"],
+    do_not_specialize_on_alignment=["targets", "beta"],
 )
 def rows_kernel(
-    loss_ptr,
-    statistics_ptr,
-    g_ptr,
-    top_ptr,
-    g_top_ptr,
-    z_S_ptr,
-    z_T_ptr,
-    targets_ptr,
-    V,
-    stride_statistics,
-    stride_g,
-    stride_z,
-    inverse_temperature,
+    results,
+    gradient,
+    logits,
+    targets,
     beta,
-    entry_clip,
-    FAMILY: tl.constexpr,
-    CLIPPED: tl.constexpr,
-    NEEDS_SCORE: tl.constexpr,
-    SCALE: tl.constexpr,
+    stride_statistics,
+    divergence,
     LIMIT: tl.constexpr,
+    NEEDS_SCORE: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """Grid (rows).
 
     Writes:
-        loss_ptr: [R] fp32, ℓ or log p(ŷ).
-        statistics_ptr: [STATISTICS, R] fp32 at stride stride_statistics, or None; what there is of
-            sampled tokens if there are targets.
-        g_ptr: [R, V] at stride stride_g, the memory of z_S or its first part, if NEEDS_SCORE; the
-            gradient times SCALE, but 0 at the top entry …
-        top_ptr, g_top_ptr: [R] int32, fp32: … which is this one, with that gradient.
+        results: loss; of statistics what there is of sampled tokens if there are targets.
+        gradient: if NEEDS_SCORE.
 
     Reads:
-        z_S_ptr, z_T_ptr: [R, V] fp32 at stride stride_z, before temperature.
-        targets_ptr: [R] int32, the sampled tokens, or None.
-        beta: β, or a pointer to [R] if MIXED.
+        logits, divergence: the records.
+        targets: [R] int32, the sampled tokens, or None.
+        beta: [R] fp32 if MIXED.
         LIMIT: `mean_limit` of β.
         BLOCK, PARTS: see `tiles.Sweep`.
     """
+    UNCLIPPED: tl.constexpr = not divergence.CLIPPED
+    IS_KL: tl.constexpr = divergence.FAMILY == FORWARD_KL or divergence.FAMILY == REVERSE_KL
+    KNOWS_G: tl.constexpr = (UNCLIPPED and IS_KL) or divergence.FAMILY == LOG_PROB
+    HAS_STATISTICS: tl.constexpr = results.statistics is not None
+    STATISTICS: tl.constexpr = HAS_STATISTICS and divergence.FAMILY != LOG_PROB
+    OF_STATISTICS: tl.constexpr = SUMS_OF_STATISTICS - 1 + divergence.CLIPPED
+    # Log-probabilities alone need no second sweep.
+    SECOND: tl.constexpr = NEEDS_SCORE or divergence.FAMILY != LOG_PROB
     row = tl.program_id(0).to(tl.int64)
-    g_ptr += row * stride_g
-    z_S_ptr += row * stride_z
-    z_T_ptr += row * stride_z
+    V, inverse_temperature = logits.V, divergence.inverse_temperature
+    g_ptr = gradient.g + row * gradient.stride
+    z_ptrs = (logits.z_S + row * logits.stride, logits.z_T + row * logits.stride)
     block = tl.arange(0, BLOCK)[None, :]
     one = row + tl.arange(0, 1)
     target = None
-    if targets_ptr is not None:
-        target = tl.load(targets_ptr + one)
-    betas = beta
-    if FAMILY == MIXED:
-        beta = tl.load(beta + one)
-        betas = beta[:, None]
-    state = nothing(1, BLOCK)
-    blocks = tl.arange(0, BLOCK * PARTS)[None, :]
-    for v in range(0, V, BLOCK * PARTS):
-        z_S, z_T = _load(z_S_ptr, z_T_ptr, v + blocks, V)
-        state = absorb(z_S, z_T, v, V, target, state, inverse_temperature, LIMIT, True, PARTS)
-    state = combined(state, 1, inverse_temperature, LIMIT)
-    if targets_ptr is not None:
+    if targets is not None:
+        target = tl.load(targets + one)
+    of_row, of_entries = divergence.beta, divergence.beta
+    if divergence.FAMILY == MIXED:
+        of_row = tl.load(beta + one)
+        of_entries = of_row[:, None]
+
+    state = seen(z_ptrs, V, target, inverse_temperature, LIMIT, BLOCK, PARTS)
+    if targets is not None:
         sampled = log_probs(state, inverse_temperature)
-    top = state[6]
-    if FAMILY == LOG_PROB:
+    top = state.index
+    if divergence.FAMILY == LOG_PROB:
         top = target
-    top_S, p_max, top_T, q_max, log_sums, c, plain, s_top = normalizers(
-        state, inverse_temperature, beta, entry_clip, FAMILY, CLIPPED, SCALE
-    )
-    stats = (
-        top_S[:, None],
-        p_max[:, None],
-        top_T[:, None],
-        q_max[:, None],
-        log_sums[:, None],
-        c[:, None],
-        plain[:, None],
-    )
-    UNCLIPPED_KL: tl.constexpr = not CLIPPED and (FAMILY == FORWARD_KL or FAMILY == REVERSE_KL)
-    KNOWS_G: tl.constexpr = UNCLIPPED_KL or FAMILY == LOG_PROB
-    STATISTICS: tl.constexpr = statistics_ptr is not None and FAMILY != LOG_PROB
-
-    totals = zeros(SUMS + STATISTICS * (SUMS_OF_STATISTICS - 1 + CLIPPED), 1, BLOCK)
-    # Log-probabilities alone need no second sweep.
-    for v in range(0, V if NEEDS_SCORE or FAMILY != LOG_PROB else 0, BLOCK):
+    stats = normalizers(state, of_row, divergence, gradient.SCALE)
+    column = column_of(stats)
+    sums = zeros(SUMS + STATISTICS * OF_STATISTICS, 1, BLOCK)
+    for v in range(0, V if SECOND else 0, BLOCK):
         col = v + block
-        z_S, z_T = _load(z_S_ptr, z_T_ptr, col, V)
-        is_top = col == top
-        terms, p = entries(
-            z_S, z_T, is_top, stats, inverse_temperature, betas, entry_clip,
-            FAMILY, CLIPPED, STATISTICS,
-        )  # fmt: skip
-        totals = add_each(totals, terms)
+        z_S, z_T = _load(z_ptrs, col, V)
+        terms, _p = entries(z_S, z_T, col == top, column, of_entries, divergence, STATISTICS)
+        sums = add_each(sums, terms)
         if NEEDS_SCORE and KNOWS_G:
-            _store(g_ptr, terms[1] * SCALE, col, V)
-    loss = tl.sum(totals[0], 1)
-    if FAMILY == LOG_PROB:
+            _store(g_ptr, terms[1] * gradient.SCALE, col, V)
+    loss = tl.sum(sums[0], 1)
+    if divergence.FAMILY == LOG_PROB:
         loss = sampled[0]
-    tl.store(loss_ptr + one, loss)
+    tl.store(results.loss + one, loss)
     if STATISTICS:
-        sums = ()
-        for i in tl.static_range(SUMS, len(totals)):
-            sums = sums + (tl.sum(totals[i], 1),)
-        told = statistics(sums, loss, p_max, q_max, inverse_temperature, beta, FAMILY)
-        for i in tl.static_range(len(told)):
-            tl.store(statistics_ptr + i * stride_statistics + one, told[i])
-    if statistics_ptr is not None and targets_ptr is not None:
+        totals = ()
+        for i in tl.static_range(SUMS, len(sums)):
+            totals = totals + (tl.sum(sums[i], 1),)
+        found = statistics(totals, loss, stats.p_max, stats.q_max, of_row, divergence)
+        for i in tl.static_range(len(found)):
+            tl.store(results.statistics + i * stride_statistics + one, found[i])
+    if HAS_STATISTICS and targets is not None:
         for i in tl.static_range(STATS_OF_TARGETS):
-            tl.store(statistics_ptr + (LOG_P + i) * stride_statistics + one, sampled[i])
-    others = tl.sum(totals[1], 1)
-    g_top = top_gradient(s_top, others, p_max, FAMILY, KNOWS_G)
-
+            to = results.statistics + (LOG_P + i) * stride_statistics + one
+            tl.store(to, sampled[i])
     if NEEDS_SCORE:
+        others = tl.sum(sums[1], 1)
+        g_top = top_gradient(stats.s_top, others, stats.p_max, divergence.FAMILY, KNOWS_G)
         infinite = loss == float("inf")
-        tl.store(top_ptr + one, top)
-        tl.store(g_top_ptr + one, tl.where(infinite, 0.0, g_top))
+        tl.store(gradient.top + one, top)
+        tl.store(gradient.g_top + one, tl.where(infinite, 0.0, g_top))
         if KNOWS_G:
-            if tl.max(infinite.to(tl.int32), 0) > 0:
-                tl.debug_barrier()
-                for v in range(0, V, BLOCK):
-                    nothing_left = tl.zeros((1, BLOCK), g_ptr.dtype.element_ty)
-                    tl.store(g_ptr + v + block, nothing_left, mask=v + block < V)
+            _erase(g_ptr, infinite, block, V)
         else:
-            missed = (s_top + others)[:, None]  # G − c
+            missed = (stats.s_top + others)[:, None]  # G − c
             for v in range(0, V, BLOCK):
                 col = v + block
-                z_S, z_T = _load(z_S_ptr, z_T_ptr, col, V)
-                is_top = col == top
-                terms, p = entries(
-                    z_S, z_T, is_top, stats, inverse_temperature, betas, entry_clip,
-                    FAMILY, CLIPPED, False,
-                )  # fmt: skip
+                z_S, z_T = _load(z_ptrs, col, V)
+                terms, p = entries(z_S, z_T, col == top, column, of_entries, divergence, False)
                 g = terms[1] - missed * p
-                if FAMILY == MIXED:
+                if divergence.FAMILY == MIXED:
                     g = tl.where(infinite[:, None], 0.0, g)
-                _store(g_ptr, g * SCALE, col, V)
+                _store(g_ptr, g * gradient.SCALE, col, V)
 
 
 @triton.jit
-def _load(z_S_ptr, z_T_ptr, col, V):
+def seen(
+    z_ptrs,
+    V,
+    target,
+    inverse_temperature,
+    LIMIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """First sweep: the `State` [1] of a row."""
+    state = nothing(1, BLOCK)
+    blocks = tl.arange(0, BLOCK * PARTS)[None, :]
+    for v in range(0, V, BLOCK * PARTS):
+        z_S, z_T = _load(z_ptrs, v + blocks, V)
+        state = absorb(z_S, z_T, v, V, target, state, inverse_temperature, LIMIT, True, PARTS)
+    return combined(state, 1, inverse_temperature, LIMIT)
+
+
+@triton.jit
+def column_of(stats):
+    """`Stats` [1, 1] from those [1] of a row."""
+    column = ()
+    for i in tl.static_range(len(stats)):
+        column = column + (stats[i][:, None],)
+    return Stats(*column)
+
+
+@triton.jit
+def _erase(g_ptr, infinite, block, V):
+    """g ← 0 if the loss of the row is infinite."""
+    if tl.max(infinite.to(tl.int32), 0) > 0:
+        tl.debug_barrier()
+        for v in range(0, V, block.shape[1]):
+            nothing_left = tl.zeros(block.shape, g_ptr.dtype.element_ty)
+            tl.store(g_ptr + v + block, nothing_left, mask=v + block < V)
+
+
+@triton.jit
+def _load(z_ptrs, col, V):
     """A block of logits of both sides [1, BLOCK]."""
+    z_S_ptr, z_T_ptr = z_ptrs
     z_S = tl.load(z_S_ptr + col, mask=col < V, other=float("-inf"))
     return z_S, tl.load(z_T_ptr + col, mask=col < V, other=float("-inf"))
 
