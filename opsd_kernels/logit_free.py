@@ -220,12 +220,11 @@ def pair_launcher(scratch: Scratch, chunk: Problem) -> Callable[[int], None]:
         **operands,
     }
     rows, slots = cdiv(R, tile.BM), scratch.sums.shape[1]
-    # With FLAT as many programs as run at once, each for several slots; else one for each slot.
-    at_once = max(1, scratch.row.multiprocessors // rows) if tile.FLAT else slots
 
     def launch(v: int) -> None:
-        programs = min(at_once, slots, cdiv(V - v, tile.BV))
-        pair.pair_kernel[(rows, programs)](scored=scored._replace(begin=v), **given)
+        pair.pair_kernel[(rows, min(slots, cdiv(V - v, tile.BV)))](
+            scored=scored._replace(begin=v), **given
+        )
 
     return launch
 

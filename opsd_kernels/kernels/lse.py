@@ -116,7 +116,7 @@ def lse_kernel(
         target = tl.load(tokens.targets + row, mask=exists, other=0)
     state = nothing(BM, tiling.BV // tiling.PARTS)
     V, span = student.V, partials.span
-    for v in tl.range(s * span, tl.minimum(s * span + span, V), tiling.BV, flatten=tiling.FLAT):
+    for v in range(s * span, tl.minimum(s * span + span, V), tiling.BV):
         z_S, z_T = logits_tiles(
             h_S, h_T, W, W_T, student, teacher, tl.program_id(0) * BM, v, R, tiling
         )

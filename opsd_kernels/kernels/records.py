@@ -69,7 +69,6 @@ class Tiling(NamedTuple):
     BV: Any
     BK: Any
     PARTS: Any
-    FLAT: Any
     BULK: Any
     EVEN_D: Any  # BK divides D and D_T
     EVEN_V: Any  # BV divides V
@@ -81,7 +80,7 @@ class Tiling(NamedTuple):
         tile: Tile, even_d: bool, even_v: bool, operand: torch.dtype, precision: str
     ) -> "Tiling":
         values = (
-            tile.BM, tile.BV, tile.BK, tile.PARTS, tile.FLAT, tile.BULK,
+            tile.BM, tile.BV, tile.BK, tile.PARTS, tile.BULK,
             even_d, even_v, DTYPE_NAMES[operand], precision,
         )  # fmt: skip
         return Tiling(*map(tl.constexpr, values))

@@ -18,9 +18,8 @@ from opsd_kernels.kernels import capability
 @dataclass(frozen=True)
 class Tile:
     """BM rows by BV columns of logits, of each side, in steps of BK features; then PARTS parts of
-    the columns one after the other, for what is made of the logits. With FLAT a program takes
-    several tiles, and the loads of the next one begin before the last is done. With BULK they are
-    done by descriptors, where operands lie as these want it."""
+    the columns one after the other, for what is made of the logits. With BULK loads are done by
+    descriptors, where operands lie as these want it."""
 
     BM: int
     BV: int
@@ -28,7 +27,6 @@ class Tile:
     PARTS: int
     num_warps: int
     num_stages: int
-    FLAT: bool = False
     BULK: bool = False
 
     def widened(self) -> "Tile":
@@ -119,7 +117,8 @@ TABLE: dict[tuple[str, str], Row] = {
     },
 }
 # Rivals of the tiles of `lse` and `pair`, for bf16 and fp16: predicted to be about as fast, or not
-# to be predicted, as what overlaps because loads go by descriptors or begin early.
+# to be predicted, as what overlaps because loads go by descriptors. (One loop over tiles and
+# K-steps, so that the loads of a tile begin before the last is done, was slower on an H200.)
 RIVALS: dict[str, dict[str, tuple[Tile, ...]]] = {
     "sm_80": {
         "lse": (Tile(128, 128, 64, 16, 8, 3), Tile(64, 256, 64, 32, 8, 3)),
@@ -136,7 +135,6 @@ RIVALS: dict[str, dict[str, tuple[Tile, ...]]] = {
             Tile(128, 128, 32, 16, 8, 8, BULK=True),
             Tile(64, 256, 64, 16, 8, 4, BULK=True),
             Tile(64, 256, 64, 32, 8, 4, BULK=True),
-            Tile(128, 128, 64, 16, 8, 3, FLAT=True, BULK=True),
         ),
         "pair": (
             Tile(128, 128, 64, 8, 8, 3),
@@ -145,7 +143,6 @@ RIVALS: dict[str, dict[str, tuple[Tile, ...]]] = {
             Tile(128, 128, 32, 8, 8, 8, BULK=True),
             Tile(64, 256, 64, 16, 8, 4, BULK=True),
             Tile(64, 128, 64, 16, 4, 4, BULK=True),
-            Tile(128, 128, 64, 8, 8, 3, FLAT=True, BULK=True),
         ),
     },
     "sm_100": {
