@@ -72,8 +72,8 @@ def pair_kernel(
     divergence,
     tiling,
 ):
-    """Grid (row tiles, slots): the columns from `scored.begin` + slot · BV on, up to the
-    vocabulary's end.
+    """Grid (row tiles, programs): a program takes slot after slot, as many apart as there are
+    programs; of a slot the columns from `scored.begin` + slot · BV on, up to the vocabulary's end.
 
     Writes:
         scored: sums, added to unless `begin` is 0; s and p, as far as they are there, 0 beyond the
@@ -105,25 +105,28 @@ def pair_kernel(
     if scored.p is not None:
         p_ptrs += at_tile
     V = student.V
-    slot = tl.program_id(1)
-    begin = scored.begin + slot * BV
-    z_S, z_T = logits_tiles(
-        h_S, h_T, W, W_T, student, teacher, tl.program_id(0) * BM, begin, R, tiling
-    )
-    stats = load_stats(tokens, stride, row, exists)
-    top = top_of(tokens, row, exists, divergence)[:, None]
-    of_rows = (top, stats, beta, exists[:, None])
-    added = _columns(
-        z_S, z_T, begin, None if tiling.EVEN_V else V, of_rows, (s_ptrs, p_ptrs),
-        zeros(FIELDS, BM, BV // tiling.PARTS), divergence, scored.SCALE, scored.STATISTICS,
-        tiling.PARTS,
-    )  # fmt: skip
-    earlier = exists & (scored.begin > 0)
-    for i in tl.static_range(FIELDS):
-        if i != SCORE or scored.s is not None:
-            at = (i * scored.slots + slot) * stride + row
-            total = tl.sum(added[i], 1) + tl.load(scored.sums + at, mask=earlier, other=0.0)
-            tl.store(scored.sums + at, total, mask=exists)
+    stop = tl.minimum(scored.slots, tl.cdiv(V - scored.begin, BV))
+    # One turn, where there is a program for each slot. Without a loop a compiler loads what belongs
+    # to the rows before it multiplies, and spills ten times as much.
+    for slot in range(tl.program_id(1), stop, tl.num_programs(1)):
+        begin = scored.begin + slot * BV
+        z_S, z_T = logits_tiles(
+            h_S, h_T, W, W_T, student, teacher, tl.program_id(0) * BM, begin, R, tiling
+        )
+        stats = load_stats(tokens, stride, row, exists)
+        top = top_of(tokens, row, exists, divergence)[:, None]
+        of_rows = (top, stats, beta, exists[:, None])
+        added = _columns(
+            z_S, z_T, begin, None if tiling.EVEN_V else V, of_rows, (s_ptrs, p_ptrs),
+            zeros(FIELDS, BM, BV // tiling.PARTS), divergence, scored.SCALE, scored.STATISTICS,
+            tiling.PARTS,
+        )  # fmt: skip
+        earlier = exists & (scored.begin > 0)
+        for i in tl.static_range(FIELDS):
+            if i != SCORE or scored.s is not None:
+                at = (i * scored.slots + slot) * stride + row
+                total = tl.sum(added[i], 1) + tl.load(scored.sums + at, mask=earlier, other=0.0)
+                tl.store(scored.sums + at, total, mask=exists)
 
 
 @triton.jit
