@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 LIMIT = 530  # seconds for all of it
 OURS = ["ours, logit-free", "ours, row workspace"]
 METHODS = ["--methods", *OURS, "eager", "TRL", "Liger, fused"]
-MEMORY = ["--model", "qwen3-8b", "--tokens", "1024", "16384", "--methods", *OURS, "eager"]
+MEMORY = ["--model", "qwen3-8b", "--tokens", "1024", "16384", *METHODS]
 ACCURACY = ["--vocabulary", "151936", "--features", "2048"]
 # In a record, numbers mean nothing and a test may fail anywhere; it is to reach its next launch.
 PYTEST = ["-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "benchmarks.launches"]
