@@ -94,6 +94,7 @@ def pretended(
             )
             patches: list[tuple[Any, str, Any]] = [
                 (FakeTensor, "device", says),
+                (FakeTensor, "data_ptr", lambda t: 0),  # aligned, as what is allocated is
                 (torch.cuda, "is_available", lambda: True),
                 (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
                 (torch.cuda, "device", nullcontext),

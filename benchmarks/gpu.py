@@ -241,7 +241,9 @@ def recorded_commands(rehearsed: bool = False) -> dict[str, tuple[int, list[str]
 
 def _command(arguments: list[str], known: dict[str, str]) -> list[str]:
     """With what is known in its place; a script is run by `benchmarks.launches`."""
-    filled = [known.get(part, part) for part in arguments]
+    filled = list(arguments)
+    for name, value in known.items():
+        filled = [part.replace(name, value) for part in filled]
     script = [] if filled[0].startswith("-") else ["-m", "benchmarks.launches"]
     return [sys.executable, "-u", *script, *filled]
 

@@ -4,8 +4,9 @@
 
 The README has one table each for accuracy, memory and time, of the methods that have a result
 everywhere; docs/benchmarks.md has all tables, with a line for every method. What `make gpu` left in
-a folder of benchmarks/results becomes a section of docs/benchmarks.md, and the time and memory of
-the first such GPU, by name, take the place of the CPU's in the README.
+a folder of benchmarks/results becomes a section of docs/benchmarks.md, and time and memory of the
+first such GPU, by name, take the place of the CPU's in the README, if they are there for several
+numbers of tokens.
 """
 
 import csv
@@ -83,11 +84,12 @@ def readme_parts(results: Path, page: Path) -> dict[str, str]:
 
 
 def _best(results: Path, measured: list[Gpu], name: str, kind: type) -> Path:
-    """The csv of the first GPU on which ours has a result, otherwise the CPU's."""
+    """The csv of the first GPU on which ours has a result for several numbers of tokens, otherwise
+    the CPU's."""
     for gpu in measured:
         if path := gpu.csv(name):
             ours = [row for row in _measured(path, kind) if row.method.startswith("ours")]
-            if any(report.is_result(row) for row in ours):
+            if len({row.N for row in ours if report.is_result(row)}) > 1:
                 return path
     return results / f"{name}.csv"
 

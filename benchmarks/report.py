@@ -2,6 +2,7 @@
 
 import csv
 import platform
+import textwrap
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -147,7 +148,9 @@ def style(axis: Any, *, log: bool = False) -> None:
 
 def caption(figure: Any, setting: str) -> None:
     """Below a picture: where its figures are from."""
-    figure.supxlabel(setting, fontsize=5, color="#777777", x=0.995, ha="right")
+    characters = int(figure.get_figwidth() * 26)  # of this size, on a line
+    lines = textwrap.fill(setting, characters)
+    figure.supxlabel(lines, fontsize=5, color="#777777", x=0.995, ha="right")
 
 
 def memory_lines(axis: Any, x: float) -> None:

@@ -297,15 +297,19 @@ def results_of_a_gpu(tmp_path):
     ours, eager = "ours, logit-free", "eager"
     times = {"floors": 2.5, "floors_low": 2.25, "floors_high": 2.75}
     report.write(folder / "speed.csv", f"{hardware}; beta 0.5", [
-        speed.Row(1024, method=speed.FLOOR, floors=1.0, **shape),
-        speed.Row(1024, method=ours, **times, **shape),
-        speed.Row(1024, method=eager, failure="out of memory", **shape),
-        speed.Row(1024, method="TRL", failure="not installed", **shape),
+        row for N in (1024, 4096) for row in (
+            speed.Row(N, method=speed.FLOOR, floors=1.0, **shape),
+            speed.Row(N, method=ours, **times, **shape),
+            speed.Row(N, method=eager, failure="out of memory", **shape),
+            speed.Row(N, method="TRL", failure="not installed", **shape),
+        )
     ])  # fmt: skip
-    of_memory = {"model": "qwen3-8b", "N": 1024, **shape}
+    of_memory = {"model": "qwen3-8b", **shape}
     report.write(folder / "memory.csv", f"{hardware}, bfloat16", [
-        memory.Row("NVIDIA X1", method=ours, measured_mib=70.0, **of_memory),
-        memory.Row("NVIDIA X1", method="TRL", failure="not installed", **of_memory),
+        row for N in (1024, 4096) for row in (
+            memory.Row("NVIDIA X1", N=N, method=ours, measured_mib=70.0, **of_memory),
+            memory.Row("NVIDIA X1", N=N, method="TRL", failure="not installed", **of_memory),
+        )
     ])  # fmt: skip
     return tmp_path
 
@@ -317,13 +321,15 @@ def test_results_of_a_gpu_take_the_place_of_the_cpus(results_of_a_gpu):
     )
     parts = readme.readme_parts(results_of_a_gpu, readme.README)
     assert parts["speed"].splitlines()[:4] == [
-        "|  | N = 1024, D = 4096, V = 151936, bfloat16 |",
-        "|---|---|",
-        "| **ours, logit-free** | **2.50 (2.25 – 2.75)** |",
-        "| eager | out of memory |",
+        "|  | "
+        + " | ".join(f"N = {N}, D = 4096, V = 151936, bfloat16" for N in (1024, 4096))
+        + " |",
+        "|---|---|---|",
+        "| **ours, logit-free** | **2.50 (2.25 – 2.75)** | **2.50 (2.25 – 2.75)** |",
+        "| eager | out of memory | out of memory |",
     ]
-    assert "| measured, NVIDIA X1, qwen3-8b, bfloat16 | N = 1024 |" in parts["memory"]
-    assert "| **ours, logit-free** | **70 MiB** |" in parts["memory"]
+    assert "| measured, NVIDIA X1, qwen3-8b, bfloat16 | N = 1024 | N = 4096 |" in parts["memory"]
+    assert "| **ours, logit-free** | **70 MiB** | **70 MiB** |" in parts["memory"]
     assert "TRL |" not in parts["speed"] + parts["memory"]
     assert "[NVIDIA X1](docs/benchmarks.md#nvidia-x1)" in parts["gpu"]
     assert "nothing has been measured" not in parts["gpu"]
@@ -350,6 +356,11 @@ def test_a_gpu_without_a_result_of_ours_takes_no_place(results_of_a_gpu):
     parts = readme.readme_parts(results_of_a_gpu, readme.README)
     assert "X1" not in parts["speed"]
     assert "X1" in parts["memory"]
+    # Nor does one number of tokens alone.
+    path = path.with_name("memory.csv")
+    setting, rows = report.read(path, memory.Row)
+    report.write(path, setting, rows[:2])
+    assert "X1" not in readme.readme_parts(results_of_a_gpu, readme.README)["memory"]
 
 
 @pytest.mark.parametrize(

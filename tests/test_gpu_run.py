@@ -419,3 +419,13 @@ def test_tiles_of_gpus_interpreted_with_poisoned_scratch():
     )  # fmt: skip
     assert told.returncode == 0, told.stdout
     assert "6 passed" in told.stdout
+
+
+def test_what_is_known_stands_everywhere():
+    """Also where it is a part of an argument, as in an expression of pytest's -k."""
+    known = {"{seconds}": "7", "{output}": "/folder", "{cuda}": "cuda"}
+    for step in gpu.STEPS:
+        for arguments in [*step.processes.values(), *step.recorded.values()]:
+            command = " ".join(gpu._command(arguments, known))
+            assert "{" not in command
+    assert "cuda and logit-free" in gpu._command(gpu.STEPS[1].processes["loss"], known)

@@ -1,6 +1,9 @@
 """Each kernel alone against float64, interpreted without a GPU and compiled on one."""
 
+import importlib
+import inspect
 import math
+import pkgutil
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from unittest import mock
@@ -15,8 +18,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from inputs import clip_is_clear, language_like_inputs, random_inputs
 from schedules import DEVICE, LOGIT_FREE, ROW_WORKSPACE
+from triton.runtime.jit import KernelInterface
 
-from opsd_kernels import divergence, logit_free, row_workspace
+from opsd_kernels import divergence, kernels, logit_free, row_workspace
 from opsd_kernels.kernels import pointwise, tiles
 from opsd_kernels.kernels.logits_tile import INTERPRETED, round_to
 from opsd_kernels.problem import Outputs, Problem
@@ -24,6 +28,19 @@ from opsd_kernels.problem import Outputs, Problem
 BETAS = [0.0, 1e-3, 0.3, 0.5, 0.8, 0.999, 1.0]
 DIVERGENCES = [(beta, clip) for beta in (0.0, 0.3, 0.5, 0.8, 1.0) for clip in (None, 0.01)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def test_no_kernel_has_more_than_a_dozen_parameters():
+    """Nor has any function that one calls: what there is more of goes in records."""
+    functions = [
+        function
+        for found in pkgutil.iter_modules(kernels.__path__)
+        for function in vars(importlib.import_module(f"{kernels.__name__}.{found.name}")).values()
+        if isinstance(function, KernelInterface)
+    ]
+    assert len(functions) > 40
+    for function in functions:
+        assert len(inspect.signature(function.fn).parameters) <= 12, function.fn.__name__
 
 
 # --- pointwise

@@ -19,6 +19,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
+# What a machine has is a constant to PyTorch's compiler, which need not trace how it is asked.
+@torch.compiler.assume_constant_result
 def available(device: torch.device) -> bool:
     """Whether the kernels run on a device: a GPU of compute capability 8.0 or above (or AMD's), or
     a CPU where Triton interprets."""
@@ -35,8 +37,8 @@ def available(device: torch.device) -> bool:
 
 @torch.compiler.assume_constant_result
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of an NVIDIA GPU; to PyTorch's compiler a constant, which it is. Where
-    there is none, and tensors are fake, the least that the kernels run on."""
+    """Compute capability of an NVIDIA GPU. Where there is none, and tensors are fake, the least
+    that the kernels run on."""
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)
 
 
