@@ -1,8 +1,8 @@
 """See every tensor that is allocated, and how much is alive at once; of any size, without memory.
 
 Tensors of PyTorch's fake mode have shapes and no contents, so that the allocations of a run too
-large for any machine can be counted on a laptop. `pretended` makes them say that they are on a GPU:
-what depends on the device then takes the GPU's way.
+large for any machine can be counted on a laptop. `fake_device` makes them say that they are on a
+GPU: what depends on the device then takes the GPU's way.
 """
 
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ def id_of(t: Tensor) -> int:
 
 
 @contextmanager
-def pretended(
+def fake_device(
     device: str, fake_mode: FakeTensorMode | None = None
 ) -> Iterator[list[tuple[torch.Size, torch.dtype]]]:
     """Within it tensors are made without contents, and say that they are on `device`: "cuda" is an

@@ -149,8 +149,7 @@ def main() -> int:
         failed |= step.name == "tests" and any(told != "ok" for told in outcomes.values())
         lines += [f"{step.name:<10} {time.monotonic() - start:6.1f} s"]
         for process, told in outcomes.items():
-            missed = misses(output / f"{process}-compiled.txt")
-            lines += [f"  {process:<12} {told}" + (f"; {missed}" if missed else "")]
+            lines += [f"  {process:<12} {'; '.join(filter(None, (told, *notes(output, process))))}"]
         print("\n".join(lines[-1 - len(outcomes) :]), flush=True)
         (output / "summary.txt").write_text("\n".join(lines) + "\n")
         (output / "prediction.md").write_text(prediction.page(name, output))
@@ -246,6 +245,15 @@ def _command(arguments: list[str], known: dict[str, str]) -> list[str]:
         filled = [part.replace(name, value) for part in filled]
     script = [] if filled[0].startswith("-") else ["-m", "benchmarks.launches"]
     return [sys.executable, "-u", *script, *filled]
+
+
+def notes(output: Path, process: str) -> tuple[str, str]:
+    """What pytest, if it was that, said at its end, and what the process had to compile itself."""
+    path = output / f"{process}.txt"
+    printed = path.read_text() if path.exists() else ""
+    counts = r"^=+ (\d+ (?:passed|failed).*?)(?:, \d+ (?:deselected|warning).*)? in .* =+$"
+    said = re.findall(counts, printed, re.MULTILINE)
+    return said[-1] if said else "", misses(output / f"{process}-compiled.txt")
 
 
 def misses(path: Path) -> str:

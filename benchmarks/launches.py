@@ -123,7 +123,7 @@ def without_driver(arch: str) -> Iterator[None]:
         driver._active = before
 
 
-def pretend(arch: str) -> None:
+def fake_gpu(arch: str) -> None:
     """From here on CPU tensors are taken for those of a GPU by whoever launches kernels."""
     from opsd_kernels import kernels
 
@@ -238,7 +238,7 @@ def start() -> None:
     """What the environment asks for, in a process whose kernels are to be found compiled."""
     settle_hashes()
     if arch := os.environ.get("OPSD_ARCH"):
-        pretend(arch)
+        fake_gpu(arch)
     if path := os.environ.get("OPSD_RECORD"):
         record(Path(path))
     if path := os.environ.get("OPSD_MISSES"):

@@ -7,7 +7,7 @@ mark, on a CPU that of the process's resident memory, both above what the inputs
 second run. A method that cannot run is a row that says why; running out of memory is a result.
 
 Counted as on a GPU, for any size and without one: the bytes alive at once in the tensors that a
-method allocates, its operations run on tensors that have no contents (`allocations.pretended`).
+method allocates, its operations run on tensors that have no contents (`allocations.fake_device`).
 What is measured above that is an allocator's rounding and libraries' workspaces.
 
 The returned gradient, 2 N D bytes in bf16, is part of every figure. With --output it writes
@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import report
-from benchmarks.allocations import Allocations, pretended
+from benchmarks.allocations import Allocations, fake_device
 from benchmarks.measure import MIB, high_water, in_a_process, start_counting, tell
 from benchmarks.options import Options
 from benchmarks.peers import COLORS, METHODS, Loss, why
@@ -139,7 +139,7 @@ def count(
         failure = "not to be counted"  # generated code allocates out of sight
     else:
         try:
-            with pretended(device):
+            with fake_device(device):
                 h_S = torch.empty(N, D, dtype=getattr(torch, dtype))
                 h_T, W = torch.empty_like(h_S), torch.empty(V, D, dtype=h_S.dtype)
                 with Allocations() as allocations:

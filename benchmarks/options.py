@@ -17,8 +17,10 @@ class Options(argparse.ArgumentParser):
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self.add_argument("--device", default=default)
 
-    def add_dtype(self, default: str) -> None:
-        self.add_argument("--dtype", choices=["float32", "bfloat16"], help=default)
+    def add_dtype(self, without: str) -> None:
+        """What is measured without the option."""
+        help = f"(default: {without})"
+        self.add_argument("--dtype", choices=["float32", "bfloat16"], help=help)
 
     def add_methods(self, methods: Iterable[str]) -> None:
         self.add_argument("--methods", nargs="+", choices=list(methods), default=list(methods))

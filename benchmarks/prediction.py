@@ -13,10 +13,13 @@ import csv
 import json
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import report
+from opsd_kernels.kernels import tiles
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -32,11 +35,12 @@ def page(gpu: str, folder: Path, results: Path = RESULTS) -> str:
     setting, predicted = read(results / "roofline.csv")
     of_gpu = [row for row in predicted if is_named(row["gpu"], gpu)]
     measured_at, speed = read(folder / "speed.csv")
-    known = f"Predicted: {setting}" if of_gpu else f"Nothing is predicted of this GPU ({setting})"
+    known = setting[:1].upper() + setting[1:]
+    known = known if of_gpu else f"Nothing is predicted of this GPU ({setting})"
     return "\n\n".join(
         [
             f"# {gpu}: prediction and measurement",
-            f"{known}. Measured: {measured_at or 'nothing yet'}.",
+            f"{known}. Measured: {measured_at.partition('; ')[0] or 'nothing yet'}.",
             "## Forward and backward, as multiples of three bare products",
             multiples(of_gpu, speed, setting),
             "A measurement belongs between the two predicted multiples: the lower if everything "
@@ -44,7 +48,8 @@ def page(gpu: str, folder: Path, results: Path = RESULTS) -> str:
             "## Each kernel, as a fraction of what bounds it",
             fractions(gpu, folder / "tune.json", results / "resources.csv"),
             "`lse` and `pair`: of the rate of a library product of the same size. `rows`: of the "
-            "bandwidth of a copy. Measured with the tiles of the table, and with the best tried.",
+            "bandwidth of a copy. Measured with what is now in the table of tiles, where that was "
+            "tried, and with the best of those tried.",
         ]
     )
 
@@ -84,7 +89,7 @@ def fractions(gpu: str, tune: Path, resources: Path) -> str:
     for kernel in KERNELS:
         bounds = predicted_fractions(resources, kernel, *of)
         tried = [t for t in told.get(kernel, []) if "fraction" in t]
-        table = next((t["fraction"] for t in tried if t["of_table"]), None)
+        table = next((t["fraction"] for t in tried if _is_in_table(t, arch, of[1], kernel)), None)
         best = max((t["fraction"] for t in tried), default=None)
         predicted, quotient = "not predicted", "–"
         if bounds:
@@ -95,6 +100,16 @@ def fractions(gpu: str, tune: Path, resources: Path) -> str:
     return report.table(
         ["", "predicted", "measured", "measured / predicted", "best of those tried"], rows
     )
+
+
+def _is_in_table(told: dict[str, Any], arch: str, dtype: str, kernel: str) -> bool:
+    """Whether a candidate is what the table of tiles has now, and had nothing else."""
+    row = tiles.TABLE.get((arch, dtype))
+    if row is None:
+        return False
+    now, candidate = asdict(getattr(row, kernel)), told["candidate"]
+    besides = {value for name, value in candidate.items() if name not in now}
+    return now == {name: candidate.get(name) for name in now} and besides <= {False, 1}
 
 
 def predicted_fractions(

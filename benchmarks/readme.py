@@ -58,8 +58,13 @@ class Gpu:
         if step is None:
             return "neither"
         outcomes = [line.split(maxsplit=1)[1] for line in step[1].splitlines()]
-        passed = all(outcome == "ok" or outcome.startswith("ok;") for outcome in outcomes)
-        return "tested" if passed else "tests failed or were cut short"
+        if all(outcome == "ok" or outcome.startswith("ok;") for outcome in outcomes):
+            return "tested"
+        passed, failed = (
+            sum(int(n) for n in re.findall(rf"(\d+) {verdict}", step[1]))
+            for verdict in ("passed", "failed")
+        )
+        return f"{passed} tests passed, {failed} failed; not all ran"
 
     def csv(self, name: str) -> Path | None:
         path = self.folder / f"{name}.csv"
@@ -74,13 +79,34 @@ def readme_parts(results: Path, page: Path) -> dict[str, str]:
     """What stands between the marks of the README, whose place is `page`, by the marks' name."""
     measured = gpus(results)
     setting, errors = report.read(results / "accuracy.csv", accuracy.Row)
+    on_gpus = map(_accuracy_on, measured)
     return {
-        "accuracy": f"{accuracy.gradient_table(errors)}\n\n({setting})",
+        "accuracy": "\n\n".join(
+            [accuracy.gradient_table(errors), f"({setting})", *filter(None, on_gpus)]
+        ),
         "memory": _memory_of_readme(_best(results, measured, "memory", memory.Row), page),
         "speed": _speed_of_readme(_best(results, measured, "speed", speed.Row), page),
         "gpu": _gpus_of_readme(measured),
         "compatibility": compatibility(results, measured),
     }
+
+
+def _accuracy_on(gpu: Gpu) -> str:
+    """The same errors of ours on a GPU, in a sentence."""
+    if (path := gpu.csv("accuracy")) is None:
+        return ""
+    setting, rows = report.read(path, accuracy.Row)
+    cells = [
+        [cell.strip(" *") for cell in line.strip("|").split("|")]
+        for line in accuracy.gradient_table(rows).splitlines()
+    ]
+    of = {name: ", ".join(errors) for name, *errors in cells}
+    exact = next(name for name in of if name.startswith("the exact gradient"))
+    shape = setting.rpartition("; ")[2]
+    return _wrapped(
+        f"On {gpu.name}, whose products cut off what they do not hold ({shape}): ours, logit-free, "
+        f"{of['ours, logit-free']}; {exact}, {of[exact]}."
+    )
 
 
 def _best(results: Path, measured: list[Gpu], name: str, kind: type) -> Path:

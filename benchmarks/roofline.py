@@ -9,7 +9,7 @@ Counted, at a small size, per token and vocabulary entry:
     operations   elementwise operations of our kernels, and those among them that are exp or log, as
                  the interpreter executes them
     bytes        what a peer's operations read and write of logit-sized tensors, and once each such
-                 tensor that its kernels are given, as on a GPU (`allocations.pretended`); of ours
+                 tensor that its kernels are given, as on a GPU (`allocations.fake_device`); of ours
                  what `rows` and `pair` do
 
 A library's products run at the fraction of the peak that such products are known to reach, bytes at
@@ -41,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import peers, report
-from benchmarks.allocations import pretended, tensors
+from benchmarks.allocations import fake_device, tensors
 from benchmarks.cycles import COPY, GAP, GPUS, LIBRARY, SPECIAL_LANES, Gpu, Range
 from benchmarks.options import Options
 from opsd_kernels import fused_jsd_loss, fused_sampled_token_loss, logit_free
@@ -237,7 +237,7 @@ def _of_a_peer(loss: peers.Loss) -> Cost:
                 self.bytes += sum(t.nbytes for t in seen if 0 not in t.stride())
             return out
 
-    with pretended("cuda") as given:
+    with fake_device("cuda") as given:
         h_S = torch.empty(N, D, dtype=torch.bfloat16).requires_grad_()
         h_T, W = torch.empty_like(h_S), torch.empty(V, D, dtype=h_S.dtype)
         with Traffic() as traffic:

@@ -221,7 +221,13 @@ def summary(path: Path) -> str:
 def table(rows: list[Row]) -> str:
     """Multiples of the floor, a column for each shape and dtype, as Markdown."""
     losses = [row for row in rows if row.method != FLOOR]
-    return report.by_method("", losses, column, lambda row: row.failure or multiple(row))
+    heads = {(row.D, row.V, row.dtype) for row in losses}
+    if len(heads) > 1:
+        return report.by_method("", losses, column, lambda row: row.failure or multiple(row))
+    of_all = column(losses[0]).partition(", ")[2] if losses else ""
+    return report.by_method(
+        of_all, losses, lambda row: f"N = {row.N}", lambda row: row.failure or multiple(row)
+    )
 
 
 def column(row: Row) -> str:
@@ -239,9 +245,9 @@ def plot(path: Path, to: Path) -> None:
     setting, rows = report.read(path, Row)
     columns = list(dict.fromkeys(column(row) for row in rows))
     rows = [row for row in rows if row.method != FLOOR and report.is_result(row)]
-    across = min(2, len(columns))
+    across = len(columns) if len(columns) <= 3 else 2
     down = -(-len(columns) // across)
-    figure = Figure(figsize=(4.4 * across + 0.8, 2.5 * down + 0.4), layout="constrained")
+    figure = Figure(figsize=(4.4 * min(2, across) + 0.8, 2.5 * down + 0.4), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False).flat
     for axis in axes[len(columns) :]:
         axis.set_visible(False)

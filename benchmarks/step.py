@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import peers, report
-from benchmarks.allocations import Allocations, pretended
+from benchmarks.allocations import Allocations, fake_device
 from benchmarks.measure import MIB, high_water, in_a_process, start_counting, tell
 from benchmarks.options import Options
 from benchmarks.shapes import QWEN3
@@ -170,7 +170,7 @@ def count(model: str, N: int, method: str) -> Row:
     with fake_mode:
         make_fake(student)
     try:
-        with pretended("cuda", fake_mode), Allocations() as allocations:
+        with fake_device("cuda", fake_mode), Allocations() as allocations:
             step(student, LOSSES[method], N)
     except Exception as error:
         return Row("counted", model, N, "bfloat16", method, peers.why(error))

@@ -33,7 +33,7 @@ def parse(arguments: list[str] | None = None) -> Config:
         hint = did_you_mean(named, [_flag(f.name) for f in dataclasses.fields(Config)])
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     try:
-        values = read_yaml(find_preset(given or DEFAULT_PRESET))
+        values = read_yaml(find_preset(DEFAULT_PRESET if given is None else given))
         config = make_config({**values, **overrides})
         find_world(config)  # refuses what its world cannot be asked for
         return config

@@ -1,5 +1,5 @@
-"""What is handed from one room to the next. Token ids all the way: nothing that
-was sampled is ever decoded and encoded again."""
+"""What is handed from one room to the next. Token ids all the way: nothing that was sampled is ever
+decoded and encoded again."""
 
 from dataclasses import dataclass
 

@@ -16,7 +16,7 @@ from inputs import random_inputs
 
 from benchmarks import accuracy as accuracy_benchmark
 from benchmarks import memory, peers, readme, report, roofline, speed, step
-from benchmarks.allocations import Allocations, pretended
+from benchmarks.allocations import Allocations, fake_device
 from benchmarks.inputs import describe, make_inputs
 from opsd_kernels import divergence_name
 
@@ -120,10 +120,10 @@ def test_counting_without_contents_is_exact(method, dtype):
     assert counted.counted_mib == allocations.peak / 2**20
 
 
-def test_a_pretended_gpu():
+def test_a_gpu_that_is_not_there():
     """What is asked of the device takes the GPU's way, and afterwards all is as before."""
     available = torch.cuda.is_available()
-    with pretended("cuda") as given:
+    with fake_device("cuda") as given:
         h_S, h_T, W = torch.empty(8, 16), torch.empty(8, 16), torch.empty(300, 16)
         assert h_S.device.type == "cuda"
         assert (h_S @ W.T).device.type == "cuda"
@@ -254,11 +254,10 @@ NO_RESULT = ("needs a GPU", "not installed", "not to be counted")
 
 
 def test_the_readme_has_no_line_without_a_result():
-    """Such lines are in docs/benchmarks.md."""
+    """Such lines are for docs/benchmarks.md."""
     texts = readme.generated()
     for reason in NO_RESULT:
         assert reason not in texts[readme.README]
-        assert reason in texts[readme.BENCHMARKS]
     assert texts[readme.README].count("**ours, row workspace**") == 3
 
 
@@ -321,9 +320,7 @@ def test_results_of_a_gpu_take_the_place_of_the_cpus(results_of_a_gpu):
     )
     parts = readme.readme_parts(results_of_a_gpu, readme.README)
     assert parts["speed"].splitlines()[:4] == [
-        "|  | "
-        + " | ".join(f"N = {N}, D = 4096, V = 151936, bfloat16" for N in (1024, 4096))
-        + " |",
+        "| D = 4096, V = 151936, bfloat16 | N = 1024 | N = 4096 |",
         "|---|---|---|",
         "| **ours, logit-free** | **2.50 (2.25 – 2.75)** | **2.50 (2.25 – 2.75)** |",
         "| eager | out of memory | out of memory |",
@@ -337,7 +334,7 @@ def test_results_of_a_gpu_take_the_place_of_the_cpus(results_of_a_gpu):
     assert row in parts["compatibility"]
     # Nothing else changes.
     recorded = readme.readme_parts(readme.RESULTS, readme.README)
-    assert parts["accuracy"] == recorded["accuracy"]
+    assert recorded["accuracy"].startswith(parts["accuracy"])
 
     section = readme.page_parts(results_of_a_gpu, readme.BENCHMARKS)["gpus"]
     assert section.startswith("### NVIDIA X1\n\n1 x NVIDIA X1, driver 999.1, torch 9.9.0")
@@ -367,8 +364,8 @@ def test_a_gpu_without_a_result_of_ours_takes_no_place(results_of_a_gpu):
     ("outcome", "told"),
     [
         ("ok", "tested"),
-        ("exit status 1", "tests failed or were cut short"),
-        ("stopped after 140 s", "tests failed or were cut short"),
+        ("exit status 1; 2 failed, 12 passed", "12 tests passed, 2 failed; not all ran"),
+        ("stopped after 140 s", "0 tests passed, 0 failed; not all ran"),
         (None, "neither"),
     ],
 )
@@ -381,3 +378,15 @@ def test_tested_on_a_gpu_means_that_all_tests_passed(results_of_a_gpu, outcome, 
         )
     table = readme.readme_parts(results_of_a_gpu, readme.README)["compatibility"]
     assert f"torch 9.9.0, triton 8.8.0 | – | {told} | – |" in table
+
+
+@pytest.mark.parametrize("method", ["ours, logit-free", "ours, row workspace"])
+def test_what_is_recorded_of_memory_is_of_this_code(method):
+    _, rows = report.read(readme.RESULTS / "memory.csv", memory.Row)
+    (recorded,) = (
+        row
+        for row in rows
+        if (row.device, row.model, row.N, row.method) == ("counted", "qwen3-8b", 4096, method)
+    )
+    counted = memory.count("qwen3-8b", 4096, recorded.D, recorded.V, method)
+    assert counted.counted_mib == recorded.counted_mib

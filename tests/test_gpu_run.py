@@ -364,9 +364,16 @@ def test_prediction_beside_measurement(tmp_path):
     (tmp_path / "roofline.csv").write_text(ROOFLINE)
     (tmp_path / "resources.csv").write_text(RESOURCES)
     (tmp_path / "speed.csv").write_text(SPEED)
-    tried = [{"of_table": False, "fraction": 0.9}, {"of_table": True, "fraction": 0.6},
-             {"of_table": False, "failure": "spills"}]  # fmt: skip
-    (tmp_path / "tune.json").write_text(json.dumps({"lse": tried, "rows": tried[1:2]}))
+    row = tiles.TABLE["sm_90", "bfloat16"]
+    tile, sweep = asdict(row.lse), asdict(row.rows)
+    tried = [
+        {"candidate": tile | {"BK": 1}, "fraction": 0.9},
+        {"candidate": tile | {"OLDER": False}, "fraction": 0.6},  # an option that there was
+        {"candidate": tile | {"OLDER": True}, "fraction": 0.7},
+        {"candidate": tile, "failure": "spills"},
+    ]
+    of_rows = [{"candidate": sweep, "fraction": 0.6}]
+    (tmp_path / "tune.json").write_text(json.dumps({"lse": tried, "rows": of_rows}))
     page = prediction.page(name, tmp_path, tmp_path)
     for line in (
         "|  | predicted | measured, N = 16384 | measured / predicted |",

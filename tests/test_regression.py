@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import memory, roofline, speed
-from benchmarks.allocations import Allocations, pretended
+from benchmarks.allocations import Allocations, fake_device
 from benchmarks.inputs import make_inputs
 from benchmarks.peers import METHODS
 
@@ -83,7 +83,7 @@ def test_64k_tokens_fit_in_little_more_than_their_gradient():
     N, (D, V) = 65536, memory.MODELS["qwen3-8b"]
     row = memory.count("qwen3-8b", N, D, V, "ours, logit-free")
     assert row.counted_mib - 2 * N * D / 2**20 < 1.1 * 1024
-    with pretended("cuda"):  # forward by itself, which has scratch but no returned gradient
+    with fake_device("cuda"):  # forward by itself, which has scratch but no returned gradient
         h_S = torch.empty(N, D, dtype=torch.bfloat16, requires_grad=True)
         h_T, W = torch.empty_like(h_S), torch.empty(V, D, dtype=h_S.dtype)
         with Allocations() as allocations:

@@ -78,8 +78,10 @@ def test_what_it_holds(wheel):
     }
     assert {"opsd_kernels/py.typed", "opsd_train/py.typed"} <= set(names)
     assert any(name.endswith("/licenses/LICENSE") for name in names)
-    presets = {path.name for path in (ROOT / "opsd_train" / "presets").glob("*.yaml")}
-    assert {Path(name).name for name in names if name.endswith(".yaml")} == presets
+    for package in ("opsd_kernels", "opsd_train"):
+        for path in (ROOT / package).rglob("*"):
+            if path.suffix in (".py", ".yaml"):
+                assert str(path.relative_to(ROOT)) in names
 
 
 def test_it_is_imported_from_where_it_is_installed(python):

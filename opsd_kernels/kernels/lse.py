@@ -47,11 +47,15 @@ from opsd_kernels.kernels.records import State, Stats
 from opsd_kernels.kernels.tiles import Row
 
 # Fields of `Partials`, the last two those of the sampled tokens: by their number in `State`.
-TOP_S, TOP_T, E_SUM, Z_S = tl.constexpr(0), tl.constexpr(2), tl.constexpr(5), tl.constexpr(6)
-PARTIALS = tl.constexpr(8)
+TOP_S, TOP_T, E_SUM, Z_S = (
+    tl.constexpr(State._fields.index(name)) for name in ("top_S", "top_T", "E", "z_Sy")
+)
+PARTIALS = tl.constexpr(State._fields.index("index"))
 # Fields of `Tokens.stats`: those of `Stats`, and of the sampled token log p, log q, log q − log p.
-P_MAX, Q_MAX, S_TOP = tl.constexpr(1), tl.constexpr(3), tl.constexpr(7)
-STATS, STATS_OF_TARGETS = tl.constexpr(8), tl.constexpr(3)
+P_MAX, Q_MAX, S_TOP = (
+    tl.constexpr(Stats._fields.index(name)) for name in ("p_max", "q_max", "s_top")
+)
+STATS, STATS_OF_TARGETS = tl.constexpr(len(Stats._fields)), tl.constexpr(3)
 LAST = tl.constexpr(2**31 - 1)  # beyond every column
 # Rows of a program of `merge`.
 MERGE_BM = tl.constexpr(8)

@@ -72,8 +72,8 @@ def pair_kernel(
     divergence,
     tiling,
 ):
-    """Grid (row tiles, programs): a program takes slot after slot, as many apart as there are
-    programs; of a slot the columns from `scored.begin` + slot · BV on, up to the vocabulary's end.
+    """Grid (row tiles, slots): of a slot the columns from `scored.begin` + slot · BV on, up to the
+    vocabulary's end.
 
     Writes:
         scored: sums, added to unless `begin` is 0; s and p, as far as they are there, 0 beyond the
@@ -106,8 +106,8 @@ def pair_kernel(
         p_ptrs += at_tile
     V = student.V
     stop = tl.minimum(scored.slots, tl.cdiv(V - scored.begin, BV))
-    # One turn, where there is a program for each slot. Without a loop a compiler loads what belongs
-    # to the rows before it multiplies, and spills ten times as much.
+    # One turn. Without a loop a compiler loads what belongs to the rows before it multiplies, and
+    # spills ten times as much.
     for slot in range(tl.program_id(1), stop, tl.num_programs(1)):
         begin = scored.begin + slot * BV
         z_S, z_T = logits_tiles(

@@ -99,7 +99,7 @@ class Scored(NamedTuple):
     """What `pair` makes of entries: sums, one slot for each block of columns; and the tiles that
     are multiplied by W, of the columns from `begin` on, times SCALE."""
 
-    sums: Any  # [2 or 7, slots, stride of `Tokens`] fp32: Σ f, Σ s; and what STATISTICS are made of
+    sums: Any  # [2 or 7, slots, stride] fp32: Σ f, Σ s; and what STATISTICS are made of
     slots: Any
     STATISTICS: Any
     s: Any = None  # [R, stride]; None without gradient

@@ -33,7 +33,7 @@ from opsd_train.small_world.multiplication import (
 )
 from opsd_train.small_world.warm_start import build_model, build_tokenizer, warm_start
 
-RECIPE = ("multiplication", "warm_start")  # the files that decide what is cached
+RECIPE = ("multiplication", "warm_start", "world")  # the files that decide what is cached
 
 
 class SmallWorld(World):
