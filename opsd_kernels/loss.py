@@ -16,6 +16,7 @@ from opsd_kernels.checks import (
     check_reduction,
     check_workspace,
 )
+from opsd_kernels.head import LMHead
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -23,14 +24,14 @@ Reduction = Literal["mean", "sum", "none"]
 def fused_jsd_loss(
     h_student: Tensor,
     h_teacher: Tensor,
-    W: Tensor,
+    W: Tensor | LMHead,
     *,
     beta: float | Tensor = 0.5,
     temperature: float = 1.0,
     entry_clip: float | None = None,
     token_weights: Tensor | None = None,
     reduction: Reduction = "mean",
-    W_teacher: Tensor | None = None,
+    W_teacher: Tensor | LMHead | None = None,
     workspace_mib: float | None = None,
 ) -> Tensor:
     """Generalized Jensen-Shannon divergence between teacher and student over the full vocabulary,
@@ -120,14 +121,14 @@ class TokenDivergence(NamedTuple):
 def token_divergence(
     h_student: Tensor,
     h_teacher: Tensor,
-    W: Tensor,
+    W: Tensor | LMHead,
     *,
     beta: float | Tensor = 0.5,
     temperature: float = 1.0,
     entry_clip: float | None = None,
     targets: Tensor | None = None,
     token_weights: Tensor | None = None,
-    W_teacher: Tensor | None = None,
+    W_teacher: Tensor | LMHead | None = None,
     workspace_mib: float | None = None,
 ) -> TokenDivergence:
     """The loss of every token, and from the same passes over the vocabulary what one wants to know
@@ -178,14 +179,14 @@ class SampledTokenLoss(NamedTuple):
 def fused_sampled_token_loss(
     h_student: Tensor,
     h_teacher: Tensor,
-    W: Tensor,
+    W: Tensor | LMHead,
     targets: Tensor,
     *,
     temperature: float = 1.0,
     advantage_clip: float | None = None,
     token_weights: Tensor | None = None,
     reduction: Reduction = "mean",
-    W_teacher: Tensor | None = None,
+    W_teacher: Tensor | LMHead | None = None,
     workspace_mib: float | None = None,
     return_log_probs: bool = False,
 ) -> Tensor | SampledTokenLoss:

@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 from opsd_kernels.kernels import cdiv
+from opsd_kernels.kernels.head import logits_and_slope
 from opsd_kernels.kernels.logits_tile import halves, logits_tiles
 from opsd_kernels.kernels.pointwise import (
     HUGE,
@@ -120,6 +121,9 @@ def lse_kernel(
         z_S, z_T = logits_tiles(
             h_S, h_T, W, W_T, student, teacher, tl.program_id(0) * BM, v, R, tiling
         )
+        col, end = (v + tl.arange(0, tiling.BV))[None, :], None if tiling.EVEN_V else V
+        z_S, _ = logits_and_slope(z_S, col, end, student.bias, student.softcap, student.scale)
+        z_T, _ = logits_and_slope(z_T, col, end, teacher.bias, teacher.softcap, teacher.scale)
         state = absorb(
             z_S, z_T, v, V, target, state, inverse_temperature, LIMIT, tiling.EVEN_V, tiling.PARTS
         )
