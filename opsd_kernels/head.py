@@ -4,19 +4,17 @@
     z = C tanh(σ u / C)             logits: scale σ, softcap C; without a cap z = σ u
 
 A temperature divides z afterwards. Every head of the field is of this form: Gemma has a cap, Cohere
-and Granite a scale, Phi a bias. An entry whose bias is −∞ is banned: its logit is −∞, also under a
-cap, which would otherwise make −C of it.
+and Granite a scale, Phi a bias. A bias of −∞ bans an entry: its logit is −∞, also under a cap,
+which would otherwise make −C of it.
 """
 
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class LMHead:
+class LMHead(NamedTuple):
     """An LM head, for `W` and `W_teacher` of every loss, frozen.
 
         z = softcap · tanh(scale · (h Wᵀ + bias) / softcap),  or scale · (h Wᵀ + bias)
@@ -38,7 +36,7 @@ class LMHead:
     def detach(self) -> "LMHead":
         """The same head, without gradients."""
         bias = None if self.bias is None else self.bias.detach()
-        return replace(self, weight=self.weight.detach(), bias=bias)
+        return self._replace(weight=self.weight.detach(), bias=bias)
 
 
 class LogitMap(NamedTuple):
@@ -62,9 +60,10 @@ class LogitMap(NamedTuple):
                 z.mul_(self.scale)
             return None
         v = z.mul_(self.scale / self.softcap)
+        banned = None if self.bias is None else v == -torch.inf
         # 1/cosh² v, not 1 − tanh² v, which has no digits left where the cap is reached.
         slope = torch.cosh(v).square_().reciprocal_() if needs_slope else None
         z.tanh_().mul_(self.softcap)
-        if self.bias is not None:
-            z.masked_fill_(self.bias == -torch.inf, -torch.inf)
+        if banned is not None:
+            z.masked_fill_(banned, -torch.inf)
         return slope

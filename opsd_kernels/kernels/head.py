@@ -43,9 +43,9 @@ def logits_and_slope(u, col, V, bias, softcap, scale):
         else:
             v = u * (1.0 / softcap)
         t, slope = _tanh_and_slope(v)
-        u = t * softcap
         if bias is not None:
-            u = tl.where(b == float("-inf"), b, u)  # banned, cap or not
+            t = tl.where(u == float("-inf"), u, t)  # banned, cap or not
+        u = t * softcap
     elif scale is not None:
         u *= scale
     return u, slope
