@@ -57,7 +57,7 @@ def check_arguments(
     student = check_head("W", W)
     teacher = student if W_teacher is None else check_head("W_teacher", W_teacher)
     operand_dtype = check_tensors(h_student, h_teacher, student, teacher, dtypes)
-    shared = is_same_tensor(student.weight, teacher.weight) and student.V == teacher.V
+    shared = is_same_weight(student, teacher)
     if isinstance(beta, Tensor):
         beta = check_token_beta(beta, h_student)
     weights = check_weights(token_weights, h_student)
@@ -277,7 +277,7 @@ def _check_shapes(head: Head) -> None:
             f"{head.name}.bias must have one number for each of the {rows} rows of {name}, "
             f"got shape {list(bias.shape)}"
         )
-    if _readable(bias) and not (bias < math.inf).all():
+    if _readable(bias) and not (bias[: head.V] < math.inf).all():
         raise ValueError(f"{head.name}.bias must be finite, or −∞ for entries that are banned")
 
 
@@ -286,16 +286,19 @@ def is_dtensor(t: Tensor) -> bool:
     return type(t).__name__ == "DTensor"
 
 
-def is_same_tensor(a: Tensor, b: Tensor) -> bool:
-    """Whether a and b are one tensor, as far as that can be told: views of the same memory are not
+def is_same_weight(student: Head, teacher: Head) -> bool:
+    """Whether both sides have one W, as far as that can be told: views of the same memory are not
     told from others while PyTorch traces."""
-    if a is b:
+    if student.weight is teacher.weight and student.V == teacher.V:
         return True
-    if torch.compiler.is_compiling() or any(isinstance(t, FakeTensor) or t.is_meta for t in (a, b)):
+    W, W_T = student.rows, teacher.rows
+    if torch.compiler.is_compiling() or any(
+        isinstance(t, FakeTensor) or t.is_meta for t in (W, W_T)
+    ):
         return False
-    return all(
-        of(a) == of(b) for of in (Tensor.data_ptr, Tensor.stride, lambda t: (t.shape, t.dtype))
-    )
+    return (W.data_ptr(), W.dtype, W.shape, W.stride()) == (
+        W_T.data_ptr(), W_T.dtype, W_T.shape, W_T.stride()
+    )  # fmt: skip
 
 
 def _quotient(softcap: float | None, scale: float) -> float | None:

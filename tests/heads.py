@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from opsd_kernels import LMHead
@@ -41,6 +42,14 @@ def logits(h: Tensor, W: Tensor | LMHead, temperature: float = 1.0) -> Tensor:
     return z / temperature
 
 
+def size_of_logits(h: Tensor, head: LMHead) -> Tensor:
+    """[N] what the largest sum of products of a row may be, bias and scale included."""
+    size = h.double().norm(dim=1) * head.weight.double().norm(dim=1).max()
+    if head.bias is not None:
+        size = size + head.bias[head.bias > -torch.inf].double().abs().max()
+    return head.scale * size
+
+
 @dataclass(frozen=True)
 class Extras:
     """What a drawn head has beside its matrix."""
@@ -75,3 +84,16 @@ class Extras:
         return LMHead(
             torch.cat([W, padding]), bias, self.softcap, self.scale, V if self.padding else None
         )
+
+
+EXTRAS = st.one_of(
+    st.none(),
+    st.builds(
+        Extras,
+        bias=st.sampled_from(["none", "random", "with bans"]),
+        softcap=st.sampled_from([None, 1.0, 5.0, 30.0]),
+        scale=st.sampled_from([1.0, 0.25, 3.0]),
+        padding=st.integers(0, 5),
+        teacher_differs=st.booleans(),
+    ),
+)

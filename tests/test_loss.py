@@ -13,7 +13,7 @@ from accuracy import (
     exact,
     rounds_scores,
 )
-from heads import Extras
+from heads import EXTRAS
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from inputs import clip_is_clear, language_like_inputs, random_inputs
@@ -38,17 +38,7 @@ LOW_DTYPES = [torch.bfloat16, torch.float16]
     log_size=st.floats(-2, 1.5),
     log_distance=st.floats(-4, 0),
     own_head=st.booleans(),
-    extras=st.one_of(
-        st.none(),
-        st.builds(
-            Extras,
-            bias=st.sampled_from(["none", "random", "with bans"]),
-            softcap=st.sampled_from([None, 1.0, 5.0, 30.0]),
-            scale=st.sampled_from([1.0, 0.25, 3.0]),
-            padding=st.integers(0, 5),
-            teacher_differs=st.booleans(),
-        ),
-    ),
+    extras=EXTRAS,
     workspace_mib=st.sampled_from([0.25, 2, 128]),
     seed=st.integers(0, 2**16),
 )
