@@ -8,7 +8,7 @@ and Granite a scale, Phi a bias. A bias of −∞ bans an entry: its logit is �
 which would otherwise make −C of it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,24 @@ class LMHead(NamedTuple):
     """σ > 0. Without a softcap 1/σ is a temperature of this side alone."""
     vocab_size: int | None = None
     """V, where the weight is padded with rows that count for nothing; by default all count."""
+
+    @staticmethod
+    def of(model: Any) -> "LMHead":
+        """The head of a causal language model of transformers: weight and bias of its output
+        embeddings (as they are, not detached), and softcap, scale and vocabulary as its config says
+        of Qwen, Llama, Gemma, Granite, Cohere, Phi and all that scale their logits as these do.
+
+        What enters it is what enters the model's head: the last hidden states after the final norm,
+        `model.model(...).last_hidden_state`.
+
+        Raises:
+            TypeError: no such model.
+            ValueError: a config that says of logits what is not known here; a head with an adapter,
+                quantized, sharded or not on this device. The message says what to do.
+        """
+        from opsd_kernels.head_of_model import head_of_model
+
+        return head_of_model(model)
 
     def detach(self) -> "LMHead":
         """The same head, without gradients."""
