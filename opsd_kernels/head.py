@@ -78,10 +78,9 @@ class LogitMap(NamedTuple):
                 z.mul_(self.scale)
             return None
         v = z.mul_(self.scale / self.softcap)
-        banned = None if self.bias is None else v == -torch.inf
+        banned = v == -torch.inf
         # 1/cosh² v, not 1 − tanh² v, which has no digits left where the cap is reached.
         slope = torch.cosh(v).square_().reciprocal_() if needs_slope else None
         z.tanh_().mul_(self.softcap)
-        if banned is not None:
-            z.masked_fill_(banned, -torch.inf)
+        z.masked_fill_(banned, -torch.inf)
         return slope

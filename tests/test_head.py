@@ -223,10 +223,10 @@ def test_a_cap_and_its_slope_keep_their_digits():
         assert ((got_slope - slope) / slope)[v.abs() < 1].abs().max() < 1e-6
 
 
-def test_what_is_infinite_keeps_its_sign():
+def test_a_ban_passes_the_cap():
     u = torch.tensor([-math.inf, math.inf, 0.0, -0.0])
     LogitMap(None, 2.0, 1.0).apply_(u)
-    assert u.tolist() == [-2.0, 2.0, 0.0, 0.0]
+    assert u.tolist() == [-math.inf, 2.0, 0.0, 0.0]
 
 
 # --- what holds of every loss

@@ -30,22 +30,31 @@ def logits_and_slope(u, col, V, bias, softcap, scale):
         bias: pointer [V], any dtype.
         softcap, scale: fp32 numbers.
     """
-    slope = 1.0
+    return capped(biased(u, col, V, bias), softcap, scale)
+
+
+@triton.jit
+def biased(u, col, V, bias):
+    """u with the bias of its columns, see `logits_and_slope`."""
     if bias is not None:
         if V is not None:
-            b = tl.load(bias + col, mask=col < V, other=0.0).to(tl.float32)
+            u += tl.load(bias + col, mask=col < V, other=0.0).to(tl.float32)
         else:
-            b = tl.load(bias + col).to(tl.float32)
-        u += b
+            u += tl.load(bias + col).to(tl.float32)
+    return u
+
+
+@triton.jit
+def capped(u, softcap, scale):
+    """z and slope of u, bias included, of any shape: a function that grows with u."""
+    slope = 1.0
     if softcap is not None:
         if scale is not None:
             v = u * (scale / softcap)
         else:
             v = u * (1.0 / softcap)
         t, slope = _tanh_and_slope(v)
-        if bias is not None:
-            t = tl.where(u == float("-inf"), u, t)  # banned, cap or not
-        u = t * softcap
+        u = tl.where(u == float("-inf"), u, t * softcap)  # banned, cap or not
     elif scale is not None:
         u *= scale
     return u, slope

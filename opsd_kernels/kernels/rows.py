@@ -158,7 +158,9 @@ def seen(
     blocks = tl.arange(0, BLOCK * PARTS)[None, :]
     for v in range(0, V, BLOCK * PARTS):
         z_S, z_T, _slope = _load(u_ptrs, logits, v + blocks)
-        state = absorb(z_S, z_T, v, V, target, state, inverse_temperature, LIMIT, True, PARTS)
+        # They are logits already.
+        maps = (None, None, None, None, None, None)
+        state = absorb(z_S, z_T, v, V, maps, target, state, inverse_temperature, LIMIT, True, PARTS)
     return combined(state, 1, inverse_temperature, LIMIT)
 
 
@@ -191,10 +193,6 @@ def _load(u_ptrs, logits, col):
     u_T = tl.load(u_T_ptr + col, mask=col < V, other=float("-inf"))
     z_S, slope = logits_and_slope(u_S, col, V, logits.bias, logits.softcap, None)
     z_T, _ = logits_and_slope(u_T, col, V, logits.bias_T, logits.softcap_T, logits.scale_T)
-    if logits.softcap is not None:
-        z_S = tl.where(col < V, z_S, float("-inf"))
-    if logits.softcap_T is not None:
-        z_T = tl.where(col < V, z_T, float("-inf"))
     return z_S, z_T, slope
 
 
