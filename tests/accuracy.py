@@ -139,8 +139,11 @@ def noise(
     core = None if dtype == torch.float32 else core
     h_S, h_T = h_S.detach().double(), h_T.detach().double()
     has_own_weight = W_teacher is not None
-    head_S, head_T = as_head(W), as_head(W if W_teacher is None else W_teacher)
-    W, W_T = head_S.weight.double(), head_T.weight.double()
+    head_S = tree_map_only(Tensor, Tensor.double, as_head(W))
+    head_T = head_S
+    if W_teacher is not None:
+        head_T = tree_map_only(Tensor, Tensor.double, as_head(W_teacher))
+    W, W_T = head_S.weight, head_T.weight
     generator = torch.Generator(device).manual_seed(0)
     of_rows = torch.Generator(device).manual_seed(1)
     of_cores = torch.Generator(device).manual_seed(2)
@@ -155,10 +158,10 @@ def noise(
     def products(h: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
         # The size that is rounded: of the products summed into a logit, and of its bias. Tensor
         # cores do not round; the sum is fp32 only afterwards.
-        u = h @ head.weight.double().t()
-        size = u.abs() if core else h.norm(dim=1)[:, None] * head.weight.double().norm(dim=1)
+        u = h @ head.weight.t()
+        size = u.abs() if core else h.norm(dim=1)[:, None] * head.weight.norm(dim=1)
         if head.bias is not None:
-            size = size + head.bias.double().nan_to_num(neginf=0.0).abs()
+            size = size + head.bias.nan_to_num(neginf=0.0).abs()
         return u, size
 
     def logits(u: Tensor, head: LMHead, bits: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
