@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -49,6 +49,7 @@ class Case:
     beta: float | Tensor | None
     clipped: bool = False
     statistics: bool = False  # those of sampled tokens among them
+    head: bool = False  # with a bias, a softcap, and for the teacher a scale
 
 
 PER_TOKEN = torch.tensor([0.5])
@@ -66,10 +67,11 @@ CASES = {
     "any": Case(PER_TOKEN),
     "any, clip, statistics": Case(PER_TOKEN, clipped=True, statistics=True),
     "log p": Case(None, statistics=True),
+    "JSD, bias, softcap, scale": Case(0.5, head=True),
 }
 # The kernels that do not look at entries one by one.
 FEWER = {
-    "lse": ("JSD", "forward KL", "JSD, statistics", "log p"),
+    "lse": ("JSD", "forward KL", "JSD, statistics", "log p", "JSD, bias, softcap, scale"),
     "merge": ("JSD", "any, clip, statistics"),
     "finish": ("JSD", "any, clip, statistics", "log p"),
 }
@@ -166,6 +168,11 @@ def _launch(variant: Variant, row: Row, stored: torch.dtype) -> None:
         entry_clip=1.0 if case.clipped else None,
         targets=empty(R, dtype=torch.int32) if case.statistics else None,
     )
+    if case.head:
+        bias = empty(V, dtype=problem.operand_dtype)
+        problem = replace(
+            problem, bias=bias, bias_T=bias, softcap=30.0, softcap_T=30.0, scale_T=0.5
+        )
     statistics = empty(divergence.STATISTICS, R) if case.statistics else None
     outputs = Outputs(empty(R), statistics, empty(R, D))
     if variant.kernel == "rows":

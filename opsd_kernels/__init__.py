@@ -1,6 +1,7 @@
 """Full-vocabulary self-distillation losses from hidden states, without vocabulary-sized logits."""
 
 from opsd_kernels.divergence import divergence_name
+from opsd_kernels.head import LMHead
 from opsd_kernels.loss import (
     SampledTokenLoss,
     TokenDivergence,
@@ -17,6 +18,7 @@ from opsd_kernels.reference import (
 
 __all__ = [
     "FusedJSDLoss",
+    "LMHead",
     "SampledTokenLoss",
     "TokenDivergence",
     "divergence_name",

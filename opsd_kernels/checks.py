@@ -5,6 +5,7 @@ a GPU never waits for the host, and not while PyTorch traces or compiles, when i
 """
 
 import math
+from dataclasses import dataclass
 from numbers import Real
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from opsd_kernels import kernels
 from opsd_kernels.divergence import HUGE
+from opsd_kernels.head import LMHead
 from opsd_kernels.problem import Problem
 from opsd_kernels.row_workspace import MIB, default_workspace_mib
 
@@ -32,8 +34,8 @@ class Arguments(NamedTuple):
 def check_arguments(
     h_student: Tensor,
     h_teacher: Tensor,
-    W: Tensor,
-    W_teacher: Tensor | None,
+    W: Tensor | LMHead,
+    W_teacher: Tensor | LMHead | None,
     *,
     beta: float | Tensor | None,
     temperature: float,
@@ -52,24 +54,33 @@ def check_arguments(
     """
     temperature = check_temperature(temperature)
     entry_clip = check_clip("entry_clip", entry_clip)
-    operand_dtype = check_tensors(h_student, h_teacher, W, W_teacher, dtypes)
+    student = check_head("W", W)
+    teacher = student if W_teacher is None else check_head("W_teacher", W_teacher)
+    operand_dtype = check_tensors(h_student, h_teacher, student, teacher, dtypes)
+    shared = is_same_weight(student, teacher)
     if isinstance(beta, Tensor):
         beta = check_token_beta(beta, h_student)
     weights = check_weights(token_weights, h_student)
     ids = valid = None
     if targets is not None or beta is None:
-        ids, valid = check_targets(targets, h_student, W.shape[0], weights)
+        ids, valid = check_targets(targets, h_student, student.V, weights)
     problem = Problem(
         h_student.reshape(-1, h_student.shape[-1]),
         h_teacher.detach().reshape(-1, h_teacher.shape[-1]),
-        W.detach(),
-        None if W_teacher is None else W_teacher.detach(),
+        student.rows,
+        None if shared else teacher.rows,
         operand_dtype,
         beta,
-        temperature,
+        # Both sides' logits are a multiple of the student's scale, as if it were a temperature.
+        temperature / student.scale,
         entry_clip,
         None if weights is None else weights.reshape(-1) != 0,
         ids,
+        student.bias_of(operand_dtype),
+        teacher.bias_of(operand_dtype),
+        _quotient(student.softcap, student.scale),
+        _quotient(teacher.softcap, student.scale),
+        teacher.scale / student.scale,
     )
     return Arguments(problem, h_student.shape[:-1], weights, valid)
 
@@ -123,20 +134,74 @@ def check_clip(name: str, clip: float | None) -> float | None:
     return clip
 
 
+@dataclass(frozen=True)
+class Head:
+    """One side's head as a loss was called with it: its numbers checked, its tensors not yet."""
+
+    name: str  # W or W_teacher, as is …
+    weight_name: str  # … that of its weight: the same, or W.weight
+    weight: Tensor  # [rows, D]
+    bias: Tensor | None
+    softcap: float | None
+    scale: float
+    vocab_size: int | None
+
+    @property
+    def V(self) -> int:
+        return self.weight.shape[0] if self.vocab_size is None else self.vocab_size
+
+    @property
+    def rows(self) -> Tensor:
+        """W [V, D], without what is padded."""
+        return self.weight.detach()[: self.V]
+
+    def bias_of(self, operand_dtype: torch.dtype) -> Tensor | None:
+        """b [V], rounded as autocast would round it."""
+        if self.bias is None:
+            return None
+        return self.bias.detach()[: self.V].to(operand_dtype).contiguous()
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {self.weight_name: self.weight}
+        return named if self.bias is None else named | {f"{self.name}.bias": self.bias}
+
+
+def check_head(name: str, W: Tensor | LMHead) -> Head:
+    """Check what of a head is no tensor."""
+    if not isinstance(W, LMHead):
+        return Head(name, name, W, None, None, 1.0, None)
+    softcap, vocab_size = W.softcap, W.vocab_size
+    if softcap is not None:
+        softcap = _number(f"{name}.softcap", softcap)
+        if not 0 < softcap < math.inf:
+            raise ValueError(
+                f"{name}.softcap must be positive and finite, or None for no cap, got {softcap}"
+            )
+    scale = _number(f"{name}.scale", W.scale)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"{name}.scale must be positive and finite, got {scale}")
+    if vocab_size is not None and (isinstance(vocab_size, bool) or not isinstance(vocab_size, int)):
+        raise TypeError(f"{name}.vocab_size must be an int, got {type(vocab_size).__name__}")
+    return Head(name, f"{name}.weight", W.weight, W.bias, softcap, scale, vocab_size)
+
+
 def check_tensors(
     h_student: Tensor,
     h_teacher: Tensor,
-    W: Tensor,
-    W_teacher: Tensor | None,
+    student: Head,
+    teacher: Head,
     dtypes: tuple[torch.dtype, ...],
 ) -> torch.dtype:
     """Check hidden states and heads, and return the dtype of the matrix products' operands."""
-    tensors = {"h_student": h_student, "h_teacher": h_teacher, "W": W}
-    if W_teacher is not None:
-        tensors["W_teacher"] = W_teacher
+    heads = (student,) if teacher is student else (student, teacher)
+    tensors = {"h_student": h_student, "h_teacher": h_teacher}
+    for head in heads:
+        tensors |= head.tensors()
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if is_dtensor(t):
+            raise TypeError(f"{name} is a DTensor, sharded by FSDP2: pass {name}.full_tensor()")
         if t.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got {t.layout}")
         if t.dtype not in dtypes:
@@ -160,45 +225,84 @@ def check_tensors(
                     "all tensors must have one dtype (or be used under torch.autocast)"
                 )
 
-    for name, t in tensors.items():
-        if not name.startswith("W"):
-            if t.ndim == 0:
-                raise ValueError(f"{name} must be [..., D], got a scalar")
-        elif t.ndim != 2:
-            raise ValueError(
-                f"{name} must be [V, D], got shape {list(t.shape)}; a head sharded or flattened by "
-                "FSDP or ZeRO-3 must be gathered first"
-            )
-        elif 0 in t.shape:
-            raise ValueError(
-                f"{name} must have at least one row and column, got shape {list(t.shape)}"
-            )
-        elif t.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name} requires grad, but the gradient reaches h_student only: "
-                f"pass {name}.detach() for a frozen head"
-            )
+    for name, h in (("h_student", h_student), ("h_teacher", h_teacher)):
+        if h.ndim == 0:
+            raise ValueError(f"{name} must be [..., D], got a scalar")
+    for head in heads:
+        _check_shapes(head)
+        for name, t in head.tensors().items():
+            if t.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    f"{name} requires grad, but the gradient reaches h_student only: "
+                    f"pass {head.name}.detach() for a frozen head"
+                )
     if h_student.shape[:-1] != h_teacher.shape[:-1]:
         raise ValueError(
             "h_student and h_teacher must have the same leading shape, got "
             f"{list(h_student.shape)} and {list(h_teacher.shape)}"
         )
-    head_T, W_T = ("W", W) if W_teacher is None else ("W_teacher", W_teacher)
-    for name, h, head, weight in (
-        ("h_student", h_student, "W", W),
-        ("h_teacher", h_teacher, head_T, W_T),
-    ):
-        if h.shape[-1] != weight.shape[1]:
+    for name, h, head in (("h_student", h_student, student), ("h_teacher", h_teacher, teacher)):
+        W = head.weight
+        if h.shape[-1] != W.shape[1]:
             raise ValueError(
-                f"{name} has {h.shape[-1]} features, {head} {weight.shape[1]}: "
-                f"{name} {list(h.shape)} must be [..., D] for {head} [V, D] {list(weight.shape)}"
+                f"{name} has {h.shape[-1]} features, {head.weight_name} {W.shape[1]}: {name} "
+                f"{list(h.shape)} must be [..., D] for {head.weight_name} [V, D] {list(W.shape)}"
             )
-    if W_T.shape[0] != W.shape[0]:
+    if teacher.V != student.V:
         raise ValueError(
-            f"W_teacher has {W_T.shape[0]} rows, W {W.shape[0]}: "
-            "student and teacher must share one vocabulary"
+            f"{teacher.name} has {teacher.V} rows, {student.name} {student.V}: "
+            "student and teacher must share one vocabulary (of a padded head the first vocab_size)"
         )
     return operand_dtype
+
+
+def _check_shapes(head: Head) -> None:
+    name, W, bias = head.weight_name, head.weight, head.bias
+    if W.ndim != 2:
+        raise ValueError(
+            f"{name} must be [V, D], got shape {list(W.shape)}; a head sharded or flattened by "
+            "FSDP or ZeRO-3 must be gathered first"
+        )
+    if 0 in W.shape:
+        raise ValueError(f"{name} must have at least one row and column, got shape {list(W.shape)}")
+    rows = W.shape[0]
+    if not 1 <= head.V <= rows:
+        raise ValueError(
+            f"{head.name}.vocab_size must lie in [1, {rows}], the rows of {name}, got {head.V}"
+        )
+    if bias is None:
+        return
+    if bias.shape != (rows,):
+        raise ValueError(
+            f"{head.name}.bias must have one number for each of the {rows} rows of {name}, "
+            f"got shape {list(bias.shape)}"
+        )
+    if _readable(bias) and not (bias[: head.V] < math.inf).all():
+        raise ValueError(f"{head.name}.bias must be finite, or −∞ for entries that are banned")
+
+
+def is_dtensor(t: Tensor) -> bool:
+    """Whether t is one of torch.distributed, which is not imported for it."""
+    return type(t).__name__ == "DTensor"
+
+
+def is_same_weight(student: Head, teacher: Head) -> bool:
+    """Whether both sides have one W, as far as that can be told: views of the same memory are not
+    told from others while PyTorch traces."""
+    if student.weight is teacher.weight and student.V == teacher.V:
+        return True
+    W, W_T = student.rows, teacher.rows
+    if torch.compiler.is_compiling() or any(
+        isinstance(t, FakeTensor) or t.is_meta for t in (W, W_T)
+    ):
+        return False
+    return (W.data_ptr(), W.dtype, W.shape, W.stride()) == (
+        W_T.data_ptr(), W_T.dtype, W_T.shape, W_T.stride()
+    )  # fmt: skip
+
+
+def _quotient(softcap: float | None, scale: float) -> float | None:
+    return None if softcap is None else softcap / scale
 
 
 def check_reduction(reduction: str) -> None:

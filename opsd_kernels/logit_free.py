@@ -27,6 +27,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from opsd_kernels import kernels
+from opsd_kernels.head import LogitMap
 from opsd_kernels.kernels import cdiv, finish, lse, pair, tiles
 from opsd_kernels.kernels.pointwise import divergence_record, is_wide, knows_G, mean_limit
 from opsd_kernels.kernels.records import (
@@ -38,6 +39,7 @@ from opsd_kernels.kernels.records import (
     Side,
     Tiling,
     Tokens,
+    for_kernels,
 )
 from opsd_kernels.problem import Outputs, Problem
 from opsd_kernels.products import copied_bytes, project_back, score_dtype, score_scale
@@ -58,11 +60,12 @@ class Scratch:
     row: tiles.Row  # of the table
     pair: tiles.Tile  # of `pair`
     copied_rows: int  # of W at a time, where the product of step 3 cannot read it in place
+    slope: bool  # whether the last of the sums are slopes of a softcap
     partials: Tensor  # [6 or 8, spans, R] fp32
     index: Tensor  # [spans, R] int32
     stats: Tensor  # [8 or 11, R] fp32
     top: Tensor  # [R] int32
-    sums: Tensor  # [2 or 7, slots, R] fp32
+    sums: Tensor  # [2 to 8, slots, R] fp32
     # s, and under it p unless G is known: [R or 2R, columns] in score_dtype; of a gradient only.
     s_p: Tensor | None = None
     # P, or A and under it P: [R or 2R, D] fp32; likewise, unless G is known.
@@ -79,7 +82,8 @@ class Scratch:
         copied_rows = int(room // bytes_per_row) // 64 * 64
         row = tiles.lookup(problem.h_S.device, problem.operand_dtype)
         pair_tile = _pair_tile(row, problem, needs_statistics)
-        return Scratch(row, pair_tile, max(64, copied_rows), *tensors)
+        slope = _has_slope(problem, needs_gradient=len(tensors) > 5)
+        return Scratch(row, pair_tile, max(64, copied_rows), slope, *tensors)
 
     @property
     def rows(self) -> int:
@@ -117,6 +121,8 @@ def allocate(problem: Problem, needs_gradient: bool, needs_statistics: bool) -> 
     slots = min(row.columns * 2 // scores.itemsize // BV, cdiv(V, BV))
     spans = cdiv(V, lse.span(V, row))
     statistics = needs_statistics and problem.beta is not None
+    sums = pair.SUMS.value + (pair.SUMS_OF_STATISTICS.value if statistics else 0)
+    sums += _has_slope(problem, needs_gradient)
 
     def fp32(*shape: int) -> Tensor:
         return h_S.new_empty(shape, dtype=torch.float32)
@@ -126,7 +132,7 @@ def allocate(problem: Problem, needs_gradient: bool, needs_statistics: bool) -> 
         h_S.new_empty(spans, R, dtype=torch.int32),
         fp32(lse.STATS.value + (lse.STATS_OF_TARGETS.value if targets else 0), R),
         h_S.new_empty(R, dtype=torch.int32),
-        fp32(pair.SUMS.value + (pair.SUMS_OF_STATISTICS.value if statistics else 0), slots, R),
+        fp32(sums, slots, R),
     ]
     if needs_gradient:
         knows = knows_G(problem.beta, problem.entry_clip)
@@ -134,6 +140,11 @@ def allocate(problem: Problem, needs_gradient: bool, needs_statistics: bool) -> 
         if not knows:
             tensors.append(fp32((2 if is_stacked(R, D) else 1) * R, D))
     return tensors
+
+
+def _has_slope(problem: Problem, needs_gradient: bool) -> bool:
+    """Whether `finish` wants the slope of a softcap at the top entry."""
+    return needs_gradient and problem.softcap is not None
 
 
 def is_stacked(R: int, D: int) -> bool:
@@ -205,7 +216,8 @@ def pair_launcher(scratch: Scratch, chunk: Problem) -> Callable[[int], None]:
     operands = _operands(chunk, tile)
     tokens = _tokens(scratch, chunk)
     if chunk.beta is None:
-        operands |= {"h_T": None, "W_T": None}
+        nothing = operands["teacher"]._replace(bias=None, softcap=None, scale=None)
+        operands |= {"h_T": None, "W_T": None, "teacher": nothing}
     else:
         tokens = tokens._replace(targets=None)
     s, p = scratch.s_and_p(R)
@@ -256,7 +268,7 @@ def launch_finish(outputs: Outputs, scratch: Scratch, chunk: Problem) -> None:
         results=Results(outputs.loss, outputs.statistics, outputs.dh_S),
         accumulated=Accumulated(A, P, SCALE=tl.constexpr(scratch.scale)),
         W=chunk.W,
-        student=_side(chunk.h_S, chunk.W),
+        student=_side(chunk.h_S, chunk.W, chunk.logit_maps[0]),
         scored=_scored(scratch),
         tokens=_tokens(scratch, chunk),
         R=R,
@@ -279,7 +291,8 @@ def _operands(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
         t.dtype == chunk.operand_dtype and _has_bulk_strides(t) for t in operands
     )
     tile = replace(tile, BULK=bulk)
-    student, teacher = _side(h_S, W), _side(h_T, W_T)
+    map_S, map_T = chunk.logit_maps
+    student, teacher = _side(h_S, W, map_S), _side(h_T, W_T, map_T)
     tiling = Tiling.of(
         tile,
         even_d=student.D % tile.BK == 0 and teacher.D % tile.BK == 0,
@@ -307,8 +320,9 @@ def _operands(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
     }
 
 
-def _side(h: Tensor, W: Tensor) -> Side:
-    return Side(W.shape[0], h.shape[1], h.stride(0), W.stride(0), W.stride(1))
+def _side(h: Tensor, W: Tensor, logit_map: LogitMap) -> Side:
+    sizes = W.shape[0], h.shape[1], h.stride(0), W.stride(0), W.stride(1)
+    return Side(*sizes, *for_kernels(logit_map))
 
 
 def _tokens(scratch: Scratch, chunk: Problem) -> Tokens:
@@ -318,7 +332,10 @@ def _tokens(scratch: Scratch, chunk: Problem) -> Tokens:
 
 def _scored(scratch: Scratch) -> Scored:
     fields, slots, _rows = scratch.sums.shape
-    return Scored(scratch.sums, slots, STATISTICS=tl.constexpr(fields > pair.SUMS.value))
+    statistics = fields - scratch.slope > pair.SUMS.value
+    return Scored(
+        scratch.sums, slots, STATISTICS=tl.constexpr(statistics), SLOPE=tl.constexpr(scratch.slope)
+    )
 
 
 def _has_bulk_strides(t: Tensor) -> bool:

@@ -16,6 +16,7 @@ from opsd_kernels.checks import (
     check_reduction,
     check_workspace,
 )
+from opsd_kernels.head import LMHead
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -23,14 +24,14 @@ Reduction = Literal["mean", "sum", "none"]
 def fused_jsd_loss(
     h_student: Tensor,
     h_teacher: Tensor,
-    W: Tensor,
+    W: Tensor | LMHead,
     *,
     beta: float | Tensor = 0.5,
     temperature: float = 1.0,
     entry_clip: float | None = None,
     token_weights: Tensor | None = None,
     reduction: Reduction = "mean",
-    W_teacher: Tensor | None = None,
+    W_teacher: Tensor | LMHead | None = None,
     workspace_mib: float | None = None,
 ) -> Tensor:
     """Generalized Jensen-Shannon divergence between teacher and student over the full vocabulary,
@@ -49,8 +50,8 @@ def fused_jsd_loss(
             fp32. The gradient flows here and nowhere else.
         h_teacher: [..., D], or [..., D_T] with `W_teacher`; the teacher's, at the positions that
             predict the same tokens. Same leading shape and dtype. Treated as a constant.
-        W: [V, D] LM head, frozen (detach a head that requires grad). A head padded beyond its
-            vocabulary is passed as the view `W[:vocab_size]`.
+        W: [V, D] LM head, frozen (detach a head that requires grad); or an `LMHead`, with a bias,
+            a softcap, a scale or padded rows.
         beta: in [0, 1], the teacher's weight in the mixture: a number, or a float tensor [...] that
             gives each token its own divergence, 0 and 1 included. A constant. (Under
             `torch.compile` a number is compiled in; to anneal β make it a 0-dimensional tensor.)
@@ -61,7 +62,8 @@ def fused_jsd_loss(
             gradient are exactly 0 even where its hidden states are NaN.
         reduction: "mean" Σ w ℓ / Σ w, "sum" Σ w ℓ, or "none" w ℓ of shape [...]. Without tokens,
             or with all weights 0, the loss and its gradient are 0.
-        W_teacher: [V, D_T] the teacher's own LM head; by default `W` serves both.
+        W_teacher: [V, D_T] or an `LMHead`, the teacher's own; by default `W` serves both. Where
+            only what an `LMHead` adds is the teacher's own, its weight, the same, is read once.
         workspace_mib: MiB that all temporaries with a vocabulary-sized dimension may take together,
             whatever the number of tokens. 0, the default on a GPU, allocates none: logits exist in
             registers only, and are computed twice. 320 or so is faster on a GPU. On a CPU the
@@ -120,14 +122,14 @@ class TokenDivergence(NamedTuple):
 def token_divergence(
     h_student: Tensor,
     h_teacher: Tensor,
-    W: Tensor,
+    W: Tensor | LMHead,
     *,
     beta: float | Tensor = 0.5,
     temperature: float = 1.0,
     entry_clip: float | None = None,
     targets: Tensor | None = None,
     token_weights: Tensor | None = None,
-    W_teacher: Tensor | None = None,
+    W_teacher: Tensor | LMHead | None = None,
     workspace_mib: float | None = None,
 ) -> TokenDivergence:
     """The loss of every token, and from the same passes over the vocabulary what one wants to know
@@ -178,14 +180,14 @@ class SampledTokenLoss(NamedTuple):
 def fused_sampled_token_loss(
     h_student: Tensor,
     h_teacher: Tensor,
-    W: Tensor,
+    W: Tensor | LMHead,
     targets: Tensor,
     *,
     temperature: float = 1.0,
     advantage_clip: float | None = None,
     token_weights: Tensor | None = None,
     reduction: Reduction = "mean",
-    W_teacher: Tensor | None = None,
+    W_teacher: Tensor | LMHead | None = None,
     workspace_mib: float | None = None,
     return_log_probs: bool = False,
 ) -> Tensor | SampledTokenLoss:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from opsd_kernels.checks import check_beta, check_clip, check_reduction, check_temperature
 from opsd_kernels.divergence import divergence_name
+from opsd_kernels.head import LMHead
 from opsd_kernels.loss import Reduction, fused_jsd_loss
 
 
@@ -37,9 +38,9 @@ class FusedJSDLoss(torch.nn.Module):
         self,
         h_student: Tensor,
         h_teacher: Tensor,
-        W: Tensor,
+        W: Tensor | LMHead,
         token_weights: Tensor | None = None,
-        W_teacher: Tensor | None = None,
+        W_teacher: Tensor | LMHead | None = None,
         beta: Tensor | None = None,
     ) -> Tensor:
         """See `fused_jsd_loss`; a tensor `beta` takes the place of the number for this call."""

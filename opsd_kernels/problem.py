@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opsd_kernels.head import LogitMap
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -18,13 +20,19 @@ class Problem:
     h_S: Tensor  # [N, D]
     h_T: Tensor  # [N, D_T]
     W: Tensor  # [V, D]
-    W_T: Tensor | None  # [V, D_T]; None if W serves both
+    W_T: Tensor | None  # [V, D_T]; None if W serves both, whose logits may differ by what follows
     operand_dtype: torch.dtype  # whose rounding the operands of the matrix products have
     beta: float | Tensor | None  # a number or [N] fp32; None if log p(ŷ) takes the loss's place
     temperature: float = 1.0
     entry_clip: float | None = None
     keep: Tensor | None = None  # [N] bool, the tokens that will count; None for all
     targets: Tensor | None = None  # [N] int32 ids ŷ of sampled tokens, all within the vocabulary
+    # What makes logits of products; the student's scale is part of the temperature.
+    bias: Tensor | None = None  # [V] in operand_dtype, contiguous, as is …
+    bias_T: Tensor | None = None  # … that of the teacher
+    softcap: float | None = None
+    softcap_T: float | None = None
+    scale_T: float = 1.0  # the teacher's, over the student's
 
     def values(self) -> tuple[Any, ...]:
         """All fields in order, for what PyTorch takes as arguments only; `Problem(*values)` is the
@@ -34,6 +42,12 @@ class Problem:
     @property
     def heads(self) -> tuple[Tensor, ...]:
         return (self.W,) if self.W_T is None else (self.W, self.W_T)
+
+    @property
+    def logit_maps(self) -> tuple[LogitMap, LogitMap]:
+        """What makes logits of products, the student's and the teacher's."""
+        student = LogitMap(self.bias, self.softcap, 1.0)
+        return student, LogitMap(self.bias_T, self.softcap_T, self.scale_T)
 
     @property
     def has_bounded_scores(self) -> bool:

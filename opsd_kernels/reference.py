@@ -22,6 +22,7 @@ from opsd_kernels.checks import (
     check_reduction,
 )
 from opsd_kernels.divergence import divergence_rows_, log_prob_rows_
+from opsd_kernels.head import LMHead, LogitMap
 from opsd_kernels.loss import (
     Reduction,
     SampledTokenLoss,
@@ -38,14 +39,14 @@ DTYPES = (*FLOAT_DTYPES, torch.float64)
 def reference_jsd_loss(
     h_student: Tensor,
     h_teacher: Tensor,
-    W: Tensor,
+    W: Tensor | LMHead,
     *,
     beta: float | Tensor = 0.5,
     temperature: float = 1.0,
     entry_clip: float | None = None,
     token_weights: Tensor | None = None,
     reduction: Reduction = "mean",
-    W_teacher: Tensor | None = None,
+    W_teacher: Tensor | LMHead | None = None,
     workspace_mib: float | None = None,
 ) -> Tensor:
     """`fused_jsd_loss` in float64: same arguments, same meaning, and float64 inputs besides.
@@ -75,14 +76,14 @@ def reference_jsd_loss(
 def reference_token_divergence(
     h_student: Tensor,
     h_teacher: Tensor,
-    W: Tensor,
+    W: Tensor | LMHead,
     *,
     beta: float | Tensor = 0.5,
     temperature: float = 1.0,
     entry_clip: float | None = None,
     targets: Tensor | None = None,
     token_weights: Tensor | None = None,
-    W_teacher: Tensor | None = None,
+    W_teacher: Tensor | LMHead | None = None,
     workspace_mib: float | None = None,
 ) -> TokenDivergence:
     """`token_divergence` in float64; see `reference_jsd_loss`."""
@@ -105,14 +106,14 @@ def reference_token_divergence(
 def reference_sampled_token_loss(
     h_student: Tensor,
     h_teacher: Tensor,
-    W: Tensor,
+    W: Tensor | LMHead,
     targets: Tensor,
     *,
     temperature: float = 1.0,
     advantage_clip: float | None = None,
     token_weights: Tensor | None = None,
     reduction: Reduction = "mean",
-    W_teacher: Tensor | None = None,
+    W_teacher: Tensor | LMHead | None = None,
     workspace_mib: float | None = None,
     return_log_probs: bool = False,
 ) -> Tensor | SampledTokenLoss:
@@ -149,8 +150,9 @@ class _ReferenceDivergence(torch.autograd.Function):
     def forward(ctx: Any, *values: Any) -> tuple[Tensor, Tensor]:
         problem = Problem(*values)
         W, temperature = problem.W, problem.temperature
-        z_S = _logits(problem.h_S, W, temperature)
-        z_T = _logits(problem.h_T, W if problem.W_T is None else problem.W_T, temperature)
+        map_S, map_T = problem.logit_maps
+        z_S, slope = _logits(problem.h_S, W, map_S, temperature)
+        z_T, _ = _logits(problem.h_T, W if problem.W_T is None else problem.W_T, map_T, temperature)
         statistics = z_S.new_zeros(divergence.STATISTICS, z_S.shape[0])
         if problem.beta is None:
             assert problem.targets is not None
@@ -159,6 +161,8 @@ class _ReferenceDivergence(torch.autograd.Function):
             loss = divergence_rows_(
                 z_S, z_T, problem.beta, problem.entry_clip, True, statistics, problem.targets
             )
+        if slope is not None:
+            z_S.mul_(slope)
         ctx.save_for_backward(z_S, W)  # z_S now holds the gradient
         ctx.temperature, ctx.dtype = temperature, problem.h_S.dtype
         ctx.mark_non_differentiable(statistics)
@@ -175,5 +179,10 @@ class _ReferenceDivergence(torch.autograd.Function):
         return tuple(gradients.values())
 
 
-def _logits(h: Tensor, W: Tensor, temperature: float) -> Tensor:
-    return h.double() @ W.double().t() / temperature
+def _logits(
+    h: Tensor, W: Tensor, logit_map: LogitMap, temperature: float
+) -> tuple[Tensor, Tensor | None]:
+    """Logits [N, V], and the slope of a softcap where they are."""
+    z = h.double() @ W.double().t()
+    slope = logit_map.apply_(z, needs_slope=True)
+    return z.div_(temperature), slope

@@ -32,7 +32,7 @@ from opsd_kernels.products import (
 MIB = 2**20
 
 # [block, V] fp32 temporaries alive at once inside `divergence_rows_`, at most.
-BLOCK_TEMPORARIES = 8  # one more with statistics
+BLOCK_TEMPORARIES = 8  # one more with statistics, one beside them for the slope of a softcap
 # Rows of a chunk at most: hidden states are copied a chunk at a time, and V may be small.
 MAX_ROWS = 4096
 # Rows of W widened at once at least: below, Python's overhead for each shows.
@@ -125,7 +125,7 @@ def make_plan(
 def _plan(
     problem: Problem, N: int, needs_statistics: bool, budget: float, max_rows: int = MAX_ROWS
 ) -> Plan:
-    temporaries = BLOCK_TEMPORARIES + needs_statistics
+    temporaries = BLOCK_TEMPORARIES + needs_statistics + (problem.softcap is not None)
     return make_plan(N, problem.heads, problem.operand_dtype, budget, temporaries, max_rows)
 
 
@@ -176,7 +176,7 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: floa
 
 @dataclass(frozen=True)
 class LogitGradient:
-    """∂ℓ/∂z_S of R rows, times `score_scale` of its dtype."""
+    """∂ℓ/∂z_S of R rows, times the slope of a softcap, times `score_scale` of its dtype."""
 
     g: Tensor  # [R, V], without …
     top: Tensor | None = None  # [R] int32, the entry with the most mass; None if it is in g
@@ -197,8 +197,8 @@ class LogitGradient:
 def _step_2(
     z_S: Tensor, z_T: Tensor, chunk: Problem, plan: Plan, outputs: Outputs
 ) -> tuple[Outputs, LogitGradient]:
-    """Loss and statistics of rows of logits [R, V] before temperature, and the gradient of their
-    loss, which lies where z_S was; of what there is in `outputs`."""
+    """Loss and statistics of rows of products h Wᵀ [R, V], and the gradient of their loss, which
+    lies where z_S was; of what there is in `outputs`."""
     R, needs_score = z_S.shape[0], outputs.dh_S is not None
     filled = Outputs(
         z_S.new_empty(R),
@@ -206,9 +206,12 @@ def _step_2(
     )
     if uses_kernel(z_S.device):
         return filled, launch_rows(filled, z_S, z_T, chunk, needs_score)
+    map_S, map_T = chunk.logit_maps
     for i in range(0, R, plan.block):
         rows = slice(i, i + plan.block)
         block, into = chunk.tokens(rows), filled.tokens(rows)
+        slope = map_S.apply_(z_S[rows], needs_score)
+        map_T.apply_(z_T[rows])
         if chunk.temperature != 1:
             z_S[rows].div_(chunk.temperature)
             z_T[rows].div_(chunk.temperature)
@@ -226,6 +229,8 @@ def _step_2(
                 into.statistics,
                 targets,
             )
+        if slope is not None:
+            z_S[rows].mul_(slope)
         into.loss.copy_(loss)
     return filled, LogitGradient(z_S)
 
@@ -238,8 +243,9 @@ def launch_rows(
 
     from opsd_kernels.kernels import rows, tiles
     from opsd_kernels.kernels.pointwise import divergence_record, is_wide, mean_limit
-    from opsd_kernels.kernels.records import Results, RowGradient, Rows
+    from opsd_kernels.kernels.records import Results, RowGradient, Rows, for_kernels
 
+    map_S, map_T = problem.logit_maps
     statistics, beta = outputs.statistics, problem.beta
     # What is narrower than fp32 lies in the first part of each row.
     g = z_S.view(score_dtype(problem.operand_dtype, problem.has_bounded_scores))
@@ -253,7 +259,9 @@ def launch_rows(
             gradient=RowGradient(
                 g, top, g_top, g.stride(0), SCALE=tl.constexpr(score_scale(g.dtype))
             ),
-            logits=Rows(z_S, z_T, z_S.shape[1], z_S.stride(0)),
+            logits=Rows(
+                z_S, z_T, z_S.shape[1], z_S.stride(0), *for_kernels(map_S)[:2], *for_kernels(map_T)
+            ),
             targets=problem.targets,
             beta=beta if isinstance(beta, Tensor) else None,
             stride_statistics=0 if statistics is None else statistics.stride(0),

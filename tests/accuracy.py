@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from heads import as_head, logits_of_products
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from benchmarks.tensor_cores import ARCHITECTURES, TensorCore, truncation
-from opsd_kernels import reference_jsd_loss
-from opsd_kernels.divergence import divergence_rows_, value_and_score
+from opsd_kernels import LMHead, reference_jsd_loss
+from opsd_kernels.divergence import HUGE, divergence_rows_, value_and_score
 from opsd_kernels.kernels import tiles as tile_table
 from opsd_kernels.problem import has_bounded_scores
 from opsd_kernels.products import score_dtype
@@ -61,7 +63,7 @@ def errors(
     grad: Tensor,
     h_S: Tensor,
     h_T: Tensor,
-    W: Tensor,
+    W: Tensor | LMHead,
     tiles: bool = False,
     normalizers: bool = False,
     **divergence: Any,
@@ -70,7 +72,7 @@ def errors(
 
     Args:
         loss, grad: what the op returned with reduction "sum" or "none".
-        h_S, h_T, W: its inputs, [N, D], [N, D_T], [V, D].
+        h_S, h_T, W: its inputs, [N, D], [N, D_T], [V, D] or an `LMHead`.
         tiles: whether the gradient with respect to logits was rounded to the inputs' dtype for the
             last product.
         normalizers: whether the last bit of a row's normalizer counts too. It moves all entries
@@ -91,18 +93,12 @@ def errors(
     )
 
 
-def exact(h_S: Tensor, h_T: Tensor, W: Tensor, **divergence: Any) -> tuple[Tensor, Tensor]:
+def exact(h_S: Tensor, h_T: Tensor, W: Tensor | LMHead, **divergence: Any) -> tuple[Tensor, Tensor]:
     """The oracle's per-token losses [N] and the gradient [N, D] of their sum, both float64."""
     W_T = divergence.pop("W_teacher", None)
     h = h_S.detach().double().requires_grad_()
-    loss = reference_jsd_loss(
-        h,
-        h_T.double(),
-        W.double(),
-        W_teacher=None if W_T is None else W_T.double(),
-        reduction="none",
-        **divergence,
-    )
+    W, W_T = tree_map_only(Tensor, Tensor.double, (W, W_T))
+    loss = reference_jsd_loss(h, h_T.double(), W, W_teacher=W_T, reduction="none", **divergence)
     loss.sum().backward()
     assert h.grad is not None
     return loss.detach(), h.grad
@@ -111,7 +107,7 @@ def exact(h_S: Tensor, h_T: Tensor, W: Tensor, **divergence: Any) -> tuple[Tenso
 def noise(
     h_S: Tensor,
     h_T: Tensor,
-    W: Tensor,
+    W: Tensor | LMHead,
     *,
     tiles: bool = False,
     normalizers: bool = False,
@@ -121,7 +117,7 @@ def noise(
     beta: float | Tensor = 0.5,
     temperature: float = 1.0,
     entry_clip: float | None = None,
-    W_teacher: Tensor | None = None,
+    W_teacher: Tensor | LMHead | None = None,
     draws: int = 4,
 ) -> tuple[float, float]:
     """RMS change of losses and gradient when the last fp32 bit is noise: of every logit, and of
@@ -142,7 +138,12 @@ def noise(
     last_bit_of_tiles = torch.finfo(dtype).eps / 2
     core = None if dtype == torch.float32 else core
     h_S, h_T = h_S.detach().double(), h_T.detach().double()
-    W, W_T = W.double(), (W if W_teacher is None else W_teacher).double()
+    has_own_weight = W_teacher is not None
+    head_S = tree_map_only(Tensor, Tensor.double, as_head(W))
+    head_T = head_S
+    if W_teacher is not None:
+        head_T = tree_map_only(Tensor, Tensor.double, as_head(W_teacher))
+    W, W_T = head_S.weight, head_T.weight
     generator = torch.Generator(device).manual_seed(0)
     of_rows = torch.Generator(device).manual_seed(1)
     of_cores = torch.Generator(device).manual_seed(2)
@@ -151,19 +152,30 @@ def noise(
         return torch.randn(shape, generator=of_cores, dtype=torch.float64, device=device)
 
     def last_bits() -> Tensor:
-        noise = torch.randn(z_S.shape, generator=generator, dtype=torch.float64, device=device)
+        noise = torch.randn(u_S.shape, generator=generator, dtype=torch.float64, device=device)
         return 2.0**-24 * noise
 
-    def logits(h: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-        # The size that is rounded: of the products summed into a logit, and of its log-sum-exp.
-        # Tensor cores do not round; the sum is fp32 only afterwards.
-        z = h @ head.t() / temperature
-        size = z.abs() if core else h.norm(dim=1)[:, None] * head.norm(dim=1) / temperature
-        return z, size + 1 + math.log(head.shape[0])
+    def products(h: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
+        # The size that is rounded: of the products summed into a logit, and of its bias. Tensor
+        # cores do not round; the sum is fp32 only afterwards.
+        u = h @ head.weight.t()
+        size = u.abs() if core else h.norm(dim=1)[:, None] * head.weight.norm(dim=1)
+        if head.bias is not None:
+            size = size + head.bias.nan_to_num(neginf=0.0).abs()
+        return u, size
 
-    (z_S, size_S), (z_T, size_T) = logits(h_S, W), logits(h_T, W_T)
+    def logits(u: Tensor, head: LMHead, bits: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+        # And the size of a logit's log-sum-exp; where it is capped, its own.
+        z, slope = logits_of_products(u, head)
+        size = 1 + math.log(u.shape[1])
+        if head.softcap is not None:
+            size = size + z.nan_to_num(neginf=0.0).abs() / temperature
+        return z / temperature + bits * size, slope / temperature
+
+    (u_S, size_S), (u_T, size_T) = products(h_S, head_S), products(h_T, head_T)
+    (z_S, slope), (z_T, _) = logits(u_S, head_S), logits(u_T, head_T)
     log_p, log_q = z_S.log_softmax(-1), z_T.log_softmax(-1)
-    p, q, x = log_p.exp(), log_q.exp(), log_q - log_p
+    p, q, x = log_p.exp(), log_q.exp(), (log_q - log_p).nan_to_num(0.0, HUGE, -HUGE)
     size_f = (p + q) * x.abs()  # of the terms whose difference a value is
     f, a = _entries(p, q, x, beta, entry_clip)
     top = p.argmax(-1, keepdim=True)
@@ -172,32 +184,31 @@ def noise(
 
     if core is not None:
         squares = W.square()
-        squares_T = squares if W_teacher is None else W_T.square()
+        squares_T = W_T.square()
         terms_S = (h_S.square() @ squares.t()).sqrt()
         terms_T = (h_T.square() @ squares_T.t()).sqrt()
-        cut_S = truncation(z_S * temperature, terms_S, h_S.shape[1], core, dtype)
-        cut_T = truncation(z_T * temperature, terms_T, h_T.shape[1], core, dtype)
+        cut_S = truncation(u_S, terms_S, h_S.shape[1], core, dtype)
+        cut_T = truncation(u_T, terms_T, h_T.shape[1], core, dtype)
         # What the sums of both sides lose in common cancels as far as their terms are the same.
         apart = torch.ones((), dtype=torch.float64, device=device)
-        if W_teacher is None:
+        if not has_own_weight:
             apart = ((h_T - h_S).square() @ squares.t()).sqrt() / terms_S
 
-    def moved_logits() -> tuple[Tensor, Tensor]:
-        moved_S, moved_T = z_S + last_bits() * size_S, z_T + last_bits() * size_T
+    def moved_logits() -> tuple[Tensor, Tensor, Tensor]:
+        bits_S, bits_T = last_bits(), last_bits()
+        moved_S, moved_T = u_S + bits_S * size_S, u_T + bits_T * size_T
         if core is not None:
-            common = randn(z_S.shape)
-            of_T = common + apart.clamp(max=1) * randn(z_S.shape)
-            moved_S -= (cut_S.mean + cut_S.common * common + cut_S.own * randn(z_S.shape)) / (
-                temperature
-            )
-            moved_T -= (cut_T.mean + cut_T.common * of_T + cut_T.own * randn(z_S.shape)) / (
-                temperature
-            )
-        return moved_S, moved_T
+            common = randn(u_S.shape)
+            of_T = common + apart.clamp(max=1) * randn(u_S.shape)
+            moved_S -= cut_S.mean + cut_S.common * common + cut_S.own * randn(u_S.shape)
+            moved_T -= cut_T.mean + cut_T.common * of_T + cut_T.own * randn(u_S.shape)
+        moved_S, moved_slope = logits(moved_S, head_S, bits_S)
+        return moved_S, logits(moved_T, head_T, bits_T)[0], moved_slope
 
     g = z_S.clone()
     loss = divergence_rows_(g, z_T.clone(), beta, entry_clip, needs_score=True)
-    grad = g @ W / temperature
+    g *= slope
+    grad = g @ W
     if core is not None:
         chain = min(chain or g.shape[1], g.shape[1])
         chains = g.shape[1] / chain
@@ -205,11 +216,11 @@ def noise(
         cut = truncation(g @ W / chains, size, chain, core, dtype)
     changes = []
     for _ in range(draws):
-        moved_S, moved_T = moved_logits()
+        moved_S, moved_T, moved_slope = moved_logits()
         moved_loss = divergence_rows_(moved_S, moved_T, beta, entry_clip, needs_score=True)
-        moved_grad = moved_S @ W / temperature
+        moved_grad = (moved_S * moved_slope) @ W
         moved_loss += (last_bits() * size_f).sum(-1)
-        moved_grad += (last_bits() * size_a) @ W / temperature
+        moved_grad += (last_bits() * size_a * slope) @ W
         if normalizers:
             bit = 2.0**-24 * torch.randn(
                 len(p), 1, generator=of_rows, dtype=torch.float64, device=device
@@ -218,15 +229,15 @@ def noise(
             moved_f, moved_a = _entries(p, q * bit.exp(), x + bit, beta, entry_clip)
             moved_loss += (moved_f - f).sum(-1)
             da = moved_a - a
-            moved_grad += (da - da.sum(-1, keepdim=True) * p) @ W / temperature
+            moved_grad += ((da - da.sum(-1, keepdim=True) * p) * slope) @ W
             if not isinstance(beta, Tensor) and beta == 0 and entry_clip is None:
                 # Kernels know G = 0 beforehand, and do not project.
-                moved_grad += (bit * p) @ W / temperature
+                moved_grad += (bit * p * slope) @ W
         if tiles:
-            moved_grad += (last_bit_of_tiles * 2.0**24 * last_bits() * g) @ W / temperature
+            moved_grad += (last_bit_of_tiles * 2.0**24 * last_bits() * g) @ W
         if core is not None:
             spread = (cut.common.square() + cut.own.square()).sqrt() * math.sqrt(chains)
-            moved_grad -= (chains * cut.mean + spread * randn(grad.shape)) / temperature
+            moved_grad -= chains * cut.mean + spread * randn(grad.shape)
         changes.append([(moved_loss - loss).norm(), (moved_grad - grad).norm()])
     rms = torch.tensor(changes).square().mean(0).sqrt()
     return float(rms[0]), float(rms[1])

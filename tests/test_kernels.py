@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from accuracy import GRAD_UNITS, LOSS_UNITS, TILED_GRAD_UNITS, errors, rounds_scores
+from heads import EXTRAS
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from inputs import clip_is_clear, language_like_inputs, random_inputs
@@ -386,6 +387,7 @@ def whole(gradient):
     entry_clip=st.sampled_from([None, None, 1e-3]),
     log_size=st.floats(-2, 1.5),
     log_distance=st.floats(-4, 0),
+    extras=EXTRAS,
     seed=st.integers(0, 2**16),
 )
 def test_row_workspace_with_the_kernel(
@@ -398,6 +400,7 @@ def test_row_workspace_with_the_kernel(
     entry_clip,
     log_size,
     log_distance,
+    extras,
     seed,
 ):
     """The whole op as it runs on a GPU, where `rows` takes the place of PyTorch."""
@@ -405,7 +408,11 @@ def test_row_workspace_with_the_kernel(
         N, V, D, dtype, size=10**log_size, distance=10**log_distance, seed=seed
     )
     options = {"beta": beta, "temperature": temperature, "entry_clip": entry_clip}
-    assume(entry_clip is None or clip_is_clear(h_S, h_T, W, W, **options))
+    W_T = None
+    if extras is not None:
+        W, W_T = extras.heads(W, None, seed)
+    assume(entry_clip is None or clip_is_clear(h_S, h_T, W, W_T or W, **options))
+    options["W_teacher"] = W_T
     with mock.patch.object(row_workspace, "uses_kernel", return_value=True):
         loss, grad = ROW_WORKSPACE.loss_and_grad(h_S, h_T, W, workspace_mib=1, **options)
     tiles = rounds_scores(dtype, beta)

@@ -13,6 +13,7 @@ from accuracy import (
     exact,
     rounds_scores,
 )
+from heads import EXTRAS
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from inputs import clip_is_clear, language_like_inputs, random_inputs
@@ -37,10 +38,11 @@ LOW_DTYPES = [torch.bfloat16, torch.float16]
     log_size=st.floats(-2, 1.5),
     log_distance=st.floats(-4, 0),
     own_head=st.booleans(),
+    extras=EXTRAS,
     workspace_mib=st.sampled_from([0.25, 2, 128]),
     seed=st.integers(0, 2**16),
 )
-@example(1, 1, 1, torch.float32, 0.5, 1.0, None, 0.0, 0.0, False, 128, 0)
+@example(1, 1, 1, torch.float32, 0.5, 1.0, None, 0.0, 0.0, False, None, 128, 0)
 def test_op_against_oracle(
     op,
     N,
@@ -53,6 +55,7 @@ def test_op_against_oracle(
     log_size,
     log_distance,
     own_head,
+    extras,
     workspace_mib,
     seed,
 ):
@@ -63,8 +66,12 @@ def test_op_against_oracle(
     if own_head:  # the teacher has one feature more, and a head of its own
         h_T = torch.cat([h_T, torch.ones(N, 1, dtype=dtype)], dim=1)
         options["W_teacher"] = torch.cat([W, 0.1 * torch.ones(V, 1, dtype=dtype)], dim=1)
+    if extras is not None:
+        W, options["W_teacher"] = extras.heads(W, options.get("W_teacher"), seed)
     if entry_clip is not None:
-        assume(clip_is_clear(h_S, h_T, W, options.get("W_teacher", W), **options))
+        W_T = options.pop("W_teacher", None)
+        assume(clip_is_clear(h_S, h_T, W, W if W_T is None else W_T, **options))
+        options["W_teacher"] = W_T
     if not op.logit_free:
         options["workspace_mib"] = workspace_mib
     loss, grad = op.loss_and_grad(h_S, h_T, W, **options)

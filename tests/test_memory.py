@@ -6,7 +6,7 @@ from inputs import random_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.allocations import Allocations
-from opsd_kernels import fused_jsd_loss, fused_sampled_token_loss, token_divergence
+from opsd_kernels import LMHead, fused_jsd_loss, fused_sampled_token_loss, token_divergence
 
 MIB = 2**20
 
@@ -17,6 +17,8 @@ def peak_of_vocabulary_sized(N, V, D, dtype, *, smallest=None, backward=True, **
         options["W_teacher"] = W.clone()
     if options.pop("autocast", False):
         W = W.float()
+    if options.pop("capped", False):
+        W = LMHead(W, torch.zeros(V, dtype=dtype), softcap=30.0)
     h_S.requires_grad_(backward)
     # Everything that could have a vocabulary-sized dimension; what has none is smaller.
     function = options.pop("function", fused_jsd_loss)
@@ -54,7 +56,7 @@ def everything(h_S, h_T, W, **options):
 
 @pytest.mark.parametrize("V", [65536, 3000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("option", ["statistics", "each beta", "all", "sampled"])
+@pytest.mark.parametrize("option", ["statistics", "each beta", "all", "sampled", "capped"])
 def test_workspace_bounds_all_temporaries_with(option, dtype, V):
     """3000 entries: rows are handled many at a time, and those of one formula copied."""
     N, mib = (100 if V > 3000 else 1000), 4
@@ -66,7 +68,9 @@ def test_workspace_bounds_all_temporaries_with(option, dtype, V):
         "each beta": {"beta": betas, "entry_clip": 0.01},
         "all": {"function": everything, "beta": betas, "entry_clip": 0.01, "targets": targets},
         "sampled": {"function": fused_sampled_token_loss, "targets": targets},
-    }[option]
+    }
+    options["capped"] = options["all"] | {"capped": True}
+    options = options[option]
     peak = peak_of_vocabulary_sized(
         N, V, 50, dtype, smallest=8 * 1024, workspace_mib=mib, **options
     )

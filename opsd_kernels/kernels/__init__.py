@@ -1,7 +1,8 @@
 """The Triton kernels, one a file, each with its maths.
 
     pointwise.py    the family of divergences, entry by entry; what divergence.py is for PyTorch
-    logits_tile.py  a tile of logits of both sides, in registers
+    logits_tile.py  a tile of products h Wᵀ of both sides, in registers
+    head.py         products → logits, where a head is more than a matrix
     lse.py          hidden states → log-sum-exp of both sides, the student's top entry
     pair.py         hidden states → per-token sums, and the tiles of scores that dh_S is made of
     finish.py       sums and accumulators → ℓ and dh_S

@@ -12,6 +12,8 @@ The latter is right for a confident token, whose s_top is a difference of number
 it would put the common rounding error of all other entries on this one. Where ℓ is +∞ (an unclipped
 KL) the gradient is 0.
 
+Where the student's logits are capped, g_top is multiplied by the slope of the cap at that entry.
+
 For log p(ŷ) of a sampled token ŷ takes the top entry's place, and g_ŷ = 1 − p(ŷ) = −Σ_{v≠ŷ} s.
 """
 
@@ -97,6 +99,10 @@ def finish_kernel(
         others = summed(SCORE, scored.sums, field, at, present)
         s_top = tl.load(tokens.stats + S_TOP * stride + row, mask=keep, other=0.0)
         g_top = top_gradient(s_top, others, p_max, divergence.FAMILY, accumulated.P is None)
+        if scored.SLOPE:
+            OF_STATISTICS: tl.constexpr = SUMS_OF_STATISTICS - 1 + divergence.CLIPPED
+            FIELD: tl.constexpr = SUMS + scored.STATISTICS * OF_STATISTICS
+            g_top *= summed(FIELD, scored.sums, field, at, present)
         missed = s_top + others  # G − c
         top = top_of(tokens, row, keep, divergence).to(tl.int64)
         kept = keep & (loss != float("inf"))

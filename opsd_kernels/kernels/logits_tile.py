@@ -1,4 +1,5 @@
-"""A tile of logits of both sides, in registers: z = h[rows] · W[cols]ᵀ, fp32.
+"""A tile of products of both sides, in registers: h[rows] · W[cols]ᵀ, fp32. They are the logits
+before temperature, unless a head is more than a matrix: see `head`.
 
 Every kernel that needs logits makes them here. Operands are loaded by pointers, or in bulk, by
 descriptors: then the copy engine of a GPU (9.0 or above) does what otherwise takes registers and
@@ -28,8 +29,8 @@ def round_to(t, DTYPE: tl.constexpr):
 
 @triton.jit
 def logits_tiles(h_S, h_T, W, W_T, student, teacher, row, col, R, tiling):
-    """z_S, z_T [BM, BV] fp32 before temperature, of the rows from `row` and the columns from `col`
-    on.
+    """z_S, z_T [BM, BV] fp32, what h Wᵀ has of them, of the rows from `row` and the columns from
+    `col` on.
 
     Args:
         h_S, h_T: [R, D], [R, D_T], features contiguous: pointers; if BULK descriptors of blocks

@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 from opsd_kernels.kernels import cdiv
+from opsd_kernels.kernels.head import capped, logits_and_slope
 from opsd_kernels.kernels.logits_tile import halves, logits_tiles
 from opsd_kernels.kernels.pointwise import (
     HUGE,
@@ -124,8 +125,22 @@ def lse_kernel(
         z_S, z_T = logits_tiles(
             h_S, h_T, W, W_T, student, teacher, tl.program_id(0) * BM, v, R, tiling
         )
+        maps = (
+            student.bias, student.softcap, student.scale,
+            teacher.bias, teacher.softcap, teacher.scale,
+        )  # fmt: skip
         state = absorb(
-            z_S, z_T, v, V, target, state, inverse_temperature, LIMIT, tiling.EVEN_V, tiling.PARTS
+            z_S,
+            z_T,
+            v,
+            V,
+            maps,
+            target,
+            state,
+            inverse_temperature,
+            LIMIT,
+            tiling.EVEN_V,
+            tiling.PARTS,
         )
     state = combined(state, 1, inverse_temperature, LIMIT)
     at = s * stride + row
@@ -147,10 +162,11 @@ def nothing(BM: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def absorb(
-    z_S,
-    z_T,
+    u_S,
+    u_T,
     begin,
     V,
+    maps,
     target,
     state,
     inverse_temperature,
@@ -158,12 +174,16 @@ def absorb(
     EVEN_V: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """A tile of logits [BM, BV] of the columns `begin` … into the state [BM, BV / PARTS] of its
-    rows; columns ≥ V count for nothing unless EVEN_V. `target` [BM] is the column of the sampled
-    token, or None."""
+    """A tile of products [BM, BV] of the columns `begin` … into the state [BM, BV / PARTS] of its
+    rows; columns ≥ V count for nothing unless EVEN_V. `maps` makes logits of them: bias, softcap
+    and scale of the student, and of the teacher (see `head`). `target` [BM] is the column of the
+    sampled token, or None."""
     top_S, sum_S, top_T, sum_T, at_top, E, z_Sy, z_Ty, index = state
     tops = (top_S, top_T, at_top, index, z_Sy, z_Ty)
-    tops = _tops(z_S, z_T, begin, V, target, tops, EVEN_V, PARTS)
+    if maps[1] is None and maps[4] is None:
+        tops = _tops(u_S, u_T, begin, V, maps, target, tops, EVEN_V, PARTS)
+    else:
+        tops = _capped_tops(u_S, u_T, begin, V, maps, target, tops, EVEN_V, PARTS)
     new_top_S, new_top_T, new_at_top, index, z_Sy, z_Ty = tops
     safe_S, safe_T = finite_or_zero(new_top_S), finite_or_zero(new_top_T)
     scale = exp(top_S - safe_S, inverse_temperature)
@@ -177,23 +197,50 @@ def absorb(
     sums = (sum_S, sum_T, E)
     references = (safe_S, safe_T, d_top)
     sum_S, sum_T, E = _sums(
-        z_S, z_T, begin, V, references, sums, inverse_temperature, LIMIT, EVEN_V, PARTS
+        u_S, u_T, begin, V, maps, references, sums, inverse_temperature, LIMIT, EVEN_V, PARTS
     )
     return State(new_top_S, sum_S, new_top_T, sum_T, new_at_top, E, z_Sy, z_Ty, index)
 
 
 @triton.jit
-def _tops(z_S, z_T, begin, V, target, state, EVEN_V: tl.constexpr, PARTS: tl.constexpr):
+def _capped_tops(
+    u_S, u_T, begin, V, maps, target, state, EVEN_V: tl.constexpr, PARTS: tl.constexpr
+):
+    """`_tops` where a side has a softcap, which is costly: it grows with what is capped, so that it
+    is enough to cap what is largest."""
+    _bias_S, softcap_S, scale_S, _bias_T, softcap_T, scale_T = maps
+    top_S, top_T, at_top, index, z_Sy, z_Ty = state
+    zeros, low = tl.zeros(top_S.shape, tl.float32), tl.full(top_S.shape, float("-inf"), tl.float32)
+    of_tile = (low, low, zeros, index, zeros, zeros)
+    uncapped = (maps[0], None, None, maps[3], None, None)
+    of_tile = _tops(u_S, u_T, begin, V, uncapped, target, of_tile, EVEN_V, PARTS)
+    z_S, _ = capped(of_tile[0], softcap_S, scale_S)
+    z_T, _ = capped(of_tile[1], softcap_T, scale_T)
+    at_z_S, _ = capped(of_tile[2], softcap_T, scale_T)
+    higher = z_S > top_S  # the first of equal ones stays
+    top_S = tl.where(higher, z_S, top_S)
+    at_top = tl.where(higher, at_z_S, at_top)
+    index = tl.where(higher, of_tile[3], index)
+    if target is not None:
+        # 0 wherever the sampled token is not.
+        z_Sy += capped(of_tile[4], softcap_S, scale_S)[0]
+        z_Ty += capped(of_tile[5], softcap_T, scale_T)[0]
+    return top_S, tl.maximum(top_T, z_T), at_top, index, z_Sy, z_Ty
+
+
+@triton.jit
+def _tops(u_S, u_T, begin, V, maps, target, state, EVEN_V: tl.constexpr, PARTS: tl.constexpr):
     """What is largest, and what is asked for by name, in PARTS parts one after the other."""
     if PARTS > 1:
-        z_S0, z_S1 = halves(z_S)
-        z_T0, z_T1 = halves(z_T)
-        state = _tops(z_S0, z_T0, begin, V, target, state, EVEN_V, PARTS // 2)
-        begin += z_S0.shape[1]
-        return _tops(z_S1, z_T1, begin, V, target, state, EVEN_V, PARTS // 2)
+        u_S0, u_S1 = halves(u_S)
+        u_T0, u_T1 = halves(u_T)
+        state = _tops(u_S0, u_T0, begin, V, maps, target, state, EVEN_V, PARTS // 2)
+        begin += u_S0.shape[1]
+        return _tops(u_S1, u_T1, begin, V, maps, target, state, EVEN_V, PARTS // 2)
     else:
         top_S, top_T, at_top, index, z_Sy, z_Ty = state
-        col = (tl.arange(0, z_S.shape[1]) + begin)[None, :]
+        col = (tl.arange(0, u_S.shape[1]) + begin)[None, :]
+        z_S, z_T = _logits(u_S, u_T, col, None if EVEN_V else V, maps)
         if target is not None:
             is_target = col == target[:, None]
             z_Sy = tl.where(is_target, z_S, z_Sy)
@@ -210,10 +257,11 @@ def _tops(z_S, z_T, begin, V, target, state, EVEN_V: tl.constexpr, PARTS: tl.con
 
 @triton.jit
 def _sums(
-    z_S,
-    z_T,
+    u_S,
+    u_T,
     begin,
     V,
+    maps,
     references,
     sums,
     inverse_temperature,
@@ -223,27 +271,39 @@ def _sums(
 ):
     """What is summed, beside the largest logits, in PARTS parts one after the other."""
     if PARTS > 1:
-        z_S0, z_S1 = halves(z_S)
-        z_T0, z_T1 = halves(z_T)
+        u_S0, u_S1 = halves(u_S)
+        u_T0, u_T1 = halves(u_T)
         sums = _sums(
-            z_S0, z_T0, begin, V, references, sums, inverse_temperature, LIMIT, EVEN_V, PARTS // 2
-        )
-        begin += z_S0.shape[1]
+            u_S0, u_T0, begin, V, maps, references, sums,
+            inverse_temperature, LIMIT, EVEN_V, PARTS // 2,
+        )  # fmt: skip
+        begin += u_S0.shape[1]
         return _sums(
-            z_S1, z_T1, begin, V, references, sums, inverse_temperature, LIMIT, EVEN_V, PARTS // 2
-        )
+            u_S1, u_T1, begin, V, maps, references, sums,
+            inverse_temperature, LIMIT, EVEN_V, PARTS // 2,
+        )  # fmt: skip
     else:
+        col = (tl.arange(0, u_S.shape[1]) + begin)[None, :]
+        z_S, z_T = _logits(u_S, u_T, col, None if EVEN_V else V, maps)
         safe_S, safe_T, d_top = references
         sum_S, sum_T, E = sums
         if not EVEN_V:
-            exists = (tl.arange(0, z_S.shape[1]) + begin)[None, :] < V
-            z_S = tl.where(exists, z_S, float("-inf"))
-            z_T = tl.where(exists, z_T, float("-inf"))
+            z_S = tl.where(col < V, z_S, float("-inf"))
+            z_T = tl.where(col < V, z_T, float("-inf"))
         e = exp(z_S - safe_S, inverse_temperature)
         if LIMIT > 0:
             # Where both are −∞ their difference is NaN, which the bounds turn into a number.
             E += e * within((z_T - z_S) - d_top, LIMIT)
         return sum_S + e, sum_T + exp(z_T - safe_T, inverse_temperature), E
+
+
+@triton.jit
+def _logits(u_S, u_T, col, V, maps):
+    """Logits of both sides, see `absorb`; V is None if all columns are before it."""
+    bias_S, softcap_S, scale_S, bias_T, softcap_T, scale_T = maps
+    z_S, _ = logits_and_slope(u_S, col, V, bias_S, softcap_S, scale_S)
+    z_T, _ = logits_and_slope(u_T, col, V, bias_T, softcap_T, scale_T)
+    return z_S, z_T
 
 
 @triton.jit

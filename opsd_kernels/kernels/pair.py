@@ -19,6 +19,10 @@ the mass, is stored as 0 in either tile: `finish` adds its part of the gradient 
 For log p(ŷ) of a sampled token, whose gradient is 1[v = ŷ] − p, only the student's logits are made
 and only one tile, s = −p, which is 0 at ŷ: that takes the top entry's place.
 
+Where the student's logits are capped (see `head`), s and p are multiplied by the slope of the cap
+as they are stored, and what is summed is not: G is the sum of scores. `finish` is told the slope at
+the top entry.
+
 What `token_divergence` tells besides are sums over the same entries: of both KLs' terms, of the
 entropies' p (top_S − z_S) and q (top_T − z_T), and of what the clip took.
 
@@ -33,6 +37,7 @@ nothing passes between threads; a row's columns meet once, at the end.
 import triton
 import triton.language as tl
 
+from opsd_kernels.kernels.head import logits_and_slope
 from opsd_kernels.kernels.logits_tile import halves, logits_tiles, round_to
 from opsd_kernels.kernels.lse import STATS
 from opsd_kernels.kernels.pointwise import (
@@ -49,9 +54,9 @@ from opsd_kernels.kernels.pointwise import (
 )
 from opsd_kernels.kernels.records import Stats
 
-# Fields of `Scored.sums` [2 or 7, slots, stride] fp32: Σ f, and Σ s without the top entry's; with
+# Fields of `Scored.sums` [2 to 8, slots, stride] fp32: Σ f, and Σ s without the top entry's; with
 # statistics also those of forward and reverse KL, of both entropies, and of what the clip took, if
-# one is set.
+# one is set; last the slope at the top entry, if the student has a softcap.
 VALUE, SCORE = tl.constexpr(0), tl.constexpr(1)
 SUMS, SUMS_OF_STATISTICS = tl.constexpr(2), tl.constexpr(5)
 
@@ -88,7 +93,7 @@ def pair_kernel(
     BM: tl.constexpr = tiling.BM
     BV: tl.constexpr = tiling.BV
     OF_STATISTICS: tl.constexpr = SUMS_OF_STATISTICS - 1 + divergence.CLIPPED
-    FIELDS: tl.constexpr = SUMS + scored.STATISTICS * OF_STATISTICS
+    FIELDS: tl.constexpr = SUMS + scored.STATISTICS * OF_STATISTICS + scored.SLOPE
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     exists = row < R
     if tokens.keep is not None:
@@ -117,8 +122,8 @@ def pair_kernel(
         top = top_of(tokens, row, exists, divergence)[:, None]
         of_rows = (top, stats, beta, exists[:, None])
         added = _columns(
-            z_S, z_T, begin, None if tiling.EVEN_V else V, of_rows, (s_ptrs, p_ptrs),
-            zeros(FIELDS, BM, BV // tiling.PARTS), divergence, scored.SCALE, scored.STATISTICS,
+            z_S, z_T, begin, None if tiling.EVEN_V else V, student, teacher, of_rows,
+            (s_ptrs, p_ptrs), zeros(FIELDS, BM, BV // tiling.PARTS), divergence, scored,
             tiling.PARTS,
         )  # fmt: skip
         earlier = exists & (scored.begin > 0)
@@ -135,12 +140,13 @@ def _columns(
     z_T,
     begin,
     V,
+    student,
+    teacher,
     of_rows,
     pointers,
     sums,
     divergence,
-    SCALE: tl.constexpr,
-    STATISTICS: tl.constexpr,
+    scored,
     PARTS: tl.constexpr,
 ):
     """The columns `begin` … into `sums` [BM, BV / PARTS], and their s and p stored, in PARTS parts
@@ -156,27 +162,32 @@ def _columns(
         z_S0, z_S1 = halves(z_S)
         z_T0, z_T1 = halves(z_T)
         sums = _columns(
-            z_S0, z_T0, begin, V, of_rows, pointers, sums,
-            divergence, SCALE, STATISTICS, PARTS // 2,
+            z_S0, z_T0, begin, V, student, teacher, of_rows, pointers, sums,
+            divergence, scored, PARTS // 2,
         )  # fmt: skip
         return _columns(
-            z_S1, z_T1, begin + z_S0.shape[1], V, of_rows, pointers, sums,
-            divergence, SCALE, STATISTICS, PARTS // 2,
+            z_S1, z_T1, begin + z_S0.shape[1], V, student, teacher, of_rows, pointers, sums,
+            divergence, scored, PARTS // 2,
         )  # fmt: skip
     else:
         col = (tl.arange(0, z_S.shape[1]) + begin)[None, :]
+        z_S, slope = logits_and_slope(z_S, col, V, student.bias, student.softcap, student.scale)
+        z_T, _ = logits_and_slope(z_T, col, V, teacher.bias, teacher.softcap, teacher.scale)
         if V is not None:
             z_S = tl.where(col < V, z_S, float("-inf"))
             z_T = tl.where(col < V, z_T, float("-inf"))
         top, stats, beta, exists = of_rows
-        terms, p = entries(z_S, z_T, col == top, stats, beta, divergence, STATISTICS)
+        terms, p = entries(z_S, z_T, col == top, stats, beta, divergence, scored.STATISTICS)
         # No mask but that of the rows: it would hide that columns are contiguous.
         s_ptrs, p_ptrs = pointers
         if s_ptrs is not None:
-            s = round_to(terms[1] * SCALE, s_ptrs.dtype.element_ty)
-            tl.store(s_ptrs + col, s, mask=exists)
+            s = terms[1] * scored.SCALE * slope
+            tl.store(s_ptrs + col, round_to(s, s_ptrs.dtype.element_ty), mask=exists)
         if p_ptrs is not None:
-            tl.store(p_ptrs + col, round_to(p * SCALE, p_ptrs.dtype.element_ty), mask=exists)
+            p = p * scored.SCALE * slope
+            tl.store(p_ptrs + col, round_to(p, p_ptrs.dtype.element_ty), mask=exists)
+        if scored.SLOPE:
+            terms = terms + (tl.where(col == top, slope, 0.0),)
         return add_each(sums, terms)
 
 

@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
+from torch import Tensor
 
+from opsd_kernels.head import LogitMap
 from opsd_kernels.kernels.tiles import Tile
 
 # In these a pointer is a Tensor to the launchers; None stands for what there is not.
@@ -32,13 +34,22 @@ DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp
 
 class Side(NamedTuple):
     """Student or teacher: what there is to know of h [R, D], whose features are contiguous, and of
-    its head W [V, D], of any strides."""
+    its head W [V, D], of any strides, and of what makes logits of products (see `head`)."""
 
     V: Any
     D: Any
     stride_h: Any
     stride_v: Any  # of W, from one entry of the vocabulary to the next
     stride_d: Any  # of W, from one feature to the next
+    bias: Any = None  # [V]
+    softcap: Any = None
+    scale: Any = None
+
+
+def for_kernels(logit_map: LogitMap) -> tuple[Tensor | None, float | None, float | None]:
+    """Bias, softcap and scale as kernels are given them: None of each that does nothing."""
+    bias, softcap, scale = logit_map
+    return bias, softcap, None if scale == 1 else scale
 
 
 class Tokens(NamedTuple):
@@ -99,9 +110,10 @@ class Scored(NamedTuple):
     """What `pair` makes of entries: sums, one slot for each block of columns; and the tiles that
     are multiplied by W, of the columns from `begin` on, times SCALE."""
 
-    sums: Any  # [2 or 7, slots, stride] fp32: Σ f, Σ s; and what STATISTICS are made of
+    sums: Any  # [2 to 8, slots, stride] fp32: Σ f, Σ s; what STATISTICS are made of;
     slots: Any
     STATISTICS: Any
+    SLOPE: Any  # and the slope at the top entry, where there is a softcap
     s: Any = None  # [R, stride]; None without gradient
     p: Any = None  # [R, stride]; None also where G is known
     begin: Any = None
@@ -126,18 +138,23 @@ class Results(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows of logits [R, V] fp32, before temperature."""
+    """Rows of products h Wᵀ [R, V] fp32, and what makes logits of them (see `head`)."""
 
-    z_S: Any
-    z_T: Any
+    u_S: Any
+    u_T: Any
     V: Any
     stride: Any
+    bias: Any = None  # [V], the student's, as is …
+    softcap: Any = None
+    bias_T: Any = None  # … and the teacher's, as are …
+    softcap_T: Any = None
+    scale_T: Any = None
 
 
 class RowGradient(NamedTuple):
-    """The gradient with respect to z_S."""
+    """The gradient with respect to u_S."""
 
-    g: Any  # [R, V] in the memory of z_S or its first part, times SCALE; but 0 at the top entry …
+    g: Any  # [R, V] in the memory of u_S or its first part, times SCALE; but 0 at the top entry …
     top: Any  # [R] int32, … which is this one, …
     g_top: Any  # [R] fp32, … with this gradient
     stride: Any

@@ -1,17 +1,20 @@
-"""rows: rows of logits that exist in memory → ℓ, and their gradient where the logits were.
+"""rows: rows of products u = h Wᵀ that exist in memory → ℓ, and the gradient in their place.
 
 One program a row, which is too long for registers and for the cache, so that what counts is how
 often it is swept over:
 
-    1. read z_S, z_T:  L_S, L_T, the student's top entry (see `lse`)
-    2. read z_S, z_T:  ℓ = Σ f, G − c = Σ s                 s = a − c p
-    3. read z_S, z_T:  g = s − (G − c) p, written where z_S was
+    1. read u_S, u_T:  L_S, L_T, the student's top entry (see `lse`)
+    2. read u_S, u_T:  ℓ = Σ f, G − c = Σ s                 s = a − c p
+    3. read u_S, u_T:  g = s − (G − c) p, written where u_S was
+
+Logits z are u, or what a head makes of it, each time anew (see `head`); where they are capped, g is
+multiplied by the slope of the cap.
 
 Where G is known after the first sweep (`knows_G`), the second writes g and there is no third. The
 gradient at the student's top, or for log p(ŷ) that at ŷ, is given apart, in fp32: as in `finish`,
 the entry with the most mass is never rounded.
 
-g may be narrower than z_S: it is then written into the first part of the row, over entries that
+g may be narrower than u_S: it is then written into the first part of the row, over entries that
 were read before. The matrix product that follows reads it there, with no copy made.
 """
 
@@ -19,6 +22,7 @@ import triton
 import triton.language as tl
 
 from opsd_kernels.kernels.finish import LOG_P, statistics, top_gradient
+from opsd_kernels.kernels.head import logits_and_slope
 from opsd_kernels.kernels.logits_tile import round_to
 from opsd_kernels.kernels.lse import (
     STATS_OF_TARGETS,
@@ -75,7 +79,7 @@ def rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     V, inverse_temperature = logits.V, divergence.inverse_temperature
     g_ptr = gradient.g + row * gradient.stride
-    z_ptrs = (logits.z_S + row * logits.stride, logits.z_T + row * logits.stride)
+    u_ptrs = (logits.u_S + row * logits.stride, logits.u_T + row * logits.stride)
     block = tl.arange(0, BLOCK)[None, :]
     one = row + tl.arange(0, 1)
     target = None
@@ -86,7 +90,7 @@ def rows_kernel(
         of_row = tl.load(beta + one)
         of_entries = of_row[:, None]
 
-    state = seen(z_ptrs, V, target, inverse_temperature, LIMIT, BLOCK, PARTS)
+    state = seen(u_ptrs, logits, target, inverse_temperature, LIMIT, BLOCK, PARTS)
     if targets is not None:
         sampled = log_probs(state, inverse_temperature)
     top = state.index
@@ -94,14 +98,16 @@ def rows_kernel(
         top = target
     stats = normalizers(state, of_row, divergence, gradient.SCALE)
     column = column_of(stats)
+    if NEEDS_SCORE:  # before it is written over
+        _z, _z_T, slope_top = _load(u_ptrs, logits, top)
     sums = zeros(SUMS + STATISTICS * OF_STATISTICS, 1, BLOCK)
     for v in range(0, V if SECOND else 0, BLOCK):
         col = v + block
-        z_S, z_T = _load(z_ptrs, col, V)
+        z_S, z_T, slope = _load(u_ptrs, logits, col)
         terms, _p = entries(z_S, z_T, col == top, column, of_entries, divergence, STATISTICS)
         sums = add_each(sums, terms)
         if NEEDS_SCORE and KNOWS_G:
-            _store(g_ptr, terms[1] * gradient.SCALE, col, V)
+            _store(g_ptr, terms[1] * gradient.SCALE * slope, col, V)
     loss = tl.sum(sums[0], 1)
     if divergence.FAMILY == LOG_PROB:
         loss = sampled[0]
@@ -122,25 +128,25 @@ def rows_kernel(
         g_top = top_gradient(stats.s_top, others, stats.p_max, divergence.FAMILY, KNOWS_G)
         infinite = loss == float("inf")
         tl.store(gradient.top + one, top)
-        tl.store(gradient.g_top + one, tl.where(infinite, 0.0, g_top))
+        tl.store(gradient.g_top + one, tl.where(infinite, 0.0, g_top * slope_top))
         if KNOWS_G:
             _erase(g_ptr, infinite, block, V)
         else:
             missed = (stats.s_top + others)[:, None]  # G − c
             for v in range(0, V, BLOCK):
                 col = v + block
-                z_S, z_T = _load(z_ptrs, col, V)
+                z_S, z_T, slope = _load(u_ptrs, logits, col)
                 terms, p = entries(z_S, z_T, col == top, column, of_entries, divergence, False)
                 g = terms[1] - missed * p
                 if divergence.FAMILY == MIXED:
                     g = tl.where(infinite[:, None], 0.0, g)
-                _store(g_ptr, g * gradient.SCALE, col, V)
+                _store(g_ptr, g * gradient.SCALE * slope, col, V)
 
 
 @triton.jit
 def seen(
-    z_ptrs,
-    V,
+    u_ptrs,
+    logits,
     target,
     inverse_temperature,
     LIMIT: tl.constexpr,
@@ -148,11 +154,13 @@ def seen(
     PARTS: tl.constexpr,
 ):
     """First sweep: the `State` [1] of a row."""
-    state = nothing(1, BLOCK)
+    state, V = nothing(1, BLOCK), logits.V
     blocks = tl.arange(0, BLOCK * PARTS)[None, :]
     for v in range(0, V, BLOCK * PARTS):
-        z_S, z_T = _load(z_ptrs, v + blocks, V)
-        state = absorb(z_S, z_T, v, V, target, state, inverse_temperature, LIMIT, True, PARTS)
+        z_S, z_T, _slope = _load(u_ptrs, logits, v + blocks)
+        # They are logits already.
+        maps = (None, None, None, None, None, None)
+        state = absorb(z_S, z_T, v, V, maps, target, state, inverse_temperature, LIMIT, True, PARTS)
     return combined(state, 1, inverse_temperature, LIMIT)
 
 
@@ -176,15 +184,20 @@ def _erase(g_ptr, infinite, block, V):
 
 
 @triton.jit
-def _load(z_ptrs, col, V):
-    """A block of logits of both sides [1, BLOCK]."""
-    z_S_ptr, z_T_ptr = z_ptrs
-    z_S = tl.load(z_S_ptr + col, mask=col < V, other=float("-inf"))
-    return z_S, tl.load(z_T_ptr + col, mask=col < V, other=float("-inf"))
+def _load(u_ptrs, logits, col):
+    """A block of logits of both sides, −∞ beyond the last, and the slope of the student's; of the
+    shape of `col`."""
+    u_S_ptr, u_T_ptr = u_ptrs
+    V = logits.V
+    u_S = tl.load(u_S_ptr + col, mask=col < V, other=float("-inf"))
+    u_T = tl.load(u_T_ptr + col, mask=col < V, other=float("-inf"))
+    z_S, slope = logits_and_slope(u_S, col, V, logits.bias, logits.softcap, None)
+    z_T, _ = logits_and_slope(u_T, col, V, logits.bias_T, logits.softcap_T, logits.scale_T)
+    return z_S, z_T, slope
 
 
 @triton.jit
 def _store(g_ptr, g, col, V):
-    # g lies over z_S: what this block holds of it must have been read by every thread.
+    # g lies over u_S: what this block holds of it must have been read by every thread.
     tl.debug_barrier()
     tl.store(g_ptr + col, round_to(g, g_ptr.dtype.element_ty), mask=col < V)

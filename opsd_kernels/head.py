@@ -1,0 +1,86 @@
+"""An LM head that is more than a matrix, and what makes logits of its products.
+
+    u = h Wᵀ + b                    the product, and a bias
+    z = C tanh(σ u / C)             logits: scale σ, softcap C; without a cap z = σ u
+
+A temperature divides z afterwards. Every head of the field is of this form: Gemma has a cap, Cohere
+and Granite a scale, Phi a bias. A bias of −∞ bans an entry: its logit is −∞, also under a cap,
+which would otherwise make −C of it.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LMHead(NamedTuple):
+    """An LM head, for `W` and `W_teacher` of every loss, frozen.
+
+        z = softcap · tanh(scale · (h Wᵀ + bias) / softcap),  or scale · (h Wᵀ + bias)
+
+    What is given is checked when a loss is called.
+    """
+
+    weight: Tensor
+    """[V, D], or more rows than there are entries of the vocabulary."""
+    bias: Tensor | None = None
+    """One number for each row of `weight`, in its dtype. −∞ bans an entry."""
+    softcap: float | None = None
+    """C > 0: logits lie within ±C."""
+    scale: float = 1.0
+    """σ > 0. Without a softcap 1/σ is a temperature of this side alone."""
+    vocab_size: int | None = None
+    """V, where the weight is padded with rows that count for nothing; by default all count."""
+
+    @staticmethod
+    def of(model: Any) -> "LMHead":
+        """The head of a causal language model of transformers: weight and bias of its output
+        embeddings (as they are, not detached), and softcap, scale and vocabulary as its config says
+        of Qwen, Llama, Gemma, Granite, Cohere, Phi and all that scale their logits as these do.
+
+        What enters it is what enters the model's head: the last hidden states after the final norm,
+        `model.model(...).last_hidden_state`.
+
+        Raises:
+            TypeError: no such model.
+            ValueError: a config that says of logits what is not known here; a head with an adapter,
+                quantized, sharded or not on this device. The message says what to do.
+        """
+        from opsd_kernels.head_of_model import head_of_model
+
+        return head_of_model(model)
+
+    def detach(self) -> "LMHead":
+        """The same head, without gradients."""
+        bias = None if self.bias is None else self.bias.detach()
+        return self._replace(weight=self.weight.detach(), bias=bias)
+
+
+class LogitMap(NamedTuple):
+    """What makes logits z of products h Wᵀ, entry by entry."""
+
+    bias: Tensor | None  # [V]
+    softcap: float | None
+    scale: float
+
+    def apply_(self, z: Tensor, needs_slope: bool = False) -> Tensor | None:
+        """Turn rows of products [R, V] into logits in place.
+
+        Returns:
+            The slope 1 − (z/C)² [R, V], which a gradient with respect to logits is multiplied by to
+            be one with respect to σ u; None where it is 1, or not needed.
+        """
+        if self.bias is not None:
+            z.add_(self.bias)
+        if self.softcap is None:
+            if self.scale != 1:
+                z.mul_(self.scale)
+            return None
+        v = z.mul_(self.scale / self.softcap)
+        banned = v == -torch.inf
+        # 1/cosh² v, not 1 − tanh² v, which has no digits left where the cap is reached.
+        slope = torch.cosh(v).square_().reciprocal_() if needs_slope else None
+        z.tanh_().mul_(self.softcap)
+        z.masked_fill_(banned, -torch.inf)
+        return slope
