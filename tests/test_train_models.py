@@ -71,7 +71,7 @@ def test_an_adapter_on_the_head_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="must not name lm_head"):
         prepared(folder, lora_targets=("q_proj", "lm_head"))
     prepared(folder, lora_targets=("q_proj", "embed_tokens"))
-    tied = tiny_qwen3.save_qwen3(tmp_path / "tied", tie_word_embeddings=True)
+    tied = tiny_qwen3.save_model_and_tokenizer(tmp_path / "tied", tie_word_embeddings=True)
     with pytest.raises(ValueError, match=r"must not name model.embed_tokens"):
         prepared(folder, model=str(tied), lora_targets=("embed_tokens",))
 
@@ -95,10 +95,10 @@ def test_a_head_flattened_or_emptied_by_sharding_is_refused(folder, shape):
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(folder, tmp_path):
-    tiny_qwen3.save_qwen3(tmp_path / "wide", vocab_size=110)
+    tiny_qwen3.save_model_and_tokenizer(tmp_path / "wide", vocab_size=110)
     with pytest.raises(ValueError, match="rows as the student's 104, got 110"):
         prepared(folder, teacher_model=str(tmp_path / "wide"))
-    tiny_qwen3.save_qwen3(tmp_path / "other")
+    tiny_qwen3.save_model_and_tokenizer(tmp_path / "other")
     path = tmp_path / "other" / "tokenizer.json"
     path.write_text(path.read_text().replace('"a": ', '"ä": '))
     with pytest.raises(ValueError, match="2 entries differ"):

@@ -244,7 +244,10 @@ def test_two_processes_are_one(folder, tmp_path, options, tied):
     one, two = tmp_path / "one", tmp_path / "two"
     options = [*options, "--batch-size", 8, "--steps", 4]
     if tied:
-        options += ["--model", tiny_qwen3.save_qwen3(tmp_path / "tied", tie_word_embeddings=True)]
+        options += [
+            "--model",
+            tiny_qwen3.save_model_and_tokenizer(tmp_path / "tied", tie_word_embeddings=True),
+        ]
     alone = [option for option in options if option != "--shard"]
     run(tmp_path / "log", *shrunk(folder, one, *alone, "--micro-batch-size", 8))
     distributed = shrunk(folder, two, *options, "--micro-batch-size", 2)
