@@ -1,5 +1,6 @@
 """A model from the disk: as it was asked for, or refused."""
 
+import json
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ pytest.importorskip("transformers")
 
 import tiny_qwen3
 from tiny_qwen3 import config, prepared
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 from opsd_train.data import join
 from opsd_train.models import add_adapter, base_model, check_not_merged, lm_head, load_model
@@ -19,7 +20,7 @@ from opsd_train.models import add_adapter, base_model, check_not_merged, lm_head
 def test_the_model_as_asked_for(folder):
     setup = prepared(folder, dtype="bfloat16", attention="eager", lora_targets=("q_proj",))
     base = base_model(setup.model)
-    assert setup.W.dtype == torch.bfloat16
+    assert setup.head.weight.dtype == torch.bfloat16
     assert base.config._attn_implementation == "eager"
     assert base.is_activation_checkpointing
     trained = {n: w for n, w in setup.model.named_parameters() if w.requires_grad}
@@ -41,9 +42,11 @@ def test_activation_checkpointing_changes_nothing_but_memory(folder):
 
 
 def test_other_models_are_refused(folder, tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="is of type llama; the model must be a dense Qwen3"):
-        load_model(str(tmp_path), config(folder))
+    for kind in ("t5", "bart", "vit"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        message = f"is of type {kind}; the model must be a causal language model"
+        with pytest.raises(ValueError, match=message):
+            load_model(str(tmp_path), config(folder))
     with pytest.raises(OSError, match="no-such-model"):
         load_model(str(tmp_path / "no-such-model"), config(folder))
     if not torch.cuda.is_available():
@@ -51,6 +54,62 @@ def test_other_models_are_refused(folder, tmp_path):
             prepared(folder, liger=True)
     with pytest.raises(ValueError, match="exceed the model's 2048 positions"):
         prepared(folder, max_new_tokens=2000)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("Bert", {}),  # sees what comes later
+        ("Rwkv", {"attention_hidden_size": 32}),  # takes padding for text
+    ],
+)
+def test_a_model_that_is_not_causal_or_sees_padding_is_refused(folder, tmp_path, family, options):
+    path = tiny_qwen3.save_model_and_tokenizer(tmp_path / family, family=family, **options)
+    with pytest.raises(ValueError, match=rf"the logits of this {family}\w+: the model must be"):
+        lm_head(load_model(str(path), config(folder)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_changes_its_logits_in_silence_is_refused(folder, monkeypatch, dtype):
+    """As one would whose config has a name for it that nobody knows."""
+    asked = config(folder, dtype=dtype)
+    forward = Qwen3ForCausalLM.forward
+
+    def scaled(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = 0.8 * out.logits
+        return out
+
+    lm_head(load_model(asked.model, asked))
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", scaled)
+    for options in ({}, {"teacher_model": str(folder / "model")}):
+        with pytest.raises(ValueError, match="would not have the logits of this Qwen3ForCausalLM"):
+            prepared(folder, dtype=dtype, **options)
+
+
+def test_dropout_is_off(folder, tmp_path):
+    path = tiny_qwen3.save_model_and_tokenizer(tmp_path / "phi", family="Phi", resid_pdrop=0.5)
+    asked = config(folder)
+    model = load_model(str(path), asked).train()
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(model(ids).logits, model.eval()(ids).logits)
+
+
+def test_attention_that_sdpa_cannot_do(folder, tmp_path):
+    """Gemma 2's attention has a cap."""
+    path = tiny_qwen3.save_model_and_tokenizer(tmp_path / "gemma", family="Gemma2")
+    asked = config(folder)
+    assert load_model(str(path), asked).config._attn_implementation == "eager"
+
+
+def test_targets_that_no_layer_has_are_named(folder, tmp_path):
+    path = tiny_qwen3.save_model_and_tokenizer(tmp_path / "phi", family="Phi")
+    message = (
+        "names o_proj, gate_proj, up_proj, down_proj, which this PhiForCausalLM does not have; "
+        "its linear layers are dense, fc1, fc2, k_proj, q_proj, v_proj"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepared(folder, model=str(path))
 
 
 def test_kernels_that_are_not_installed_are_named(folder, monkeypatch):
@@ -96,7 +155,7 @@ def test_a_head_flattened_or_emptied_by_sharding_is_refused(folder, shape):
 
 def test_a_teacher_of_another_vocabulary_is_refused(folder, tmp_path):
     tiny_qwen3.save_model_and_tokenizer(tmp_path / "wide", vocab_size=110)
-    with pytest.raises(ValueError, match="rows as the student's 104, got 110"):
+    with pytest.raises(ValueError, match="the student's vocabulary of 104, got 110"):
         prepared(folder, teacher_model=str(tmp_path / "wide"))
     tiny_qwen3.save_model_and_tokenizer(tmp_path / "other")
     path = tmp_path / "other" / "tokenizer.json"

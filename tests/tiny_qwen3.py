@@ -9,7 +9,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerFast
 
 from opsd_train.config import Config, make_config
 from opsd_train.data import load_problems
@@ -67,8 +67,9 @@ def save_model(path: Path, seed: int = 0, family: str = "Qwen3", **options: obje
         "eos_token_id": [2, 0],
         "bos_token_id": None,
     }
-    config = getattr(transformers, f"{family}Config")(**sizes | FAMILIES[family] | options)
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    sizes |= FAMILIES.get(family, {})
+    config = getattr(transformers, f"{family}Config")(**sizes | options)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     if (bias := model.get_output_embeddings().bias) is not None:
         torch.nn.init.normal_(bias)
     # As the real ones say how they would be sampled; a run has its own mind about that.

@@ -66,7 +66,9 @@ def _check_logits(model: PreTrainedModel, head: LMHead) -> None:
     was_training = model.training
     model.eval()
     h = Backbone(model)(ids, mask, compared)
-    rows = [model(input_ids=ids[i : i + 1, compared[i]]).logits[0] for i in range(2)]
+    rows = [
+        model(input_ids=ids[i : i + 1, compared[i]], use_cache=False).logits[0] for i in range(2)
+    ]
     model.train(was_training)
 
     bias = None if head.bias is None else head.bias[:V]
