@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,9 @@ def test_kernels_that_are_not_installed_are_named(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
     with pytest.raises(ValueError, match=r"liger cannot be used: .* `pip install -e '\.\[gpu\]'`"):
+        load_model(str(folder / "model"), config(folder, liger=True))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", SimpleNamespace())
+    with pytest.raises(ValueError, match="liger has no kernels for models of type qwen3"):
         load_model(str(folder / "model"), config(folder, liger=True))
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", not_installed)
     message = r"flash_attention_2 cannot be used: there is no .* `pip install -e '\.\[flash\]'`"

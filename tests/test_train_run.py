@@ -105,7 +105,9 @@ def test_a_model_of_another_family(folder, tmp_path):
     output = tmp_path / "run"
     arguments = shrunk(folder, output, "--model", model, "--steps", 2)
     said = run(tmp_path / "log", *arguments)
-    assert re.search(r"Model: Gemma2 with [\d,]+ parameters in torch.float32, eager attention", said)
+    assert re.search(
+        r"Model: Gemma2 with [\d,]+ parameters in torch.float32, eager attention", said
+    )
     assert "The base weights, which are the teacher, did not move" in said
     for row in metrics(output):
         assert row["loss"] > 0

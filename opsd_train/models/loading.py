@@ -1,5 +1,7 @@
 """A model and its tokenizer, from a folder or the hub."""
 
+import importlib
+
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -71,14 +73,14 @@ def _patch_layers(kind: str) -> None:
     if not torch.cuda.is_available():
         raise ValueError("liger needs a CUDA device; leave it off on a CPU")
     try:
-        import liger_kernel.transformers
+        liger = importlib.import_module("liger_kernel.transformers")
     except ImportError as error:
         raise ValueError(
             f"liger cannot be used: {error}; install it with `pip install -e '.[gpu]'`, or leave "
             "it off with --no-liger"
         ) from error
 
-    patch = getattr(liger_kernel.transformers, f"apply_liger_kernel_to_{kind}", None)
+    patch = getattr(liger, f"apply_liger_kernel_to_{kind}", None)
     if patch is None:
         raise ValueError(f"liger has no kernels for models of type {kind}; leave it off")
     # The layers alone: the loss is this package's, and the model's own head is never called.
