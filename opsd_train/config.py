@@ -39,7 +39,9 @@ def option(default: Any = dataclasses.MISSING, *, section: str = "", help: str) 
 
 @dataclass(frozen=True)
 class Config:
-    model: str = option(section="model", help="folder or hub name of a Qwen3, or a world's name")
+    model: str = option(
+        section="model", help="causal language model, its folder or hub name; or a world's name"
+    )
     data: str = option(
         section="data",
         help="data set: hub name, .jsonl or .parquet file, or the world of the model",

@@ -82,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny_qwen3
 
     path = tmp_path_factory.mktemp("qwen3")
-    tiny_qwen3.save_qwen3(path / "model")
+    tiny_qwen3.save_model_and_tokenizer(path / "model")
     tiny_qwen3.save_problems(path / "problems.jsonl")
     return path
 

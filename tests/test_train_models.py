@@ -1,6 +1,8 @@
 """A model from the disk: as it was asked for, or refused."""
 
+import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ pytest.importorskip("transformers")
 
 import tiny_qwen3
 from tiny_qwen3 import config, prepared
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 from opsd_train.data import join
 from opsd_train.models import add_adapter, base_model, check_not_merged, lm_head, load_model
@@ -19,7 +21,7 @@ from opsd_train.models import add_adapter, base_model, check_not_merged, lm_head
 def test_the_model_as_asked_for(folder):
     setup = prepared(folder, dtype="bfloat16", attention="eager", lora_targets=("q_proj",))
     base = base_model(setup.model)
-    assert setup.W.dtype == torch.bfloat16
+    assert setup.head.weight.dtype == torch.bfloat16
     assert base.config._attn_implementation == "eager"
     assert base.is_activation_checkpointing
     trained = {n: w for n, w in setup.model.named_parameters() if w.requires_grad}
@@ -41,9 +43,11 @@ def test_activation_checkpointing_changes_nothing_but_memory(folder):
 
 
 def test_other_models_are_refused(folder, tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="is of type llama; the model must be a dense Qwen3"):
-        load_model(str(tmp_path), config(folder))
+    for kind in ("t5", "bart", "vit"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        message = f"is of type {kind}; the model must be a causal language model"
+        with pytest.raises(ValueError, match=message):
+            load_model(str(tmp_path), config(folder))
     with pytest.raises(OSError, match="no-such-model"):
         load_model(str(tmp_path / "no-such-model"), config(folder))
     if not torch.cuda.is_available():
@@ -53,6 +57,63 @@ def test_other_models_are_refused(folder, tmp_path):
         prepared(folder, max_new_tokens=2000)
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("Bert", {}),  # has layers between its decoder and its head
+        ("Gemma3Text", {"head_dim": 16, "use_bidirectional_attention": True}),
+        ("Rwkv", {"attention_hidden_size": 32}),  # takes padding for text
+    ],
+)
+def test_a_model_whose_logits_the_loss_would_not_have_is_refused(folder, tmp_path, family, options):
+    path = tiny_qwen3.save_model_and_tokenizer(tmp_path / family, family=family, **options)
+    with pytest.raises(ValueError, match=rf"the logits of this {family[:4]}\w+: the model must be"):
+        lm_head(load_model(str(path), config(folder)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_changes_its_logits_in_silence_is_refused(folder, monkeypatch, dtype):
+    """As one would whose config has a name for it that nobody knows."""
+    asked = config(folder, dtype=dtype)
+    forward = Qwen3ForCausalLM.forward
+
+    def scaled(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = 0.8 * out.logits
+        return out
+
+    lm_head(load_model(asked.model, asked))
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", scaled)
+    for options in ({}, {"teacher_model": str(folder / "model")}):
+        with pytest.raises(ValueError, match="would not have the logits of this Qwen3ForCausalLM"):
+            prepared(folder, dtype=dtype, **options)
+
+
+def test_dropout_is_off(folder, tmp_path):
+    path = tiny_qwen3.save_model_and_tokenizer(tmp_path / "phi", family="Phi", resid_pdrop=0.5)
+    asked = config(folder)
+    model = load_model(str(path), asked).train()
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(model(ids).logits, model.eval()(ids).logits)
+
+
+def test_attention_that_sdpa_cannot_do(folder, tmp_path):
+    """Gemma 2's attention has a cap."""
+    path = tiny_qwen3.save_model_and_tokenizer(tmp_path / "gemma", family="Gemma2")
+    asked = config(folder)
+    assert load_model(str(path), asked).config._attn_implementation == "eager"
+
+
+def test_targets_that_no_layer_has_are_named(folder, tmp_path):
+    path = tiny_qwen3.save_model_and_tokenizer(tmp_path / "phi", family="Phi")
+    message = (
+        "names o_proj, gate_proj, up_proj, down_proj, which this PhiForCausalLM does not have; "
+        "its linear layers are dense, fc1, fc2, k_proj, q_proj, v_proj"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepared(folder, model=str(path))
+
+
 def test_kernels_that_are_not_installed_are_named(folder, monkeypatch):
     def not_installed(*_, **__):
         raise ImportError("there is no FlashAttention2.")
@@ -60,6 +121,9 @@ def test_kernels_that_are_not_installed_are_named(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
     with pytest.raises(ValueError, match=r"liger cannot be used: .* `pip install -e '\.\[gpu\]'`"):
+        load_model(str(folder / "model"), config(folder, liger=True))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", SimpleNamespace())
+    with pytest.raises(ValueError, match="liger has no kernels for models of type qwen3"):
         load_model(str(folder / "model"), config(folder, liger=True))
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", not_installed)
     message = r"flash_attention_2 cannot be used: there is no .* `pip install -e '\.\[flash\]'`"
@@ -71,7 +135,7 @@ def test_an_adapter_on_the_head_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="must not name lm_head"):
         prepared(folder, lora_targets=("q_proj", "lm_head"))
     prepared(folder, lora_targets=("q_proj", "embed_tokens"))
-    tied = tiny_qwen3.save_qwen3(tmp_path / "tied", tie_word_embeddings=True)
+    tied = tiny_qwen3.save_model_and_tokenizer(tmp_path / "tied", tie_word_embeddings=True)
     with pytest.raises(ValueError, match=r"must not name model.embed_tokens"):
         prepared(folder, model=str(tied), lora_targets=("embed_tokens",))
 
@@ -95,10 +159,10 @@ def test_a_head_flattened_or_emptied_by_sharding_is_refused(folder, shape):
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(folder, tmp_path):
-    tiny_qwen3.save_qwen3(tmp_path / "wide", vocab_size=110)
-    with pytest.raises(ValueError, match="rows as the student's 104, got 110"):
+    tiny_qwen3.save_model_and_tokenizer(tmp_path / "wide", vocab_size=110)
+    with pytest.raises(ValueError, match="the student's vocabulary of 104, got 110"):
         prepared(folder, teacher_model=str(tmp_path / "wide"))
-    tiny_qwen3.save_qwen3(tmp_path / "other")
+    tiny_qwen3.save_model_and_tokenizer(tmp_path / "other")
     path = tmp_path / "other" / "tokenizer.json"
     path.write_text(path.read_text().replace('"a": ', '"ä": '))
     with pytest.raises(ValueError, match="2 entries differ"):

@@ -13,7 +13,7 @@ from opsd_kernels.reference import reference_jsd_loss
 from opsd_train.data import join
 from opsd_train.models import adapter_weights, base_model
 from opsd_train.opsd import opsd_loss, score, token_weights
-from opsd_train.records import Scores
+from opsd_train.records import Rollout, Scores
 from opsd_train.sampling import roll_out
 
 # Teachers
@@ -64,19 +64,23 @@ def test_the_ema_teacher_has_the_average_of_the_adapter(folder):
 
 
 def test_another_model_as_the_teacher(folder, tmp_path):
-    tiny_qwen3.save_qwen3(tmp_path / "other", seed=5)
+    tiny_qwen3.save_model_and_tokenizer(tmp_path / "other", seed=5)
     setup = prepared(folder, teacher_model=str(tmp_path / "other"))
     scores = scored(with_adapter(setup))
     alone = prepared(folder, model=str(tmp_path / "other"))
-    assert torch.equal(setup.teacher.W, alone.W)
+    assert torch.equal(setup.teacher.head.weight, alone.head.weight)
     context = setup.contexts.student
     rollout = roll_out(setup.sampler, context, setup.problems[:3], [1, 2, 3])
     h = alone.backbone(*join(rollout.prompts, rollout.completions, pad_id=0))
     torch.testing.assert_close(scores.h_teacher, h.detach())
     weights = token_weights(scores.lengths, "token", 3, len(scores.tokens))
-    loss, _ = opsd_loss(scores, setup.W, config(folder), weights, setup.teacher.W)
+    loss, _ = opsd_loss(scores, setup.head, config(folder), weights, setup.teacher.head)
     expected = reference_jsd_loss(
-        scores.h_student, scores.h_teacher, setup.W, temperature=1.2, W_teacher=setup.teacher.W
+        scores.h_student,
+        scores.h_teacher,
+        setup.head,
+        temperature=1.2,
+        W_teacher=setup.teacher.head,
     )
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
 
@@ -91,6 +95,70 @@ def test_the_head_sees_neither_prompt_nor_completion(folder):
     base_model(setup.model).get_output_embeddings().register_forward_pre_hook(refuse)
     scores = score(setup.backbone, setup.teacher, setup.contexts.teacher, rollout)
     assert scores.h_student.shape == scores.h_teacher.shape == (rollout.tokens, 32)
+
+
+# Models of other families
+
+
+def logits_of_the_model(setup, rollout: Rollout, context) -> torch.Tensor:
+    """[N, V] of the completions' tokens, sequence by sequence, as the model makes them."""
+    prompts = context.token_ids(rollout.problems)
+    rows = []
+    for prompt, completion in zip(prompts, rollout.completions, strict=True):
+        logits = setup.model(input_ids=torch.tensor([prompt + completion])).logits[0]
+        rows.append(logits[len(prompt) - 1 : -1])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("family", tiny_qwen3.FAMILIES)
+def test_the_loss_is_that_of_the_models_logits(folder, tmp_path, family):
+    """And so is its gradient, of every family: scale, cap and bias of the head included."""
+    path = tiny_qwen3.save_model_and_tokenizer(tmp_path / family, family=family)
+    setup = with_adapter(prepared(folder, model=str(path), **tiny_qwen3.adapter_options(family)))
+    context = setup.contexts.student
+    rollout = roll_out(setup.sampler, context, setup.problems[:3], [1, 2, 3])
+    scores = score(setup.backbone.train(), setup.teacher, setup.contexts.teacher, rollout)
+    weights = token_weights(scores.lengths, "token", 3, rollout.tokens)
+    setup.model.eval()
+    z_student = logits_of_the_model(setup, rollout, context)
+    with setup.model.disable_adapter(), torch.no_grad():
+        z_teacher = logits_of_the_model(setup, rollout, setup.contexts.teacher)
+    identity = torch.eye(z_student.shape[1])
+    adapter = list(adapter_weights(setup.model).values())
+    for beta in (0.0, 0.5):
+        asked = config(folder, beta=beta, temperature=1.3)
+        loss, _ = opsd_loss(scores, setup.head, asked, weights, setup.teacher.head)
+        exact = reference_jsd_loss(z_student, z_teacher, identity, beta=beta, temperature=1.3)
+        assert exact > 1e-3
+        torch.testing.assert_close(loss, exact.float(), rtol=1e-3, atol=0)
+        gradient, expected = (
+            torch.cat([g.flatten() for g in torch.autograd.grad(of, adapter, retain_graph=True)])
+            for of in (loss, exact)
+        )
+        assert (gradient - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_a_teacher_of_another_family_and_width(folder, tmp_path):
+    """Each side has its own cap."""
+    path = tiny_qwen3.save_model_and_tokenizer(tmp_path / "other", family="Gemma2", hidden_size=48)
+    setup = with_adapter(prepared(folder, teacher_model=str(path)))
+    assert (setup.head.softcap, setup.teacher.head.softcap) == (None, 3.0)
+    context = setup.contexts.student
+    rollout = roll_out(setup.sampler, context, setup.problems[:3], [1, 2, 3])
+    scores = score(setup.backbone, setup.teacher, context, rollout)
+    assert scores.h_teacher.shape[1] == 48
+    weights = token_weights(scores.lengths, "token", 3, rollout.tokens)
+    loss, _ = opsd_loss(scores, setup.head, config(folder), weights, setup.teacher.head)
+    alone = prepared(folder, model=str(path))
+    z_teacher = logits_of_the_model(alone, rollout, context).detach()
+    expected = reference_jsd_loss(
+        scores.h_student,
+        z_teacher,
+        setup.head,
+        temperature=1.2,
+        W_teacher=torch.eye(z_teacher.shape[1]),
+    )
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-3)
 
 
 # Objective
@@ -114,7 +182,7 @@ def test_micro_batches_add_up(folder, mean, options):
         for part in rollout.micro_batches(size):
             scores = score(setup.backbone, setup.teacher, setup.contexts.teacher, part)
             w = token_weights(scores.lengths, mean, len(rollout), rollout.tokens)
-            loss, statistics = opsd_loss(scores, setup.W, asked, w)
+            loss, statistics = opsd_loss(scores, setup.head, asked, w)
             loss.backward()
             for name, value in {"loss": loss.detach(), **statistics}.items():
                 totals[name] = totals.get(name, 0) + float(value)
@@ -131,9 +199,10 @@ def test_statistics_are_means_of_the_batch(folder):
     scores = score(setup.backbone, setup.teacher, setup.contexts.teacher, rollout)
     weights = token_weights(scores.lengths, "token", 3, rollout.tokens)
     asked = config(folder, beta=0.0, entry_clip=0.01, temperature=1.3)
-    loss, statistics = opsd_loss(scores, setup.W, asked, weights)
-    log_p = (scores.h_student.detach() @ setup.W.T / 1.3).log_softmax(-1)
-    log_q = (scores.h_teacher @ setup.W.T / 1.3).log_softmax(-1)
+    loss, statistics = opsd_loss(scores, setup.head, asked, weights)
+    W = setup.head.weight
+    log_p = (scores.h_student.detach() @ W.T / 1.3).log_softmax(-1)
+    log_q = (scores.h_teacher @ W.T / 1.3).log_softmax(-1)
     p, q, x = log_p.exp(), log_q.exp(), log_q - log_p
     expected = {
         "forward_kl": (q * x).sum(-1),

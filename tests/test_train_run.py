@@ -98,6 +98,24 @@ def test_a_preset_shrunk_by_options_alone(folder, undisturbed):
             assert value.any()  # B begins at 0
 
 
+def test_a_model_of_another_family(folder, tmp_path):
+    """Gemma 2: tied embeddings, and caps on the logits of its head and its attention."""
+    options = {"family": "Gemma2", "attn_logit_softcapping": 5.0}
+    model = tiny_qwen3.save_model_and_tokenizer(tmp_path / "model", **options)
+    output = tmp_path / "run"
+    arguments = shrunk(folder, output, "--model", model, "--steps", 2)
+    said = run(tmp_path / "log", *arguments)
+    assert re.search(
+        r"Model: Gemma2 with [\d,]+ parameters in torch.float32, eager attention", said
+    )
+    assert "The base weights, which are the teacher, did not move" in said
+    for row in metrics(output):
+        assert row["loss"] > 0
+        assert row["grad_norm"] > 0
+        assert row["skipped"] is False
+    assert "this model, V = 104" in run(tmp_path / "log", *arguments, "--dry-run")
+
+
 # Killed and resumed
 
 
@@ -229,22 +247,23 @@ def copy_and_die(folder: Path, number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "tied"),
+    ("options", "model"),
     [
-        (["--mean", "rollout"], False),
-        (["--mean", "token", "--teacher", "ema"], False),
-        (["--shard", "--mean", "rollout"], True),
-        (["--shard", "--mean", "token", "--teacher", "ema"], False),
+        (["--mean", "rollout"], {}),
+        (["--mean", "token", "--teacher", "ema"], {}),
+        (["--shard", "--mean", "rollout"], {"tie_word_embeddings": True}),
+        (["--shard", "--mean", "token", "--teacher", "ema"], {}),
+        (["--shard", "--lora-targets", "q_proj,dense,fc1"], {"family": "Phi"}),
     ],
-    ids=["data parallel", "data parallel, ema", "sharded, tied", "sharded, ema"],
+    ids=["data parallel", "data parallel, ema", "sharded, tied", "sharded, ema", "sharded, Phi"],
 )
-def test_two_processes_are_one(folder, tmp_path, options, tied):
+def test_two_processes_are_one(folder, tmp_path, options, model):
     """1 process x 8 at once, and 2 processes x 2 micro-batches x 2: the same rollouts, losses,
     gradients and weights, but for the rounding of sums in another order."""
     one, two = tmp_path / "one", tmp_path / "two"
     options = [*options, "--batch-size", 8, "--steps", 4]
-    if tied:
-        options += ["--model", tiny_qwen3.save_qwen3(tmp_path / "tied", tie_word_embeddings=True)]
+    if model:
+        options += ["--model", tiny_qwen3.save_model_and_tokenizer(tmp_path / "model", **model)]
     alone = [option for option in options if option != "--shard"]
     run(tmp_path / "log", *shrunk(folder, one, *alone, "--micro-batch-size", 8))
     distributed = shrunk(folder, two, *options, "--micro-batch-size", 2)

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+import tiny_qwen3
 from tiny_qwen3 import prepared, with_adapter
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
@@ -69,14 +70,24 @@ def test_top_k_and_top_p(folder):
         assert len(first) > 1
 
 
-def test_engines_agree_where_there_is_nothing_to_draw(folder):
+@pytest.mark.parametrize("family", tiny_qwen3.FAMILIES)
+def test_engines_agree_where_there_is_nothing_to_draw(folder, tmp_path, family):
+    no_cap = {"attn_logit_softcapping": None} if family == "Gemma2" else {}
+    path = tiny_qwen3.save_model_and_tokenizer(tmp_path / family, family=family, **no_cap)
+    options = {"model": str(path), "temperature": 1e-4, **tiny_qwen3.adapter_options(family)}
     both = []
     for engine in ("generate", "continuous"):
-        setup = with_adapter(prepared(folder, engine=engine, temperature=1e-4))
+        setup = with_adapter(prepared(folder, engine=engine, **options))
         context, problems = setup.contexts.student, setup.problems[:3]
         both.append(roll_out(setup.sampler, context, problems, [1, 2, 3]))
     assert both[0] == both[1]
     assert both[1] == roll_out(setup.sampler, context, problems, [1, 2, 3])
+
+
+def test_continuous_batching_without_the_models_attention_is_refused(folder, tmp_path):
+    path = tiny_qwen3.save_model_and_tokenizer(tmp_path / "gemma", family="Gemma2")
+    with pytest.raises(ValueError, match=r"attn_logit_softcapping=50, .*--engine generate"):
+        prepared(folder, model=str(path), engine="continuous")
 
 
 @pytest.mark.parametrize(

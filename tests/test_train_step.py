@@ -57,14 +57,14 @@ def scored(tiny: Setup, rollout: Rollout) -> Scores:
 
 def loss_of(tiny: Setup, scores: Scores, **options) -> torch.Tensor:
     weights = token_weights(scores.lengths, "rollout", len(scores.lengths), len(scores.tokens))
-    loss, _ = opsd_loss(scores, tiny.W, demo_config(**options), weights)
+    loss, _ = opsd_loss(scores, tiny.head, demo_config(**options), weights)
     return loss
 
 
 def test_row_n_predicts_token_n(tiny):
     """Off by one here trains nonsense quietly. Recomputed sequence by sequence, without padding,
     from the model's full logits."""
-    model, W = tiny.model, tiny.W
+    model, W = tiny.model, tiny.head.weight
     rollout = sampled(tiny, temperature=1.2, max_new_tokens=20)
     assert len({len(c) for c in rollout.completions}) > 1, "the test wants ragged completions"
     assert len({len(p) for p in rollout.prompts}) > 1, "the test wants ragged prompts"
@@ -91,7 +91,7 @@ def test_row_n_predicts_token_n(tiny):
 
 
 def test_objective_is_the_mean_over_tokens_then_rollouts(tiny):
-    W = tiny.W
+    W = tiny.head.weight
     rollout = sampled(tiny, temperature=1.2, max_new_tokens=20)
     scores = scored(tiny, rollout)
     log_p = (scores.h_student @ W.T / 1.2).log_softmax(-1)

@@ -1,14 +1,15 @@
 """A Qwen3 of 30,000 parameters on the disk, with a tokenizer and a chat template like the real
-one's, thinking switch included; and problems for it."""
+one's, thinking switch included; and problems for it. And models of other families as small."""
 
 import json
 import random
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import Accelerator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerFast
 
 from opsd_train.config import Config, make_config
 from opsd_train.data import load_problems
@@ -16,6 +17,15 @@ from opsd_train.models import adapter_weights, load_model, load_tokenizer
 from opsd_train.opsd import Setup
 from opsd_train.run import set_up
 
+# What a head of each is, beside its weight, and what the model needs to be as small.
+FAMILIES: dict[str, dict[str, object]] = {
+    "Qwen3": {"head_dim": 16},
+    "Llama": {},
+    "Gemma2": {"head_dim": 16, "final_logit_softcapping": 3.0},  # tied
+    "Granite": {"logits_scaling": 2.5},
+    "Cohere": {"logit_scale": 0.4},  # tied
+    "Phi": {"num_key_value_heads": 2, "resid_pdrop": 0.1},  # with a bias
+}
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -42,33 +52,40 @@ def save_tokenizer(path: Path, chat_template: str | None = CHAT_TEMPLATE) -> Non
     ).save_pretrained(path)
 
 
-def save_model(path: Path, seed: int = 0, vocab_size: int = 104, **options: object) -> None:
+def save_model(path: Path, seed: int = 0, family: str = "Qwen3", **options: object) -> None:
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=2048,
-        initializer_range=0.2,
-        pad_token_id=0,
-        eos_token_id=[2, 0],
-        bos_token_id=None,
-        **options,
-    )
-    model = Qwen3ForCausalLM(config)
+    sizes = {
+        "vocab_size": 104,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "eos_token_id": [2, 0],
+        "bos_token_id": None,
+    }
+    sizes |= FAMILIES.get(family, {})
+    config = getattr(transformers, f"{family}Config")(**sizes | options)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    if (bias := model.get_output_embeddings().bias) is not None:
+        torch.nn.init.normal_(bias)
     # As the real ones say how they would be sampled; a run has its own mind about that.
     model.generation_config.update(do_sample=True, temperature=0.6, top_k=20, top_p=0.95)
     model.save_pretrained(path)
 
 
-def save_qwen3(path: Path, **options: object) -> Path:
+def save_model_and_tokenizer(path: Path, **options: object) -> Path:
     save_model(path, **options)
     save_tokenizer(path)
     return path
+
+
+def adapter_options(family: str) -> dict[str, object]:
+    """Phi's layers have names of their own."""
+    return {"lora_targets": ("q_proj", "dense", "fc1")} if family == "Phi" else {}
 
 
 def save_problems(path: Path, total: int = 20) -> Path:

@@ -1,7 +1,7 @@
 """Models: loading one, the adapter around it, its LM head, its backbone, its weights sharded.
 
-Whatever knows about Qwen3, PEFT, LM heads or FSDP lives here. How a model is sampled from is in
-sampling/, and who is teacher and who is student in opsd/.
+Whatever knows about transformers' models, PEFT, LM heads or FSDP lives here. How a model is sampled
+from is in sampling/, and who is teacher and who is student in opsd/.
 """
 
 from opsd_train.models.adapter import (
@@ -14,7 +14,7 @@ from opsd_train.models.adapter import (
     peft_name,
 )
 from opsd_train.models.backbone import Backbone
-from opsd_train.models.head import check_same_vocabulary, lm_head
+from opsd_train.models.head import check_same_vocabulary, lm_head, vocab_size
 from opsd_train.models.loading import load_model, load_tokenizer
 from opsd_train.models.sharding import call_with_full_parameters, copy_full, full_tensor, shard
 
@@ -35,4 +35,5 @@ __all__ = [
     "load_tokenizer",
     "peft_name",
     "shard",
+    "vocab_size",
 ]

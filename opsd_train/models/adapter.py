@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModelForCausalLM, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from opsd_train.config import Config
 from opsd_train.models.sharding import full_tensor
@@ -22,13 +23,25 @@ def add_adapter(model: PreTrainedModel, config: Config) -> PeftModelForCausalLM:
     """
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head.weight is embeddings.weight
+    unknown = list(config.lora_targets)
     for name, module in model.named_modules():
-        is_head = module is head or (tied and module is embeddings)
-        if is_head and name.split(".")[-1] in config.lora_targets:
+        targets = [t for t in config.lora_targets if f".{name}".endswith(f".{t}")]
+        unknown = [t for t in unknown if t not in targets]
+        if targets and (module is head or (tied and module is embeddings)):
             raise ValueError(
                 f"lora_targets must not name {name}: the loss reads the LM head's weight directly, "
                 "and would ignore an adapter on it"
             )
+    if unknown:
+        linear = {
+            name.split(".")[-1]
+            for name, module in model.named_modules()
+            if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+        }
+        raise ValueError(
+            f"lora_targets names {', '.join(unknown)}, which this {type(model).__name__} does not "
+            f"have; its linear layers are {', '.join(sorted(linear))}"
+        )
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,

@@ -14,7 +14,7 @@ class Backbone(torch.nn.Module):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        self.model: Any = model.base_model
+        self.model: Any = model.get_decoder()
 
     def forward(self, ids: Tensor, mask: Tensor, predicts: Tensor) -> Tensor:
         """[N, D] last hidden states of the positions that predict the completions' N tokens, of

@@ -1,32 +1,35 @@
-"""The LM head: a matrix W [V, D] that the loss reads directly."""
+"""The LM head, which the loss reads directly, and what must be true of it."""
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+import torch
+from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from opsd_kernels import LMHead
+from opsd_train.models.backbone import Backbone
 
-def lm_head(model: PreTrainedModel) -> Tensor:
-    """W [V, D], frozen.
+
+def lm_head(model: PreTrainedModel) -> LMHead:
+    """The model's head, frozen.
 
     Raises:
-        ValueError: the head is more than a matrix, or not whole on this device.
+        ValueError: the head has an adapter, is not whole on this device, or does what is not known;
+            or the logits that the loss would make with it are not the model's.
     """
-    head = model.get_output_embeddings()
-    if isinstance(head, BaseTunerLayer):
-        raise ValueError("the LM head has an adapter, which the loss would ignore; train without")
-    if getattr(head, "bias", None) is not None:
-        raise ValueError("the LM head has a bias; the loss takes logits to be h Wᵀ")
-    W = head.weight.detach()
-    if W.ndim != 2 or W.numel() == 0:
-        raise ValueError(
-            f"the LM head's weight must be [V, D], got shape {list(W.shape)}: FSDP1 flattens it "
-            "and ZeRO-3 leaves it empty; train with data parallelism instead"
-        )
-    return W
+    head = LMHead.of(model).detach()
+    _check_logits(model, head)
+    return head
+
+
+def vocab_size(head: LMHead) -> int:
+    """V, without what the head's weight is padded with."""
+    return head.weight.shape[0] if head.vocab_size is None else head.vocab_size
 
 
 def check_same_vocabulary(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, W: Tensor, W_teacher: Tensor
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    head: LMHead,
+    teacher_head: LMHead,
 ) -> None:
     """Raises:
     ValueError: a token's id, or the number of ids, is not the same on both sides.
@@ -38,8 +41,45 @@ def check_same_vocabulary(
             f"teacher_model must have the student's vocabulary: {len(others)} entries differ, "
             f"{others[0]} among them"
         )
-    if W.shape[0] != W_teacher.shape[0]:
+    if vocab_size(head) != vocab_size(teacher_head):
         raise ValueError(
-            f"teacher_model must have an LM head of as many rows as the student's {W.shape[0]}, "
-            f"got {W_teacher.shape[0]}"
+            "teacher_model must have an LM head with the student's vocabulary of "
+            f"{vocab_size(head)}, got {vocab_size(teacher_head)}"
+        )
+
+
+@torch.no_grad()
+def _check_logits(model: PreTrainedModel, head: LMHead) -> None:
+    """Compare the logits that the loss would make, of a padded batch, with the model's own for the
+    same sequences one by one, without padding and cut short: they differ where the model does more
+    than its head says, sees tokens that come later, or takes padding for text.
+
+    Raises:
+        ValueError: they differ by more than rounding.
+    """
+    V = vocab_size(head)
+    ids = torch.arange(10, device=head.weight.device).reshape(2, 5) * V // 10
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    compared = mask.bool()
+    compared[:, -2:] = False
+    was_training = model.training
+    model.eval()
+    h = Backbone(model)(ids, mask, compared)
+    rows = [
+        model(input_ids=ids[i : i + 1, compared[i]], use_cache=False).logits[0] for i in range(2)
+    ]
+    model.train(was_training)
+
+    bias = None if head.bias is None else head.bias[:V]
+    z = head.scale * linear(h, head.weight[:V], bias).float()
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    expected = torch.cat(rows)[:, :V].float()
+    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.1
+    if (z - expected).norm() > tolerance * expected.norm():
+        raise ValueError(
+            f"the loss would not have the logits of this {type(model).__name__}: the model must be "
+            "a causal language model that makes logits of its decoder's last hidden states as its "
+            "config says, and does not see padding"
         )

@@ -18,8 +18,11 @@ def shard(backbone: Any, accelerator: Accelerator) -> None:
     """Shard a backbone's weights over all processes, layer by layer. The LM head is no part of it,
     and stays whole."""
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for layer in backbone.model.layers:
-        fully_shard(layer, mesh=mesh)
+    # What transformers never splits between devices, a layer each; the innermost first.
+    kinds = backbone.model._no_split_modules or ()
+    for module in reversed(list(backbone.model.modules())):
+        if type(module).__name__ in kinds:
+            fully_shard(module, mesh=mesh)
     fully_shard(backbone, mesh=mesh)
     register_fsdp_forward_method(backbone, "with_full_parameters")
     # FSDP remembers which weights have gradients when it first gathers them: the adapter is on now.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd_kernels import divergence_name, fused_sampled_token_loss, token_divergence
+from opsd_kernels import LMHead, divergence_name, fused_sampled_token_loss, token_divergence
 from opsd_train.config import Config
 from opsd_train.records import Scores
 
@@ -34,10 +34,10 @@ def token_weights(lengths: Tensor, mean: str, rollouts: int, tokens: int) -> Ten
 
 def opsd_loss(
     scores: Scores,
-    W: Tensor,
+    head: LMHead,
     config: Config,
     weights: Tensor,
-    W_teacher: Tensor | None = None,
+    teacher_head: LMHead | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Σ w ℓ over the tokens, and Σ w of each statistic: what is added up over all micro-batches and
     processes is the batch's loss, and each statistic's mean.
@@ -48,7 +48,7 @@ def opsd_loss(
     common: dict[str, Any] = {
         "temperature": config.temperature,
         "token_weights": weights,
-        "W_teacher": W_teacher,
+        "W_teacher": teacher_head,
         "workspace_mib": config.workspace_mib,
     }
     is_sampled = config.objective == "sampled_token"
@@ -56,7 +56,7 @@ def opsd_loss(
         divergence = token_divergence(
             scores.h_student,
             scores.h_teacher,
-            W,
+            head,
             beta=config.beta,
             entry_clip=config.entry_clip,
             targets=scores.tokens,
@@ -67,7 +67,7 @@ def opsd_loss(
         sampled = fused_sampled_token_loss(
             scores.h_student,
             scores.h_teacher,
-            W,
+            head,
             scores.tokens,
             advantage_clip=config.advantage_clip,
             reduction="sum",

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from peft import PeftModelForCausalLM
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from opsd_kernels import LMHead
 from opsd_train.data import Contexts
 from opsd_train.opsd.teachers import Teacher
 from opsd_train.records import Problem
@@ -25,6 +25,6 @@ class Setup:
     problems: list[Problem]
     model: PeftModelForCausalLM  # the student, to sample from
     backbone: torch.nn.Module  # the student, to score with: a `Backbone`, wrapped if distributed
-    W: Tensor  # [V, D] its LM head, frozen
+    head: LMHead  # the student's, frozen
     teacher: Teacher
     sampler: Sampler

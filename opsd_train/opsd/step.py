@@ -56,7 +56,7 @@ def take_step(
                 weights = token_weights(
                     scores.lengths, config.mean, config.batch_size, metrics["tokens"]
                 )
-                loss, statistics = opsd_loss(scores, setup.W, config, weights, teacher.W)
+                loss, statistics = opsd_loss(scores, setup.head, config, weights, teacher.head)
             with phase("backward"):
                 # The processes' gradients are averaged, but are parts of a sum.
                 (loss * accelerator.num_processes).backward()

@@ -13,15 +13,16 @@ import torch
 from peft import PeftModelForCausalLM
 from torch import Tensor
 
+from opsd_kernels import LMHead
 from opsd_train.models import adapter_weights
 
 
 class Teacher:
     """A backbone as it is: another model's, or the student's own."""
 
-    def __init__(self, backbone: torch.nn.Module, W: Tensor | None = None):
+    def __init__(self, backbone: torch.nn.Module, head: LMHead | None = None):
         self.backbone = backbone
-        self.W = W  # an LM head of its own
+        self.head = head  # its own; None where it has the student's
 
     def active(self) -> AbstractContextManager[None]:
         """The context in which the backbone is the teacher."""

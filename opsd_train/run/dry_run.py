@@ -4,7 +4,7 @@ import torch
 
 from opsd_kernels.row_workspace import MIB, default_workspace_mib, make_plan
 from opsd_train.config import Config
-from opsd_train.models import adapter_weights
+from opsd_train.models import adapter_weights, vocab_size
 from opsd_train.opsd import Setup, loss_name, opsd_loss, score, token_weights
 from opsd_train.run.console import say
 from opsd_train.sampling import draw_seed, roll_out
@@ -24,17 +24,18 @@ def dry_run(config: Config, setup: Setup) -> None:
         f"{len(problems)} rollouts, {min(lengths)} to {max(lengths)} tokens, "
         f"{sum(rollout.finished)} finished within {config.max_new_tokens}"
     )
-    N, W = config.micro_batch_size * config.max_new_tokens, setup.W
+    N, V = config.micro_batch_size * config.max_new_tokens, vocab_size(setup.head)
+    W = setup.head.weight[:V]
     say(f"\nMemory of the loss for up to {N:,} tokens, a micro-batch:")
     budget = config.workspace_mib
     budget = (default_workspace_mib(W.device) if budget is None else budget) * MIB
     used = make_plan(N, (W,), W.dtype, budget).bytes if budget else 0
-    say_memory(f"this model, V = {W.shape[0]}", used, N, W.shape[0])
+    say_memory(f"this model, V = {V}", used, N, V)
     say_memory("with the vocabulary of Qwen3, V = 151,936", budget, N, 151936)
 
     scores = score(setup.backbone.train(), setup.teacher, setup.contexts.teacher, rollout)
     weights = token_weights(scores.lengths, config.mean, len(rollout), rollout.tokens)
-    loss, statistics = opsd_loss(scores, W, config, weights, setup.teacher.W)
+    loss, statistics = opsd_loss(scores, setup.head, config, weights, setup.teacher.head)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(adapter_weights(setup.model).values(), torch.inf)
     figures = ", ".join(f"{name} {value:.5f}" for name, value in statistics.items())

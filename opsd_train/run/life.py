@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from opsd_train.config import Config
-from opsd_train.models import base_weights_sha256
+from opsd_train.models import base_model, base_weights_sha256
 from opsd_train.opsd import Setup, loss_name
 from opsd_train.run.console import say
 from opsd_train.run.dry_run import dry_run
@@ -94,9 +94,10 @@ def say_plan(config: Config, setup: Setup) -> None:
     micro_batches = -(-share // config.micro_batch_size)
     adapter = sum(w.numel() for w in model.parameters() if w.requires_grad)
     parameters = sum(w.numel() for w in model.parameters()) - adapter
+    kind = type(base_model(model)).__name__.removesuffix("ForCausalLM")
     rising = round(config.warmup * config.steps)
     say(
-        f"Model: Qwen3 with {parameters:,} parameters in {setup.W.dtype}, "
+        f"Model: {kind} with {parameters:,} parameters in {setup.head.weight.dtype}, "
         f"{model.config._attn_implementation} attention, on {setup.accelerator.device}; "
         f"adapter of {adapter:,}, rank {config.lora_rank}.\n"
         f"Teacher: {config.teacher_model or config.teacher}.\n"

@@ -4,9 +4,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from peft import PeftModelForCausalLM
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from opsd_kernels import LMHead
 from opsd_train.config import Config
 from opsd_train.data import Context, Contexts, those_that_fit
 from opsd_train.models import (
@@ -51,7 +51,7 @@ def set_up(
     check_not_merged(student)
     if config.activation_checkpointing:
         base_model(student).activation_checkpointing_enable()
-    W = lm_head(base_model(student))
+    head = lm_head(base_model(student))
     backbone = Backbone(base_model(student))
     if config.shard:
         shard(backbone, accelerator)
@@ -59,7 +59,7 @@ def set_up(
         backbone = accelerator.prepare(backbone)
     sampling = Sampling(config.temperature, config.max_new_tokens, config.top_p, config.top_k)
     sampler = make_sampler(config, student, backbone, tokenizer, sampling)
-    teacher = make_teacher(config, student, backbone, W, tokenizer)
+    teacher = make_teacher(config, student, backbone, head, tokenizer)
     return Setup(
         accelerator,
         tokenizer,
@@ -67,7 +67,7 @@ def set_up(
         problems,
         student,
         backbone,
-        W,
+        head,
         teacher,
         sampler,
     )
@@ -77,15 +77,16 @@ def make_teacher(
     config: Config,
     student: PeftModelForCausalLM,
     backbone: torch.nn.Module,
-    W: Tensor,
+    head: LMHead,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Teacher:
     if config.teacher_model is not None:
         other = load_model(config.teacher_model, config).requires_grad_(False)
-        torch.nn.Module.to(other, W.device)
-        W_teacher = lm_head(other)
-        check_same_vocabulary(tokenizer, load_tokenizer(config.teacher_model), W, W_teacher)
-        return Teacher(Backbone(other), W_teacher)
+        torch.nn.Module.to(other, head.weight.device)
+        teacher_head = lm_head(other)
+        other_tokenizer = load_tokenizer(config.teacher_model)
+        check_same_vocabulary(tokenizer, other_tokenizer, head, teacher_head)
+        return Teacher(Backbone(other), teacher_head)
     if config.teacher == "live":
         return Teacher(backbone)
     if config.teacher == "ema":
@@ -114,8 +115,8 @@ def check_distribution(config: Config, accelerator: Accelerator) -> None:
 
 def check_lengths(config: Config, model: PreTrainedModel) -> None:
     longest = config.max_prompt_tokens + config.max_new_tokens
-    positions = model.config.max_position_embeddings
-    if longest > positions:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest > positions:
         raise ValueError(
             f"max_prompt_tokens={config.max_prompt_tokens} and "
             f"max_new_tokens={config.max_new_tokens} together exceed the model's {positions} "

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from peft import PeftModelForCausalLM
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from opsd_train.errors import RunFailed
@@ -18,7 +19,19 @@ class ContinuousSampler(BatchSampler):
 
     It draws from one stream of random numbers for all rows: seeded, but what a row draws depends on
     the rows beside it, and so on how many processes share a batch.
+
+    Raises:
+        ValueError: the model's attention has a softcap, which `generate_batch` leaves out.
     """
+
+    def __init__(self, model: PeftModelForCausalLM, *arguments: Any):
+        super().__init__(model, *arguments)
+        softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+        if softcap is not None:
+            raise ValueError(
+                f"continuous batching ignores this model's attn_logit_softcapping={softcap:g}, and "
+                "would sample from another policy; ask for --engine generate"
+            )
 
     def sample_batch(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
         sampling = self.sampling
