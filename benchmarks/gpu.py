@@ -64,6 +64,7 @@ TESTS = {
     "gpu": _tests("gpu", only="not real_size"),
     "kernels": _tests("kernels"),
     "logit-free": _tests("logit_free"),
+    "heads": _tests("head"),
     "loss": _tests("loss", "peers", only="{cuda} and logit-free"),
     "loss-rows": _tests("loss", "peers", only="{cuda} and workspace"),
     "tokens": _tests("token_divergence", only="{cuda} and logit-free"),
