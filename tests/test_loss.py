@@ -79,7 +79,8 @@ def test_op_against_oracle(
     assert loss.dtype == torch.float32
     assert grad.dtype == dtype
     tiles = op is not ROW_WORKSPACE and rounds_scores(dtype, beta)
-    error = errors(loss, grad, h_S, h_T, W, tiles=tiles, **options)
+    unit = {"tiles": tiles, "normalizers": entry_clip is not None}
+    error = errors(loss, grad, h_S, h_T, W, **unit, **options)
     assert error.loss < LOSS_UNITS
     assert error.grad < (TILED_GRAD_UNITS if tiles else GRAD_UNITS[dtype])
 
