@@ -128,8 +128,8 @@ print(tile == small, usage.step > 0, 0 < usage.least_4096 < usage.most_4096 < 1)
 
 def test_nothing_in_the_table_spills_much_or_does_not_fit():
     """What `lse` and `pair` spill is bytes moved beside those of the operands, and the prediction
-    weighs it. Of `rows`, with 64 registers for each thread of 16 warps, two words are nothing
-    beside what it loads; the other kernels have no reason to."""
+    weighs it. Of `rows` on sm_90, with 64 registers for each thread of 16 warps, two
+    words are nothing beside what it loads; the other kernels have no reason to."""
     rows = recorded()
     assert {(row["arch"], row["dtype"]) for row in rows} == set(tiles.TABLE)
     for row in rows:
@@ -141,7 +141,8 @@ def test_nothing_in_the_table_spills_much_or_does_not_fit():
             operands = (2 * tile.BM + tile.BV) * 4096 * (4 if row["dtype"] == "float32" else 2)
             assert moved <= operands / 3, row
         else:
-            assert spilled <= (8 if row["kernel"] == "rows" else 0), row
+            narrow = (row["arch"], row["kernel"]) == ("sm_90", "rows")
+            assert spilled <= (8 if narrow else 0), row
         assert int(row["shared"]) <= SHARED[row["arch"]], row
         if row["kernel"] in ("lse", "pair") and row["dtype"] != "float32":
             assert row["matrix"] != "-", row
