@@ -5,6 +5,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_kernels import LMHead
+from opsd_kernels.head import LogitMap
 from opsd_train.models.backbone import Backbone
 
 
@@ -72,9 +73,8 @@ def _check_logits(model: PreTrainedModel, head: LMHead) -> None:
     model.train(was_training)
 
     bias = None if head.bias is None else head.bias[:V]
-    z = head.scale * linear(h, head.weight[:V], bias).float()
-    if head.softcap is not None:
-        z = head.softcap * torch.tanh(z / head.softcap)
+    z = linear(h, head.weight[:V]).float()
+    LogitMap(bias, head.softcap, head.scale).apply_(z)
     expected = torch.cat(rows)[:, :V].float()
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.1
     if (z - expected).norm() > tolerance * expected.norm():
