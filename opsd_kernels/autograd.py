@@ -1,41 +1,81 @@
-"""The one autograd.Function: allocates every tensor, lets a schedule fill them, scales in backward.
+"""The autograd.Functions: they allocate every tensor, and let a schedule fill them.
 
-Tokens are independent: token n's loss depends on row n of h_S alone. So the gradient of
-Σ_n g_n ℓ_n is g_n times the gradient that forward made, for whatever upstream weights g_n arrive.
+Tokens are independent: token n's loss depends on row n of h_S alone. So the gradient of Σ_n g_n ℓ_n
+with respect to h_S is g_n times the gradient that forward made, for whatever upstream weights g_n
+arrive. To the gradient of a head, dW = Σ_n g_n (∂ℓ_n/∂z_n)ᵀ h_n, all tokens add, so that there are
+three ways:
+
+    frozen     forward makes dh_S, backward scales its rows
+    trained    forward keeps 40 bytes a token, backward makes all gradients (`head_gradient`)
+    weighed    the weights are known but for one factor, which is that of a sum: forward makes all
+               gradients, backward scales them (where the budget holds dW in fp32)
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opsd_kernels import schedules
+from opsd_kernels import head_gradient, schedules
 from opsd_kernels.divergence import STATISTICS
-from opsd_kernels.problem import FIELDS, Outputs, Problem
+from opsd_kernels.head_gradient import HeadGradients
+from opsd_kernels.problem import FIELDS, STATS, Outputs, Problem
+from opsd_kernels.row_workspace import can_weigh
 
 
 def divergence_of_tokens(
-    problem: Problem, needs_statistics: bool, workspace_bytes: float
+    problem: Problem,
+    weight: Tensor,
+    bias: Tensor | None,
+    needs_statistics: bool,
+    workspace_bytes: float,
 ) -> tuple[Tensor, Tensor | None]:
     """Loss and statistics of every token of a problem.
 
     Args:
         problem: the tokens. Those that it does not keep may be skipped: their results are
             undefined, and the caller selects.
+        weight, bias: of the student's head, [rows, D] and [rows], whose first V are the problem's.
         needs_statistics: whether statistics are wanted.
         workspace_bytes: bound on all temporaries with a vocabulary-sized dimension together; 0
             for none.
 
     Returns:
         The divergence, or log p of the targets where β is None, [N] fp32, differentiable with
-        respect to h_S alone; and the statistics, [STATISTICS, N] fp32 without gradient.
+        respect to h_S, weight and bias; and the statistics, [STATISTICS, N] fp32 without gradient.
     """
+    if is_trained(weight, bias):
+        return _OfHead.apply(weight, bias, needs_statistics, workspace_bytes, *problem.values())
     # Under no_grad no gradient work is done.
     needs_gradient = torch.is_grad_enabled() and problem.h_S.requires_grad
     return _Divergence.apply(needs_statistics, needs_gradient, workspace_bytes, *problem.values())
 
 
+def weighed_sum(
+    problem: Problem, weight: Tensor, bias: Tensor | None, weights: Tensor, workspace_bytes: float
+) -> Tensor | None:
+    """Σ w ℓ of weights [N] that are known, differentiable with respect to h_S, weight and bias, at
+    the cost of one product beside those of a frozen head; None where that would not be so."""
+    if not is_trained(weight, bias) or workspace_bytes == 0 or problem.h_S.shape[0] == 0:
+        return None
+    if not can_weigh(problem, workspace_bytes):
+        return None
+    # Tiles of scores in fp16 want a bound.
+    largest = _largest(weights)
+    problem = replace(problem, weights=weights / largest)
+    return _WeighedSum.apply(weight, bias, largest, workspace_bytes, *problem.values())
+
+
+def is_trained(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a gradient with respect to the head is wanted."""
+    wanted = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return torch.is_grad_enabled() and wanted
+
+
 class _Divergence(torch.autograd.Function):
+    """Of a frozen head."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -45,22 +85,11 @@ class _Divergence(torch.autograd.Function):
         *values: Any,
     ) -> tuple[Tensor, Tensor | None]:
         problem = Problem(*values)
-        h_S = problem.h_S
-        N, D = h_S.shape
-
-        def zeros(*shape: int) -> Tensor:
-            return h_S.new_zeros(shape, dtype=torch.float32)
-
-        outputs = Outputs(
-            zeros(N),
-            zeros(STATISTICS, N) if needs_statistics else None,
-            zeros(N, D) if needs_gradient else None,
-        )
-        scratch = schedules.allocate(problem, needs_gradient, needs_statistics, workspace_bytes)
-        schedules.fill(outputs, scratch, problem, workspace_bytes)
-        if outputs.dh_S is not None:
-            ctx.save_for_backward(outputs.dh_S)
-            ctx.dtype = h_S.dtype
+        dh_S = _zeros(problem, *problem.h_S.shape) if needs_gradient else None
+        outputs = _filled(problem, needs_statistics, workspace_bytes, dh_S=dh_S)
+        if dh_S is not None:
+            ctx.save_for_backward(dh_S)
+            ctx.dtype = problem.h_S.dtype
         if outputs.statistics is not None:
             ctx.mark_non_differentiable(outputs.statistics)
         return outputs.loss, outputs.statistics
@@ -74,8 +103,113 @@ class _Divergence(torch.autograd.Function):
         torch.mul(dh_S, grad_loss[:, None], out=grad)
         # Selected, not multiplied: a token that does not count may have a gradient of NaN.
         grad.masked_fill_((grad_loss == 0)[:, None], 0)
-        gradients = dict.fromkeys(FIELDS) | {"h_S": grad}
-        return None, None, None, *gradients.values()
+        return None, None, None, *_gradients(grad)
+
+
+class _OfHead(torch.autograd.Function):
+    """Of a head that is trained."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor | None,
+        needs_statistics: bool,
+        workspace_bytes: float,
+        *values: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        problem = Problem(*values)
+        N = problem.h_S.shape[0]
+        stats, top = _zeros(problem, STATS, N), problem.h_S.new_zeros(N, dtype=torch.int32)
+        outputs = _filled(problem, needs_statistics, workspace_bytes, stats=stats, top=top)
+        ctx.save_for_backward(weight, bias, outputs.loss, stats, top, *_tensors(values))
+        ctx.others, ctx.workspace_bytes = _others(values), workspace_bytes
+        if outputs.statistics is not None:
+            ctx.mark_non_differentiable(outputs.statistics)
+        return outputs.loss, outputs.statistics
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        weight, bias, loss, stats, top, *tensors = ctx.saved_tensors
+        problem = Problem(*_joined(ctx.others, tensors))
+        h_S, V = problem.h_S, problem.W.shape[0]
+        needs_weight, needs_bias = ctx.needs_input_grad[:2]
+        needs_h = ctx.needs_input_grad[4 + FIELDS.index("h_S")]
+        # Where ℓ is infinite it has no gradient.
+        weights = grad_loss.masked_fill(loss == torch.inf, 0)
+        largest = _largest(weights)
+        # What does not count may be NaN, which a product would spread. Its place is that of the
+        # gradient, until that is known.
+        grad = h_S.masked_fill((weights == 0)[:, None], 0)
+        dW = torch.empty_like(weight) if needs_weight else None
+        db = _zeros(problem, V) if needs_bias else None
+        gradients = HeadGradients(
+            _zeros(problem, *h_S.shape) if needs_h else None, None if dW is None else dW[:V], db
+        )
+        problem = replace(problem, h_S=grad, weights=weights / largest)
+        scratch = head_gradient.allocate(problem, gradients, ctx.workspace_bytes)
+        schedules.fill_head_gradients(
+            gradients, scratch, problem, stats, top, largest, ctx.workspace_bytes
+        )
+        if dW is not None:
+            dW[V:].zero_()
+        if gradients.dh_S is not None:
+            grad.copy_(gradients.dh_S)
+        return (
+            dW,
+            _padded(db, bias),
+            None,
+            None,
+            *_gradients(grad if needs_h else None),
+        )
+
+
+class _WeighedSum(torch.autograd.Function):
+    """Σ w ℓ of a head that is trained, w = problem.weights · largest."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor | None,
+        largest: Tensor,
+        workspace_bytes: float,
+        *values: Any,
+    ) -> Tensor:
+        problem = Problem(*values)
+        V, D = problem.W.shape
+        outputs = _filled(
+            problem,
+            False,
+            workspace_bytes,
+            dh_S=_zeros(problem, *problem.h_S.shape),
+            dW=_zeros(problem, V, D),
+            db=None if bias is None else _zeros(problem, V),
+        )
+        weights = problem.weights
+        assert weights is not None
+        ctx.save_for_backward(weight, bias, largest, outputs.dh_S, outputs.dW, outputs.db)
+        ctx.dtype = problem.h_S.dtype
+        # Selected, not multiplied: a dropped token's loss may be anything.
+        return torch.where(weights != 0, weights * largest * outputs.loss, 0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        weight, bias, largest, dh_S, dW, db = ctx.saved_tensors
+        needs_weight, needs_bias = ctx.needs_input_grad[:2]
+        # New tensors: what is saved may be wanted again. Rounded once.
+        factor, V = grad_sum * largest, dW.shape[0]
+        grad = torch.empty_like(dh_S, dtype=ctx.dtype)
+        torch.mul(dh_S, factor, out=grad)
+        grad_weight = None
+        if needs_weight:
+            grad_weight = torch.empty_like(weight)
+            torch.mul(dW, factor, out=grad_weight[:V])
+            grad_weight[V:].zero_()
+        grad_bias = _padded(db * factor, bias) if needs_bias else None
+        return grad_weight, grad_bias, None, None, *_gradients(grad)
 
 
 def refuse_second_derivative() -> None:
@@ -83,3 +217,53 @@ def refuse_second_derivative() -> None:
     (`once_differentiable` notices only an upstream gradient that itself requires one.)"""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("this loss has no second derivative: create_graph must be False")
+
+
+def _filled(
+    problem: Problem, needs_statistics: bool, workspace_bytes: float, **wanted: Tensor | None
+) -> Outputs:
+    """Loss, statistics if they are needed, and what is wanted besides."""
+    N = problem.h_S.shape[0]
+    statistics = _zeros(problem, STATISTICS, N) if needs_statistics else None
+    outputs = Outputs(_zeros(problem, N), statistics, **wanted)
+    scratch = schedules.allocate(outputs, problem, workspace_bytes)
+    schedules.fill(outputs, scratch, problem, workspace_bytes)
+    return outputs
+
+
+def _zeros(problem: Problem, *shape: int) -> Tensor:
+    return problem.h_S.new_zeros(shape, dtype=torch.float32)
+
+
+def _largest(weights: Tensor) -> Tensor:
+    """Their largest size, [] fp32, or 1 if there is none."""
+    if weights.shape[0] == 0:
+        return weights.new_ones(())
+    largest = weights.abs().amax()
+    return torch.where(largest == 0, 1, largest)
+
+
+def _padded(db: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """db [V] as the gradient of a bias [rows]."""
+    if db is None or bias is None:
+        return None
+    return torch.nn.functional.pad(db, (0, bias.shape[0] - db.shape[0])).to(bias.dtype)
+
+
+def _gradients(grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of the fields of a problem."""
+    return tuple((dict.fromkeys(FIELDS) | {"h_S": grad}).values())
+
+
+def _tensors(values: tuple[Any, ...]) -> list[Tensor]:
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _others(values: tuple[Any, ...]) -> list[Any]:
+    """What is no tensor, and an empty place for each that is."""
+    return [Tensor if isinstance(value, Tensor) else value for value in values]
+
+
+def _joined(others: list[Any], tensors: list[Tensor]) -> list[Any]:
+    remaining = iter(tensors)
+    return [next(remaining) if value is Tensor else value for value in others]

@@ -25,7 +25,9 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class Arguments(NamedTuple):
     """What a loss, or its oracle, was called with, checked."""
 
-    problem: Problem  # its N tokens, one after the other; the gradient flows to h_S alone
+    problem: Problem  # its N tokens, one after the other; of gradients h_S has its own, and …
+    weight: Tensor  # … the student's head has these, [rows, D] …
+    bias: Tensor | None  # … and [rows]
     leading: torch.Size  # [...], the shape that the tokens came in
     weights: Tensor | None  # [...] fp32
     valid: Tensor | None  # [...] which targets lie in the vocabulary; None without targets
@@ -82,7 +84,7 @@ def check_arguments(
         _quotient(teacher.softcap, student.scale),
         teacher.scale / student.scale,
     )
-    return Arguments(problem, h_student.shape[:-1], weights, valid)
+    return Arguments(problem, student.weight, student.bias, h_student.shape[:-1], weights, valid)
 
 
 def check_beta(beta: float) -> float:
@@ -152,7 +154,7 @@ class Head:
 
     @property
     def rows(self) -> Tensor:
-        """W [V, D], without what is padded."""
+        """W [V, D], without what is padded, a constant."""
         return self.weight.detach()[: self.V]
 
     def bias_of(self, operand_dtype: torch.dtype) -> Tensor | None:
@@ -230,12 +232,6 @@ def check_tensors(
             raise ValueError(f"{name} must be [..., D], got a scalar")
     for head in heads:
         _check_shapes(head)
-        for name, t in head.tensors().items():
-            if t.requires_grad and torch.is_grad_enabled():
-                raise ValueError(
-                    f"{name} requires grad, but the gradient reaches h_student only: "
-                    f"pass {head.name}.detach() for a frozen head"
-                )
     if h_student.shape[:-1] != h_teacher.shape[:-1]:
         raise ValueError(
             "h_student and h_teacher must have the same leading shape, got "

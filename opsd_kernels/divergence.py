@@ -93,6 +93,7 @@ def divergence_rows_(
     needs_score: bool,
     statistics: Tensor | None = None,
     targets: Tensor | None = None,
+    known: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Turn rows of logits into each row's divergence ℓ and, in place, its gradient.
 
@@ -103,6 +104,8 @@ def divergence_rows_(
         needs_score: whether the gradient is wanted; without it only the values are computed.
         statistics: [STATISTICS, R], filled, the last three fields if there are `targets`.
         targets: [R] ids of sampled tokens.
+        known: stats [STATS, R] and top [R], filled if `needs_score`: all that `logit_gradient_`
+            needs to make some columns of the gradient once more.
 
     Returns:
         [R] the divergences. An entry at −∞ on both sides counts for nothing. Where an unclipped KL
@@ -110,18 +113,23 @@ def divergence_rows_(
         logit makes its row NaN, and no other.
     """
     if isinstance(beta, Tensor):
-        return _each_family(z_S, z_T, beta, entry_clip, needs_score, statistics, targets)
-    return _one_family(z_S, z_T, beta, entry_clip, needs_score, statistics, targets)
+        return _each_family(z_S, z_T, beta, entry_clip, needs_score, statistics, targets, known)
+    return _one_family(z_S, z_T, beta, entry_clip, needs_score, statistics, targets, known)
 
 
 def log_prob_rows_(
-    z_S: Tensor, z_T: Tensor, targets: Tensor, needs_score: bool, statistics: Tensor | None = None
+    z_S: Tensor,
+    z_T: Tensor,
+    targets: Tensor,
+    needs_score: bool,
+    statistics: Tensor | None = None,
+    known: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Turn rows of logits into log p(ŷ) of each row's sampled token and, in place, its gradient.
 
     Args:
-        z_S, z_T, needs_score, statistics: as in `divergence_rows_`, the gradient being that of
-            log p(ŷ), 1[v = ŷ] − p; of the statistics only the last three are filled.
+        z_S, z_T, needs_score, statistics, known: as in `divergence_rows_`, the gradient being that
+            of log p(ŷ), 1[v = ŷ] − p; of the statistics only the last three are filled.
         targets: [R] ids of the sampled tokens ŷ.
 
     Returns:
@@ -136,8 +144,71 @@ def log_prob_rows_(
     if needs_score:
         torch.neg(p.scatter_(-1, at_target, 0), out=z_S)
         # 1 − p(ŷ), without the subtraction.
-        z_S.scatter_(-1, at_target, p.sum(-1, keepdim=True))
+        others = p.sum(-1, keepdim=True)
+        z_S.scatter_(-1, at_target, others)
+        if known is not None:
+            nothing = torch.zeros_like(others)
+            _remember(known, (top_S, rest_S, nothing, nothing, nothing, others), at_target)
     return log_p
+
+
+def logit_gradient_(
+    z_S: Tensor,
+    z_T: Tensor,
+    first: int,
+    known: tuple[Tensor, Tensor],
+    beta: float | Tensor | None,
+    entry_clip: float | None,
+) -> None:
+    """Turn some columns of rows of logits, of which the whole was seen before, into the gradient
+    in place.
+
+    Args:
+        z_S, z_T: [R, columns] logits; z_S is overwritten by ∂ℓ/∂z_S, z_T by scratch.
+        first: the vocabulary's entry that is the first column.
+        known: what `divergence_rows_` or, for β None, `log_prob_rows_` filled for these rows.
+        beta, entry_clip: the divergence.
+    """
+    stats, top = known
+    if isinstance(beta, Tensor):
+        for rows, b in _families(beta):
+            part = z_S[rows]
+            _columns_gradient(part, z_T[rows], first, stats[:, rows], top[rows], b, entry_clip)
+            if isinstance(rows, Tensor):  # parts are copies
+                z_S[rows] = part
+    else:
+        _columns_gradient(z_S, z_T, first, stats, top, beta, entry_clip)
+
+
+def _columns_gradient(
+    z_S: Tensor,
+    z_T: Tensor,
+    first: int,
+    stats: Tensor,
+    top: Tensor,
+    beta: float | Tensor | None,
+    entry_clip: float | None,
+) -> None:
+    top_S, rest_S, top_T, rest_T, G, g_top = stats[:6, :, None]
+    p = (z_S - top_S).exp_().mul_(rest_S.neg().exp_())
+    if beta is None:
+        g = p.neg_()
+    else:
+        q = (z_T - top_T).exp_().mul_(rest_T.neg().exp_())
+        x = z_T.sub_(z_S).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
+        x.clamp_(-HUGE, HUGE).sub_(top_T - top_S).sub_(rest_T - rest_S)
+        _, a = value_and_score(p, q, x, beta, entry_clip)
+        assert a is not None
+        g = a.addcmul_(p, G, value=-1)
+    columns = torch.arange(first, first + z_S.shape[1], device=z_S.device)
+    torch.where(columns == top[:, None], g_top, g, out=z_S)
+
+
+def _remember(known: tuple[Tensor, Tensor], fields: tuple[Tensor, ...], top: Tensor) -> None:
+    """Fill what is known of rows from [R, 1] each."""
+    stats, tops = known
+    stats[: len(fields)] = torch.cat(fields, -1).t()
+    tops.copy_(top.squeeze(-1))
 
 
 def _each_family(
@@ -148,6 +219,7 @@ def _each_family(
     needs_score: bool,
     statistics: Tensor | None,
     targets: Tensor | None,
+    known: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """`divergence_rows_` for a β of each row: the rows of one formula at a time."""
     loss = z_S.new_empty(z_S.shape[0])
@@ -155,10 +227,15 @@ def _each_family(
         part_S, part_T = z_S[rows], z_T[rows]
         part = None if statistics is None else statistics[:, rows]
         part_targets = None if targets is None else targets[rows]
-        loss[rows] = _one_family(part_S, part_T, b, entry_clip, needs_score, part, part_targets)
+        part_known = None if known is None else (known[0][:, rows], known[1][rows])
+        loss[rows] = _one_family(
+            part_S, part_T, b, entry_clip, needs_score, part, part_targets, part_known
+        )
         if isinstance(rows, Tensor):  # parts are copies
             if needs_score:
                 z_S[rows] = part_S
+            if known is not None and part_known is not None:
+                known[0][:, rows], known[1][rows] = part_known
             if statistics is not None and part is not None:
                 statistics[:, rows] = part
     return loss
@@ -185,6 +262,7 @@ def _one_family(
     needs_score: bool,
     statistics: Tensor | None,
     targets: Tensor | None,
+    known: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     p, top_S, rest_S = _softmax(z_S)
     q, top_T, rest_T = _softmax(z_T)
@@ -221,6 +299,9 @@ def _one_family(
         c = a.gather(-1, top).div_(p.gather(-1, top))
         a.addcmul_(p, c, value=-1).scatter_(-1, top, 0)
         G = a.sum(-1, keepdim=True)
+        if known is not None:
+            g_top = -G * p.gather(-1, top)
+            _remember(known, (top_S, rest_S, top_T, rest_T, c + G, g_top), top)
         torch.addcmul(a, p, G, value=-1, out=z_S)
         if unclipped_kl and beta in infinite:
             z_S.masked_fill_(infinite[beta], 0)

@@ -15,11 +15,12 @@ from torch import Tensor
 
 
 class LMHead(NamedTuple):
-    """An LM head, for `W` and `W_teacher` of every loss, frozen.
+    """An LM head, for `W` and `W_teacher` of every loss.
 
         z = softcap · tanh(scale · (h Wᵀ + bias) / softcap),  or scale · (h Wᵀ + bias)
 
-    What is given is checked when a loss is called.
+    What is given is checked when a loss is called. A weight or bias that requires grad gets one, of
+    the student's head; as the teacher's it is a constant.
     """
 
     weight: Tensor
@@ -63,6 +64,10 @@ class LogitMap(NamedTuple):
     bias: Tensor | None  # [V]
     softcap: float | None
     scale: float
+
+    def of_columns(self, columns: slice) -> "LogitMap":
+        """The map of some of the columns."""
+        return self if self.bias is None else self._replace(bias=self.bias[columns])
 
     def apply_(self, z: Tensor, needs_slope: bool = False) -> Tensor | None:
         """Turn rows of products [R, V] into logits in place.

@@ -28,7 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from opsd_kernels import kernels
 from opsd_kernels.head import LogitMap
-from opsd_kernels.kernels import cdiv, finish, lse, pair, tiles
+from opsd_kernels.kernels import cdiv, finish, gradient, lse, pair, tiles
 from opsd_kernels.kernels.pointwise import divergence_record, is_wide, knows_G, mean_limit
 from opsd_kernels.kernels.records import (
     DTYPE_NAMES,
@@ -39,6 +39,7 @@ from opsd_kernels.kernels.records import (
     Side,
     Tiling,
     Tokens,
+    Weighed,
     for_kernels,
 )
 from opsd_kernels.problem import Outputs, Problem
@@ -60,6 +61,7 @@ class Scratch:
     row: tiles.Row  # of the table
     pair: tiles.Tile  # of `pair`
     copied_rows: int  # of W at a time, where the product of step 3 cannot read it in place
+    scores: bool  # whether more is wanted than values
     slope: bool  # whether the last of the sums are slopes of a softcap
     partials: Tensor  # [6 or 8, spans, R] fp32
     index: Tensor  # [spans, R] int32
@@ -72,8 +74,10 @@ class Scratch:
     A_P: Tensor | None = None
 
     @staticmethod
-    def of(tensors: list[Tensor], problem: Problem, needs_statistics: bool) -> "Scratch":
-        """What `allocate` returned, with names."""
+    def of(
+        tensors: list[Tensor], problem: Problem, needs_statistics: bool, needs_score: bool = True
+    ) -> "Scratch":
+        """What `allocate` returned for what is wanted, with names."""
         R, D = tensors[0].shape[-1], problem.h_S.shape[1]
         # One tile of W is made while the last is still alive; a narrow tile of scores may be
         # widened. In 64s, so that every tile of scores begins at a multiple of 16 bytes.
@@ -82,8 +86,8 @@ class Scratch:
         copied_rows = int(room // bytes_per_row) // 64 * 64
         row = tiles.lookup(problem.h_S.device, problem.operand_dtype)
         pair_tile = _pair_tile(row, problem, needs_statistics)
-        slope = _has_slope(problem, needs_gradient=len(tensors) > 5)
-        return Scratch(row, pair_tile, max(64, copied_rows), slope, *tensors)
+        slope = _has_slope(problem, needs_score)
+        return Scratch(row, pair_tile, max(64, copied_rows), needs_score, slope, *tensors)
 
     @property
     def rows(self) -> int:
@@ -110,8 +114,11 @@ class Scratch:
         return (dh_S, A) if P is None else (A, P)
 
 
-def allocate(problem: Problem, needs_gradient: bool, needs_statistics: bool) -> list[Tensor]:
-    """The scratch of `fill`, in the order of `Scratch`."""
+def allocate(
+    problem: Problem, needs_gradient: bool, needs_statistics: bool, needs_stats: bool = False
+) -> list[Tensor]:
+    """The scratch of `fill`, in the order of `Scratch`, for dh_S, statistics and stats as they are
+    wanted (see `Outputs`)."""
     h_S, targets = problem.h_S, problem.targets is not None
     (N, D), V = h_S.shape, problem.W.shape[0]
     row = tiles.lookup(h_S.device, problem.operand_dtype)
@@ -122,7 +129,7 @@ def allocate(problem: Problem, needs_gradient: bool, needs_statistics: bool) -> 
     spans = cdiv(V, lse.span(V, row))
     statistics = needs_statistics and problem.beta is not None
     sums = pair.SUMS.value + (pair.SUMS_OF_STATISTICS.value if statistics else 0)
-    sums += _has_slope(problem, needs_gradient)
+    sums += _has_slope(problem, needs_gradient or needs_stats)
 
     def fp32(*shape: int) -> Tensor:
         return h_S.new_empty(shape, dtype=torch.float32)
@@ -142,9 +149,9 @@ def allocate(problem: Problem, needs_gradient: bool, needs_statistics: bool) -> 
     return tensors
 
 
-def _has_slope(problem: Problem, needs_gradient: bool) -> bool:
+def _has_slope(problem: Problem, needs_score: bool) -> bool:
     """Whether `finish` wants the slope of a softcap at the top entry."""
-    return needs_gradient and problem.softcap is not None
+    return needs_score and problem.softcap is not None
 
 
 def is_stacked(R: int, D: int) -> bool:
@@ -162,10 +169,11 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem) -> None:
     """
     V = problem.W.shape[0]
     # Log-probabilities alone need no second look at the vocabulary.
-    v_stop = 0 if problem.beta is None and outputs.dh_S is None else V
-    named = Scratch.of(scratch, problem, outputs.statistics is not None)
+    v_stop = 0 if problem.beta is None and not outputs.needs_score else V
+    needs_statistics = outputs.statistics is not None
+    named = Scratch.of(scratch, problem, needs_statistics, outputs.needs_score)
     # Made contiguous once, for all kernels: rows of hidden states are read whole.
-    problem = replace(problem, h_S=_rows_contiguous(problem.h_S), h_T=_rows_contiguous(problem.h_T))
+    problem = replace(problem, h_S=rows_contiguous(problem.h_S), h_T=rows_contiguous(problem.h_T))
     with kernels.current(outputs.loss.device):
         for n in range(0, outputs.loss.shape[0], named.rows):
             rows = slice(n, n + named.rows)
@@ -182,7 +190,7 @@ def launch_lse(scratch: Scratch, chunk: Problem) -> None:
     """stats, top ← L_S, L_T, c and the top entry of a chunk's tokens."""
     R, V = chunk.h_S.shape[0], chunk.W.shape[0]
     spans, stride = scratch.index.shape
-    limit = 0.0 if scratch.s_p is None else mean_limit(chunk.beta)  # scores alone need the mean
+    limit = mean_limit(chunk.beta) if scratch.scores else 0.0  # scores alone need the mean
     partials = Partials(
         scratch.partials, scratch.index, lse.span(V, scratch.row), LIMIT=tl.constexpr(limit)
     )
@@ -216,8 +224,7 @@ def pair_launcher(scratch: Scratch, chunk: Problem) -> Callable[[int], None]:
     operands = _operands(chunk, tile)
     tokens = _tokens(scratch, chunk)
     if chunk.beta is None:
-        nothing = operands["teacher"]._replace(bias=None, softcap=None, scale=None)
-        operands |= {"h_T": None, "W_T": None, "teacher": nothing}
+        operands |= _without_teacher(operands)
     else:
         tokens = tokens._replace(targets=None)
     s, p = scratch.s_and_p(R)
@@ -260,12 +267,48 @@ def accumulator(scratch: Scratch, chunk: Problem, outputs: Outputs) -> Callable[
     return accumulate
 
 
+def gradient_launcher(
+    g: Tensor, chunk: Problem, stats: Tensor, top: Tensor
+) -> Callable[[int], None]:
+    """A function of v: g [R, columns] ← the gradient with respect to logits of the columns from v
+    on, weighed, times `score_scale`.
+
+    Args:
+        g: in a `score_dtype`; `pair`'s columns divide its own.
+        chunk: the tokens, with weights.
+        stats, top: what `launch_finish` wrote of them (see `Outputs`).
+    """
+    tile = _pair_tile(tiles.lookup(g.device, chunk.operand_dtype), chunk, False)
+    R, V = chunk.h_S.shape[0], chunk.W.shape[0]
+    operands = _operands(chunk, tile)
+    if chunk.beta is None:
+        operands |= _without_teacher(operands)
+    beta = chunk.beta if isinstance(chunk.beta, Tensor) else None
+    targets = chunk.targets if chunk.beta is None else None
+    weighed = Weighed(g, chunk.weights, g.stride(0), SCALE=tl.constexpr(score_scale(g.dtype)))
+    given = {
+        "tokens": Tokens(None, targets, beta, stats, top),
+        "R": R,
+        "stride": stats.stride(0),
+        "divergence": divergence_record(chunk.beta, chunk.entry_clip, chunk.temperature),
+        **operands,
+    }
+
+    def launch(v: int) -> None:
+        columns = min(g.shape[1], V - v)
+        gradient.gradient_kernel[(cdiv(R, tile.BM), cdiv(columns, tile.BV))](
+            weighed=weighed._replace(begin=v), **given
+        )
+
+    return launch
+
+
 def launch_finish(outputs: Outputs, scratch: Scratch, chunk: Problem) -> None:
     """outputs ← ℓ, statistics and ∂ℓ/∂h_S from sums and accumulators."""
     R = chunk.h_S.shape[0]
     A, P = scratch.A_and_P(R, outputs.dh_S)
     finish.finish_kernel[(cdiv(R, finish.BM.value),)](
-        results=Results(outputs.loss, outputs.statistics, outputs.dh_S),
+        results=Results(outputs.loss, outputs.statistics, outputs.dh_S, outputs.stats, outputs.top),
         accumulated=Accumulated(A, P, SCALE=tl.constexpr(scratch.scale)),
         W=chunk.W,
         student=_side(chunk.h_S, chunk.W, chunk.logit_maps[0]),
@@ -273,7 +316,7 @@ def launch_finish(outputs: Outputs, scratch: Scratch, chunk: Problem) -> None:
         tokens=_tokens(scratch, chunk),
         R=R,
         stride=scratch.rows,
-        stride_statistics=0 if outputs.statistics is None else outputs.statistics.stride(0),
+        stride_statistics=outputs.stride,
         divergence=divergence_record(chunk.beta, chunk.entry_clip, chunk.temperature),
         SLOTS=triton.next_power_of_2(scratch.sums.shape[1]),
         OPERAND=tl.dtype(DTYPE_NAMES[chunk.operand_dtype]),
@@ -320,6 +363,12 @@ def _operands(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
     }
 
 
+def _without_teacher(operands: dict[str, Any]) -> dict[str, Any]:
+    """What log p(ŷ) takes in place of a teacher."""
+    nothing = operands["teacher"]._replace(bias=None, softcap=None, scale=None)
+    return {"h_T": None, "W_T": None, "teacher": nothing}
+
+
 def _side(h: Tensor, W: Tensor, logit_map: LogitMap) -> Side:
     sizes = W.shape[0], h.shape[1], h.stride(0), W.stride(0), W.stride(1)
     return Side(*sizes, *for_kernels(logit_map))
@@ -334,7 +383,11 @@ def _scored(scratch: Scratch) -> Scored:
     fields, slots, _rows = scratch.sums.shape
     statistics = fields - scratch.slope > pair.SUMS.value
     return Scored(
-        scratch.sums, slots, STATISTICS=tl.constexpr(statistics), SLOPE=tl.constexpr(scratch.slope)
+        scratch.sums,
+        slots,
+        SCORES=tl.constexpr(scratch.scores),
+        STATISTICS=tl.constexpr(statistics),
+        SLOPE=tl.constexpr(scratch.slope),
     )
 
 
@@ -355,5 +408,6 @@ def _stacked(t: Tensor | None, R: int, most: int) -> tuple[Tensor | None, Tensor
     return t[:R], t[R : 2 * R] if t.shape[0] > most else None
 
 
-def _rows_contiguous(h: Tensor) -> Tensor:
+def rows_contiguous(h: Tensor) -> Tensor:
+    """h [N, D] with rows that can be read whole."""
     return h if h.stride(1) == 1 else h.contiguous()

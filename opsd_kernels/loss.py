@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import divergence
-from opsd_kernels.autograd import divergence_of_tokens
+from opsd_kernels.autograd import divergence_of_tokens, weighed_sum
 from opsd_kernels.checks import (
     Arguments,
     check_arguments,
@@ -92,6 +92,16 @@ def fused_jsd_loss(
         entry_clip=entry_clip,
         token_weights=token_weights,
     )
+    if reduction != "none":
+        total = weighed_sum(
+            checked.problem,
+            checked.weight,
+            checked.bias,
+            weights_of_sum(checked, reduction),
+            check_workspace(workspace_mib, h_student.device),
+        )
+        if total is not None:
+            return total
     tokens = _compute(checked, workspace_mib, needs_statistics=False)
     return reduce_tokens(tokens.value, tokens.weights, reduction)
 
@@ -245,6 +255,19 @@ def reduce_tokens(loss: Tensor, weights: Tensor | None, reduction: Reduction) ->
     return total / torch.where(weight > 0, weight, 1)
 
 
+def weights_of_sum(checked: Arguments, reduction: Reduction) -> Tensor:
+    """The weights [N] of which a reduced loss is the sum of w ℓ."""
+    if checked.weights is None:
+        N = checked.problem.h_S.shape[0]
+        ones = checked.problem.h_S.new_ones(N, dtype=torch.float32)
+        return ones / max(N, 1) if reduction == "mean" else ones
+    weights = checked.weights.reshape(-1)
+    if reduction == "sum":
+        return weights
+    total = weights.sum()
+    return weights / torch.where(total > 0, total, 1)
+
+
 @dataclass(frozen=True)
 class Tokens:
     """What is known of every token, in the leading shape of the hidden states: what the functions
@@ -286,7 +309,7 @@ class Tokens:
 def tokens_of(checked: Arguments, value: Tensor, statistics: Tensor | None) -> Tokens:
     """Name what was computed of every token. A dropped token's statistics are 0, whatever a
     schedule made of it; those of a target outside the vocabulary are NaN."""
-    _, leading, weights, valid = checked
+    leading, weights, valid = checked.leading, checked.weights, checked.valid
     if statistics is None:
         return Tokens(value.reshape(leading), weights, value.new_empty(0), False)
     statistics = statistics.reshape(divergence.STATISTICS, *leading)
@@ -301,4 +324,7 @@ def tokens_of(checked: Arguments, value: Tensor, statistics: Tensor | None) -> T
 def _compute(checked: Arguments, workspace_mib: float | None, needs_statistics: bool) -> Tokens:
     problem = checked.problem
     workspace_bytes = check_workspace(workspace_mib, problem.h_S.device)
-    return tokens_of(checked, *divergence_of_tokens(problem, needs_statistics, workspace_bytes))
+    results = divergence_of_tokens(
+        problem, checked.weight, checked.bias, needs_statistics, workspace_bytes
+    )
+    return tokens_of(checked, *results)

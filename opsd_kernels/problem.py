@@ -33,6 +33,8 @@ class Problem:
     softcap: float | None = None
     softcap_T: float | None = None
     scale_T: float = 1.0  # the teacher's, over the student's
+    # [N] fp32 within ±1: gradients are those of Σ w ℓ. None: dh_S is that of each token's own ℓ.
+    weights: Tensor | None = None
 
     def values(self) -> tuple[Any, ...]:
         """All fields in order, for what PyTorch takes as arguments only; `Problem(*values)` is the
@@ -62,8 +64,11 @@ class Problem:
             beta=self.beta[rows] if isinstance(self.beta, Tensor) else self.beta,
             keep=None if self.keep is None else self.keep[rows],
             targets=None if self.targets is None else self.targets[rows],
+            weights=None if self.weights is None else self.weights[rows],
         )
 
+
+STATS = 8  # numbers of a row of logits that is made once more
 
 FIELDS = tuple(field.name for field in fields(Problem))
 
@@ -80,12 +85,33 @@ class Outputs:
 
     loss: Tensor  # [N] fp32, ℓ; or log p(ŷ), where no divergence is wanted
     statistics: Tensor | None = None  # [STATISTICS, N] fp32, see `divergence.py`
-    dh_S: Tensor | None = None  # [N, D] fp32, the gradient of `loss` with respect to h_S
+    dh_S: Tensor | None = None  # [N, D] fp32, the gradient with respect to h_S
+    # For gradients that are made in backward: what is known of each row of logits, [STATS, N] fp32,
+    # as `Stats` of the kernels or of `divergence.py`; and the entry treated apart, [N] int32.
+    stats: Tensor | None = None
+    top: Tensor | None = None
+    # The gradients of Σ w ℓ with respect to the student's head, where there are weights.
+    dW: Tensor | None = None  # [V, D] fp32
+    db: Tensor | None = None  # [V] fp32
+
+    @property
+    def needs_score(self) -> bool:
+        """Whether more is wanted than values."""
+        return self.dh_S is not None or self.stats is not None or self.dW is not None
+
+    @property
+    def stride(self) -> int:
+        """Of `statistics` and `stats`, from one field to the next."""
+        given = self.stats if self.statistics is None else self.statistics
+        return 0 if given is None else given.stride(0)
 
     def tokens(self, rows: slice) -> "Outputs":
         """Views of some of the tokens."""
-        return Outputs(
-            self.loss[rows],
-            None if self.statistics is None else self.statistics[:, rows],
-            None if self.dh_S is None else self.dh_S[rows],
+        return replace(
+            self,
+            loss=self.loss[rows],
+            statistics=None if self.statistics is None else self.statistics[:, rows],
+            dh_S=None if self.dh_S is None else self.dh_S[rows],
+            stats=None if self.stats is None else self.stats[:, rows],
+            top=None if self.top is None else self.top[rows],
         )

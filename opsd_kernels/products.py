@@ -41,6 +41,33 @@ def project_back(
                 torch.addmm(out, g[:, v].to(dtype), W_v, out_dtype=torch.float32, out=out)
 
 
+def project_onto_head(
+    dW: Tensor | None, db: Tensor | None, g: Tensor, h: Tensor, operand_dtype: torch.dtype
+) -> None:
+    """dW ← dW + gᵀ h and db ← db + Σ g in fp32: [V, D] and [V], of [R, V] and [R, D]. g is narrowed
+    as in `project_back`."""
+    if dW is not None:
+        g_dtype = g.dtype
+        if g_dtype == torch.float32:
+            g_dtype = score_dtype(operand_dtype, bounded=False)
+        dtype = multiplied_dtype(dW.device, g_dtype)
+        h = h.to(operand_dtype).to(dtype)
+        if dtype == torch.float32:
+            torch.addmm(dW, g.t().float(), h, out=dW)
+        else:
+            torch.addmm(dW, g.t().to(dtype), h, out_dtype=torch.float32, out=dW)
+    if db is not None:
+        db += g.sum(0, dtype=torch.float32)
+
+
+def add_rows(
+    out: Tensor, factors: Tensor, W: Tensor, index: Tensor, operand_dtype: torch.dtype
+) -> None:
+    """out ← out + factors · W[index] in fp32: [R, D] from [R], [V, D], [R]."""
+    rows = W.index_select(0, index).to(operand_dtype).float()
+    out.addcmul_(factors[:, None], rows)
+
+
 def score_dtype(operand_dtype: torch.dtype, bounded: bool) -> torch.dtype:
     """What the gradient with respect to logits is rounded to before it is multiplied.
 

@@ -142,12 +142,15 @@ def _compute(checked: Arguments) -> Tokens:
     targets = None if problem.targets is None else problem.targets.long()
     weights = None if checked.weights is None else checked.weights.double()
     values = replace(problem, beta=beta, targets=targets).values()
-    return tokens_of(checked._replace(weights=weights), *_ReferenceDivergence.apply(*values))
+    results = _ReferenceDivergence.apply(checked.weight, checked.bias, *values)
+    return tokens_of(checked._replace(weights=weights), *results)
 
 
 class _ReferenceDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *values: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, weight: Tensor, bias: Tensor | None, *values: Any
+    ) -> tuple[Tensor, Tensor]:
         problem = Problem(*values)
         W, temperature = problem.W, problem.temperature
         map_S, map_T = problem.logit_maps
@@ -163,20 +166,27 @@ class _ReferenceDivergence(torch.autograd.Function):
             )
         if slope is not None:
             z_S.mul_(slope)
-        ctx.save_for_backward(z_S, W)  # z_S now holds the gradient
-        ctx.temperature, ctx.dtype = temperature, problem.h_S.dtype
+        ctx.save_for_backward(z_S, problem.h_S, weight, bias)  # z_S now holds the gradient
+        ctx.temperature = temperature
         ctx.mark_non_differentiable(statistics)
         return loss, statistics
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        dz_S, W = ctx.saved_tensors
-        dh_S = dz_S @ W.double() / ctx.temperature
-        # Selected, not multiplied: the row of a dropped token may hold NaN.
-        dh_S = torch.where(grad_loss[:, None] != 0, grad_loss[:, None] * dh_S, 0)
-        gradients = dict.fromkeys(FIELDS) | {"h_S": dh_S.to(ctx.dtype)}
-        return tuple(gradients.values())
+        dz_S, h_S, weight, bias = ctx.saved_tensors
+        # Selected, not multiplied: what does not count may hold NaN.
+        counts = (grad_loss != 0)[:, None]
+        dz_S = torch.where(counts, grad_loss[:, None] * dz_S / ctx.temperature, 0)
+        V = dz_S.shape[1]
+        dh_S = (dz_S @ weight[:V].double()).to(h_S.dtype)
+        dW, db = torch.zeros_like(weight), None
+        dW[:V] = dz_S.t() @ torch.where(counts, h_S.double(), 0)
+        if bias is not None:
+            db = torch.zeros_like(bias)
+            db[:V] = dz_S.sum(0)
+        gradients = dict.fromkeys(FIELDS) | {"h_S": dh_S}
+        return dW, db, *gradients.values()
 
 
 def _logits(

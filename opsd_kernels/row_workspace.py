@@ -7,7 +7,9 @@ With U = 2 N D V, one pass of N tokens through the LM head, a chunk of R rows at
                                      row blocks small enough for the cache
     3. dh_S = z_S W / T              one GEMM, accumulated in fp32                       1 U
 
-The head is frozen, so the gradient is made during forward, from logits that exist only once.
+Of a frozen head the gradient is made during forward, from logits that exist only once. So is that
+of a head that is trained, dW += gᵀ h_S, another U, where tokens' weights are known and the budget
+holds dW in fp32; otherwise both are made in backward (see `head_gradient`).
 """
 
 import math
@@ -21,10 +23,12 @@ from opsd_kernels import kernels
 from opsd_kernels.divergence import divergence_rows_, log_prob_rows_
 from opsd_kernels.problem import Outputs, Problem
 from opsd_kernels.products import (
+    add_rows,
     copied_bytes,
     multiplied_dtype,
     project,
     project_back,
+    project_onto_head,
     score_dtype,
     score_scale,
 )
@@ -86,19 +90,14 @@ def make_plan(
     Raises:
         ValueError: the budget cannot hold one row; the message names the least that works.
     """
-    V, device = row_stride(heads[0].shape[0]), heads[0].device
-    g_dtype = multiplied_dtype(device, score_dtype(operand_dtype, bounded=False))
-    row_bytes, block_row_bytes = 8 * V, 0
-    if not uses_kernel(device):
-        # PyTorch's rows need temporaries, and a narrow copy of the gradient for step 3.
-        row_bytes += 0 if g_dtype == torch.float32 else g_dtype.itemsize * V
-        block_row_bytes = 4 * block_temporaries * V
-    tile_row_bytes = max(copied_bytes(W, operand_dtype) for W in heads)
-    least_tile = min(V, LEAST_TILE)
+    V, device = heads[0].shape[0], heads[0].device
+    row_bytes, block_row_bytes, tile_row_bytes, least_tile = _bytes(
+        heads, operand_dtype, block_temporaries
+    )
     least = row_bytes + block_row_bytes + least_tile * tile_row_bytes
     if budget < least:
         raise ValueError(
-            f"workspace_mib={budget / MIB:g} cannot hold one row of V={heads[0].shape[0]} logits; "
+            f"workspace_mib={budget / MIB:g} cannot hold one row of V={V} logits; "
             f"the least that works here is workspace_mib={math.ceil(least / MIB * 1e3) / 1e3:g}"
         )
     tile, copies = V, 0
@@ -122,11 +121,41 @@ def make_plan(
     return Plan(rows, block, tile, rows * row_bytes + block * block_row_bytes + copies)
 
 
+def _bytes(
+    heads: tuple[Tensor, ...], operand_dtype: torch.dtype, block_temporaries: int
+) -> tuple[int, int, int, int]:
+    """Bytes of a row of the workspace, of a row of a block, and of a copied row of a head; and how
+    many of the last there are at least."""
+    V, device = row_stride(heads[0].shape[0]), heads[0].device
+    g_dtype = multiplied_dtype(device, score_dtype(operand_dtype, bounded=False))
+    row_bytes, block_row_bytes = 8 * V, 0
+    if not uses_kernel(device):
+        # PyTorch's rows need temporaries, and a narrow copy of the gradient for step 3.
+        row_bytes += 0 if g_dtype == torch.float32 else g_dtype.itemsize * V
+        block_row_bytes = 4 * block_temporaries * V
+    tile_row_bytes = max(copied_bytes(W, operand_dtype) for W in heads)
+    return row_bytes, block_row_bytes, tile_row_bytes, min(V, LEAST_TILE)
+
+
 def _plan(
     problem: Problem, N: int, needs_statistics: bool, budget: float, max_rows: int = MAX_ROWS
 ) -> Plan:
     temporaries = BLOCK_TEMPORARIES + needs_statistics + (problem.softcap is not None)
     return make_plan(N, problem.heads, problem.operand_dtype, budget, temporaries, max_rows)
+
+
+def budget_beside_head(problem: Problem, budget: float) -> float:
+    """What is left of a budget beside dW and db in fp32."""
+    return budget - 4 * problem.W.numel() - 4 * problem.W.shape[0]
+
+
+def can_weigh(problem: Problem, budget: float) -> bool:
+    """Whether the budget holds dW and db in fp32, and as much as they take for rows of logits."""
+    row, block_row, copied_row, copied_rows = _bytes(
+        problem.heads, problem.operand_dtype, BLOCK_TEMPORARIES + (problem.softcap is not None)
+    )
+    least = row + block_row + copied_rows * copied_row
+    return budget_beside_head(problem, budget) >= max(least, budget / 2)
 
 
 def allocate(problem: Problem, needs_statistics: bool, budget: float) -> list[Tensor]:
@@ -151,11 +180,14 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: floa
         problem: the tokens.
         budget: bytes for all temporaries with a vocabulary-sized dimension together.
     """
+    if outputs.dW is not None:
+        budget = budget_beside_head(problem, budget)
     workspace = scratch[0][:, : problem.W.shape[0]]
     rows = _kept(problem.keep)
     N = problem.h_S.shape[0] if rows is None else rows.shape[0]
     plan = _plan(problem, N, outputs.statistics is not None, budget, workspace.shape[0] // 2)
     W, W_T, dtype, dh_S = problem.W, problem.W_T, problem.operand_dtype, outputs.dh_S
+    scale = 1.0
     for n in _chunks(rows, N, plan.rows):
         chunk = problem.tokens(n)
         R = chunk.h_S.shape[0]
@@ -170,28 +202,50 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: floa
         outputs.loss[n] = filled.loss
         if outputs.statistics is not None and filled.statistics is not None:
             outputs.statistics[:, n] = filled.statistics
+        if outputs.stats is not None and filled.stats is not None:
+            outputs.stats[:, n] = filled.stats
+        if outputs.top is not None and filled.top is not None:
+            outputs.top[n] = filled.top
         if dh_S is not None:
             dh_S[n] = gradient.times(W, dtype, plan.tile).div_(problem.temperature)
+        if outputs.dW is not None:
+            gradient.onto_head(outputs, chunk)
+        scale = gradient.scale
+    for total in (outputs.dW, outputs.db):
+        if total is not None:
+            total.div_(problem.temperature * scale)
 
 
 @dataclass(frozen=True)
 class LogitGradient:
-    """∂ℓ/∂z_S of R rows, times the slope of a softcap, times `score_scale` of its dtype."""
+    """∂ℓ/∂z_S of R rows, times the slope of a softcap, times `score_scale` of its dtype, and by
+    weights where there are any."""
 
-    g: Tensor  # [R, V], without …
-    top: Tensor | None = None  # [R] int32, the entry with the most mass; None if it is in g
-    g_top: Tensor | None = None  # [R] fp32, … its gradient, not scaled
+    g: Tensor  # [R, V], to which is to be added, …
+    top: Tensor | None = None  # [R] int32, … at the entry with the most mass, …
+    g_top: Tensor | None = None  # [R] fp32, … this, not scaled: all its gradient, or with weights
+    # what the rounding took; None if nothing is
 
     def times(self, W: Tensor, operand_dtype: torch.dtype, tile: int) -> Tensor:
         """∂ℓ/∂z_S · W [R, D] in fp32."""
         out = W.new_zeros(self.g.shape[0], W.shape[1], dtype=torch.float32)
         project_back([(out, self.g)], W, operand_dtype, tile)
-        if (scale := score_scale(self.g.dtype)) != 1:
-            out /= scale
+        if self.scale != 1:
+            out /= self.scale
         if self.top is not None and self.g_top is not None:
-            W_top = W.index_select(0, self.top).to(operand_dtype).float()
-            out.addcmul_(self.g_top[:, None], W_top)
+            add_rows(out, self.g_top, W, self.top, operand_dtype)
         return out
+
+    def onto_head(self, outputs: Outputs, chunk: Problem) -> None:
+        """dW ← dW + gᵀ h_S, db ← db + Σ g."""
+        h = chunk.h_S
+        if chunk.keep is not None:
+            h = h.masked_fill(~chunk.keep[:, None], 0)  # what does not count may be NaN
+        project_onto_head(outputs.dW, outputs.db, self.g, h, chunk.operand_dtype)
+
+    @property
+    def scale(self) -> float:
+        return score_scale(self.g.dtype)
 
 
 def _step_2(
@@ -199,13 +253,16 @@ def _step_2(
 ) -> tuple[Outputs, LogitGradient]:
     """Loss and statistics of rows of products h Wᵀ [R, V], and the gradient of their loss, which
     lies where z_S was; of what there is in `outputs`."""
-    R, needs_score = z_S.shape[0], outputs.dh_S is not None
+    R, needs_score = z_S.shape[0], outputs.needs_score
     filled = Outputs(
         z_S.new_empty(R),
         None if outputs.statistics is None else z_S.new_zeros(outputs.statistics.shape[0], R),
+        stats=None if outputs.stats is None else z_S.new_empty(outputs.stats.shape[0], R),
+        top=None if outputs.top is None else outputs.top.new_empty(R),
     )
     if uses_kernel(z_S.device):
-        return filled, launch_rows(filled, z_S, z_T, chunk, needs_score)
+        in_place = needs_score and outputs.stats is None
+        return filled, launch_rows(filled, z_S, z_T, chunk, in_place)
     map_S, map_T = chunk.logit_maps
     for i in range(0, R, plan.block):
         rows = slice(i, i + plan.block)
@@ -216,9 +273,14 @@ def _step_2(
             z_S[rows].div_(chunk.temperature)
             z_T[rows].div_(chunk.temperature)
         targets = None if block.targets is None else block.targets.long()
+        known = None
+        if into.stats is not None and into.top is not None:
+            known = into.stats, into.top
         if block.beta is None:
             assert targets is not None
-            loss = log_prob_rows_(z_S[rows], z_T[rows], targets, needs_score, into.statistics)
+            loss = log_prob_rows_(
+                z_S[rows], z_T[rows], targets, needs_score, into.statistics, known
+            )
         else:
             loss = divergence_rows_(
                 z_S[rows],
@@ -228,9 +290,13 @@ def _step_2(
                 needs_score,
                 into.statistics,
                 targets,
+                known,
             )
         if slope is not None:
             z_S[rows].mul_(slope)
+        if block.weights is not None:
+            z_S[rows].mul_(block.weights[:, None])
+            z_S[rows].masked_fill_((block.weights == 0)[:, None], 0)
         into.loss.copy_(loss)
     return filled, LogitGradient(z_S)
 
@@ -238,7 +304,8 @@ def _step_2(
 def launch_rows(
     outputs: Outputs, z_S: Tensor, z_T: Tensor, problem: Problem, needs_score: bool
 ) -> LogitGradient:
-    """Step 2 by the kernel: fills loss and statistics, and z_S with the gradient."""
+    """Step 2 by the kernel: fills what there is in `outputs`, and z_S with the gradient if that is
+    needed here."""
     import triton.language as tl
 
     from opsd_kernels.kernels import rows, tiles
@@ -255,18 +322,23 @@ def launch_rows(
     sweep = row.rows_wide if is_wide(beta, statistics is not None) else row.rows
     with kernels.current(z_S.device):
         rows.rows_kernel[(z_S.shape[0],)](
-            results=Results(outputs.loss, statistics),
+            results=Results(outputs.loss, statistics, stats=outputs.stats, top=outputs.top),
             gradient=RowGradient(
-                g, top, g_top, g.stride(0), SCALE=tl.constexpr(score_scale(g.dtype))
+                g,
+                top,
+                g_top,
+                g.stride(0),
+                SCALE=tl.constexpr(score_scale(g.dtype)),
+                weights=problem.weights,
             ),
             logits=Rows(
                 z_S, z_T, z_S.shape[1], z_S.stride(0), *for_kernels(map_S)[:2], *for_kernels(map_T)
             ),
             targets=problem.targets,
             beta=beta if isinstance(beta, Tensor) else None,
-            stride_statistics=0 if statistics is None else statistics.stride(0),
+            stride_statistics=outputs.stride,
             divergence=divergence_record(beta, problem.entry_clip, problem.temperature),
-            LIMIT=mean_limit(beta) if needs_score else 0.0,
+            LIMIT=mean_limit(beta) if needs_score or outputs.stats is not None else 0.0,
             NEEDS_SCORE=needs_score,
             **asdict(sweep),
         )

@@ -15,6 +15,9 @@ KL) the gradient is 0.
 Where the student's logits are capped, g_top is multiplied by the slope of the cap at that entry.
 
 For log p(ŷ) of a sampled token ŷ takes the top entry's place, and g_ŷ = 1 − p(ŷ) = −Σ_{v≠ŷ} s.
+
+Where the gradient is made in backward instead (see `gradient`), what it is made of is written: the
+`Stats` of a row, with G and g_top.
 """
 
 import triton
@@ -22,7 +25,7 @@ import triton.language as tl
 
 from opsd_kernels import divergence
 from opsd_kernels.kernels.logits_tile import round_to
-from opsd_kernels.kernels.lse import P_MAX, Q_MAX, S_TOP, STATS, STATS_OF_TARGETS
+from opsd_kernels.kernels.lse import P_MAX, Q_MAX, S_TOP, STATS, STATS_OF_TARGETS, C
 from opsd_kernels.kernels.pair import SCORE, SUMS, SUMS_OF_STATISTICS, VALUE, top_of
 from opsd_kernels.kernels.pointwise import FORWARD_KL, LOG_PROB, MIXED, REVERSE_KL
 
@@ -57,6 +60,7 @@ def finish_kernel(
         accumulated: A may lie where dh_S is to be.
         W: [V, D], and of it `student`, a `Side`.
         scored, tokens: what `pair` and `lse` wrote, and what was given.
+        stride_statistics: of `results.statistics` and `results.stats`.
         SLOTS: a power of two, at least `scored.slots`.
         OPERAND: the dtype whose rounding W has.
     """
@@ -95,16 +99,29 @@ def finish_kernel(
                 value = tl.load(tokens.stats + (STATS + i) * stride + row, mask=keep, other=0.0)
                 tl.store(to + (LOG_P + i) * stride_statistics, value, mask=exists)
 
-    if results.dh_S is not None:
+    if scored.SCORES:
         others = summed(SCORE, scored.sums, field, at, present)
         s_top = tl.load(tokens.stats + S_TOP * stride + row, mask=keep, other=0.0)
-        g_top = top_gradient(s_top, others, p_max, divergence.FAMILY, accumulated.P is None)
+        g_top = top_gradient(s_top, others, p_max, divergence)
         if scored.SLOPE:
             OF_STATISTICS: tl.constexpr = SUMS_OF_STATISTICS - 1 + divergence.CLIPPED
             FIELD: tl.constexpr = SUMS + scored.STATISTICS * OF_STATISTICS
             g_top *= summed(FIELD, scored.sums, field, at, present)
         missed = s_top + others  # G − c
-        top = top_of(tokens, row, keep, divergence).to(tl.int64)
+        top = top_of(tokens, row, keep, divergence)
+
+    if results.stats is not None:
+        for i in tl.static_range(STATS):
+            known = tl.load(tokens.stats + i * stride + row, mask=keep, other=0.0)
+            if i == C and not divergence.KNOWS_G:
+                known += missed
+            elif i == S_TOP:
+                known = g_top
+            tl.store(results.stats + i * stride_statistics + row, known, mask=exists)
+        tl.store(results.top + row, top, mask=exists)
+
+    if results.dh_S is not None:
+        top = top.to(tl.int64)
         kept = keep & (loss != float("inf"))
         for d in range(0, student.D, BD):
             k = d + tl.arange(0, BD)
@@ -129,11 +146,11 @@ def summed(FIELD: tl.constexpr, sums, field, at, present):
 
 
 @triton.jit
-def top_gradient(s_top, others, p_top, FAMILY: tl.constexpr, KNOWS_G: tl.constexpr):
+def top_gradient(s_top, others, p_top, divergence):
     """g_top of rows from s_top, Σ_{v≠top} s and p_top."""
-    if FAMILY == LOG_PROB:
+    if divergence.FAMILY == LOG_PROB:
         g_top = -others
-    elif KNOWS_G:
+    elif divergence.KNOWS_G:
         g_top = tl.where(p_top > 0.9, -others, s_top)
     else:
         g_top = s_top * (1.0 - p_top) - p_top * others

@@ -53,8 +53,8 @@ TOP_S, TOP_T, E_SUM, Z_S = (
 )
 PARTIALS = tl.constexpr(State._fields.index("index"))
 # Fields of `Tokens.stats`: those of `Stats`, and of the sampled token log p, log q, log q − log p.
-P_MAX, Q_MAX, S_TOP = (
-    tl.constexpr(Stats._fields.index(name)) for name in ("p_max", "q_max", "s_top")
+P_MAX, Q_MAX, C, S_TOP = (
+    tl.constexpr(Stats._fields.index(name)) for name in ("p_max", "q_max", "c", "s_top")
 )
 STATS, STATS_OF_TARGETS = tl.constexpr(len(Stats._fields)), tl.constexpr(3)
 LAST = tl.constexpr(2**31 - 1)  # beyond every column

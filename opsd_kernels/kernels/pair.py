@@ -128,7 +128,7 @@ def pair_kernel(
         )  # fmt: skip
         earlier = exists & (scored.begin > 0)
         for i in tl.static_range(FIELDS):
-            if i != SCORE or scored.s is not None:
+            if i != SCORE or scored.SCORES:
                 at = (i * scored.slots + slot) * stride + row
                 total = tl.sum(added[i], 1) + tl.load(scored.sums + at, mask=earlier, other=0.0)
                 tl.store(scored.sums + at, total, mask=exists)

@@ -77,6 +77,7 @@ def divergence_record(
         1 / temperature,
         FAMILY=tl.constexpr(family(beta)),
         CLIPPED=tl.constexpr(entry_clip is not None),
+        KNOWS_G=tl.constexpr(knows_G(beta, entry_clip)),
     )
 
 

@@ -71,6 +71,7 @@ class Divergence(NamedTuple):
     inverse_temperature: Any
     FAMILY: Any
     CLIPPED: Any
+    KNOWS_G: Any  # whether c = G
 
 
 class Tiling(NamedTuple):
@@ -112,6 +113,7 @@ class Scored(NamedTuple):
 
     sums: Any  # [2 to 8, slots, stride] fp32: Σ f, Σ s; what STATISTICS are made of;
     slots: Any
+    SCORES: Any  # whether Σ s is wanted
     STATISTICS: Any
     SLOPE: Any  # and the slope at the top entry, where there is a softcap
     s: Any = None  # [R, stride]; None without gradient
@@ -133,8 +135,22 @@ class Results(NamedTuple):
     """What a caller wants, and gets 0 of for a token that is not kept."""
 
     loss: Any  # [R] fp32: ℓ, or log p(ŷ)
-    statistics: Any = None  # [STATISTICS, R] fp32, at a stride of its own
+    statistics: Any = None  # [STATISTICS, R] fp32, at the stride of …
     dh_S: Any = None  # [R, D] fp32
+    # … these, for a gradient that is made later: `Stats` [8, R], with G in place of c and g_top in
+    # place of s_top; and the entry [R] int32 that g_top is of.
+    stats: Any = None
+    top: Any = None
+
+
+class Weighed(NamedTuple):
+    """The gradient with respect to logits, weighed, of the columns from `begin` on."""
+
+    g: Any  # [R, stride], times SCALE
+    weights: Any  # [R] fp32, within ±1
+    stride: Any
+    SCALE: Any
+    begin: Any = None
 
 
 class Rows(NamedTuple):
@@ -159,6 +175,9 @@ class RowGradient(NamedTuple):
     g_top: Any  # [R] fp32, … with this gradient
     stride: Any
     SCALE: Any
+    # [R] fp32 within ±1, or None. With weights g is multiplied by them, and is itself at the top
+    # entry, rounded; g_top is then what the rounding took.
+    weights: Any = None
 
 
 class State(NamedTuple):

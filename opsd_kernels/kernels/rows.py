@@ -25,7 +25,10 @@ from opsd_kernels.kernels.finish import LOG_P, statistics, top_gradient
 from opsd_kernels.kernels.head import logits_and_slope
 from opsd_kernels.kernels.logits_tile import round_to
 from opsd_kernels.kernels.lse import (
+    S_TOP,
+    STATS,
     STATS_OF_TARGETS,
+    C,
     absorb,
     combined,
     log_probs,
@@ -33,7 +36,7 @@ from opsd_kernels.kernels.lse import (
     nothing,
 )
 from opsd_kernels.kernels.pair import SUMS, SUMS_OF_STATISTICS, add_each, entries, zeros
-from opsd_kernels.kernels.pointwise import FORWARD_KL, LOG_PROB, MIXED, REVERSE_KL
+from opsd_kernels.kernels.pointwise import LOG_PROB, MIXED
 from opsd_kernels.kernels.records import Stats
 
 
@@ -58,7 +61,8 @@ def rows_kernel(
     """Grid (rows).
 
     Writes:
-        results: loss; of statistics what there is of sampled tokens if there are targets.
+        results: loss; of statistics what there is of sampled tokens if there are targets; stats
+            and top.
         gradient: if NEEDS_SCORE.
 
     Reads:
@@ -68,17 +72,17 @@ def rows_kernel(
         LIMIT: `mean_limit` of β.
         BLOCK, PARTS: see `tiles.Sweep`.
     """
-    UNCLIPPED: tl.constexpr = not divergence.CLIPPED
-    IS_KL: tl.constexpr = divergence.FAMILY == FORWARD_KL or divergence.FAMILY == REVERSE_KL
-    KNOWS_G: tl.constexpr = (UNCLIPPED and IS_KL) or divergence.FAMILY == LOG_PROB
+    KNOWS_G: tl.constexpr = divergence.KNOWS_G
+    FOR_LATER: tl.constexpr = results.stats is not None
     HAS_STATISTICS: tl.constexpr = results.statistics is not None
     STATISTICS: tl.constexpr = HAS_STATISTICS and divergence.FAMILY != LOG_PROB
     OF_STATISTICS: tl.constexpr = SUMS_OF_STATISTICS - 1 + divergence.CLIPPED
     # Log-probabilities alone need no second sweep.
-    SECOND: tl.constexpr = NEEDS_SCORE or divergence.FAMILY != LOG_PROB
+    SECOND: tl.constexpr = NEEDS_SCORE or FOR_LATER or divergence.FAMILY != LOG_PROB
     row = tl.program_id(0).to(tl.int64)
     V, inverse_temperature = logits.V, divergence.inverse_temperature
     g_ptr = gradient.g + row * gradient.stride
+    DTYPE: tl.constexpr = gradient.g.dtype.element_ty
     u_ptrs = (logits.u_S + row * logits.stride, logits.u_T + row * logits.stride)
     block = tl.arange(0, BLOCK)[None, :]
     one = row + tl.arange(0, 1)
@@ -98,8 +102,12 @@ def rows_kernel(
         top = target
     stats = normalizers(state, of_row, divergence, gradient.SCALE)
     column = column_of(stats)
-    if NEEDS_SCORE:  # before it is written over
+    if NEEDS_SCORE or FOR_LATER:  # before it is written over
         _z, _z_T, slope_top = _load(u_ptrs, logits, top)
+    factor = gradient.SCALE
+    if gradient.weights is not None:
+        weight = tl.load(gradient.weights + one)
+        factor = weight[:, None] * gradient.SCALE
     sums = zeros(SUMS + STATISTICS * OF_STATISTICS, 1, BLOCK)
     for v in range(0, V if SECOND else 0, BLOCK):
         col = v + block
@@ -107,7 +115,7 @@ def rows_kernel(
         terms, _p = entries(z_S, z_T, col == top, column, of_entries, divergence, STATISTICS)
         sums = add_each(sums, terms)
         if NEEDS_SCORE and KNOWS_G:
-            _store(g_ptr, terms[1] * gradient.SCALE * slope, col, V)
+            _store(g_ptr, _weighed(terms[1] * slope, factor, gradient.weights), col, V)
     loss = tl.sum(sums[0], 1)
     if divergence.FAMILY == LOG_PROB:
         loss = sampled[0]
@@ -123,24 +131,50 @@ def rows_kernel(
         for i in tl.static_range(STATS_OF_TARGETS):
             to = results.statistics + (LOG_P + i) * stride_statistics + one
             tl.store(to, sampled[i])
-    if NEEDS_SCORE:
+    if NEEDS_SCORE or FOR_LATER:
         others = tl.sum(sums[1], 1)
-        g_top = top_gradient(stats.s_top, others, stats.p_max, divergence.FAMILY, KNOWS_G)
+        g_top = top_gradient(stats.s_top, others, stats.p_max, divergence) * slope_top
+        missed = stats.s_top + others  # G − c
         infinite = loss == float("inf")
-        tl.store(gradient.top + one, top)
-        tl.store(gradient.g_top + one, tl.where(infinite, 0.0, g_top * slope_top))
+    if FOR_LATER:
+        for i in tl.static_range(STATS):
+            known = stats[i]
+            if i == C and not KNOWS_G:
+                known += missed
+            elif i == S_TOP:
+                known = g_top
+            tl.store(results.stats + i * stride_statistics + one, known)
+        tl.store(results.top + one, top)
+    if NEEDS_SCORE:
+        g_top = tl.where(infinite, 0.0, g_top)
         if KNOWS_G:
             _erase(g_ptr, infinite, block, V)
         else:
-            missed = (stats.s_top + others)[:, None]  # G − c
             for v in range(0, V, BLOCK):
                 col = v + block
                 z_S, z_T, slope = _load(u_ptrs, logits, col)
                 terms, p = entries(z_S, z_T, col == top, column, of_entries, divergence, False)
-                g = terms[1] - missed * p
+                g = terms[1] - missed[:, None] * p
                 if divergence.FAMILY == MIXED:
                     g = tl.where(infinite[:, None], 0.0, g)
-                _store(g_ptr, g * gradient.SCALE * slope, col, V)
+                _store(g_ptr, _weighed(g * slope, factor, gradient.weights), col, V)
+        if gradient.weights is not None:
+            rounded = round_to(_weighed(g_top, weight * gradient.SCALE, gradient.weights), DTYPE)
+            g_top = _weighed(g_top, weight, gradient.weights)
+            g_top -= rounded.to(tl.float32) * (1 / gradient.SCALE)
+            tl.debug_barrier()  # others have written 0 there
+            tl.store(g_ptr + top, rounded)
+        tl.store(gradient.top + one, top)
+        tl.store(gradient.g_top + one, g_top)
+
+
+@triton.jit
+def _weighed(g, factor, weights):
+    """g · factor, 0 where a weight in the factor is 0, whatever g holds."""
+    product = g * factor
+    if weights is not None:
+        product = tl.where(factor == 0, 0.0, product)
+    return product
 
 
 @triton.jit
