@@ -32,6 +32,11 @@ class Allocations(TorchDispatchMode):
         self.shapes: list[torch.Size] = []
         self._alive: list[tuple[StorageWeakRef, int]] = []
 
+    @property
+    def alive(self) -> int:
+        """Bytes that are alive now."""
+        return sum(size for ref, size in self._alive if not ref.expired())
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # Storages that come in are not new, whatever the operation returns.

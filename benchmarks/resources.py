@@ -31,11 +31,12 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import cycles, launches, report, sass
-from opsd_kernels import divergence, logit_free, row_workspace
+from opsd_kernels import divergence, head_gradient, logit_free, row_workspace
+from opsd_kernels.head_gradient import HeadGradients
 from opsd_kernels.kernels import lse, tiles
 from opsd_kernels.kernels.pointwise import is_wide
 from opsd_kernels.kernels.tiles import Row, Tile
-from opsd_kernels.problem import Outputs, Problem, has_bounded_scores
+from opsd_kernels.problem import STATS, Outputs, Problem, has_bounded_scores
 from opsd_kernels.products import score_dtype
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -74,7 +75,10 @@ FEWER = {
     "lse": ("JSD", "forward KL", "JSD, statistics", "log p", "JSD, bias, softcap, scale"),
     "merge": ("JSD", "any, clip, statistics"),
     "finish": ("JSD", "any, clip, statistics", "log p"),
+    "gradient": ("JSD", "forward KL, clip", "any", "log p", "JSD, bias, softcap, scale"),
 }
+# Those that multiply hidden states by the head.
+MULTIPLY = ("lse", "pair", "gradient")
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def variants(archs: list[str], dtypes: list[str]) -> Iterator[Variant]:
     """Everything the table may be asked for."""
     for arch in archs:
         for dtype in dtypes:
-            for kernel in ("pair", "lse", "rows", "merge", "finish"):
+            for kernel in ("pair", "lse", "rows", "merge", "finish", "gradient"):
                 for case in FEWER.get(kernel, CASES):
                     yield Variant(arch, dtype, kernel, case)
 
@@ -185,8 +189,21 @@ def _launch(variant: Variant, row: Row, stored: torch.dtype) -> None:
         logit_free.launch_lse(scratch, problem)
     elif variant.kernel == "pair":
         logit_free.pair_launcher(scratch, problem)(0)
+    elif variant.kernel == "gradient":
+        launch_gradient(problem)
     else:
         logit_free.launch_finish(outputs, scratch, problem)
+
+
+def launch_gradient(problem: Problem) -> None:
+    """The kernel of a head that is trained, on tensors without contents."""
+    h_S, (V, D) = problem.h_S, problem.W.shape
+    problem = replace(problem, weights=h_S.new_empty(len(h_S), dtype=torch.float32))
+    gradients = HeadGradients(None, problem.W.new_empty(V, D), None)
+    g = head_gradient.allocate(problem, gradients, 0)[0]
+    stats = h_S.new_empty(STATS, len(h_S), dtype=torch.float32)
+    top = h_S.new_empty(len(h_S), dtype=torch.int32)
+    logit_free.gradient_launcher(g, problem, stats, top)(0)
 
 
 def _slots(variant: Variant, row: Row) -> int:
@@ -204,7 +221,7 @@ def _usage(compiled: Any, variant: Variant, row: Row) -> Usage:
     shared = compiled.metadata.shared
     if variant.kernel in ("merge", "finish"):
         return Usage(registers, spilled, shared, matrix)
-    multiplies = variant.kernel in ("lse", "pair")
+    multiplies = variant.kernel in MULTIPLY
     parts = sass.parts(sass.text_of(compiled), multiplies)
     gpu = cycles.GPU_OF[variant.arch]
     warps = compiled.metadata.num_warps
@@ -237,7 +254,7 @@ def _usage(compiled: Any, variant: Variant, row: Row) -> Usage:
 
 
 def tile_of(variant: Variant, row: Row) -> Tile:
-    """The tile of `lse` or `pair`, as the launchers choose it."""
+    """The tile of a kernel that multiplies, as the launchers choose it."""
     if variant.kernel == "lse":
         return row.lse
     return row.pair_wide if wide(variant) else row.pair
@@ -251,7 +268,7 @@ def wide(variant: Variant) -> bool:
 
 def _compiled_shape(variant: Variant, row: Row, registers: int, shared: int) -> cycles.Shape:
     tile = tile_of(variant, row)
-    student_alone = variant.kernel == "pair" and CASES[variant.divergence].beta is None
+    student_alone = variant.kernel != "lse" and CASES[variant.divergence].beta is None
     return cycles.Shape(
         tile.BM, tile.BV, tile.BK, tile.num_warps, registers, shared,
         sides=1 if student_alone else 2, operand=4 if variant.dtype == "float32" else 2,
@@ -259,9 +276,9 @@ def _compiled_shape(variant: Variant, row: Row, registers: int, shared: int) -> 
 
 
 def _evenness(variant: Variant, row: Row, gpu: cycles.Gpu) -> float:
-    """What the rounds of tiles of one launch fill, of `lse` and `pair`."""
+    """What the rounds of tiles of one launch fill, of the kernels that multiply."""
     tile = tile_of(variant, row)
-    if variant.kernel == "pair":
+    if variant.kernel != "lse":  # as many tiles of `gradient` as of `pair`
         programs = row.chunk // tile.BM * _slots(variant, row)
         return cycles.evenness(programs, programs, 1, gpu)
     across = triton.cdiv(VOCABULARY, tile.BV)

@@ -58,6 +58,7 @@ def allocate(problem: Problem, gradients: HeadGradients, workspace_bytes: float)
     """The scratch of `fill`: tiles of logits or of their gradient, [R, columns], and of dW, where
     its rows are narrower than what they sum up to."""
     (N, D), V, W = problem.h_S.shape, problem.W.shape[0], problem.W
+    N = max(N, 1)
     of_dW = gradients.dW is not None and gradients.dW.dtype != torch.float32
     if by_kernels(problem.h_S.device, workspace_bytes):
         from opsd_kernels.kernels import tiles

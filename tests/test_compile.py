@@ -1,5 +1,6 @@
 """Under `torch.compile` and on fake tensors: no graph break, the same numbers, no hidden tensor."""
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -15,11 +16,13 @@ from opsd_kernels import (
     FusedJSDLoss,
     fused_jsd_loss,
     fused_sampled_token_loss,
+    head_gradient,
     kernels,
     token_divergence,
 )
+from opsd_kernels.head_gradient import HeadGradients
 from opsd_kernels.kernels import tiles
-from opsd_kernels.problem import Problem
+from opsd_kernels.problem import STATS, Problem
 from opsd_kernels.row_workspace import row_stride
 
 V = 600
@@ -146,12 +149,17 @@ def test_the_operator_does_what_it_declares():
     h_S, h_T, W = random_inputs(5, 40, 8)
     zeros = torch.zeros(5), torch.zeros(8, 5), torch.zeros(5, 8)
     problem = Problem(h_S, h_T, W, None, torch.float32, 0.5)
-    args = (*zeros, [torch.empty(10, 40)], *problem.values(), None, 2.0**20)
-    torch.library.opcheck(
-        torch.ops.opsd_kernels.fill.default,
-        args,
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    checks = ("test_schema", "test_faketensor")
+    for_later = torch.zeros(STATS, 5), torch.zeros(5, dtype=torch.int32), None, None
+    args = (*zeros, *for_later, [torch.zeros(10, 40)], *problem.values(), None, 2.0**20)
+    torch.library.opcheck(torch.ops.opsd_kernels.fill.default, args, test_utils=checks)
+    gradients = HeadGradients(torch.zeros(5, 8), torch.zeros(40, 8), torch.zeros(40))
+    problem = replace(problem, weights=torch.ones(5))
+    scratch = head_gradient.allocate(problem, gradients, 2.0**20)
+    given = *for_later[:2], torch.ones(())
+    args = (*vars(gradients).values(), scratch, *given, *problem.values(), None, 2.0**20)
+    operator = torch.ops.opsd_kernels.fill_head_gradients.default
+    torch.library.opcheck(operator, args, test_utils=checks)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
