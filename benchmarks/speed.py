@@ -1,6 +1,7 @@
 """Time of forward, of backward and of both, as a multiple of three bare matrix products.
 
-    python benchmarks/speed.py [--model qwen3-8b --tokens 1024 16384] [--quick] [--output FOLDER]
+    python benchmarks/speed.py [--model qwen3-8b --tokens 1024 16384] [--quick] [--trained]
+                               [--output FOLDER]
 
 The floor of a frozen head is 3 U of matrix products (U = 2 N D V): both logits and the gradient of
 the student's. It is measured in turns with the losses, in one process, so that a slow moment of the
@@ -10,7 +11,8 @@ cannot run is a row that says why.
 
 Without a model: on a CPU two shapes that it can hold, on a GPU the head of Qwen3-8B. With --output
 it writes speed.csv, speed.md and speed.png to the folder. --profile says instead where our time
-goes.
+goes. With --trained the head gets a gradient too, which is a fourth product that the floor does not
+have, and the files are trained.csv and so on.
 """
 
 import statistics
@@ -68,6 +70,7 @@ def main() -> None:
     options.add_argument("--tokens", type=int, nargs="+", default=[1024], help="with --model")
     options.add_methods(METHODS)
     options.add_argument("--flat", action="store_true", help="flat distributions, not peaked ones")
+    options.add_argument("--trained", action="store_true", help="the head gets a gradient too")
     options.add_quick("one small shape")
     options.add_argument("--profile", action="store_true", help="ours alone, by operation")
     options.add_output("speed.csv", "speed.md", "speed.png")
@@ -85,7 +88,8 @@ def main() -> None:
         limit_memory()
     setting = f"{report.machine(device)}; beta {args.beta}"
     print(setting)
-    results = report.Results("speed", setting, args.output, show)
+    name = "trained" if args.trained else "speed"
+    results = report.Results(name, setting, args.output, show)
     for N, D, V in shapes:
         for dtype in dtypes:
             h_S, h_T, W = inputs((N, D, V), dtype, device, args.flat)
@@ -94,6 +98,7 @@ def main() -> None:
                 results.setting += f"; N = {N}, D = {D}: {described}"
             print(f"\nN = {N}, D = {D}, V = {V}, {dtype}; {described}")
             print(f"{'method':<20}{'forward':>9}{'backward':>9}{'both':>9} s   x {FLOOR}")
+            W.requires_grad_(args.trained)
             for row in measure(h_S, h_T, W, args.beta, args.repeats, args.methods):
                 results.add(row)
     results.finish(summary, plot)
@@ -144,7 +149,7 @@ def measure(
         start = now(device)
         value = loss(h_S, h_T, W, beta)
         middle = now(device)
-        torch.autograd.grad(value, h_S)
+        torch.autograd.grad(value, [h_S, W] if W.requires_grad else h_S)
         return middle - start, now(device) - middle
 
     def products(z: Tensor, dh: Tensor) -> tuple[float, float]:

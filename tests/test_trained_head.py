@@ -6,7 +6,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import tiny_qwen3
 import torch
 from accuracy import rounds_scores
 from heads import EXTRAS, as_head, logits_of_products
@@ -17,7 +16,6 @@ from schedules import DEVICE, LOGIT_FREE, ROW_WORKSPACE, SCHEDULES
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
 
 from benchmarks.allocations import Allocations
 from opsd_kernels import (
@@ -404,6 +402,9 @@ def test_the_kernels_keep_as_many_numbers():
                                                  ("Gemma2", {})])  # fmt: skip
 def test_a_step_of_a_model_whose_embeddings_are_its_head(tmp_path, op, family, options):
     """Equal to eager in float64, through both uses of the one weight."""
+    import tiny_qwen3
+    from transformers import AutoModelForCausalLM
+
     tiny_qwen3.save_model(tmp_path, family=family, **options)
     ids = torch.randint(5, 100, (2, 9), generator=torch.Generator().manual_seed(0))
     privileged = torch.cat([torch.full((2, 3), 7), ids], 1)
