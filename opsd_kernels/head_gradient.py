@@ -121,12 +121,13 @@ def fill(
             W, dW_tile, db_tile = problem.W[tile], None, None if db is None else db[tile]
             if dW is not None:
                 dW_tile = dW[tile] if len(scratch) == 1 else scratch[1][: W.shape[0]]
-                dW_tile.zero_()
-            for dh, h, gradient in chunks:
+                if not chunks:
+                    dW_tile.zero_()
+            for i, (dh, h, gradient) in enumerate(chunks):
                 g = gradient(tile)
                 if dh is not None:
                     project_back([(dh, g)], W, operand_dtype, columns)
-                project_onto_head(dW_tile, db_tile, g, h, operand_dtype)
+                project_onto_head(dW_tile, db_tile, g, h, operand_dtype, first=i == 0)
             if dW is not None and dW_tile is not None:
                 torch.mul(dW_tile, scale, out=dW[tile])
     if db is not None:

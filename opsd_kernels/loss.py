@@ -47,11 +47,12 @@ def fused_jsd_loss(
 
     Args:
         h_student: [..., D] student's last hidden states (what enters the LM head), bf16, fp16 or
-            fp32. The gradient flows here and nowhere else.
+            fp32. The gradient flows here, and into `W` if that requires grad.
         h_teacher: [..., D], or [..., D_T] with `W_teacher`; the teacher's, at the positions that
             predict the same tokens. Same leading shape and dtype. Treated as a constant.
-        W: [V, D] LM head, frozen (detach a head that requires grad); or an `LMHead`, with a bias,
-            a softcap, a scale or padded rows.
+        W: [V, D] LM head, or an `LMHead`, with a bias, a softcap, a scale or padded rows. One that
+            requires grad gets the student's gradient, summed up in fp32, for one more product and
+            a second look at the vocabulary in backward; detach a head that is frozen.
         beta: in [0, 1], the teacher's weight in the mixture: a number, or a float tensor [...] that
             gives each token its own divergence, 0 and 1 included. A constant. (Under
             `torch.compile` a number is compiled in; to anneal β make it a 0-dimensional tensor.)
@@ -62,12 +63,15 @@ def fused_jsd_loss(
             gradient are exactly 0 even where its hidden states are NaN.
         reduction: "mean" Σ w ℓ / Σ w, "sum" Σ w ℓ, or "none" w ℓ of shape [...]. Without tokens,
             or with all weights 0, the loss and its gradient are 0.
-        W_teacher: [V, D_T] or an `LMHead`, the teacher's own; by default `W` serves both. Where
+        W_teacher: [V, D_T] or an `LMHead`, the teacher's own, a constant; by default `W` serves
+            both, as a constant on the teacher's side. Where
             only what an `LMHead` adds is the teacher's own, its weight, the same, is read once.
         workspace_mib: MiB that all temporaries with a vocabulary-sized dimension may take together,
             whatever the number of tokens. 0, the default on a GPU, allocates none: logits exist in
             registers only, and are computed twice. 320 or so is faster on a GPU. On a CPU the
-            default is 128. The result does not depend on it beyond rounding.
+            default is 128. The result does not depend on it beyond rounding. From 4 V D bytes and
+            as much for logits on (4,800 for Qwen3-8B), a head that is trained gets its gradient in
+            forward, without the second look.
 
     Returns:
         fp32 scalar, or [...] with reduction "none". Where a KL is infinite it is +inf, with

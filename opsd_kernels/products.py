@@ -42,20 +42,28 @@ def project_back(
 
 
 def project_onto_head(
-    dW: Tensor | None, db: Tensor | None, g: Tensor, h: Tensor, operand_dtype: torch.dtype
+    dW: Tensor | None,
+    db: Tensor | None,
+    g: Tensor,
+    h: Tensor,
+    operand_dtype: torch.dtype,
+    first: bool = False,
 ) -> None:
     """dW ← dW + gᵀ h and db ← db + Σ g in fp32: [V, D] and [V], of [R, V] and [R, D]. g is narrowed
-    as in `project_back`."""
+    as in `project_back`; if this is the first of several, dW need not hold anything."""
     if dW is not None:
         g_dtype = g.dtype
         if g_dtype == torch.float32:
             g_dtype = score_dtype(operand_dtype, bounded=False)
         dtype = multiplied_dtype(dW.device, g_dtype)
         h = h.to(operand_dtype).to(dtype)
+        g_t = g.t().to(dtype)
         if dtype == torch.float32:
-            torch.addmm(dW, g.t().float(), h, out=dW)
+            torch.mm(g_t, h, out=dW) if first else torch.addmm(dW, g_t, h, out=dW)
+        elif first:
+            torch.mm(g_t, h, out_dtype=torch.float32, out=dW)
         else:
-            torch.addmm(dW, g.t().to(dtype), h, out_dtype=torch.float32, out=dW)
+            torch.addmm(dW, g_t, h, out_dtype=torch.float32, out=dW)
     if db is not None:
         db += g.sum(0, dtype=torch.float32)
 

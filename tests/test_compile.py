@@ -41,17 +41,17 @@ def everything(h_S: Tensor, h_T: Tensor, W: Tensor, workspace_mib: float | None)
         2 * h_S,
         2 * h_T,
         W,
-        beta=torch.arange(N).remainder(5) / 4,
+        beta=torch.arange(N, device=h_S.device).remainder(5) / 4,
         temperature=1.3,
         entry_clip=0.01,
-        targets=torch.arange(N),
+        targets=torch.arange(N, device=h_S.device),
         workspace_mib=workspace_mib,
     )
     return told.loss.sum() + (told.entropy_student + told.forward_kl + told.logp_teacher).mean()
 
 
 def sampled(h_S: Tensor, h_T: Tensor, W: Tensor, workspace_mib: float | None) -> Tensor:
-    targets = torch.arange(h_S.shape[0])
+    targets = torch.arange(h_S.shape[0], device=h_S.device)
     return fused_sampled_token_loss(
         2 * h_S, 2 * h_T, W, targets, advantage_clip=1.0, workspace_mib=workspace_mib
     )

@@ -6,6 +6,7 @@
     lse.py          hidden states → log-sum-exp of both sides, the student's top entry
     pair.py         hidden states → per-token sums, and the tiles of scores that dh_S is made of
     finish.py       sums and accumulators → ℓ and dh_S
+    gradient.py     hidden states, and all that is known of a row → the gradient of a tile of logits
     rows.py         rows of logits that exist → ℓ and their gradient in place (row workspace)
     records.py      what kernels are given: sides, tokens, divergence, tiling; what they fill
     tiles.py        tile sizes and warp counts, in one table
