@@ -107,8 +107,12 @@ def fill(
     launched = by_kernels(problem.h_S.device, workspace_bytes)
     tile_of = _launched if launched else _computed
     scale = scale / problem.temperature
-    if launched:
+    bounded = launched and score_scale(scratch[0].dtype) != 1
+    if bounded:
         scale = scale / score_scale(scratch[0].dtype)
+    else:  # there is room for it in the tiles, and what comes of them is only rounded
+        assert problem.weights is not None
+        problem = replace(problem, weights=problem.weights * scale)
     with kernels.current(problem.h_S.device):
         chunks: list[tuple[Tensor | None, Tensor, Callable[[slice], Tensor]]] = []
         for n in range(0, N, R):
@@ -129,13 +133,15 @@ def fill(
                     project_back([(dh, g)], W, operand_dtype, columns)
                 project_onto_head(dW_tile, db_tile, g, h, operand_dtype, first=i == 0)
             if dW is not None and dW_tile is not None:
-                torch.mul(dW_tile, scale, out=dW[tile])
-    if db is not None:
-        db.mul_(scale)
-    if dh_S is not None:
-        if launched:
-            _add_what_rounding_took(dh_S, problem, stats, top, scratch[0].dtype)
-        dh_S.mul_(scale)
+                if bounded:
+                    dW_tile.mul_(scale)
+                if len(scratch) > 1:
+                    dW[tile].copy_(dW_tile)
+    if dh_S is not None and launched:
+        _add_what_rounding_took(dh_S, problem, stats, top, scratch[0].dtype)
+    for total in (dh_S, db):
+        if total is not None and bounded:
+            total.mul_(scale)
 
 
 def _launched(

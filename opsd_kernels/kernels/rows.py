@@ -147,6 +147,8 @@ def rows_kernel(
         tl.store(results.top + one, top)
     if NEEDS_SCORE:
         g_top = tl.where(infinite, 0.0, g_top)
+        tl.store(gradient.top + one, top)
+        tl.store(gradient.g_top + one, g_top)
         if KNOWS_G:
             _erase(g_ptr, infinite, block, V)
         else:
@@ -164,8 +166,7 @@ def rows_kernel(
             g_top -= rounded.to(tl.float32) * (1 / gradient.SCALE)
             tl.debug_barrier()  # others have written 0 there
             tl.store(g_ptr + top, rounded)
-        tl.store(gradient.top + one, top)
-        tl.store(gradient.g_top + one, g_top)
+            tl.store(gradient.g_top + one, g_top)
 
 
 @triton.jit
