@@ -219,6 +219,7 @@ def page_parts(results: Path, page: Path) -> dict[str, str]:
         "memory": memory.summary(results / "memory.csv"),
         "heads": _every_head(results / "memory.csv"),
         "speed": speed.summary(results / "speed.csv"),
+        "trained": "\n\n".join(map(speed.summary, sorted(results.glob("*/trained.csv")))),
         "step": step.summary(results / "step.csv"),
         "roofline": roofline.summary(predicted, setting),
         "resources": resources.summary(results / "resources.csv"),

@@ -203,7 +203,10 @@ def check_tensors(
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
         if is_dtensor(t):
-            raise TypeError(f"{name} is a DTensor, sharded by FSDP2: pass {name}.full_tensor()")
+            raise TypeError(
+                f"{name} is a DTensor, sharded by FSDP2: pass {name}.full_tensor(); a head that is "
+                "trained as .full_tensor(grad_placements=[Partial()]), whose gradient is summed"
+            )
         if t.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got {t.layout}")
         if t.dtype not in dtypes:

@@ -20,7 +20,9 @@ class LMHead(NamedTuple):
         z = softcap · tanh(scale · (h Wᵀ + bias) / softcap),  or scale · (h Wᵀ + bias)
 
     What is given is checked when a loss is called. A weight or bias that requires grad gets one, of
-    the student's head; as the teacher's it is a constant.
+    the student's head; as the teacher's it is a constant. A weight that FSDP2 has sharded is given
+    as `weight.full_tensor(grad_placements=[Partial()])`, where every rank of the mesh has tokens of
+    its own: its gradient is then summed over them, which without placements it is not.
     """
 
     weight: Tensor

@@ -73,7 +73,8 @@ def _check_module(module: Any) -> None:
     if is_dtensor(weight):
         raise ValueError(
             "the LM head's weight is a DTensor, sharded by FSDP2: call unshard() on the module "
-            "that holds it first, or make an LMHead of weight.full_tensor()"
+            "that holds it first, or make an LMHead of weight.full_tensor(), to train it with "
+            "grad_placements=[Partial()]"
         )
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(
