@@ -74,6 +74,7 @@ CASES = {
 FEWER = {
     "lse": ("JSD", "forward KL", "JSD, statistics", "log p", "JSD, bias, softcap, scale"),
     "merge": ("JSD", "any, clip, statistics"),
+    "shard": ("JSD", "any, clip, statistics"),
     "finish": ("JSD", "any, clip, statistics", "log p"),
     "gradient": ("JSD", "forward KL, clip", "any", "log p", "JSD, bias, softcap, scale"),
 }
@@ -121,7 +122,7 @@ def variants(archs: list[str], dtypes: list[str]) -> Iterator[Variant]:
     """Everything the table may be asked for."""
     for arch in archs:
         for dtype in dtypes:
-            for kernel in ("pair", "lse", "rows", "merge", "finish", "gradient"):
+            for kernel in ("pair", "lse", "rows", "merge", "shard", "finish", "gradient"):
                 for case in FEWER.get(kernel, CASES):
                     yield Variant(arch, dtype, kernel, case)
 
@@ -187,6 +188,8 @@ def _launch(variant: Variant, row: Row, stored: torch.dtype) -> None:
     scratch = logit_free.Scratch.of(tensors, problem, case.statistics)
     if variant.kernel in ("lse", "merge"):
         logit_free.launch_lse(scratch, problem)
+    elif variant.kernel == "shard":
+        logit_free.launch_shard(scratch, problem)
     elif variant.kernel == "pair":
         logit_free.pair_launcher(scratch, problem)(0)
     elif variant.kernel == "gradient":
@@ -219,7 +222,7 @@ def _score_dtype(variant: Variant) -> torch.dtype:
 def _usage(compiled: Any, variant: Variant, row: Row) -> Usage:
     registers, spilled, matrix = registers_of(compiled)
     shared = compiled.metadata.shared
-    if variant.kernel in ("merge", "finish"):
+    if variant.kernel in ("merge", "shard", "finish"):
         return Usage(registers, spilled, shared, matrix)
     multiplies = variant.kernel in MULTIPLY
     parts = sass.parts(sass.text_of(compiled), multiplies)

@@ -144,9 +144,10 @@ class _OfHead(torch.autograd.Function):
         grad = h_S.masked_fill((weights == 0)[:, None], 0)
         dW = torch.empty_like(weight) if needs_weight else None
         db = _zeros(problem, V) if needs_bias else None
-        gradients = HeadGradients(
-            _zeros(problem, *h_S.shape) if needs_h else None, None if dW is None else dW[:V], db
-        )
+        # A process may have no row of a vocabulary that several share.
+        own_rows = None if dW is None or dW.shape[0] == 0 else dW[:V]
+        dh_S = _zeros(problem, *h_S.shape) if needs_h else None
+        gradients = HeadGradients(dh_S, own_rows, db)
         problem = replace(problem, h_S=grad, weights=weights / largest)
         scratch = head_gradient.allocate(problem, gradients, ctx.workspace_bytes)
         schedules.fill_head_gradients(

@@ -18,6 +18,7 @@ from opsd_kernels.divergence import HUGE
 from opsd_kernels.head import LMHead
 from opsd_kernels.problem import Problem
 from opsd_kernels.row_workspace import MIB, default_workspace_mib
+from opsd_kernels.vocabulary_parallel import check_group, find_shard, local_ids
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -58,14 +59,23 @@ def check_arguments(
     entry_clip = check_clip("entry_clip", entry_clip)
     student = check_head("W", W)
     teacher = student if W_teacher is None else check_head("W_teacher", W_teacher)
+    if teacher.group != student.group:
+        raise ValueError(
+            "W and W_teacher must have the same group: every process holds the same rows of both"
+        )
     operand_dtype = check_tensors(h_student, h_teacher, student, teacher, dtypes)
     shared = is_same_weight(student, teacher)
     if isinstance(beta, Tensor):
         beta = check_token_beta(beta, h_student)
     weights = check_weights(token_weights, h_student)
-    ids = valid = None
+    ids = valid = shard = None
+    if student.group is not None:
+        shard = find_shard(student.V, h_student, student.group)
     if targets is not None or beta is None:
-        ids, valid = check_targets(targets, h_student, student.V, weights)
+        V = student.V if shard is None else shard.V
+        ids, valid = check_targets(targets, h_student, V, weights)
+        if shard is not None:
+            ids = local_ids(ids, shard.offset, student.V).int()
     problem = Problem(
         h_student.reshape(-1, h_student.shape[-1]),
         h_teacher.detach().reshape(-1, h_teacher.shape[-1]),
@@ -83,6 +93,8 @@ def check_arguments(
         _quotient(student.softcap, student.scale),
         _quotient(teacher.softcap, student.scale),
         teacher.scale / student.scale,
+        group=student.group,
+        offset=None if shard is None else shard.offset,
     )
     return Arguments(problem, student.weight, student.bias, h_student.shape[:-1], weights, valid)
 
@@ -147,6 +159,7 @@ class Head:
     softcap: float | None
     scale: float
     vocab_size: int | None
+    group: str | None  # its name
 
     @property
     def V(self) -> int:
@@ -154,11 +167,16 @@ class Head:
 
     @property
     def rows(self) -> Tensor:
-        """W [V, D], without what is padded, a constant."""
+        """W [V, D], without what is padded, a constant. For an empty shard a row that is banned
+        stands."""
+        if self.V == 0:
+            return self.weight.new_zeros(1, self.weight.shape[1])
         return self.weight.detach()[: self.V]
 
     def bias_of(self, operand_dtype: torch.dtype) -> Tensor | None:
         """b [V], rounded as autocast would round it."""
+        if self.V == 0:
+            return self.weight.new_full((1,), -torch.inf, dtype=operand_dtype)
         if self.bias is None:
             return None
         return self.bias.detach()[: self.V].to(operand_dtype).contiguous()
@@ -171,7 +189,7 @@ class Head:
 def check_head(name: str, W: Tensor | LMHead) -> Head:
     """Check what of a head is no tensor."""
     if not isinstance(W, LMHead):
-        return Head(name, name, W, None, None, 1.0, None)
+        return Head(name, name, W, None, None, 1.0, None, None)
     softcap, vocab_size = W.softcap, W.vocab_size
     if softcap is not None:
         softcap = _number(f"{name}.softcap", softcap)
@@ -184,7 +202,8 @@ def check_head(name: str, W: Tensor | LMHead) -> Head:
         raise ValueError(f"{name}.scale must be positive and finite, got {scale}")
     if vocab_size is not None and (isinstance(vocab_size, bool) or not isinstance(vocab_size, int)):
         raise TypeError(f"{name}.vocab_size must be an int, got {type(vocab_size).__name__}")
-    return Head(name, f"{name}.weight", W.weight, W.bias, softcap, scale, vocab_size)
+    group = check_group(name, W.group)
+    return Head(name, f"{name}.weight", W.weight, W.bias, softcap, scale, vocab_size, group)
 
 
 def check_tensors(
@@ -205,7 +224,8 @@ def check_tensors(
         if is_dtensor(t):
             raise TypeError(
                 f"{name} is a DTensor, sharded by FSDP2: pass {name}.full_tensor(); a head that is "
-                "trained as .full_tensor(grad_placements=[Partial()]), whose gradient is summed"
+                "trained as .full_tensor(grad_placements=[Partial()]), whose gradient is summed; a "
+                "head whose ranks all have the same tokens as LMHead(….to_local(), group=…)"
             )
         if t.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got {t.layout}")
@@ -262,12 +282,14 @@ def _check_shapes(head: Head) -> None:
             f"{name} must be [V, D], got shape {list(W.shape)}; a head sharded or flattened by "
             "FSDP or ZeRO-3 must be gathered first"
         )
-    if 0 in W.shape:
+    if 0 in (W.shape if head.group is None else W.shape[1:]):
         raise ValueError(f"{name} must have at least one row and column, got shape {list(W.shape)}")
     rows = W.shape[0]
-    if not 1 <= head.V <= rows:
+    least = 1 if head.group is None else 0
+    if not least <= head.V <= rows:
         raise ValueError(
-            f"{head.name}.vocab_size must lie in [1, {rows}], the rows of {name}, got {head.V}"
+            f"{head.name}.vocab_size must lie in [{least}, {rows}], the rows of {name}, got "
+            f"{head.V}"
         )
     if bias is None:
         return
@@ -326,7 +348,7 @@ def check_weights(token_weights: Tensor | None, h_student: Tensor) -> Tensor | N
 
 
 def check_targets(
-    targets: Tensor | None, h_student: Tensor, V: int, weights: Tensor | None
+    targets: Tensor | None, h_student: Tensor, V: int | Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Check ids of sampled tokens.
 
@@ -345,9 +367,12 @@ def check_targets(
         valid = valid | (weights == 0)
     if _readable(targets) and not valid.all():
         raise ValueError(
-            f"targets must lie in [0, {V}), the vocabulary, for every token whose weight is not 0"
+            f"targets must lie in [0, {int(V)}), the vocabulary, for every token whose weight is "
+            "not 0"
         )
-    return targets.clamp(0, V - 1).reshape(-1).int(), valid
+    within = targets.clamp(min=0)
+    within = within.clamp(max=V - 1) if isinstance(V, int) else within.minimum(V - 1)
+    return within.reshape(-1).int(), valid
 
 
 def _check_per_token(name: str, t: Tensor, h_student: Tensor) -> None:

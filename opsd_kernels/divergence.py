@@ -54,6 +54,7 @@ the sampled token ŷ, whose gradient is ∂ log p(ŷ) / ∂z_S = 1[v = ŷ] − p
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +68,30 @@ SATURATED = 80.0
 # last three are those of a sampled token ŷ: log p(ŷ), log q(ŷ), and their difference log q − log p.
 (FORWARD_KL, REVERSE_KL, ENTROPY_S, ENTROPY_T, CLIPPED_SHARE, LOG_P, LOG_Q, LOG_RATIO) = range(8)
 STATISTICS = 8
+
+
+class Softmax(NamedTuple):
+    """What is known of rows of logits [R, V]."""
+
+    p: Tensor  # [R, V]
+    top: Tensor  # [R, 1], as all that follow: the two parts of L = top + rest
+    rest: Tensor
+    here: Tensor | None  # bool, whether the largest logit is among these columns; None: all are
+
+
+class Vocabulary:
+    """What is made of all columns of rows of logits [R, V], of which there is none elsewhere."""
+
+    def softmaxes(self, *logits: Tensor) -> list[Softmax]:
+        """The softmax of each."""
+        return [_softmax(z) for z in logits]
+
+    def sums(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Sums over all columns, [R, 1] each, of those over these columns."""
+        return parts
+
+
+WHOLE = Vocabulary()
 
 
 def divergence_name(beta: float | Tensor, entry_clip: float | None = None) -> str:
@@ -94,6 +119,7 @@ def divergence_rows_(
     statistics: Tensor | None = None,
     targets: Tensor | None = None,
     known: tuple[Tensor, Tensor] | None = None,
+    vocabulary: Vocabulary = WHOLE,
 ) -> Tensor:
     """Turn rows of logits into each row's divergence ℓ and, in place, its gradient.
 
@@ -103,9 +129,10 @@ def divergence_rows_(
         beta, entry_clip: the divergence, see the module docstring; β may be a tensor [R].
         needs_score: whether the gradient is wanted; without it only the values are computed.
         statistics: [STATISTICS, R], filled, the last three fields if there are `targets`.
-        targets: [R] ids of sampled tokens.
+        targets: [R] ids of sampled tokens, −1 for those that are not among the columns.
         known: stats [STATS, R] and top [R], filled if `needs_score`: all that `logit_gradient_`
-            needs to make some columns of the gradient once more.
+            needs to make some columns of the gradient once more; top −1 where it is not among them.
+        vocabulary: what the columns are of.
 
     Returns:
         [R] the divergences. An entry at −∞ on both sides counts for nothing. Where an unclipped KL
@@ -113,8 +140,12 @@ def divergence_rows_(
         logit makes its row NaN, and no other.
     """
     if isinstance(beta, Tensor):
-        return _each_family(z_S, z_T, beta, entry_clip, needs_score, statistics, targets, known)
-    return _one_family(z_S, z_T, beta, entry_clip, needs_score, statistics, targets, known)
+        return _each_family(
+            z_S, z_T, beta, entry_clip, needs_score, statistics, targets, known, vocabulary
+        )
+    return _one_family(
+        z_S, z_T, beta, entry_clip, needs_score, statistics, targets, known, vocabulary
+    )
 
 
 def log_prob_rows_(
@@ -124,31 +155,38 @@ def log_prob_rows_(
     needs_score: bool,
     statistics: Tensor | None = None,
     known: tuple[Tensor, Tensor] | None = None,
+    vocabulary: Vocabulary = WHOLE,
 ) -> Tensor:
     """Turn rows of logits into log p(ŷ) of each row's sampled token and, in place, its gradient.
 
     Args:
-        z_S, z_T, needs_score, statistics, known: as in `divergence_rows_`, the gradient being that
-            of log p(ŷ), 1[v = ŷ] − p; of the statistics only the last three are filled.
-        targets: [R] ids of the sampled tokens ŷ.
+        z_S, z_T, needs_score, statistics, known, vocabulary: as in `divergence_rows_`, the gradient
+            being that of log p(ŷ), 1[v = ŷ] − p; of the statistics only the last three are filled.
+        targets: [R] ids of the sampled tokens ŷ, −1 for those that are not among the columns.
 
     Returns:
         [R] log p(ŷ).
     """
-    p, top_S, rest_S = _softmax(z_S)
-    at_target = targets[:, None]
-    log_p = (z_S.gather(-1, at_target) - top_S - rest_S).squeeze(-1)
-    if statistics is not None:
-        _, top_T, rest_T = _softmax(z_T)
-        _log_probs(statistics, z_S, z_T, top_S, rest_S, top_T, rest_T, at_target)
+    needs_teacher = statistics is not None
+    student, *teachers = vocabulary.softmaxes(z_S, *([z_T] if needs_teacher else []))
+    p, at_target, here = student.p, targets[:, None].clamp(min=0), targets[:, None] >= 0
+    z_y = [z.gather(-1, at_target).where(here, 0) for z in ([z_S, z_T] if needs_teacher else [z_S])]
+    others = []
     if needs_score:
-        torch.neg(p.scatter_(-1, at_target, 0), out=z_S)
+        _put(p, at_target, here, torch.zeros_like(student.top))
         # 1 − p(ŷ), without the subtraction.
-        others = p.sum(-1, keepdim=True)
-        z_S.scatter_(-1, at_target, others)
+        others = [p.sum(-1, keepdim=True)]
+    z_Sy, *found = vocabulary.sums(*z_y, *others)
+    if statistics is not None:
+        _log_probs(statistics, z_Sy, found[0], student, *teachers)
+    log_p = (z_Sy - student.top - student.rest).squeeze(-1)
+    if needs_score:
+        torch.neg(p, out=z_S)
+        _put(z_S, at_target, here, found[-1])
         if known is not None:
-            nothing = torch.zeros_like(others)
-            _remember(known, (top_S, rest_S, nothing, nothing, nothing, others), at_target)
+            nothing = torch.zeros_like(student.top)
+            fields = (student.top, student.rest, nothing, nothing, nothing, found[-1])
+            _remember(known, fields, targets[:, None])
     return log_p
 
 
@@ -204,6 +242,11 @@ def _columns_gradient(
     torch.where(columns == top[:, None], g_top, g, out=z_S)
 
 
+def _put(rows: Tensor, at: Tensor, here: Tensor | None, value: Tensor) -> None:
+    """Into each of rows [R, V] at an entry [R, 1] a value [R, 1], unless it is not here."""
+    rows.scatter_(-1, at, value if here is None else value.where(here, rows.gather(-1, at)))
+
+
 def _remember(known: tuple[Tensor, Tensor], fields: tuple[Tensor, ...], top: Tensor) -> None:
     """Fill what is known of rows from [R, 1] each."""
     stats, tops = known
@@ -220,6 +263,7 @@ def _each_family(
     statistics: Tensor | None,
     targets: Tensor | None,
     known: tuple[Tensor, Tensor] | None,
+    vocabulary: Vocabulary,
 ) -> Tensor:
     """`divergence_rows_` for a β of each row: the rows of one formula at a time."""
     loss = z_S.new_empty(z_S.shape[0])
@@ -229,7 +273,7 @@ def _each_family(
         part_targets = None if targets is None else targets[rows]
         part_known = None if known is None else (known[0][:, rows], known[1][rows])
         loss[rows] = _one_family(
-            part_S, part_T, b, entry_clip, needs_score, part, part_targets, part_known
+            part_S, part_T, b, entry_clip, needs_score, part, part_targets, part_known, vocabulary
         )
         if isinstance(rows, Tensor):  # parts are copies
             if needs_score:
@@ -263,82 +307,95 @@ def _one_family(
     statistics: Tensor | None,
     targets: Tensor | None,
     known: tuple[Tensor, Tensor] | None,
+    vocabulary: Vocabulary,
 ) -> Tensor:
-    p, top_S, rest_S = _softmax(z_S)
-    q, top_T, rest_T = _softmax(z_T)
+    student, teacher = vocabulary.softmaxes(z_S, z_T)
+    p, q = student.p, teacher.p
+    # Sums over these columns, by name.
+    parts: dict[str, Tensor] = {}
     if statistics is not None:
-        statistics[ENTROPY_S] = _entropy(z_S, p, top_S, rest_S)
-        statistics[ENTROPY_T] = _entropy(z_T, q, top_T, rest_T)
+        parts |= {"entropy_S": _entropy(z_S, student), "entropy_T": _entropy(z_T, teacher)}
         if targets is not None:
-            _log_probs(statistics, z_S, z_T, top_S, rest_S, top_T, rest_T, targets[:, None])
+            at_target, here = targets[:, None].clamp(min=0), targets[:, None] >= 0
+            parts["z_Sy"] = z_S.gather(-1, at_target).where(here, 0)
+            parts["z_Ty"] = z_T.gather(-1, at_target).where(here, 0)
     # x = (z_T − z_S) − (L_T − L_S), not log q − log p: nearly equal logits subtract without
     # rounding. The two parts of L are subtracted one by one: beside a large top logit the other,
     # which is all that tells two confident tokens apart, would be rounded away.
     x = z_T.sub_(z_S).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
     unclipped_kl = entry_clip is None and not isinstance(beta, Tensor)
-    infinite: dict[float | Tensor, Tensor] = {
-        kl: (x.amax(-1, True) if kl == 0 else -x.amin(-1, True)) == math.inf
-        for kl in (0, 1)
-        if statistics is not None or (unclipped_kl and beta == kl)
-    }
-    x.clamp_(-HUGE, HUGE).sub_(top_T - top_S).sub_(rest_T - rest_S)
-    removed = None
+    for kl in (0, 1):
+        if statistics is not None or (unclipped_kl and beta == kl):
+            nowhere = (x.amax(-1, True) if kl == 0 else -x.amin(-1, True)) == math.inf
+            parts[f"nowhere_{kl}"] = nowhere.to(x.dtype)
+    x.clamp_(-HUGE, HUGE).sub_(teacher.top - student.top).sub_(teacher.rest - student.rest)
     if statistics is not None:
-        for field, kl in ((FORWARD_KL, 0), (REVERSE_KL, 1)):
+        for kl in (0, 1):
             f, _ = value_and_score(p, q, x.clone(), kl, None, needs_score=False)
-            statistics[field] = f.sum(-1).masked_fill_(infinite[kl].squeeze(-1), torch.inf)
+            parts[f"kl_{kl}"] = f.sum(-1, keepdim=True)
         if entry_clip is not None:
-            removed = _textbook(p, q, x, beta).sub_(entry_clip).clamp_(min=0).sum(-1)
+            removed = _textbook(p, q, x, beta).sub_(entry_clip).clamp_(min=0)
+            parts["removed"] = removed.sum(-1, keepdim=True)
 
-    f, a = value_and_score(p, q, x, beta, entry_clip, needs_score)
-    loss = f.sum(-1, keepdim=True)
-    if unclipped_kl and beta in infinite:
-        loss.masked_fill_(infinite[beta], torch.inf)
+    f, a = value_and_score(p, q, x, beta, entry_clip, needs_score, vocabulary)
+    parts["loss"] = f.sum(-1, keepdim=True)
+    c = top = None
     if a is not None:
         top = p.argmax(-1, keepdim=True)
         c = a.gather(-1, top).div_(p.gather(-1, top))
-        a.addcmul_(p, c, value=-1).scatter_(-1, top, 0)
-        G = a.sum(-1, keepdim=True)
+        if student.here is not None:
+            (c,) = vocabulary.sums(c.where(student.here, 0))
+        a.addcmul_(p, c, value=-1)
+        _put(a, top, student.here, torch.zeros_like(c))
+        parts["G"] = a.sum(-1, keepdim=True)
+    total = dict(zip(parts, vocabulary.sums(*parts.values()), strict=True))
+
+    infinite: dict[float | Tensor, Tensor] = {
+        kl: total[f"nowhere_{kl}"] > 0 for kl in (0, 1) if f"nowhere_{kl}" in total
+    }
+    loss = total["loss"]
+    if unclipped_kl and beta in infinite:
+        loss = loss.masked_fill(infinite[beta], torch.inf)
+    if a is not None and c is not None and top is not None:
+        G = total["G"]
         if known is not None:
-            g_top = -G * p.gather(-1, top)
-            _remember(known, (top_S, rest_S, top_T, rest_T, c + G, g_top), top)
+            fields = (student.top, student.rest, teacher.top, teacher.rest, c + G)
+            own_top = top if student.here is None else top.where(student.here, -1)
+            _remember(known, (*fields, -G * p.gather(-1, top)), own_top)
         torch.addcmul(a, p, G, value=-1, out=z_S)
         if unclipped_kl and beta in infinite:
             z_S.masked_fill_(infinite[beta], 0)
-    loss = loss.squeeze(-1)
     if statistics is not None:
+        for field, kl in ((FORWARD_KL, 0), (REVERSE_KL, 1)):
+            statistics[field] = total[f"kl_{kl}"].masked_fill(infinite[kl], torch.inf).squeeze(-1)
+        for field, side, name in ((ENTROPY_S, student, "S"), (ENTROPY_T, teacher, "T")):
+            statistics[field] = (side.rest + total[f"entropy_{name}"]).squeeze(-1)
+        if targets is not None:
+            _log_probs(statistics, total["z_Sy"], total["z_Ty"], student, teacher)
         statistics[CLIPPED_SHARE] = 0
-        if removed is not None:
+        if entry_clip is not None:
             # Of a KL by the form that is right where it is small, and its terms have both signs.
-            whole = loss + removed
+            taken, whole = total["removed"].squeeze(-1), (loss + total["removed"]).squeeze(-1)
             if not isinstance(beta, Tensor) and beta in (0, 1):
                 whole = statistics[FORWARD_KL if beta == 0 else REVERSE_KL]
-            share = torch.where(whole == torch.inf, 1, removed / whole)
-            statistics[CLIPPED_SHARE] = torch.where(removed == 0, 0, share)
-    return loss
+            share = torch.where(whole == torch.inf, 1, taken / whole)
+            statistics[CLIPPED_SHARE] = torch.where(taken == 0, 0, share)
+    return loss.squeeze(-1)
 
 
-def _entropy(z: Tensor, p: Tensor, top: Tensor, rest: Tensor) -> Tensor:
-    """−Σ p log p [R] as a sum of terms ≥ 0."""
-    return (rest + (p * (top - z).clamp_(max=HUGE)).sum(-1, keepdim=True)).squeeze(-1)
+def _entropy(z: Tensor, side: Softmax) -> Tensor:
+    """−Σ p log p − rest [R, 1] as a sum of terms ≥ 0."""
+    return (side.p * (side.top - z).clamp_(max=HUGE)).sum(-1, keepdim=True)
 
 
 def _log_probs(
-    statistics: Tensor,
-    z_S: Tensor,
-    z_T: Tensor,
-    top_S: Tensor,
-    rest_S: Tensor,
-    top_T: Tensor,
-    rest_T: Tensor,
-    at_target: Tensor,
+    statistics: Tensor, z_Sy: Tensor, z_Ty: Tensor, student: Softmax, teacher: Softmax
 ) -> None:
-    """Fill the fields of the sampled token."""
-    z_Sy, z_Ty = z_S.gather(-1, at_target), z_T.gather(-1, at_target)
+    """Fill the fields of the sampled token, whose logits these are."""
     x = (z_Ty - z_Sy).nan_to_num_(nan=0.0, posinf=HUGE, neginf=-HUGE).clamp_(-HUGE, HUGE)
-    x.sub_(top_T - top_S).sub_(rest_T - rest_S)
-    statistics[LOG_P] = (z_Sy - top_S - rest_S).squeeze(-1)
-    statistics[LOG_Q] = (z_Ty - top_T - rest_T).squeeze(-1)
+    x.sub_(teacher.top - student.top).sub_(teacher.rest - student.rest)
+    statistics[LOG_P] = (z_Sy - student.top - student.rest).squeeze(-1)
+    statistics[LOG_Q] = (z_Ty - teacher.top - teacher.rest).squeeze(-1)
     statistics[LOG_RATIO] = x.squeeze(-1)
 
 
@@ -356,6 +413,7 @@ def value_and_score(
     beta: float | Tensor,
     entry_clip: float | None,
     needs_score: bool = True,
+    vocabulary: Vocabulary = WHOLE,
 ) -> tuple[Tensor, Tensor | None]:
     """Value f (stable form) and score a of every vocabulary entry.
 
@@ -365,6 +423,7 @@ def value_and_score(
         beta, entry_clip: the divergence, see the module docstring. β may be a tensor [R, 1] of
             JSDs, all with β ≤ ½ or all above.
         needs_score: without it a is None and costs nothing.
+        vocabulary: what the columns are of.
 
     Returns:
         f and a, each [R, V]; for the KLs both carry the null term.
@@ -382,7 +441,7 @@ def value_and_score(
 
     f, a = _kullback_leibler(P, Q, y, exchanged, needs_score)
     if entry_clip is not None:
-        f, clipped = _clip_kullback_leibler(f, P, Q, y, entry_clip)
+        f, clipped = _clip_kullback_leibler(f, P, Q, y, entry_clip, vocabulary)
         if a is not None:
             a = torch.where(clipped, -Q if exchanged else P, a)
     return f, a
@@ -422,7 +481,7 @@ def _kullback_leibler(
 
 
 def _clip_kullback_leibler(
-    f: Tensor, P: Tensor, Q: Tensor, y: Tensor, entry_clip: float
+    f: Tensor, P: Tensor, Q: Tensor, y: Tensor, entry_clip: float, vocabulary: Vocabulary
 ) -> tuple[Tensor, Tensor]:
     """Values clipped, and which entries are. Overwrites y."""
     textbook = y.mul_(Q)
@@ -430,13 +489,13 @@ def _clip_kullback_leibler(
     f = torch.where(clipped, (P - Q).add_(entry_clip), f)
     # The null term trades the rounding of the unclipped mass for that of the clipped: where the
     # clip takes most of a row, the row is better off without.
-    mostly_clipped = (Q * clipped).sum(-1, keepdim=True) > 0.5
-    return torch.where(mostly_clipped, textbook.clamp_(max=entry_clip), f), clipped
+    (mass,) = vocabulary.sums((Q * clipped).sum(-1, keepdim=True))
+    return torch.where(mass > 0.5, textbook.clamp_(max=entry_clip), f), clipped
 
 
-def _softmax(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax [R, V] of rows of logits, and the two parts of L = top + rest, [R, 1] each."""
+def _softmax(z: Tensor) -> Softmax:
+    """Of rows [R, V] that are all there is."""
     top = z.amax(-1, keepdim=True)
     p = (z - top).exp_()
     total = p.sum(-1, keepdim=True)
-    return p.div_(total), top, total.log_()
+    return Softmax(p.div_(total), top, total.log_(), None)

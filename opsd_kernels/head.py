@@ -8,10 +8,13 @@ and Granite a scale, Phi a bias. A bias of −∞ bans an entry: its logit is �
 which would otherwise make −C of it.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class LMHead(NamedTuple):
@@ -22,7 +25,8 @@ class LMHead(NamedTuple):
     What is given is checked when a loss is called. A weight or bias that requires grad gets one, of
     the student's head; as the teacher's it is a constant. A weight that FSDP2 has sharded is given
     as `weight.full_tensor(grad_placements=[Partial()])`, where every rank of the mesh has tokens of
-    its own: its gradient is then summed over them, which without placements it is not.
+    its own: its gradient is then summed over them, which without placements it is not. One of
+    which every rank has some rows, and all ranks the same tokens, goes with its `group`.
     """
 
     weight: Tensor
@@ -35,6 +39,12 @@ class LMHead(NamedTuple):
     """σ > 0. Without a softcap 1/σ is a temperature of this side alone."""
     vocab_size: int | None = None
     """V, where the weight is padded with rows that count for nothing; by default all count."""
+    group: Optional["ProcessGroup"] = None
+    """The processes that share the vocabulary, each of which holds some of its rows, in the order
+    of ranks. `weight` [rows, D] is one's own (of a sharded DTensor `weight.to_local()`), as many as
+    of the other side's head, perhaps none, and `bias` and `vocab_size` are of these rows. Every
+    process passes all tokens and the same arguments, and gets the whole loss and the whole gradient
+    of its hidden states: neither is to be summed over the group once more."""
 
     @staticmethod
     def of(model: Any) -> "LMHead":

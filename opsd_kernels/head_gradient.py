@@ -10,6 +10,9 @@ The vocabulary is outside, so that what a tile's rows of dW sum up to is complet
 tile begins: it is rounded to the head's dtype once, and needs no [V, D] beside what is returned.
 The entry with the most mass is rounded in the tile, as all others, and what the rounding took from
 dh_S is added in fp32.
+
+Of a head that processes share each makes the gradient of its own rows, and its part of dh_S, which
+is summed up over them.
 """
 
 from collections.abc import Callable
@@ -49,9 +52,9 @@ class HeadGradients:
     db: Tensor | None  # [V] fp32
 
 
-def by_kernels(device: torch.device, workspace_bytes: float) -> bool:
+def by_kernels(problem: Problem, workspace_bytes: float) -> bool:
     """Whether forward, and therefore backward, is a matter of kernels."""
-    return workspace_bytes == 0 or row_workspace.uses_kernel(device)
+    return workspace_bytes == 0 or row_workspace.step_2_is_kernel(problem)
 
 
 def allocate(problem: Problem, gradients: HeadGradients, workspace_bytes: float) -> list[Tensor]:
@@ -60,7 +63,7 @@ def allocate(problem: Problem, gradients: HeadGradients, workspace_bytes: float)
     (N, D), V, W = problem.h_S.shape, problem.W.shape[0], problem.W
     N = max(N, 1)
     of_dW = gradients.dW is not None and gradients.dW.dtype != torch.float32
-    if by_kernels(problem.h_S.device, workspace_bytes):
+    if by_kernels(problem, workspace_bytes):
         from opsd_kernels.kernels import tiles
 
         row = tiles.lookup(problem.h_S.device, problem.operand_dtype)
@@ -104,7 +107,7 @@ def fill(
     """
     (N, V), (R, columns) = (problem.h_S.shape[0], problem.W.shape[0]), scratch[0].shape[-2:]
     operand_dtype, dh_S, dW, db = problem.operand_dtype, gradients.dh_S, gradients.dW, gradients.db
-    launched = by_kernels(problem.h_S.device, workspace_bytes)
+    launched = by_kernels(problem, workspace_bytes)
     tile_of = _launched if launched else _computed
     scale = scale / problem.temperature
     bounded = launched and score_scale(scratch[0].dtype) != 1
@@ -142,6 +145,10 @@ def fill(
     for total in (dh_S, db):
         if total is not None and bounded:
             total.mul_(scale)
+    if dh_S is not None and problem.group is not None:
+        from opsd_kernels.vocabulary_parallel import summed_
+
+        summed_(dh_S, problem.group)
 
 
 def _launched(

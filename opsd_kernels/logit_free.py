@@ -44,6 +44,7 @@ from opsd_kernels.kernels.records import (
 )
 from opsd_kernels.problem import Outputs, Problem
 from opsd_kernels.products import copied_bytes, project_back, score_dtype, score_scale
+from opsd_kernels.vocabulary_parallel import begin_sum_, gathered, local_ids, summed_
 
 MIB = 2**20
 # All scratch together where D ≤ 4096, in proportion to D above; the tiles of the table keep to it.
@@ -174,6 +175,7 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem) -> None:
     named = Scratch.of(scratch, problem, needs_statistics, outputs.needs_score)
     # Made contiguous once, for all kernels: rows of hidden states are read whole.
     problem = replace(problem, h_S=rows_contiguous(problem.h_S), h_T=rows_contiguous(problem.h_T))
+    unfinished = []
     with kernels.current(outputs.loss.device):
         for n in range(0, outputs.loss.shape[0], named.rows):
             rows = slice(n, n + named.rows)
@@ -183,18 +185,23 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem) -> None:
             for v in range(0, v_stop, named.columns):
                 launch_pair(v)
                 accumulate(v)
-            launch_finish(into, named, chunk)
+            if chunk.group is None:
+                launch_finish(into, named, chunk)
+                continue
+            of_all = replace(named, sums=_sums_of_all(named, chunk)) if v_stop > 0 else named
+            launch_finish(into, of_all, chunk)
+            if into.dh_S is not None:
+                # What the next chunk begins with needs no one else.
+                unfinished.append(begin_sum_(into.dh_S, chunk.group))
+        for sum_of_all in unfinished:
+            sum_of_all.wait()
 
 
 def launch_lse(scratch: Scratch, chunk: Problem) -> None:
     """stats, top ← L_S, L_T, c and the top entry of a chunk's tokens."""
     R, V = chunk.h_S.shape[0], chunk.W.shape[0]
+    partials, tile = _partials(scratch, chunk), scratch.row.lse
     spans, stride = scratch.index.shape
-    limit = mean_limit(chunk.beta) if scratch.scores else 0.0  # scores alone need the mean
-    partials = Partials(
-        scratch.partials, scratch.index, lse.span(V, scratch.row), LIMIT=tl.constexpr(limit)
-    )
-    tile = scratch.row.lse
     lse.lse_kernel[(cdiv(R, tile.BM), spans)](
         partials=partials,
         tokens=Tokens(chunk.keep, chunk.targets),
@@ -203,6 +210,9 @@ def launch_lse(scratch: Scratch, chunk: Problem) -> None:
         inverse_temperature=1 / chunk.temperature,
         **_operands(chunk, tile),
     )
+    if chunk.group is not None:
+        partials = _partials_of_all(scratch, chunk)
+        spans = partials.index.shape[0]
     lse.merge_kernel[(cdiv(R, lse.MERGE_BM.value),)](
         tokens=_tokens(scratch, chunk)._replace(keep=None),
         partials=partials,
@@ -213,6 +223,59 @@ def launch_lse(scratch: Scratch, chunk: Problem) -> None:
         SCALE=scratch.scale,
         SPANS=triton.next_power_of_2(spans),
     )
+    if chunk.offset is not None:
+        scratch.top[:R] = local_ids(scratch.top[:R], chunk.offset, V)
+
+
+def _partials(scratch: Scratch, chunk: Problem) -> Partials:
+    limit = mean_limit(chunk.beta) if scratch.scores else 0.0  # scores alone need the mean
+    span = lse.span(chunk.W.shape[0], scratch.row)
+    return Partials(scratch.partials, scratch.index, span, LIMIT=tl.constexpr(limit))
+
+
+def _partials_of_all(scratch: Scratch, chunk: Problem) -> Partials:
+    """What all processes of a group found in their shards, each of which is one span."""
+    assert chunk.group is not None
+    assert chunk.offset is not None
+    R, stride = chunk.h_S.shape[0], scratch.rows
+    own = launch_shard(scratch, chunk)
+    own[-1] += chunk.offset  # now an entry of the whole vocabulary
+    found = gathered(own[:, :R], chunk.group)
+    of_all = own.new_empty(found.shape[1], found.shape[0], stride)
+    of_all[:, :, :R] = found.transpose(0, 1)
+    return _of_spans(_partials(scratch, chunk), of_all)
+
+
+def launch_shard(scratch: Scratch, chunk: Problem) -> Tensor:
+    """What `lse` found in the spans of a shard put together, [7 or 9, R] int32: the fields of
+    `Partials`, which are fp32, and under them the index."""
+    R, (spans, stride) = chunk.h_S.shape[0], scratch.index.shape
+    partials = _partials(scratch, chunk)
+    own = scratch.index.new_empty(scratch.partials.shape[0] + 1, stride)
+    lse.shard_kernel[(cdiv(R, lse.MERGE_BM.value),)](
+        own=_of_spans(partials, own),
+        tokens=Tokens(targets=chunk.targets),
+        partials=partials,
+        R=R,
+        spans=spans,
+        stride=stride,
+        inverse_temperature=1 / chunk.temperature,
+        SPANS=triton.next_power_of_2(spans),
+    )
+    return own
+
+
+def _of_spans(partials: Partials, found: Tensor) -> Partials:
+    return partials._replace(fields=found[:-1].view(torch.float32), index=found[-1])
+
+
+def _sums_of_all(scratch: Scratch, chunk: Problem) -> Tensor:
+    """The sums of a chunk's tokens over all slots of all processes, [2 to 8, 1, R]."""
+    assert chunk.group is not None
+    R, (fields, _slots, stride) = chunk.h_S.shape[0], scratch.sums.shape
+    of_all = scratch.sums.new_empty(fields, 1, stride)
+    of_all[:, 0, :R] = summed_(scratch.sums[:, :, :R].sum(1), chunk.group)
+    return of_all
 
 
 def pair_launcher(scratch: Scratch, chunk: Problem) -> Callable[[int], None]:

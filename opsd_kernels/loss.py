@@ -50,7 +50,8 @@ def fused_jsd_loss(
             fp32. The gradient flows here, and into `W` if that requires grad.
         h_teacher: [..., D], or [..., D_T] with `W_teacher`; the teacher's, at the positions that
             predict the same tokens. Same leading shape and dtype. Treated as a constant.
-        W: [V, D] LM head, or an `LMHead`, with a bias, a softcap, a scale or padded rows. One that
+        W: [V, D] LM head, or an `LMHead`, with a bias, a softcap, a scale, padded rows, or rows
+            that a group of processes shares. One that
             requires grad gets the student's gradient, summed up in fp32, for one more product and
             a second look at the vocabulary in backward; detach a head that is frozen.
         beta: in [0, 1], the teacher's weight in the mixture: a number, or a float tensor [...] that

@@ -35,6 +35,11 @@ class Problem:
     scale_T: float = 1.0  # the teacher's, over the student's
     # [N] fp32 within ±1: gradients are those of Σ w ℓ. None: dh_S is that of each token's own ℓ.
     weights: Tensor | None = None
+    # Of a vocabulary of which W holds some rows, and other processes the others, in the order of
+    # ranks: the name of their group, and the first of these rows, [] int64. Targets are counted
+    # from it, and −1 where they are not among these rows.
+    group: str | None = None
+    offset: Tensor | None = None
 
     def values(self) -> tuple[Any, ...]:
         """All fields in order, for what PyTorch takes as arguments only; `Problem(*values)` is the
@@ -89,6 +94,7 @@ class Outputs:
     # For gradients that are made in backward: what is known of each row of logits, [STATS, N] fp32,
     # as `Stats` of the kernels or of `divergence.py`; and the entry treated apart, [N] int32.
     stats: Tensor | None = None
+    # Where that is not one of W's rows, it is −1.
     top: Tensor | None = None
     # The gradients of Σ w ℓ with respect to the student's head, where there are weights.
     dW: Tensor | None = None  # [V, D] fp32

@@ -71,9 +71,10 @@ def project_onto_head(
 def add_rows(
     out: Tensor, factors: Tensor, W: Tensor, index: Tensor, operand_dtype: torch.dtype
 ) -> None:
-    """out ← out + factors · W[index] in fp32: [R, D] from [R], [V, D], [R]."""
-    rows = W.index_select(0, index).to(operand_dtype).float()
-    out.addcmul_(factors[:, None], rows)
+    """out ← out + factors · W[index] in fp32: [R, D] from [R], [V, D], [R]; nothing where an index
+    is −1."""
+    rows = W.index_select(0, index.clamp(min=0)).to(operand_dtype).float()
+    out.addcmul_(factors.masked_fill(index < 0, 0)[:, None], rows)
 
 
 def score_dtype(operand_dtype: torch.dtype, bounded: bool) -> torch.dtype:

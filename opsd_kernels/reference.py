@@ -137,6 +137,8 @@ def reference_sampled_token_loss(
 
 def _compute(checked: Arguments) -> Tokens:
     problem = checked.problem
+    if problem.group is not None:
+        raise ValueError("the oracle takes the whole head: W.group must be None")
     # A β of each token as the fused ops round it, so that it is the same divergence.
     beta = problem.beta.double() if isinstance(problem.beta, Tensor) else problem.beta
     targets = None if problem.targets is None else problem.targets.long()

@@ -14,13 +14,13 @@ holds dW in fp32; otherwise both are made in backward (see `head_gradient`).
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from opsd_kernels import kernels
-from opsd_kernels.divergence import divergence_rows_, log_prob_rows_
+from opsd_kernels.divergence import WHOLE, divergence_rows_, log_prob_rows_
 from opsd_kernels.problem import Outputs, Problem
 from opsd_kernels.products import (
     add_rows,
@@ -32,6 +32,7 @@ from opsd_kernels.products import (
     score_dtype,
     score_scale,
 )
+from opsd_kernels.vocabulary_parallel import VocabularyShard, least, summed_
 
 MIB = 2**20
 
@@ -65,8 +66,14 @@ def default_workspace_mib(device: torch.device) -> int:
 
 
 def uses_kernel(device: torch.device) -> bool:
-    """Whether step 2 is the `rows` kernel."""
+    """Whether there is a kernel for step 2 here."""
     return device.type == "cuda" and kernels.available(device)
+
+
+def step_2_is_kernel(problem: Problem) -> bool:
+    """Whether step 2 is the `rows` kernel. It is not where processes share the vocabulary, and tell
+    each other about a row between its sweeps."""
+    return problem.group is None and uses_kernel(problem.h_S.device)
 
 
 def make_plan(
@@ -76,6 +83,7 @@ def make_plan(
     budget: float,
     block_temporaries: int = BLOCK_TEMPORARIES,
     max_rows: int = MAX_ROWS,
+    shared: bool = False,
 ) -> Plan:
     """Fit chunk, block and tile to `budget` bytes.
 
@@ -86,13 +94,15 @@ def make_plan(
         budget: bytes for all temporaries with a vocabulary-sized dimension together.
         block_temporaries: [block, V] fp32 temporaries alive at once in step 2, at most.
         max_rows: of a chunk.
+        shared: whether processes share the vocabulary: step 2 is then PyTorch's, and of all rows of
+            a chunk at once, for few collectives.
 
     Raises:
         ValueError: the budget cannot hold one row; the message names the least that works.
     """
     V, device = heads[0].shape[0], heads[0].device
     row_bytes, block_row_bytes, tile_row_bytes, least_tile = _bytes(
-        heads, operand_dtype, block_temporaries
+        heads, operand_dtype, block_temporaries, shared
     )
     least = row_bytes + block_row_bytes + least_tile * tile_row_bytes
     if budget < least:
@@ -106,8 +116,8 @@ def make_plan(
         tile = min(V, max(least_tile, tile))
         copies = tile * tile_row_bytes
     rest = budget - copies
-    block = rows = int(rest // row_bytes)
-    if block_row_bytes:
+    block = rows = int(rest // (row_bytes + block_row_bytes * shared))
+    if block_row_bytes and not shared:
         block = max(1, int(rest / 2 // block_row_bytes))
         if device.type == "cpu":
             block = min(block, max(1, CPU_BLOCK_ENTRIES // V))
@@ -117,19 +127,19 @@ def make_plan(
     rows = min(rows // multiple * multiple, max_rows)
     chunks = max(1, -(-N // rows))
     rows = max(1, min(rows, -(-N // (chunks * multiple)) * multiple))
-    block = min(block, rows)
+    block = rows if shared else min(block, rows)
     return Plan(rows, block, tile, rows * row_bytes + block * block_row_bytes + copies)
 
 
 def _bytes(
-    heads: tuple[Tensor, ...], operand_dtype: torch.dtype, block_temporaries: int
+    heads: tuple[Tensor, ...], operand_dtype: torch.dtype, block_temporaries: int, shared: bool
 ) -> tuple[int, int, int, int]:
     """Bytes of a row of the workspace, of a row of a block, and of a copied row of a head; and how
     many of the last there are at least."""
     V, device = row_stride(heads[0].shape[0]), heads[0].device
     g_dtype = multiplied_dtype(device, score_dtype(operand_dtype, bounded=False))
     row_bytes, block_row_bytes = 8 * V, 0
-    if not uses_kernel(device):
+    if shared or not uses_kernel(device):
         # PyTorch's rows need temporaries, and a narrow copy of the gradient for step 3.
         row_bytes += 0 if g_dtype == torch.float32 else g_dtype.itemsize * V
         block_row_bytes = 4 * block_temporaries * V
@@ -141,7 +151,8 @@ def _plan(
     problem: Problem, N: int, needs_statistics: bool, budget: float, max_rows: int = MAX_ROWS
 ) -> Plan:
     temporaries = BLOCK_TEMPORARIES + needs_statistics + (problem.softcap is not None)
-    return make_plan(N, problem.heads, problem.operand_dtype, budget, temporaries, max_rows)
+    shared = problem.group is not None
+    return make_plan(N, problem.heads, problem.operand_dtype, budget, temporaries, max_rows, shared)
 
 
 def budget_beside_head(problem: Problem, budget: float) -> float:
@@ -150,9 +161,13 @@ def budget_beside_head(problem: Problem, budget: float) -> float:
 
 
 def can_weigh(problem: Problem, budget: float) -> bool:
-    """Whether the budget holds dW and db in fp32, and as much as they take for rows of logits."""
+    """Whether the budget holds dW and db in fp32, and as much as they take for rows of logits.
+    (Processes that share a vocabulary do not know that of each other.)"""
+    if problem.group is not None:
+        return False
+    temporaries = BLOCK_TEMPORARIES + (problem.softcap is not None)
     row, block_row, copied_row, copied_rows = _bytes(
-        problem.heads, problem.operand_dtype, BLOCK_TEMPORARIES + (problem.softcap is not None)
+        problem.heads, problem.operand_dtype, temporaries, shared=False
     )
     least = row + block_row + copied_rows * copied_row
     return budget_beside_head(problem, budget) >= max(least, budget / 2)
@@ -186,6 +201,10 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: floa
     rows = _kept(problem.keep)
     N = problem.h_S.shape[0] if rows is None else rows.shape[0]
     plan = _plan(problem, N, outputs.statistics is not None, budget, workspace.shape[0] // 2)
+    if problem.group is not None:
+        # Chunks are the same on all processes: those of the largest shard.
+        R = least(plan.rows, problem.group, workspace.device)
+        plan = replace(plan, rows=R, block=R)
     W, W_T, dtype, dh_S = problem.W, problem.W_T, problem.operand_dtype, outputs.dh_S
     scale = 1.0
     for n in _chunks(rows, N, plan.rows):
@@ -211,6 +230,8 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: floa
         if outputs.dW is not None:
             gradient.onto_head(outputs, chunk)
         scale = gradient.scale
+    if dh_S is not None and problem.group is not None:
+        summed_(dh_S, problem.group)
     for total in (outputs.dW, outputs.db):
         if total is not None:
             total.div_(problem.temperature * scale)
@@ -260,10 +281,11 @@ def _step_2(
         stats=None if outputs.stats is None else z_S.new_empty(outputs.stats.shape[0], R),
         top=None if outputs.top is None else outputs.top.new_empty(R),
     )
-    if uses_kernel(z_S.device):
+    if step_2_is_kernel(chunk):
         in_place = needs_score and outputs.stats is None
         return filled, launch_rows(filled, z_S, z_T, chunk, in_place)
     map_S, map_T = chunk.logit_maps
+    vocabulary = WHOLE if chunk.group is None else VocabularyShard(chunk.group)
     for i in range(0, R, plan.block):
         rows = slice(i, i + plan.block)
         block, into = chunk.tokens(rows), filled.tokens(rows)
@@ -279,7 +301,7 @@ def _step_2(
         if block.beta is None:
             assert targets is not None
             loss = log_prob_rows_(
-                z_S[rows], z_T[rows], targets, needs_score, into.statistics, known
+                z_S[rows], z_T[rows], targets, needs_score, into.statistics, known, vocabulary
             )
         else:
             loss = divergence_rows_(
@@ -291,6 +313,7 @@ def _step_2(
                 into.statistics,
                 targets,
                 known,
+                vocabulary,
             )
         if slope is not None:
             z_S[rows].mul_(slope)

@@ -109,6 +109,7 @@ def _define(name: str, filled: type, given: dict[str, str], run: Callable[..., N
         torch.dtype: "ScalarType",
         float: "float",
         float | None: "float?",
+        str | None: "str?",
         float | Tensor | None: "float?",
     }
     into = get_type_hints(filled)

@@ -132,7 +132,8 @@ def finish_kernel(
             dh = tl.load(accumulated.A + at_D, mask=used, other=0.0)
             if accumulated.P is not None:
                 dh -= missed[:, None] * tl.load(accumulated.P + at_D, mask=used, other=0.0)
-            W_top = tl.load(W + at_W, mask=used, other=0.0).to(tl.float32)
+            # −1 is an entry of another process.
+            W_top = tl.load(W + at_W, mask=used & (top >= 0)[:, None], other=0.0).to(tl.float32)
             W_top = round_to(W_top, OPERAND).to(tl.float32)
             dh = dh * (1 / accumulated.SCALE) + g_top[:, None] * W_top
             at_dh = results.dh_S + at_D

@@ -21,7 +21,8 @@ lie so far apart: these the same thread holds, so that nothing passes between th
 the end (`combined`). `merge` then puts the spans together by the same
 function, in their order, and finds the shift c of the row's scores. How the vocabulary is split
 depends on its size alone, never on the number of tokens: a token's numbers are the same in any
-batch.
+batch. Where processes share the vocabulary, `shard` puts the spans of each together, and `merge`
+those states, for which each process is a span.
 
 E / sum_S is the student's mean of d − d_top. From it follows the reverse KL's G, to the last digit
 because only differences to the top entry enter it, and for the others a guess of G (see `shift`).
@@ -359,24 +360,8 @@ def merge_kernel(
         SCALE: what scores will be multiplied by.
         SPANS: a power of two, at least `spans`.
     """
-    LIMIT: tl.constexpr = partials.LIMIT
     row = tl.program_id(0) * MERGE_BM + tl.arange(0, MERGE_BM)
-    s = tl.arange(0, SPANS)
-    exists = (s[:, None] < spans) & (row[None, :] < R)
-    at = s[:, None] * stride + row[None, :]
-    field = spans * stride
-    fields = ()
-    for i in tl.static_range(PARTIALS):
-        if (i == E_SUM and LIMIT == 0) or (i >= Z_S and tokens.targets is None):
-            found = tl.zeros((SPANS, MERGE_BM), tl.float32)
-        elif i == TOP_S or i == TOP_T:
-            found = tl.load(partials.fields + i * field + at, mask=exists, other=float("-inf"))
-        else:
-            found = tl.load(partials.fields + i * field + at, mask=exists, other=0.0)
-        fields = fields + (found,)
-    state = State(*fields, tl.load(partials.index + at, mask=exists, other=0))  # type: ignore[call-arg]
-    state = combined(state, 0, divergence.inverse_temperature, LIMIT)
-
+    state = merged(partials, row, R, spans, stride, tokens, divergence.inverse_temperature, SPANS)
     exists_row = row < R
     beta = divergence.beta
     if divergence.FAMILY == MIXED:
@@ -389,6 +374,45 @@ def merge_kernel(
         for i in tl.static_range(STATS_OF_TARGETS):
             tl.store(tokens.stats + (STATS + i) * stride + row, sampled[i], mask=exists_row)
     tl.store(tokens.top + row, state.index, mask=exists_row)
+
+
+@triton.jit
+def merged(partials, row, R, spans, stride, tokens, inverse_temperature, SPANS: tl.constexpr):
+    """The state of rows from those of all spans."""
+    LIMIT: tl.constexpr = partials.LIMIT
+    s = tl.arange(0, SPANS)
+    exists = (s[:, None] < spans) & (row[None, :] < R)
+    at = s[:, None] * stride + row[None, :]
+    field = spans * stride
+    fields = ()
+    for i in tl.static_range(PARTIALS):
+        if (i == E_SUM and LIMIT == 0) or (i >= Z_S and tokens.targets is None):
+            found = tl.zeros(at.shape, tl.float32)
+        elif i == TOP_S or i == TOP_T:
+            found = tl.load(partials.fields + i * field + at, mask=exists, other=float("-inf"))
+        else:
+            found = tl.load(partials.fields + i * field + at, mask=exists, other=0.0)
+        fields = fields + (found,)
+    state = State(*fields, tl.load(partials.index + at, mask=exists, other=0))  # type: ignore[call-arg]
+    return combined(state, 0, inverse_temperature, LIMIT)
+
+
+# What depends on the batch is no reason to compile again.
+@triton.jit(do_not_specialize=["R", "spans", "stride"])
+def shard_kernel(own, tokens, partials, R, spans, stride, inverse_temperature, SPANS: tl.constexpr):
+    """Grid (row tiles). Put the spans of a shard together, where other processes have others.
+
+    Writes:
+        own: `Partials` of one span, which is all of the shard.
+
+    For the others see `merge_kernel`.
+    """
+    row = tl.program_id(0) * MERGE_BM + tl.arange(0, MERGE_BM)
+    state = merged(partials, row, R, spans, stride, tokens, inverse_temperature, SPANS)
+    for i in tl.static_range(PARTIALS):
+        if i < Z_S or tokens.targets is not None:
+            tl.store(own.fields + i * stride + row, state[i], mask=row < R)
+    tl.store(own.index + row, state.index, mask=row < R)
 
 
 @triton.jit

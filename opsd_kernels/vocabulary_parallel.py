@@ -1,0 +1,161 @@
+"""A head of which every process of a group holds some rows, and all the same tokens.
+
+Every process passes its own rows of the vocabulary, in the order of ranks, as `LMHead(rows,
+group=…)`, and gets what one process with the whole head would get: losses, statistics, and the
+gradient with respect to the hidden states. That of its rows of the head needs no one else. Of R
+tokens at a time are gathered or summed:
+
+    logit-free      the state of every row as `lse` found it in a shard; after `pair` its sums; and,
+                    while the next R tokens are under way, ∂ℓ/∂h_S
+    row workspace   top and sum of both sides; the shift c; sums; at the end ∂ℓ/∂h_S of all tokens
+
+(bytes in docs/maths.md, "A vocabulary that processes share"), and once a call the sizes of all
+shards. How many collectives there are depends on the number of tokens alone, not on what a process
+holds: a shard may be empty.
+"""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opsd_kernels.divergence import Softmax, Vocabulary
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+# The second is its name up to torch 2.12.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
+    dist, "all_gather_into_tensor", None
+)
+
+
+class Shard(NamedTuple):
+    """Where one's own rows lie within the vocabulary, [] int64 each."""
+
+    offset: Tensor
+    V: Tensor  # rows of all processes together
+
+
+def local_ids(ids: Tensor, offset: Tensor, own_rows: int) -> Tensor:
+    """Ids of the vocabulary as those of one's own rows; −1 for those of other processes."""
+    local = ids - offset
+    return local.masked_fill((local < 0) | (local >= own_rows), -1)
+
+
+def check_group(name: str, group: Any) -> str | None:
+    """The name of a head's group, by which it is found again; None for a group of one.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: this process is not among its members.
+    """
+    if group is None:
+        return None
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        if dist.is_available() and group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                f"{name}.group does not have this process among its members: only those that hold "
+                "rows of the head take part in its loss"
+            )
+        raise TypeError(
+            f"{name}.group must be a torch.distributed.ProcessGroup, got {type(group).__name__}; "
+            "of a one-dimensional DeviceMesh it is mesh.get_group()"
+        )
+    return None if group.size() == 1 else group.group_name
+
+
+def find_shard(own_rows: int, h: Tensor, group: str) -> Shard:
+    """Where one's own rows lie, as all processes of the group tell each other.
+
+    Raises:
+        ValueError: they have different numbers of tokens (told on a CPU only).
+    """
+    compiling = torch.compiler.is_compiling()
+    find = torch.ops.opsd_kernels.find_shard if compiling else _find_shard
+    return Shard(*find(h, own_rows, group).unbind())
+
+
+def _find_shard(h: Tensor, own_rows: int, group: str) -> Tensor:
+    rows_and_tokens = torch.tensor([own_rows, h.shape[:-1].numel()], device=h.device)
+    rows, tokens = gathered(rows_and_tokens, group).unbind(1)
+    if h.device.type == "cpu" and not (tokens == tokens[0]).all():
+        raise ValueError(
+            f"h_student has {tokens.tolist()} tokens on the ranks of W.group: every rank must have "
+            "all tokens that the others have (gather a sequence that is split first)"
+        )
+    return torch.stack([rows[: _rank(group)].sum(), rows.sum()])
+
+
+_operator = torch.library.custom_op(
+    "opsd_kernels::find_shard",
+    _find_shard,
+    mutates_args=(),
+    schema="(Tensor h, int own_rows, str group) -> Tensor",
+)
+_operator.register_fake(lambda h, own_rows, group: h.new_empty(2, dtype=torch.int64))
+
+
+def gathered(t: Tensor, group: str) -> Tensor:
+    """[processes, ...] what each has."""
+    process_group = _find(group)
+    out = t.new_empty(process_group.size() * t.shape[0], *t.shape[1:])
+    _all_gather(out, t.contiguous(), group=process_group)
+    return out.unflatten(0, (-1, t.shape[0]))
+
+
+def summed_(t: Tensor, group: str) -> Tensor:
+    """t, contiguous, summed up over the processes in place: the same bits on every one."""
+    dist.all_reduce(t, group=_find(group))
+    return t
+
+
+def begin_sum_(t: Tensor, group: str) -> Any:
+    """Likewise, but beside what is launched next; `.wait()` of what is returned before it is
+    read."""
+    return dist.all_reduce(t, group=_find(group), async_op=True)
+
+
+def least(number: int, group: str, device: torch.device) -> int:
+    """The least of what each process has; the host waits for it."""
+    t = torch.tensor(number, device=device)
+    dist.all_reduce(t, op=dist.ReduceOp.MIN, group=_find(group))
+    return int(t)
+
+
+class VocabularyShard(Vocabulary):
+    """Some of the vocabulary's columns, the others being those of other processes."""
+
+    def __init__(self, group: str):
+        self.group = group
+
+    def softmaxes(self, *logits: Tensor) -> list[Softmax]:
+        tops = [z.amax(-1, keepdim=True) for z in logits]
+        # A shard may be banned as a whole.
+        safe = [top.masked_fill(top == -torch.inf, 0) for top in tops]
+        exps = [(z - top).exp_() for z, top in zip(logits, safe, strict=True)]
+        totals = [e.sum(-1, keepdim=True) for e in exps]
+        all_tops, all_totals = gathered(torch.stack([*tops, *totals]), self.group).chunk(2, dim=1)
+        found = []
+        for i, p in enumerate(exps):
+            top = all_tops[:, i].amax(0)
+            scale = (all_tops[:, i] - top).exp_()
+            total = (all_totals[:, i] * scale).sum(0)
+            p.mul_((safe[i] - top).exp_().div_(total))
+            # Of equal ones the first has it.
+            here = (all_tops[:, i] == top).int().argmax(0) == _rank(self.group)
+            found.append(Softmax(p, top, total.log_(), here))
+        return found
+
+    def sums(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        return summed_(torch.cat(parts, -1), self.group).split(1, dim=-1)
+
+
+def _rank(group: str) -> int:
+    return _find(group).rank()
+
+
+def _find(group: str) -> "ProcessGroup":
+    return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
