@@ -6,9 +6,11 @@ set and not known is refused by name, since a loss that ignored it would be wron
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from opsd_kernels.checks import is_dtensor
 from opsd_kernels.head import LMHead
@@ -26,8 +28,12 @@ OF_OTHERS = re.compile("attn|attention|router|num_logits|output_auxiliary")
 OTHER_SCALES = ("lm_head_multiplier", "output_multiplier", "dim_model_base")
 
 
-def head_of_model(model: Any) -> LMHead:
-    """See `LMHead.of`."""
+def head_of_model(model: Any, whole: Callable[[Tensor], Tensor] = lambda t: t) -> LMHead:
+    """See `LMHead.of`.
+
+    Args:
+        whole: makes a tensor of the head that is sharded whole.
+    """
     if not callable(getattr(model, "get_output_embeddings", None)) or not hasattr(model, "config"):
         raise TypeError(
             "model must be a causal language model of transformers, with get_output_embeddings "
@@ -36,35 +42,36 @@ def head_of_model(model: Any) -> LMHead:
     module = model.get_output_embeddings()
     if module is None:
         raise ValueError(f"model has no LM head: {type(model).__name__} returns no logits")
-    _check_module(module)
+    if not hasattr(module, "weight"):
+        raise ValueError(f"the LM head, a {type(module).__name__}, has no weight")
+    weight = whole(module.weight)
+    _check(module, weight)
     config = model.config
     if callable(getattr(config, "get_text_config", None)):
         config = config.get_text_config()
-    rows, vocab_size = module.weight.shape[0], getattr(config, "vocab_size", None)
+    rows, vocab_size = weight.shape[0], getattr(config, "vocab_size", None)
     if vocab_size is not None and vocab_size > rows:
         raise ValueError(
             f"the LM head has {rows} rows, fewer than the vocabulary's {vocab_size}: "
             "a head that is sharded over processes must be gathered first"
         )
     return LMHead(
-        module.weight,
-        module.bias,
+        weight,
+        None if module.bias is None else whole(module.bias),
         getattr(config, SOFTCAP, None),
         _scale(config),
         None if vocab_size == rows else vocab_size,
     )
 
 
-def _check_module(module: Any) -> None:
+def _check(module: Any, weight: Tensor) -> None:
     """Refuse a head whose weight is not all that it multiplies by, or not here."""
-    name, weight = type(module).__name__, getattr(module, "weight", None)
+    name = type(module).__name__
     if hasattr(module, "base_layer") or hasattr(module, "original_module"):
         raise ValueError(
             f"the LM head is wrapped by PEFT ({name}), whose adapter the loss would ignore: leave "
             "it out of target_modules and modules_to_save, or merge the adapter first"
         )
-    if weight is None:
-        raise ValueError(f"the LM head, a {name}, has no weight")
     if not weight.is_floating_point():
         raise ValueError(
             f"the LM head is quantized ({name}, {weight.dtype}): load the model without, in "
