@@ -30,7 +30,7 @@ from opsd_kernels import (
     token_divergence,
     vocabulary_parallel,
 )
-from opsd_kernels.products import score_dtype
+from opsd_kernels.products import add_rows, score_dtype
 from opsd_kernels.row_workspace import BLOCK_TEMPORARIES, MIB, make_plan
 
 REFERENCES = {
@@ -467,3 +467,11 @@ def test_plan(V, budget):
     plan = make_plan(10_000, (W,), W.dtype, budget, BLOCK_TEMPORARIES, shared=True)
     assert plan.block == plan.rows > 0
     assert plan.bytes <= budget
+
+
+def test_an_entry_of_another_process_adds_nothing():
+    out = torch.ones(3, 4)
+    factors = torch.tensor([2.0, torch.nan, 3.0])
+    W = torch.arange(8.0).reshape(2, 4)
+    add_rows(out, factors, W, torch.tensor([1, -1, 0], dtype=torch.int32), torch.float32)
+    assert out.equal(1 + torch.stack([2 * W[1], 0 * W[0], 3 * W[0]]))
