@@ -334,8 +334,9 @@ def _one_family(
             f, _ = value_and_score(p, q, x.clone(), kl, None, needs_score=False)
             parts[f"kl_{kl}"] = f.sum(-1, keepdim=True)
         if entry_clip is not None:
-            removed = _textbook(p, q, x, beta).sub_(entry_clip).clamp_(min=0)
-            parts["removed"] = removed.sum(-1, keepdim=True)
+            excess = _textbook(p, q, x, beta).sub_(entry_clip).clamp_(min=0)
+            parts["removed"] = excess.sum(-1, keepdim=True)
+            del excess  # [R, V], as what follows is
 
     f, a = value_and_score(p, q, x, beta, entry_clip, needs_score, vocabulary)
     parts["loss"] = f.sum(-1, keepdim=True)
