@@ -55,6 +55,12 @@ class Config:
     )
     liger: bool = option(False, help="Liger's kernels in the layers (CUDA)")
     activation_checkpointing: bool = option(True, help="recompute layers in backward")
+    offload_checkpoints: bool = option(
+        False, help="keep what layers are recomputed from in host memory"
+    )
+    mlp_tokens: int | None = option(
+        None, help="tokens that an MLP takes at a time, recomputed in backward (none: all)"
+    )
     lora_rank: int = option(64, help="rank of the adapter")
     lora_alpha: int = option(128, help="the adapter's scale is alpha / rank")
     lora_targets: tuple[str, ...] = option(LORA_TARGETS, help="layers with an adapter")
@@ -110,6 +116,11 @@ class Config:
     steps: int = option(100, section="optimization", help="OPSD steps")
     batch_size: int = option(32, help="problems, and rollouts, a step, over all processes")
     micro_batch_size: int = option(1, help="rollouts a process scores at once")
+    micro_batch_tokens: int | None = option(
+        None,
+        help="score rollouts of like length together, up to so many tokens, prompts included; in "
+        "place of micro_batch_size",
+    )
     learning_rate: float = option(2e-5, help="peak learning rate of AdamW on the adapter")
     schedule: Literal["cosine", "constant"] = option("cosine", help="after warm-up")
     warmup: float = option(0.1, help="share of the steps over which the learning rate rises")
@@ -145,6 +156,7 @@ class Config:
         for name in (
             *("lora_rank", "lora_alpha", "max_problems", "max_prompt_tokens", "max_new_tokens"),
             *("rollout_batch_size", "steps", "batch_size", "micro_batch_size", "patience"),
+            *("micro_batch_tokens", "mlp_tokens"),
             *("save_every", "keep_last", "eval_every", "eval_problems"),
         ):
             value = getattr(self, name)
@@ -160,6 +172,10 @@ class Config:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         if self.top_k < 0:
             raise ValueError(f"top_k must not be negative, got {self.top_k}")
+        if self.offload_checkpoints and not self.activation_checkpointing:
+            raise ValueError(
+                "offload_checkpoints wants activation_checkpointing, whose checkpoints it moves"
+            )
         check_beta(self.beta)
         check_temperature(self.temperature)
         check_clip("entry_clip", self.entry_clip)

@@ -1,6 +1,7 @@
 """What is handed from one room to the next. Token ids all the way: nothing that was sampled is ever
 decoded and encoded again."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -33,11 +34,13 @@ class Rollout:
 
     def micro_batches(self, size: int) -> "list[Rollout]":
         """The same rollouts in order, at most `size` at a time."""
-        parts = [slice(i, i + size) for i in range(0, len(self), size)]
-        return [
-            Rollout(self.problems[s], self.prompts[s], self.completions[s], self.finished[s])
-            for s in parts
-        ]
+        rows = range(len(self))
+        return [self.some(rows[i : i + size]) for i in range(0, len(self), size)]
+
+    def some(self, rows: Iterable[int]) -> "Rollout":
+        """Some of the rollouts."""
+        fields = self.problems, self.prompts, self.completions, self.finished
+        return Rollout(*([values[i] for i in rows] for values in fields))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 import tiny_qwen3
 from tiny_qwen3 import config, prepared
 
-from opsd_train.data import Context, Contexts, join, load_problems
+from opsd_train.data import Context, Contexts, join, load_problems, pack
 from opsd_train.models import load_tokenizer
 from opsd_train.records import Problem
 
@@ -145,5 +145,14 @@ def test_a_position_predicts_the_token_after_it():
     ids, mask, predicts = join([[5, 6, 7], [8]], [[9, 10], [11, 12, 13]], pad_id=0)
     assert ids.tolist() == [[5, 6, 7, 9, 10, 0], [0, 0, 8, 11, 12, 13]]
     assert mask.tolist() == [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
+    assert ids[predicts].tolist() == [7, 9, 8, 11, 12]
+    assert ids.roll(-1, dims=1)[predicts].tolist() == [9, 10, 11, 12, 13]
+
+
+def test_sequences_one_after_the_other():
+    ids, mask, predicts, positions = pack([[5, 6, 7], [8]], [[9, 10], [11, 12, 13]])
+    assert mask is None
+    assert ids.tolist() == [[5, 6, 7, 9, 10, 8, 11, 12, 13]]
+    assert positions.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3]]
     assert ids[predicts].tolist() == [7, 9, 8, 11, 12]
     assert ids.roll(-1, dims=1)[predicts].tolist() == [9, 10, 11, 12, 13]

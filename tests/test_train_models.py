@@ -2,7 +2,9 @@
 
 import json
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -11,11 +13,18 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import tiny_qwen3
-from tiny_qwen3 import config, prepared
+from tiny_qwen3 import config, prepared, with_adapter
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 from opsd_train.data import join
-from opsd_train.models import add_adapter, base_model, check_not_merged, lm_head, load_model
+from opsd_train.models import (
+    add_adapter,
+    base_model,
+    check_not_merged,
+    lm_head,
+    load_model,
+    save_memory,
+)
 
 
 def test_the_model_as_asked_for(folder):
@@ -40,6 +49,72 @@ def test_activation_checkpointing_changes_nothing_but_memory(folder):
     assert gradients[0]
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)
+
+
+@contextmanager
+def unpinned():
+    """As on a GPU, but without pinned memory, which is not to be had without one."""
+    with (
+        mock.patch("opsd_train.models.layers.has_memory_of_its_own", return_value=True),
+        mock.patch(
+            "transformers.modeling_utils.save_on_cpu",
+            side_effect=lambda **_: torch.autograd.graph.save_on_cpu(),
+        ) as moved,
+    ):
+        yield moved
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Gemma2", "Llama"])
+@pytest.mark.parametrize(
+    "options", [{"offload_checkpoints": True}, {"mlp_tokens": 3}, {"mlp_tokens": 1}]
+)
+def test_less_memory_changes_nothing_but_rounding(options, family, tmp_path):
+    tiny_qwen3.save_model_and_tokenizer(tmp_path / "model", family=family)
+    tiny_qwen3.save_problems(tmp_path / "problems.jsonl")
+    sequences = join([[5, 6, 7], [8]], [[9, 10], [11, 12, 13]], pad_id=0)
+    gradients = []
+    for asked in ({}, options):
+        with unpinned():
+            setup = with_adapter(prepared(tmp_path, **asked))
+            h = setup.backbone.train()(*sequences)
+            h.sin().sum().backward()
+        gradients.append([w.grad for w in setup.model.parameters() if w.grad is not None])
+    assert gradients[0]
+    for plain, other in zip(*gradients, strict=True):
+        assert (other - plain).norm() <= 1e-5 * plain.norm() + 1e-6
+
+
+def test_what_layers_keep(folder):
+    """Checkpoints go where save_on_cpu puts them, and an MLP sees so many tokens at a time."""
+    sequences = join([[5, 6, 7], [8]], [[9, 10], [11, 12, 13]], pad_id=0)
+    with unpinned() as moved:
+        setup = prepared(folder, offload_checkpoints=True, mlp_tokens=5)
+        seen: list[int] = []
+        for layer in base_model(setup.model).model.layers:
+            layer.mlp.up_proj.register_forward_pre_hook(
+                lambda _module, args: seen.append(args[0].shape[:-1].numel())
+            )
+        setup.backbone.train()(*sequences).sin().sum().backward()
+    layers = base_model(setup.model).config.num_hidden_layers
+    assert moved.call_count == layers
+    # 12 tokens: forward, the layer again, and in its backward each tile again; but the layer's last
+    # tile, after which nothing is kept, is not made twice.
+    assert seen.count(5) == 2 * 3 * layers
+    assert seen.count(2) == 2 * layers
+    with pytest.raises(ValueError, match="offload_checkpoints wants activation_checkpointing"):
+        config(folder, offload_checkpoints=True, activation_checkpointing=False)
+    with pytest.raises(ValueError, match="mlp_tokens must be at least 1"):
+        config(folder, mlp_tokens=0)
+
+
+def test_a_model_without_mlps_has_none_to_tile(tmp_path):
+    tiny_qwen3.save_model_and_tokenizer(tmp_path / "model")
+    model = load_model(str(tmp_path / "model"), config(tmp_path))
+    for layer in model.model.layers:
+        layer.feed_forward = layer.mlp
+        del layer.mlp
+    with pytest.raises(ValueError, match="layers of this Qwen3ForCausalLM have no module named"):
+        save_memory(model, config(tmp_path, mlp_tokens=5))
 
 
 def test_other_models_are_refused(folder, tmp_path):

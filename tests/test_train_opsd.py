@@ -1,7 +1,11 @@
 """Who scores a rollout, the objective and its statistics. A whole step is in test_train_step.py."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -13,6 +17,7 @@ from opsd_kernels.reference import reference_jsd_loss
 from opsd_train.data import join
 from opsd_train.models import adapter_weights, base_model
 from opsd_train.opsd import opsd_loss, score, token_weights
+from opsd_train.opsd.micro_batches import by_tokens, micro_batches
 from opsd_train.records import Rollout, Scores
 from opsd_train.sampling import roll_out
 
@@ -191,6 +196,67 @@ def test_micro_batches_add_up(folder, mean, options):
         assert totals == pytest.approx(results[0][0], rel=1e-4, abs=1e-6)
         error = (gradient - results[0][1]).norm() / results[0][1].norm()
         assert error < 1e-4
+
+
+@pytest.mark.parametrize("most", [1, 60, 100, 10_000])
+@pytest.mark.parametrize("packed", [False, True])
+def test_micro_batches_of_tokens_add_up(folder, most, packed):
+    """Loss and gradient of a batch, one rollout at a time and up to so many tokens."""
+    setup = with_adapter(prepared(folder))
+    rollout = roll_out(setup.sampler, setup.contexts.student, setup.problems[:4], [1, 2, 7, 9])
+    rollout.completions[1][4:] = []
+    rollout.completions[3][1:] = []
+    results = []
+    for asked in (config(folder), config(folder, micro_batch_tokens=most)):
+        setup.model.zero_grad()
+        together = packed and asked.micro_batch_tokens is not None
+        parts = micro_batches(asked, setup.accelerator, setup.contexts, rollout, together)
+        losses = 0.0
+        for part in parts:
+            scores = score(setup.backbone, setup.teacher, setup.contexts.teacher, part, together)
+            w = token_weights(scores.lengths, "rollout", len(rollout), rollout.tokens)
+            loss, _ = opsd_loss(scores, setup.head, asked, w)
+            loss.backward()
+            losses += float(loss)
+        gradient = [w.grad.flatten() for w in adapter_weights(setup.model).values()]
+        results.append((losses, torch.cat(gradient)))
+    assert len(parts) == {1: 4, 10_000: 1}.get(most, len(parts))
+    (loss, gradient), (others, other_gradient) = results
+    assert others == pytest.approx(loss, rel=1e-4)
+    assert (other_gradient - gradient).norm() < 1e-4 * gradient.norm()
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 50), st.integers(0, 99)), min_size=1, max_size=30),
+    most=st.integers(1, 400),
+    packed=st.booleans(),
+)
+def test_groups_of_tokens(lengths, most, packed):
+    """Every rollout once, in groups as large as they may be, the longest together."""
+    prompts, completions = [list(column) for column in zip(*lengths, strict=True)]
+    groups = by_tokens(prompts, completions, most, packed)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    for group in groups:
+        p, c = [prompts[i] for i in group], [completions[i] for i in group]
+        tokens = sum(p) + sum(c) if packed else len(group) * (max(p) + max(c))
+        assert len(group) == 1 or tokens <= most
+    order = [sum(lengths[i]) for group in groups for i in group]
+    assert order == sorted(order, reverse=True)
+
+
+def test_all_processes_have_as_many_micro_batches(folder):
+    """Sharded weights are gathered by all together."""
+    setup = prepared(folder)
+    rollout = roll_out(setup.sampler, setup.contexts.student, setup.problems[:4], [1, 2, 7, 9])
+    asked = config(folder, micro_batch_tokens=10_000)
+    for most in (1, 2, 3, 4):
+        several = SimpleNamespace(
+            device="cpu", gather=lambda own, most=most: torch.cat([own, torch.tensor([most])])
+        )
+        parts = micro_batches(asked, several, setup.contexts, rollout, packed=False)
+        assert len(parts) == most
+        completions = [c for part in parts for c in part.completions]
+        assert sorted(completions) == sorted(rollout.completions)
 
 
 def test_statistics_are_means_of_the_batch(folder):

@@ -5,7 +5,7 @@ student and teacher see. What is sampled after a prompt is in sampling/.
 """
 
 from opsd_train.data.problems import load_problems, those_that_fit
-from opsd_train.data.prompts import Context, Contexts, fill, join, left_pad
+from opsd_train.data.prompts import Context, Contexts, fill, join, left_pad, pack
 
 __all__ = [
     "Context",
@@ -14,5 +14,6 @@ __all__ = [
     "join",
     "left_pad",
     "load_problems",
+    "pack",
     "those_that_fit",
 ]

@@ -88,6 +88,27 @@ def left_pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+def pack(
+    prompts: list[list[int]], completions: list[list[int]]
+) -> tuple[Tensor, None, Tensor, Tensor]:
+    """Sequences of a prompt and its completion, one after the other, without padding: for attention
+    that tells them apart by their positions.
+
+    Returns:
+        Token ids [1, L] int64; no mask; [1, L] bool whether a position predicts a token of the
+        completion; and positions [1, L] int64, which begin at 0 with each sequence.
+    """
+    ids: list[int] = []
+    predicts: list[bool] = []
+    positions: list[int] = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids += prompt + completion
+        before = len(prompt) - 1
+        predicts += [False] * before + [True] * len(completion) + [False]
+        positions += range(len(prompt) + len(completion))
+    return torch.tensor([ids]), None, torch.tensor([predicts]), torch.tensor([positions])
+
+
 def join(
     prompts: list[list[int]], completions: list[list[int]], pad_id: int
 ) -> tuple[Tensor, Tensor, Tensor]:

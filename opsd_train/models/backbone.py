@@ -16,18 +16,26 @@ class Backbone(torch.nn.Module):
         super().__init__()
         self.model: Any = model.get_decoder()
 
-    def forward(self, ids: Tensor, mask: Tensor, predicts: Tensor) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        predicts: Tensor,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """[N, D] last hidden states of the positions that predict the completions' N tokens, of
-        sequences as `join` makes them.
+        sequences as `join` makes them, or `pack`.
 
         The LM head is never applied, neither to prompts nor to completions.
         """
         device = self.model.device
-        mask = mask.to(device)
+        if positions is None:
+            assert mask is not None
+            positions = (mask.cumsum(1) - 1).clamp(min=0)  # counted over real tokens
         h = self.model(
             input_ids=ids.to(device),
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),  # counted over real tokens
+            attention_mask=None if mask is None else mask.to(device),
+            position_ids=positions.to(device),
             use_cache=False,
         ).last_hidden_state
         return h[predicts.to(device)]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from opsd_train.config import Config
 from opsd_train.models import adapter_weights, full_tensor
+from opsd_train.opsd.micro_batches import micro_batches
 from opsd_train.opsd.objective import opsd_loss, token_weights
 from opsd_train.opsd.scoring import score
 from opsd_train.opsd.setup import Setup
@@ -45,13 +46,14 @@ def take_step(
         metrics = {"step": step, **describe(rollout, setup)}
 
     totals: dict[str, Tensor] = {}
-    parts = rollout.micro_batches(config.micro_batch_size)
+    packed = can_pack(config, setup)
+    parts = micro_batches(config, accelerator, setup.contexts, rollout, packed)
     for part in parts:
         # Gradients are added up, and over the processes with the last micro-batch.
         with nullcontext() if part is parts[-1] else accelerator.no_sync(setup.backbone):
             with phase("score"):  # both contexts over the same ŷ
                 setup.backbone.train()
-                scores = score(setup.backbone, teacher, setup.contexts.teacher, part)
+                scores = score(setup.backbone, teacher, setup.contexts.teacher, part, packed)
             with phase("loss"):  # mean over each rollout's tokens, then over the batch
                 weights = token_weights(
                     scores.lengths, config.mean, config.batch_size, metrics["tokens"]
@@ -77,6 +79,13 @@ def take_step(
             teacher.follow()
         optimizer.zero_grad()
     return rollout, metrics
+
+
+def can_pack(config: Config, setup: Setup) -> bool:
+    """Whether sequences lie one after the other: FlashAttention's kernel for variable lengths keeps
+    them apart without a mask, which others would need."""
+    by_tokens = config.micro_batch_tokens is not None
+    return by_tokens and setup.model.config._attn_implementation == "flash_attention_2"
 
 
 def own_batch(config: Config, setup: Setup, step: int) -> tuple[list[Problem], list[int]]:

@@ -47,7 +47,8 @@ ADAPTER = "adapter"
 MAY_DIFFER_WHEN_RESUMED = [
     *("output_dir", "resume", "overwrite", "dry_run", "tracker", "save_every", "keep_last"),
     *("attention", "liger", "activation_checkpointing", "workspace_mib"),
-    *("micro_batch_size", "rollout_batch_size", "shard"),
+    *("offload_checkpoints", "mlp_tokens"),
+    *("micro_batch_size", "micro_batch_tokens", "rollout_batch_size", "shard"),
 ]
 
 

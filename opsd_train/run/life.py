@@ -91,7 +91,17 @@ def say_plan(config: Config, setup: Setup) -> None:
     """Model, loss, effective batch and schedule, before the first step."""
     model, processes = setup.model, setup.accelerator.num_processes
     share = config.batch_size // processes
-    micro_batches = -(-share // config.micro_batch_size)
+    if config.micro_batch_tokens is not None:
+        parts = (
+            f"over processes: {processes} × {share}, in micro-batches of up to "
+            f"{config.micro_batch_tokens:,} tokens"
+        )
+    else:
+        micro_batches = -(-share // config.micro_batch_size)
+        parts = (
+            f"processes × micro-batches × at most so many rollouts: {processes} × {micro_batches} "
+            f"× {config.micro_batch_size}"
+        )
     adapter = sum(w.numel() for w in model.parameters() if w.requires_grad)
     parameters = sum(w.numel() for w in model.parameters()) - adapter
     kind = type(base_model(model)).__name__.removesuffix("ForCausalLM")
@@ -103,8 +113,7 @@ def say_plan(config: Config, setup: Setup) -> None:
         f"Teacher: {config.teacher_model or config.teacher}.\n"
         f"Loss: {loss_name(config)}, temperature {config.temperature}, mean over "
         f"{'each rollout, then the batch' if config.mean == 'rollout' else 'all tokens'}.\n"
-        f"Batch: {config.batch_size} rollouts a step (processes × micro-batches × at most so many "
-        f"rollouts: {processes} × {micro_batches} × {config.micro_batch_size}).\n"
+        f"Batch: {config.batch_size} rollouts a step ({parts}).\n"
         f"Schedule: {config.steps} steps, {config.steps * config.batch_size:,} rollouts; learning "
         f"rate up to {config.learning_rate:.3g} over {rising} steps, then "
         f"{config.schedule}."

@@ -18,6 +18,7 @@ from opsd_train.models import (
     lm_head,
     load_model,
     load_tokenizer,
+    save_memory,
     shard,
 )
 from opsd_train.opsd import EmaTeacher, InitialTeacher, Setup, Teacher
@@ -49,8 +50,7 @@ def set_up(
     torch.nn.Module.to(model, accelerator.device)
     student = add_adapter(model, config)
     check_not_merged(student)
-    if config.activation_checkpointing:
-        base_model(student).activation_checkpointing_enable()
+    save_memory(base_model(student), config)
     head = lm_head(base_model(student))
     backbone = Backbone(base_model(student))
     if config.shard:
