@@ -64,7 +64,7 @@ def unpinned():
         yield moved
 
 
-@pytest.mark.parametrize("family", ["Qwen3", "Gemma2", "Llama"])
+@pytest.mark.parametrize("family", ["Qwen3", "Llama", "Granite"])
 @pytest.mark.parametrize(
     "options", [{"offload_checkpoints": True}, {"mlp_tokens": 3}, {"mlp_tokens": 1}]
 )
@@ -76,12 +76,13 @@ def test_less_memory_changes_nothing_but_rounding(options, family, tmp_path):
     for asked in ({}, options):
         with unpinned():
             setup = with_adapter(prepared(tmp_path, **asked))
+            setup.model.double()  # of saturated attention the gradient is rounding, in fp32
             h = setup.backbone.train()(*sequences)
             h.sin().sum().backward()
         gradients.append([w.grad for w in setup.model.parameters() if w.grad is not None])
     assert gradients[0]
     for plain, other in zip(*gradients, strict=True):
-        assert (other - plain).norm() <= 1e-5 * plain.norm() + 1e-6
+        torch.testing.assert_close(other, plain, rtol=1e-9, atol=1e-12)
 
 
 def test_what_layers_keep(folder):
