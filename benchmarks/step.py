@@ -8,7 +8,8 @@ on this machine, each figure in a process of its own and after a short step: pea
 weights, and seconds, the median of three. Counted as on a GPU, without one: the bytes alive at once
 in the step of a whole model, its tensors without contents; from these, and the weights, the longest
 rollout that fits a memory, between two counts in proportion. Optimizer and sampler are not part of
-it.
+it. "Offloaded": checkpoints are in host memory, by transformers; "tiled": MLPs take 4096 tokens at
+a time (the run's offload_checkpoints and mlp_tokens).
 
 With --output it writes step.csv, step.md and step.png to the folder.
 """
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -34,6 +36,7 @@ from benchmarks.measure import MIB, high_water, in_a_process, start_counting, te
 from benchmarks.options import Options
 from benchmarks.shapes import QWEN3
 from opsd_kernels import fused_sampled_token_loss
+from opsd_train.models import tile_mlps
 
 MEASURED = {"cpu": ("tiny", [256, 1024]), "cuda": ("qwen3-1.7b", [1024, 4096, 16384])}
 COUNTED = ("qwen3-8b", [1024, 4096, 16384, 65536])
@@ -77,11 +80,16 @@ LOSSES: dict[str, StepLoss] = {
     "TRL": whole(peers.trl),
     "ours, sampled token": sampled_token,
     "eager, sampled token": eager_sampled_token,
+    "ours, offloaded, tiled": whole(peers.logit_free),
+    "TRL, offloaded": whole(peers.trl),
 }
+MLP_TOKENS = 4096
 COLORS = {
     **{name: peers.COLORS[name] for name in LOSSES if name in peers.COLORS},
     "ours, sampled token": "#17889c",
     "eager, sampled token": "#9c5a3c",
+    "ours, offloaded, tiled": "#0b3d4f",
+    "TRL, offloaded": "#7d6b91",
 }
 
 
@@ -144,7 +152,7 @@ def measure_here(device: str, model: str, N: int, dtype: str, method: str) -> di
     """In this process, after a short step that warms up: the memory of one, the time of three."""
     at = torch.device(device)
     with at:
-        student = make_model(model, getattr(torch, dtype))
+        student = make_model(model, getattr(torch, dtype), method)
         step(student, LOSSES[method], 8)
         before = start_counting(at)
         step(student, LOSSES[method], N)
@@ -166,11 +174,12 @@ def count(model: str, N: int, method: str) -> Row:
     """Bytes alive at once in a step on a GPU, without running it."""
     fake_mode = FakeTensorMode()
     with torch.device("meta"):
-        student = make_model(model, torch.bfloat16)
+        student = make_model(model, torch.bfloat16, method)
     with fake_mode:
         make_fake(student)
     try:
-        with fake_device("cuda", fake_mode), Allocations() as allocations:
+        moved = mock.patch("transformers.modeling_utils.save_on_cpu", Elsewhere)
+        with fake_device("cuda", fake_mode), moved, Allocations() as allocations:
             step(student, LOSSES[method], N)
     except Exception as error:
         return Row("counted", model, N, "bfloat16", method, peers.why(error))
@@ -185,7 +194,16 @@ def count(model: str, N: int, method: str) -> Row:
     )
 
 
-def make_model(name: str, dtype: torch.dtype) -> Any:
+class Elsewhere(torch.autograd.graph.saved_tensors_hooks):
+    """Within it what is saved for backward takes no memory until it is wanted: it is the host's."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__(
+            lambda t: (t.shape, t.dtype), lambda kept: torch.empty(kept[0], dtype=kept[1])
+        )
+
+
+def make_model(name: str, dtype: torch.dtype, method: str) -> Any:
     """A Qwen3 under LoRA, r = 64 on every projection, as OPSD's authors train."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, Qwen3Config
@@ -195,7 +213,10 @@ def make_model(name: str, dtype: torch.dtype) -> Any:
         Qwen3Config(**QWEN3[name]), dtype=dtype, attn_implementation="sdpa"
     )
     config = LoraConfig(r=64, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    on_gpu = model.device.type != "cpu"
+    model.activation_checkpointing_enable(offload="offloaded" in method and on_gpu)
+    if "tiled" in method:
+        tile_mlps(model, MLP_TOKENS)
     return get_peft_model(model, config).train()
 
 

@@ -15,7 +15,7 @@ from opsd_train.models.adapter import (
 )
 from opsd_train.models.backbone import Backbone
 from opsd_train.models.head import check_same_vocabulary, lm_head, vocab_size
-from opsd_train.models.layers import save_memory
+from opsd_train.models.layers import save_memory, tile_mlps
 from opsd_train.models.loading import load_model, load_tokenizer
 from opsd_train.models.sharding import call_with_full_parameters, copy_full, full_tensor, shard
 
@@ -37,5 +37,6 @@ __all__ = [
     "peft_name",
     "save_memory",
     "shard",
+    "tile_mlps",
     "vocab_size",
 ]

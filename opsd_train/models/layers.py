@@ -27,8 +27,16 @@ def save_memory(model: PreTrainedModel, config: Config) -> None:
         # On a CPU they are in host memory as they are.
         offload = config.offload_checkpoints and has_memory_of_its_own(model.device)
         model.activation_checkpointing_enable(offload=offload)
-    if config.mlp_tokens is None:
-        return
+    if config.mlp_tokens is not None:
+        tile_mlps(model, config.mlp_tokens)
+
+
+def tile_mlps(model: PreTrainedModel, tokens: int) -> None:
+    """Let the MLPs of all layers take so many tokens at a time.
+
+    Raises:
+        ValueError: they have another name than mlp.
+    """
     mlps = [m for name, m in model.get_decoder().named_modules() if name.endswith(".mlp")]
     if not mlps:
         raise ValueError(
@@ -36,7 +44,7 @@ def save_memory(model: PreTrainedModel, config: Config) -> None:
             "leave it at none"
         )
     for mlp in mlps:
-        mlp.forward = tiled(mlp.forward, config.mlp_tokens)
+        mlp.forward = tiled(mlp.forward, tokens)
 
 
 def has_memory_of_its_own(device: torch.device) -> bool:

@@ -6,9 +6,9 @@ run/.
 """
 
 from opsd_train.opsd.objective import loss_name, opsd_loss, token_weights
-from opsd_train.opsd.scoring import score
+from opsd_train.opsd.scoring import score, score_sequences
 from opsd_train.opsd.setup import Setup
-from opsd_train.opsd.step import take_step
+from opsd_train.opsd.step import can_pack, take_step
 from opsd_train.opsd.teachers import EmaTeacher, InitialTeacher, Teacher
 
 __all__ = [
@@ -16,9 +16,11 @@ __all__ = [
     "InitialTeacher",
     "Setup",
     "Teacher",
+    "can_pack",
     "loss_name",
     "opsd_loss",
     "score",
+    "score_sequences",
     "take_step",
     "token_weights",
 ]

@@ -18,9 +18,11 @@ SAME_REQUEST_SECONDS = 5.0
 
 OUT_OF_MEMORY = {
     "rollout": "lower --rollout-batch-size",
-    "score": "lower --micro-batch-size, or turn on --activation-checkpointing",
+    "score": "lower --micro-batch-size or --micro-batch-tokens, or turn on "
+    "--activation-checkpointing",
     "loss": "lower --workspace-mib or --micro-batch-size",
-    "backward": "lower --micro-batch-size, or turn on --activation-checkpointing",
+    "backward": "lower --micro-batch-size or --micro-batch-tokens, turn on "
+    "--activation-checkpointing and --offload-checkpoints, or ask for --mlp-tokens 4096",
     "step": "spread the weights over several processes with --shard",
     "evaluate": "lower --rollout-batch-size",
 }

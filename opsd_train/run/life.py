@@ -17,6 +17,7 @@ from opsd_train.run.console import say
 from opsd_train.run.dry_run import dry_run
 from opsd_train.run.folder import RunFolder
 from opsd_train.run.loop import train
+from opsd_train.run.memory_plan import peak_on_gpu, plan_memory
 from opsd_train.run.setup import set_up
 from opsd_train.run.world import World
 
@@ -37,12 +38,22 @@ def run_in(world: World, accelerator: Accelerator) -> None:
         return
     say(world.describe(materials, setup))
     say_plan(config, setup)
+    say_memory(config, setup)
     begin(config, run)
     if not world.is_fast:
         say("Hashing the base weights, to see at the end that they did not move ...")
     before = hash_base_weights(config, setup)
     train(world, setup, run, world.evaluation(materials, setup, run))
     finish(config, setup, run, before, **world.conclude(materials, run))
+
+
+def say_memory(config: Config, setup: Setup) -> None:
+    """What the largest micro-batch will take of a GPU."""
+    device = setup.accelerator.device
+    if device.type == "cuda":
+        there = torch.cuda.memory_allocated(device)
+        available = torch.cuda.get_device_properties(device).total_memory
+        say(plan_memory(config, setup, peak_on_gpu, there, available).describe(config))
 
 
 def open_run_folder(config: Config, accelerator: Accelerator) -> RunFolder:
