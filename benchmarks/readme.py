@@ -1,4 +1,5 @@
-"""Put what was recorded into README.md and docs/benchmarks.md: each table between two marks.
+"""Put what was recorded into README.md, docs/benchmarks.md and examples/README.md: each table
+between two marks.
 
     python benchmarks/readme.py
 
@@ -19,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import accuracy, memory, report, resources, roofline, speed, step
+from benchmarks import accuracy, memory, report, resources, roofline, speed, step, trl_trainers
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+EXAMPLES = ROOT / "examples" / "README.md"
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,11 @@ def page_parts(results: Path, page: Path) -> dict[str, str]:
     }
 
 
+def examples_parts(results: Path, page: Path) -> dict[str, str]:
+    """The same of examples/README.md."""
+    return {"trl": trl_trainers.summary(results / "trl_trainers.csv")}
+
+
 def _every_head(path: Path) -> str:
     """What is counted of each model's head, at every number of tokens."""
     _, rows = report.read(path, memory.Row)
@@ -296,8 +303,8 @@ def filled(text: str, parts: dict[str, str], name: str) -> str:
 
 
 def generated(results: Path = RESULTS) -> dict[Path, str]:
-    """The text of both pages, with what is recorded in `results`."""
-    parts = {README: readme_parts, BENCHMARKS: page_parts}
+    """The text of all pages, with what is recorded in `results`."""
+    parts = {README: readme_parts, BENCHMARKS: page_parts, EXAMPLES: examples_parts}
     return {
         page: filled(page.read_text(), made(results, page), page.name)
         for page, made in parts.items()

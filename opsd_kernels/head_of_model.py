@@ -28,12 +28,12 @@ OF_OTHERS = re.compile("attn|attention|router|num_logits|output_auxiliary")
 OTHER_SCALES = ("lm_head_multiplier", "output_multiplier", "dim_model_base")
 
 
-def head_of_model(model: Any, whole: Callable[[Tensor], Tensor] = lambda t: t) -> LMHead:
-    """See `LMHead.of`.
+def _as_it_is(t: Tensor) -> Tensor:
+    return t
 
-    Args:
-        whole: makes a tensor of the head that is sharded whole.
-    """
+
+def head_of_model(model: Any, gather: Callable[[Tensor], Tensor] = _as_it_is) -> LMHead:
+    """See `LMHead.of`. `gather` makes a weight or bias that is sharded whole."""
     if not callable(getattr(model, "get_output_embeddings", None)) or not hasattr(model, "config"):
         raise TypeError(
             "model must be a causal language model of transformers, with get_output_embeddings "
@@ -42,10 +42,10 @@ def head_of_model(model: Any, whole: Callable[[Tensor], Tensor] = lambda t: t) -
     module = model.get_output_embeddings()
     if module is None:
         raise ValueError(f"model has no LM head: {type(model).__name__} returns no logits")
-    if not hasattr(module, "weight"):
-        raise ValueError(f"the LM head, a {type(module).__name__}, has no weight")
-    weight = whole(module.weight)
-    _check(module, weight)
+    _check_module(module)
+    weight = gather(module.weight)
+    bias = None if module.bias is None else gather(module.bias)
+    _check_weight(weight)
     config = model.config
     if callable(getattr(config, "get_text_config", None)):
         config = config.get_text_config()
@@ -57,26 +57,36 @@ def head_of_model(model: Any, whole: Callable[[Tensor], Tensor] = lambda t: t) -
         )
     return LMHead(
         weight,
-        None if module.bias is None else whole(module.bias),
+        bias,
         getattr(config, SOFTCAP, None),
         _scale(config),
         None if vocab_size == rows else vocab_size,
     )
 
 
-def _check(module: Any, weight: Tensor) -> None:
+def _check_module(module: Any) -> None:
     """Refuse a head whose weight is not all that it multiplies by, or not here."""
-    name = type(module).__name__
+    name, weight = type(module).__name__, getattr(module, "weight", None)
     if hasattr(module, "base_layer") or hasattr(module, "original_module"):
         raise ValueError(
             f"the LM head is wrapped by PEFT ({name}), whose adapter the loss would ignore: leave "
             "it out of target_modules and modules_to_save, or merge the adapter first"
         )
+    if weight is None:
+        raise ValueError(f"the LM head, a {name}, has no weight")
     if not weight.is_floating_point():
         raise ValueError(
             f"the LM head is quantized ({name}, {weight.dtype}): load the model without, in "
             'bitsandbytes with llm_int8_skip_modules=["lm_head"]'
         )
+    if type(module).forward is not torch.nn.Linear.forward:
+        raise ValueError(
+            f"the LM head is a {name}, which may do more than torch.nn.Linear: "
+            "make an LMHead of what it does"
+        )
+
+
+def _check_weight(weight: Tensor) -> None:
     if is_dtensor(weight):
         raise ValueError(
             "the LM head's weight is a DTensor, sharded by FSDP2: call unshard() on the module "
@@ -91,11 +101,6 @@ def _check(module: Any, weight: Tensor) -> None:
         )
     if weight.is_meta:
         raise ValueError("the LM head's weight is on the meta device, offloaded: load it first")
-    if type(module).forward is not torch.nn.Linear.forward:
-        raise ValueError(
-            f"the LM head is a {name}, which may do more than torch.nn.Linear: "
-            "make an LMHead of what it does"
-        )
 
 
 def _scale(config: Any) -> float:

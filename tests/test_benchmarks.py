@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +16,7 @@ from accuracy import TILED_GRAD_UNITS
 from inputs import random_inputs
 
 from benchmarks import accuracy as accuracy_benchmark
-from benchmarks import memory, peers, readme, report, roofline, speed, step
+from benchmarks import memory, peers, readme, report, roofline, speed, step, trl_trainers
 from benchmarks.allocations import Allocations, fake_device
 from benchmarks.inputs import describe, make_inputs
 from opsd_kernels import divergence_name
@@ -219,6 +220,37 @@ def test_step(monkeypatch, capsys, tmp_path):
     assert (tmp_path / "step.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("trainer", trl_trainers.TRAINERS)
+def test_trl_trainers(trainer, monkeypatch):
+    """Both ways compute the same, and neither falls back."""
+    monkeypatch.setitem(trl_trainers.QWEN3["tiny"], "vocab_size", 2000)
+    with warnings.catch_warnings():
+        theirs, ours = (
+            trl_trainers.measure_here("cpu", "tiny", 16, "float32", trainer, method)
+            for method in trl_trainers.METHODS
+        )
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    assert ours["gradient"] == pytest.approx(theirs["gradient"], rel=1e-4)
+    assert ours["gradient"] > 0
+
+
+def test_trl_trainers_as_a_table(tmp_path):
+    figures = {"TRL": (900.0, 2.0, 0.1), "ours": (100.0, 1.0, 0.100001)}
+    rows = [
+        trl_trainers.Row("CPU", "tiny", N, "float32", "GKDTrainer", method, "", *told, 0.5)
+        for N in (64, 128)
+        for method, told in figures.items()
+    ]
+    rows[2] = replace(rows[2], failure="out of memory")
+    report.write(tmp_path / "trl_trainers.csv", "a machine", rows)
+    text = trl_trainers.summary(tmp_path / "trl_trainers.csv")
+    assert "| 900 MiB → **100 MiB** | 2.00 s → **1.00 s** |" in text
+    assert "| out of memory → **100 MiB** |" in text
+    assert "| 1e-05, 0e+00 |" in text
+    trl_trainers.plot(tmp_path / "trl_trainers.csv", tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
 def test_what_fits_a_memory():
     points = [(1000, 10.0), (2000, 12.0), (4000, 20.0)]
     assert step.longest(points, 9) == 0
@@ -242,6 +274,9 @@ def test_the_pages_show_what_was_recorded():
         assert table in generated[readme.BENCHMARKS]
         assert f"](../benchmarks/results/{name}.png)" in generated[readme.BENCHMARKS]
         assert (readme.RESULTS / f"{name}.png").exists()
+    table = trl_trainers.summary(readme.RESULTS / "trl_trainers.csv")
+    assert (readme.RESULTS / "trl_trainers.md").read_text() == table + "\n"
+    assert table in generated[readme.EXAMPLES]
     setting, rows = report.read(readme.RESULTS / "roofline.csv", roofline.Row)
     assert roofline.page(rows, setting) == (readme.RESULTS / "roofline.md").read_text()
     parts = readme.readme_parts(readme.RESULTS, readme.README)

@@ -1,220 +1,537 @@
-"""TRL's own trainers with our losses and without: what they log and learn is the same."""
+"""TRL's own trainers, with and without ours: the same losses, gradients and figures."""
 
+import importlib
 import logging
 import os
-import re
 import socket
-from dataclasses import replace
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-import trl_trainers
-from trl_trainers import TRAINERS, save_models, trained
+import trl
+from tiny_qwen3 import FAMILIES, save_model_and_tokenizer
+from trl_runs import LENGTH, TRAINERS, difference, load, make_trainer, run, run_of, save_models
 
-from opsd_kernels.trl import apply_opsd_kernels_to_trl, patches
+from opsd_kernels import fused_jsd_loss, reference_jsd_loss
+from opsd_kernels.trl import apply_opsd_kernels_to_trl, distillation, heads, patches
+from opsd_kernels.trl.hidden_states import loss_of_student, predicting, teacher_hidden_states
 
-# Figures of float32 runs, relative; at most 3e-6 of those here.
-ROUNDING = 2e-5
-# What configs can ask for.
-OPTIONS: list[tuple[str, dict[str, Any]]] = [
-    ("DistillationTrainer", {"beta": 0.3, "temperature": 0.7}),
-    ("DistillationTrainer", {"beta": 0.0, "evaluated": True}),
-    ("SDFTTrainer", {"distillation_alpha": 0.3, "temperature": 0.7, "num_loss_tokens_to_skip": 2}),
-    ("SDFTTrainer", {"distillation_mode": "sampled_token", "distillation_alpha": 1.0}),
-    ("SDFTTrainer", {"teacher_model_kind": "base", "lora": True, "evaluated": True}),
-    # Rollouts that are used twice: of older weights, whose log p is kept.
-    ("SDFTTrainer", {"num_iterations": 3, "distillation_is_clip": 1.001, "temperature": 0.8}),
-    ("SDPOTrainer", {"num_iterations": 3, "distillation_is_clip": 1.001}),
-    ("SDPOTrainer", {"distillation_mode": "sampled_token", "distillation_alpha": 1.0}),
-    ("GKDTrainer", {"beta": 0.1, "temperature": 0.7, "lmbda": 1.0}),
-    ("GKDTrainer", {"beta": 1.0, "seq_kd": True, "lmbda": 0.0}),
-    ("GOLDTrainer", {"beta": 0.0, "temperature": 0.7}),
-    ("IWOPDTrainer", {"beta": 0.3, "temperature": 0.7}),
-]
-# And what stays TRL's own.
-LEFT: list[tuple[str, dict[str, Any], str]] = [
-    ("SDFTTrainer", {"distillation_mode": "topk_logits", "distillation_topk": 5}, "topk_logits"),
-    ("SDPOTrainer", {"distillation_weight": 0.5}, "distillation_weight"),
-    ("IWOPDTrainer", {"loss_top_k": 3}, "loss_top_k=3"),
-    ("IWOPDTrainer", {"distillation_objective": "iw_opd"}, "iw_opd"),
+TOLERANCE = 1e-4
+PROCESSES = 2
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("DistillationTrainer", {}),
+    ("DistillationTrainer", {"lora": True, "beta": 0.3, "temperature": 0.7}),
+    ("DistillationTrainer", {"beta": 0.0}),
+    ("SDFTTrainer", {}),
+    ("SDFTTrainer", {"lora": True, "temperature": 0.7, "num_loss_tokens_to_skip": 2}),
+    ("SDFTTrainer", {"distillation_alpha": 0.0, "num_iterations": 3, "teacher_model_kind": "ema"}),
+    ("SDFTTrainer", {"lora": True, "distillation_alpha": 1.0, "teacher_model_kind": "ema"}),
+    (
+        "SDFTTrainer",
+        {
+            "distillation_mode": "sampled_token",
+            "distillation_alpha": 1.0,
+            "num_iterations": 3,
+            "distillation_is_clip": 1.001,
+            "teacher_model_kind": "live",
+        },
+    ),
+    ("SDPOTrainer", {}),
+    ("SDPOTrainer", {"lora": True, "num_iterations": 3, "temperature": 0.8}),
+    (
+        "SDPOTrainer",
+        {
+            "distillation_mode": "full_logits",
+            "distillation_alpha": 0.5,
+            "num_iterations": 3,
+            "distillation_is_clip": 1.001,
+        },
+    ),
+    ("GKDTrainer", {}),
+    ("GKDTrainer", {"lora": True, "beta": 0.2, "temperature": 0.7}),
+    ("GKDTrainer", {"lmbda": 0.0, "beta": 0.0}),
+    ("GKDTrainer", {"lmbda": 0.0, "seq_kd": True, "beta": 1.0}),
+    ("GOLDTrainer", {}),
+    ("GOLDTrainer", {"lora": True, "beta": 0.2, "temperature": 0.7}),
+    ("GOLDTrainer", {"lmbda": 0.0, "beta": 1.0}),
+    ("IWOPDTrainer", {}),
+    ("IWOPDTrainer", {"lora": True, "beta": 0.2, "temperature": 0.7}),
+    ("IWOPDTrainer", {"lmbda": 0.0, "beta": 0.0}),
 ]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return save_models(tmp_path_factory.mktemp("models"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trl")
+    save_models(folder)
+    return folder
 
 
-@pytest.fixture(autouse=True)
-def anew():
-    """What was said once may be said again, and TRL is as it came."""
-    patches.say_once.cache_clear()
-    yield
-    for hook in patches.HOOKS:
-        assert not hasattr(vars(hook.owner())[hook.attribute], "replaces")
-
-
-def assert_same(ours: Any, theirs: Any) -> None:
-    """What was logged, and the weights that were learned."""
-    (logged, weights, _), (expected, expected_weights, _) = ours, theirs
-    assert [sorted(row) for row in logged] == [sorted(row) for row in expected]
-    assert any(row.get("loss", 0) != 0 for row in expected)
-    for row, true in zip(logged, expected, strict=True):
-        assert row == pytest.approx(true, rel=ROUNDING, abs=1e-7)
-    for name, weight in weights.items():
-        torch.testing.assert_close(weight, expected_weights[name], rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("lora", [False, True], ids=["whole", "LoRA"])
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_as_without(trainer, lora, folder, caplog):
-    theirs = trained(trainer, folder, lora)
-    with apply_opsd_kernels_to_trl():
-        ours = trained(trainer, folder, lora)
-    assert_same(ours, theirs)
-    assert ours[2] == 0, "a head was called in a loss"
-    assert trainer == "DistillationTrainer" or theirs[2] > 0
-    assert "own code" not in caplog.text
-
-
-@pytest.mark.parametrize(("trainer", "options"), OPTIONS)
-def test_options(trainer, options, folder):
-    theirs = trained(trainer, folder, **options)
-    with apply_opsd_kernels_to_trl():
-        ours = trained(trainer, folder, **options)
-    assert_same(ours, theirs)
-    assert ours[2] == 0, "a head was called in a loss"
-
-
-@pytest.mark.parametrize("family", ["Gemma2", "Cohere", "Granite"])
-@pytest.mark.parametrize("trainer", ["DistillationTrainer", "GKDTrainer"])
-def test_other_heads(family, trainer, tmp_path):
-    """With a softcap, tied, or with a scale."""
-    save_models(tmp_path, family=family)
-    theirs = trained(trainer, tmp_path)
-    with apply_opsd_kernels_to_trl():
-        ours = trained(trainer, tmp_path)
-    assert_same(ours, theirs)
-    assert ours[2] == 0
-
-
-@pytest.mark.parametrize(("trainer", "options", "reason"), LEFT)
-def test_what_is_left_to_trl(trainer, options, reason, folder, caplog):
-    """The same to the last bit, and said once."""
-    theirs = trained(trainer, folder, **options)
+@pytest.mark.parametrize(
+    ("trainer", "options"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x))
+)
+def test_a_run_is_the_same(trainer, options, folder, monkeypatch, caplog):
+    calls = []
+    real = distillation.token_divergence
+    monkeypatch.setattr(
+        distillation, "token_divergence", lambda *a, **k: calls.append(1) or real(*a, **k)
+    )
+    theirs = run(trainer, folder, **options)
     with apply_opsd_kernels_to_trl(), caplog.at_level(logging.WARNING, "opsd_kernels.trl"):
-        ours = trained(trainer, folder, **options)
-    assert ours[0] == theirs[0]
-    said = [r.getMessage() for r in caplog.records if r.name == "opsd_kernels.trl"]
-    assert len(said) == 1
-    assert trainer in said[0]
-    assert reason in said[0]
+        ours = run(trainer, folder, **options)
+    figures, gradients = difference(ours, theirs)
+    print(f"{trainer} {options}: figures {figures:.1e}, gradients {gradients:.1e}")
+    assert figures < TOLERANCE
+    assert gradients < TOLERANCE
+    assert len(theirs.gradients) == 3
+    said = [record.getMessage() for record in caplog.records if record.name == "opsd_kernels.trl"]
+    if trainer == "IWOPDTrainer":  # transformers evaluates it with its outputs
+        assert len(said) == 1
+        assert "outputs are asked for" in said[0]
+    else:
+        assert not said
+        assert ours.longest_evaluated <= 1
+    assert ours.longest <= 1  # what sampling needs
+    if trainer == "DistillationTrainer":
+        assert theirs.longest <= 1
+        assert len(calls) == 3 * 2 + 1  # two micro-batches a step, and one to evaluate
+    else:
+        assert theirs.longest > 1
 
 
-def test_a_head_with_an_adapter_is_left_to_trl(folder, caplog):
-    from peft import LoraConfig
-
-    on_head = LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
-    with mock.patch.object(trl_trainers, "LoraConfig", return_value=on_head):
-        theirs = trained("IWOPDTrainer", folder, lora=True)
-        with apply_opsd_kernels_to_trl(), caplog.at_level(logging.WARNING, "opsd_kernels.trl"):
-            ours = trained("IWOPDTrainer", folder, lora=True)
-    assert ours[0] == theirs[0]
-    assert "wrapped by PEFT" in caplog.text
+def test_sequences_without_a_token_that_counts(folder):
+    """A loss of 0 that backward goes through."""
+    options = {"num_loss_tokens_to_skip": LENGTH}
+    theirs = run("SDFTTrainer", folder, **options)
+    with apply_opsd_kernels_to_trl():
+        ours = run("SDFTTrainer", folder, **options)
+    assert ours.logs == theirs.logs
+    assert [log["grad_norm"] for log in ours.logs[:3]] == [0, 0, 0]
 
 
-def test_undone():
-    originals = [vars(hook.owner())[hook.attribute] for hook in patches.HOOKS]
-    undo = apply_opsd_kernels_to_trl()
-    changed = [vars(hook.owner())[hook.attribute] for hook in patches.HOOKS]
-    assert all(a is not b for a, b in zip(originals, changed, strict=True))
-    again = apply_opsd_kernels_to_trl()
-    again()  # changed nothing, and takes nothing back
-    assert [vars(hook.owner())[hook.attribute] for hook in patches.HOOKS] == changed
-    undo()
-    undo()
-    assert [vars(hook.owner())[hook.attribute] for hook in patches.HOOKS] == originals
+def test_autocast_is_that_of_the_models_forward(folder):
+    """Which is not called; its layers compute in bf16 all the same, and so does the loss."""
+    dtypes = []
+    for apply in (False, True):
+        made = make_trainer("SDFTTrainer", folder, bf16=True)
+        layer = made.model.get_submodule("model.layers.0.mlp")
+        layer.register_forward_hook(lambda *args: dtypes.append(args[2].dtype))
+        if apply:
+            with apply_opsd_kernels_to_trl():
+                ours = run_of(made)
+        else:
+            theirs = run_of(made)
+    assert set(dtypes) == {torch.bfloat16}
+    # Theirs rounds logits to bf16, ours does not.
+    for mine, yours in zip(ours.logs[:1], theirs.logs[:1], strict=True):
+        assert mine["loss"] == pytest.approx(yours["loss"], rel=0.02)
+        assert mine["grad_norm"] == pytest.approx(yours["grad_norm"], rel=0.05)
 
 
-def test_another_version():
-    with (
-        mock.patch("importlib.metadata.version", return_value="1.99.0"),
-        pytest.warns(UserWarning, match=r"tested with TRL 1\.16\.0, not with 1\.99\.0"),
-    ):
-        apply_opsd_kernels_to_trl()()
-
-
-def test_another_signature():
-    """An error that names it, and nothing is replaced."""
-    *others, last = patches.HOOKS
-    changed = replace(last, parameters=("self", "model", "batch"))
-    missing = replace(last, name="IWOPDTrainer.compute_divergence")
-    for hook, said in (
-        (changed, "IWOPDTrainer.compute_loss of TRL .* takes self, model, inputs.*known is"),
-        (missing, r"TRL .* has no .*IWOPDTrainer\.compute_divergence"),
-        (replace(last, name="IWTrainer.compute_loss"), r"has no .*IWTrainer\.compute_loss"),
-    ):
-        with (
-            mock.patch.object(patches, "HOOKS", [*others, hook]),
-            pytest.raises(RuntimeError, match=said),
-        ):
-            apply_opsd_kernels_to_trl()
-    for hook in patches.HOOKS:
-        assert not hasattr(vars(hook.owner())[hook.attribute], "replaces")
-
-
-def test_a_trainer_that_cannot_be_imported():
-    *others, last = patches.HOOKS
-    gone = replace(last, module="trl.experimental.gone")
-    with (
-        mock.patch.object(patches, "HOOKS", [*others, gone]),
-        pytest.warns(UserWarning, match=re.escape("IWOPDTrainer.compute_loss stays as it is")),
-    ):
-        undo = apply_opsd_kernels_to_trl()
-    assert len(undo.replaced) == len(others)
-    undo()
-
-
-def test_without_trl():
-    with (
-        mock.patch("importlib.util.find_spec", return_value=None),
-        pytest.raises(ImportError, match="pip install"),
-    ):
-        apply_opsd_kernels_to_trl()
-
-
-def on_rank(rank: int, port: int, folder: str) -> None:
-    """Runs of two processes, with ours and without, into a file."""
+def on_rank(rank: int, port: int, folder: Path) -> None:
+    """Runs of one of two processes; what the first logged, and its gradients, go to a file."""
     torch.set_num_threads(1)
     os.environ |= {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-    }  # fmt: skip
-    results = {}
-    for trainer in TWO_PROCESSES:
-        results[trainer] = [trained(trainer, Path(folder), per_device_train_batch_size=1)]
-        with apply_opsd_kernels_to_trl():
-            results[trainer].append(trained(trainer, Path(folder), per_device_train_batch_size=1))
-    torch.save(results, Path(folder) / f"{rank}.pt")
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(PROCESSES),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    runs = {}
+    for trainer in ("DistillationTrainer", "SDFTTrainer"):
+        for lora in (False, True):
+            theirs = run(trainer, folder, lora=lora, max_steps=2)
+            with apply_opsd_kernels_to_trl([trainer]):
+                ours = run(trainer, folder, lora=lora, max_steps=2)
+            assert ours.longest <= 1
+            runs[f"{trainer}, {'LoRA' if lora else 'full'}"] = ours, theirs
+    assert torch.distributed.get_world_size() == PROCESSES
+    for head_apart in (False, True):
+        for own_teacher in (False, True):
+            assert_sharded_as_averaged(rank, folder, head_apart, own_teacher)
+    torch.save(runs, folder / f"runs-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-TWO_PROCESSES = ("DistillationTrainer", "SDFTTrainer", "GKDTrainer")
+def assert_sharded_as_averaged(
+    rank: int, folder: Path, head_apart: bool, own_teacher: bool
+) -> None:
+    """Gradients of a model that FSDP2 has sharded are the average of both ranks' own, those of its
+    head too, whether it is gathered with the rest or apart; the teacher another model or itself."""
+    from torch.distributed.fsdp import fully_shard
+
+    text = torch.arange(3, 27).reshape(2, 12)
+    at = predicting(torch.tensor([[1, 1, 0, 1], [0, 0, 0, 1 - rank]]), 12)
+    inputs = {"input_ids": text + 5 * rank, "attention_mask": torch.ones_like(text)}
+    accelerator = SimpleNamespace(unwrap_model=lambda model: model, autocast=nullcontext)
+    trainer = SimpleNamespace(accelerator=accelerator)
+
+    def gradients(model: Any, teacher: Any) -> dict[str, torch.Tensor]:
+        def loss(h_S: Any, W: Any, h_T: Any, W_T: Any) -> torch.Tensor:
+            return fused_jsd_loss(h_S, h_T, W, W_teacher=W_T, reduction="sum")
+
+        privileged = inputs | {"input_ids": inputs["input_ids"].flip(1)}
+        h_T = teacher_hidden_states(trainer, teacher, at, **privileged)
+        loss_of_student(trainer, model, loss, h_T, teacher, at, **inputs).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    def models() -> tuple[Any, Any]:
+        student = load(folder / "student")
+        return student, student if own_teacher else load(folder / "teacher")
+
+    mine = gradients(*models())
+    for gradient in mine.values():
+        torch.distributed.all_reduce(gradient)
+    mesh, sharded_models = torch.distributed.init_device_mesh("cpu", (PROCESSES,)), models()
+    for model in dict.fromkeys(sharded_models):
+        if head_apart:
+            fully_shard(model.lm_head, mesh=mesh)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    sharded = gradients(*sharded_models)
+    assert sharded.keys() == mine.keys()
+    for name, gradient in sharded.items():
+        torch.testing.assert_close(
+            gradient.full_tensor(), mine[name] / PROCESSES, rtol=1e-4, atol=1e-7
+        )
+
+
+def test_a_head_that_zero_3_takes_back(folder, monkeypatch):
+    """It is whole in forward alone, and backward of a trained one reads it: from a copy."""
+    model = load(folder / "student")
+    weight = model.lm_head.weight
+    whole_weight = weight.data.clone()
+
+    @contextmanager
+    def gather(*parameters: Any) -> Iterator[None]:
+        for p in {id(p): p for p in parameters if p is weight}.values():
+            p.data = whole_weight.clone()
+        yield
+        for p in parameters:
+            if p is weight:
+                p.data.fill_(torch.nan)
+
+    h = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+
+    def gradient() -> torch.Tensor:
+        with heads.heads_of_models(model, model) as (W, _):
+            loss = fused_jsd_loss(h, -h, W)
+        return torch.autograd.grad(loss, weight)[0]
+
+    true = gradient()
+    weight.ds_id, weight.ds_shape = 0, weight.shape
+    weight.data = torch.full_like(whole_weight, torch.nan)
+    monkeypatch.setattr(heads, "maybe_gather_lm_head_ctx", gather)
+    assert heads.why_no_head(model) is None
+    assert torch.equal(gradient(), true)
 
 
 def test_two_processes(folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(on_rank, (port, str(folder)), nprocs=2)
-    ranks = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-    for trainer in TWO_PROCESSES:
-        for rank in ranks:
-            theirs, ours = rank[trainer]
-            assert_same(ours, theirs)
-            assert ours[2] == 0
-        weights = [rank[trainer][1][1] for rank in ranks]
-        assert all(w.equal(weights[1][name]) for name, w in weights[0].items())
+    """Under DistributedDataParallel, with as many tokens on each as come; and under FSDP2."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    torch.multiprocessing.spawn(on_rank, (port, folder), nprocs=PROCESSES)
+    ranks = [torch.load(folder / f"runs-{r}.pt", weights_only=False) for r in range(PROCESSES)]
+    for name, (ours, theirs) in ranks[0].items():
+        figures, gradients = difference(ours, theirs)
+        print(f"{name}, {PROCESSES} processes: figures {figures:.1e}, gradients {gradients:.1e}")
+        assert max(figures, gradients) < TOLERANCE
+        # Both hold the gradient of both.
+        others, _ = ranks[1][name]
+        for mine, yours in zip(ours.gradients, others.gradients, strict=True):
+            for parameter in mine:
+                torch.testing.assert_close(mine[parameter], yours[parameter])
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "Qwen3"])
+@pytest.mark.parametrize("trainer", ["DistillationTrainer", "SDFTTrainer"])
+def test_heads_with_a_cap_a_scale_or_a_bias(trainer, family, tmp_path, monkeypatch):
+    """Of other families, tied embeddings among them; of Phi's the bias is trained too."""
+    for side, seed in (("student", 0), ("teacher", 1)):
+        save_model_and_tokenizer(tmp_path / side, seed=seed, family=family, num_hidden_layers=1)
+    theirs = run(trainer, tmp_path)
+    with apply_opsd_kernels_to_trl():
+        ours = run(trainer, tmp_path)
+    figures, gradients = difference(ours, theirs)
+    assert max(figures, gradients) < TOLERANCE
+    assert ours.longest <= 1
+
+
+def textbook(trainer: str) -> Any:
+    """Of logits, β and T: the sum over tokens, as each trainer writes it."""
+    if trainer in ("SDFTTrainer", "SDPOTrainer"):
+        module = importlib.import_module(
+            f"trl.experimental.{trainer.removesuffix('Trainer').lower()}.loss_utils"
+        )
+        return lambda z_S, z_T, beta, T: module.compute_full_logit_self_distillation_loss(
+            z_S / T, z_T / T, distillation_alpha=beta
+        ).sum()
+    kind, _ = TRAINERS[trainer]
+    return lambda z_S, z_T, beta, T: kind.generalized_jsd_loss(
+        z_S, z_T, beta=beta, temperature=T, reduction="sum"
+    )
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("trainer", [name for name in TRAINERS if name != "DistillationTrainer"])
+def test_beta_means_what_it_means_here(trainer, beta):
+    """Their formula in float64."""
+    g = torch.Generator().manual_seed(0)
+    h_S, h_T, W = (torch.randn(n, 8, generator=g, dtype=torch.float64) for n in (5, 5, 40))
+    true = reference_jsd_loss(h_S, h_T, W, beta=beta, temperature=0.7, reduction="sum")
+    theirs = textbook(trainer)((h_S @ W.T)[None], (h_T @ W.T)[None], beta, 0.7)
+    torch.testing.assert_close(theirs, true, rtol=1e-12, atol=0)
+
+
+# ... the function of DistillationTrainer, of tensors
+
+
+def divergence_inputs(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g).to(dtype)
+
+    mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 0, 1, 1, 1]])
+    return {
+        "student_hidden_states": randn(3, 5, 16).requires_grad_(),
+        "teacher_hidden_states": randn(3, 5, 24),
+        "student_lm_head_weight": randn(50, 16).requires_grad_(),
+        "teacher_lm_head_weight": randn(50, 24),
+        "completion_mask": mask,
+        "beta": 0.3,
+        "num_items_in_batch": torch.tensor(9.5),
+        "student_lm_head_bias": randn(50).requires_grad_(),
+        "teacher_lm_head_bias": randn(50),
+        "student_logit_scale": 0.4,
+        "teacher_logit_scale": 0.6,
+        "student_final_logit_softcapping": 3.0,
+        "teacher_final_logit_softcapping": 4.0,
+        "temperature": 0.7,
+    }
+
+
+def divergence_results(inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """Loss, entropy and count of what TRL calls now, and gradients."""
+    function = importlib.import_module("trl.trainer.distillation_trainer")._chunked_divergence_loss
+    results = list(function(**inputs))
+    leaves = [t for t in inputs.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+    return results + list(torch.autograd.grad(results[0], leaves))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"num_items_in_batch": None},
+        {"num_items_in_batch": 7},
+        {"completion_mask": torch.zeros(3, 5, dtype=torch.long), "num_items_in_batch": None},
+        {"teacher_hidden_states": torch.float16, "teacher_lm_head_weight": torch.float16},
+        {"student_lm_head_weight": torch.bfloat16},
+        {"teacher_lm_head_weight": 60, "teacher_lm_head_bias": 60},  # rows
+    ],
+    ids=["", "local mean", "an int", "no token", "two dtypes", "a head of its own dtype", "padded"],
+)
+def test_what_distillation_calls(change):
+    inputs = divergence_inputs()
+    for name, value in change.items():
+        if isinstance(value, torch.dtype):
+            value = inputs[name].detach().to(value)
+            value.requires_grad_(inputs[name].requires_grad)
+        elif name.startswith("teacher"):
+            g = torch.Generator().manual_seed(1)
+            value = torch.randn(value, *inputs[name].shape[1:], generator=g)
+        inputs[name] = value
+    theirs = divergence_results(inputs)
+    with apply_opsd_kernels_to_trl():
+        ours = divergence_results(inputs)
+    for x, y in zip(ours, theirs, strict=True):
+        assert x.dtype == y.dtype
+        loose = {"rtol": 1e-2, "atol": 1e-4} if y.dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(x, y, **(loose or {"rtol": 1e-4, "atol": 1e-6}))
+
+
+# ... what is not ours
+
+
+@pytest.mark.parametrize(
+    ("trainer", "options", "reason"),
+    [
+        ("SDFTTrainer", {"distillation_mode": "topk_logits", "distillation_topk": 5}, "topk_log"),
+        ("SDPOTrainer", {"distillation_weight": 0.5}, "distillation_weight=0.5"),
+        ("IWOPDTrainer", {"loss_top_k": 1}, "loss_top_k=1"),
+        ("IWOPDTrainer", {"distillation_objective": "iw_opd"}, "distillation_objective='iw_opd'"),
+    ],
+)
+def test_what_is_not_computed_stays_theirs_and_is_said_once(
+    trainer, options, reason, folder, caplog
+):
+    theirs = run(trainer, folder, **options)
+    with apply_opsd_kernels_to_trl(), caplog.at_level(logging.WARNING, "opsd_kernels.trl"):
+        ours = run(trainer, folder, **options)
+    assert ours.logs == theirs.logs
+    assert ours.longest == theirs.longest > 1
+    said = [r.getMessage() for r in caplog.records if r.name == "opsd_kernels.trl"]
+    assert len(said) == 1 + (trainer == "IWOPDTrainer")  # evaluated with its outputs
+    assert said[0].startswith(f"{trainer} computes TRL's own loss: ")
+    assert reason in said[0]
+
+
+def test_gold_with_two_tokenizers_stays_theirs(folder, caplog):
+    options = {"use_uld_loss": True, "teacher_tokenizer_name_or_path": str(folder / "teacher")}
+    with apply_opsd_kernels_to_trl(), caplog.at_level(logging.WARNING, "opsd_kernels.trl"):
+        run("GOLDTrainer", folder, **options)
+    assert "use_uld_loss" in caplog.text
+
+
+def test_a_subclass_that_has_a_loss_of_its_own(folder, caplog):
+    kind, _ = TRAINERS["GKDTrainer"]
+
+    class Own(kind):
+        @staticmethod
+        def generalized_jsd_loss(student_logits, *_args, **_kwargs):
+            return student_logits.square().mean()
+
+    with apply_opsd_kernels_to_trl(), caplog.at_level(logging.WARNING, "opsd_kernels.trl"):
+        made = run_of(make_trainer("GKDTrainer", folder, base=Own))
+    assert "Own computes TRL's own loss: it has a generalized_jsd_loss of its own" in caplog.text
+    assert made.longest > 1
+
+
+def test_a_head_with_an_adapter(folder, caplog):
+    from peft import LoraConfig, get_peft_model
+
+    made = make_trainer("GKDTrainer", folder)
+    made.model = made.model_wrapped = get_peft_model(
+        made.model, LoraConfig(r=2, target_modules=["lm_head"])
+    )
+    with apply_opsd_kernels_to_trl(), caplog.at_level(logging.WARNING, "opsd_kernels.trl"):
+        run_of(made)
+    assert "the LM head is wrapped by PEFT" in caplog.text
+
+
+def test_outputs_that_are_asked_for(folder, caplog):
+    made = make_trainer("GKDTrainer", folder)
+    batch = made._prepare_inputs(next(iter(made.get_train_dataloader())))
+    with apply_opsd_kernels_to_trl(), caplog.at_level(logging.WARNING, "opsd_kernels.trl"):
+        _, outputs = made.compute_loss(made.model, batch, return_outputs=True)
+    assert outputs.logits.shape[:2] == batch["input_ids"].shape
+    assert "outputs are asked for" in caplog.text
+
+
+# ... applying and undoing
+
+
+def replaced() -> list[Any]:
+    found = []
+    for hook in patches.HOOKS:
+        owner: Any = importlib.import_module(hook.module)
+        *classes, name = hook.replaced.split(".")
+        for part in classes:
+            owner = getattr(owner, part)
+        found.append(vars(owner)[name])
+    return found
+
+
+def test_undone_by_call_and_by_context():
+    before = replaced()
+    undo = apply_opsd_kernels_to_trl()
+    during = replaced()
+    assert all(x is not y for x, y in zip(during, before, strict=True))
+    with apply_opsd_kernels_to_trl():  # a second time: nothing of its own to undo
+        assert replaced() == during
+    assert replaced() == during
+    undo()
+    assert replaced() == before
+    undo()
+
+
+def test_some_trainers_alone():
+    before = replaced()
+    with apply_opsd_kernels_to_trl("GKDTrainer"):
+        assert [x is y for x, y in zip(replaced(), before, strict=True)].count(False) == 1
+    with pytest.raises(
+        ValueError, match=r"trainers must be among .*GKDTrainer.*, got 'DPOTrainer'"
+    ):
+        apply_opsd_kernels_to_trl(["GKDTrainer", "DPOTrainer"])
+
+
+def test_someone_elses_replacement_is_left(monkeypatch):
+    kind, _ = TRAINERS["GKDTrainer"]
+    theirs = kind.compute_loss
+    undo = apply_opsd_kernels_to_trl("GKDTrainer")
+    monkeypatch.setattr(kind, "compute_loss", lambda *_: 0)
+    with pytest.warns(UserWarning, match=r"GKDTrainer\.compute_loss was replaced by someone else"):
+        undo()
+    kind.compute_loss = theirs
+    monkeypatch.undo()
+    kind.compute_loss = theirs
+
+
+def test_a_version_that_is_not_known(monkeypatch):
+    monkeypatch.setattr(patches, "version", lambda _: "9.9.9")
+    with (
+        pytest.warns(UserWarning, match=r"tested with TRL 1\.16\.0, not with the 9\.9\.9"),
+        apply_opsd_kernels_to_trl(),
+    ):
+        pass
+
+
+def test_the_version_that_is_installed_is_known(recwarn):
+    with apply_opsd_kernels_to_trl():
+        pass
+    assert trl.__version__ in patches.TESTED_VERSIONS
+    assert not [w for w in recwarn if "opsd_kernels" in str(w.message)]
+
+
+@pytest.mark.parametrize("hook", patches.HOOKS, ids=lambda hook: hook.replaced)
+def test_a_signature_that_has_changed(hook, monkeypatch):
+    module: Any = importlib.import_module(hook.module)
+    *classes, name = hook.replaced.split(".")
+    owner = getattr(module, classes[0]) if classes else module
+    monkeypatch.setattr(owner, name, lambda self, model, batch: None)
+    before = replaced()
+    with pytest.raises(RuntimeError, match=rf"{hook.replaced} .*takes \(self, model, batch\)"):
+        apply_opsd_kernels_to_trl()
+    assert replaced() == before
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(RuntimeError, match=rf"has no {hook.module}\.{hook.replaced}, which"):
+        apply_opsd_kernels_to_trl()
+
+
+@pytest.mark.parametrize("hook", patches.HOOKS, ids=lambda hook: hook.replaced)
+def test_what_ours_does_the_work_of_is_looked_at_too(hook, monkeypatch):
+    for path in hook.signatures:
+        where, _, path = path.rpartition(":")
+        owner: Any = importlib.import_module(where or hook.module)
+        *classes, name = path.split(".")
+        for part in classes:
+            owner = getattr(owner, part)
+        with monkeypatch.context() as changed:
+            changed.setattr(owner, name, lambda another: None)
+            with pytest.raises(RuntimeError, match=rf"{name} .*takes \(another\)"):
+                apply_opsd_kernels_to_trl([hook.trainer])
+
+
+def test_without_trl(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("opsd_kernels.trl")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(ImportError, match=r"pip install 'trl>=1\.16'"):
+        importlib.import_module("opsd_kernels.trl")
+
+
+def test_trl_is_not_imported_by_the_package():
+    code = "import opsd_kernels, sys; sys.exit('trl' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

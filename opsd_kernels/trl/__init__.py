@@ -1,23 +1,28 @@
-"""TRL's trainers with the losses of this package, by one line before a trainer is made:
+"""TRL's trainers with the losses of this package, by one line before a trainer is made.
 
     from opsd_kernels.trl import apply_opsd_kernels_to_trl
 
     apply_opsd_kernels_to_trl()
 
-Afterwards these compute their full-vocabulary losses from hidden states and the LM head, which is
-never called on a sequence to be trained on; all that their configs say is as before.
+`DistillationTrainer`, `SDFTTrainer`, `SDPOTrainer`, `GKDTrainer`, `GOLDTrainer` and `IWOPDTrainer`
+then compute their full-vocabulary losses, and the losses of sampled tokens of SDFT and SDPO, from
+hidden states. What a config asks for and this package does not compute stays TRL's, and is said
+once. examples/README.md lists what is whose.
 
-    DistillationTrainer    everything
-    SDFTTrainer            distillation_mode "full_logits" and "sampled_token"
-    SDPOTrainer            the same, where distillation_weight is 1
-    GKDTrainer             everything
-    GOLDTrainer            without use_uld_loss, whose teachers have other tokenizers
-    IWOPDTrainer           distillation_objective "jsd", without loss_top_k and teacher server
-
-Where a config asks for something else, or a head is one that `LMHead.of` refuses, TRL's own code
-runs as before, and a warning says so once.
+What lives here: patches.py replaces functions of TRL's and puts them back; distillation.py,
+self_distillation.py and on_policy.py hold the losses of the trainers; hidden_states.py gets what
+enters a head, through wrappers, and heads.py the head itself. TRL is imported here alone.
 """
 
-from opsd_kernels.trl.patches import Patches, apply_opsd_kernels_to_trl
+try:
+    import trl  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "trl":
+        raise
+    raise ImportError(
+        "opsd_kernels.trl needs TRL, which is not installed: pip install 'trl>=1.16'"
+    ) from error
 
-__all__ = ["Patches", "apply_opsd_kernels_to_trl"]
+from opsd_kernels.trl.patches import Applied, apply_opsd_kernels_to_trl
+
+__all__ = ["Applied", "apply_opsd_kernels_to_trl"]

@@ -1,75 +1,103 @@
-"""TRL's DistillationTrainer, which has hidden states and heads at hand."""
+"""The loss of `DistillationTrainer`: one function of hidden states and heads, which TRL has too."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from opsd_kernels.checks import FLOAT_DTYPES
 from opsd_kernels.head import LMHead
-from opsd_kernels.trl.hidden_states import whole
-from opsd_kernels.trl.patches import say_once
-from opsd_kernels.trl.tokens import divergence_of_tokens
+from opsd_kernels.loss import token_divergence
+from opsd_kernels.trl.heads import gathered, in_one_dtype, whole
+from opsd_kernels.trl.hooks import Hook, logger
 
 
-def chunked_divergence_loss(
-    own: Callable[..., Any],
-    student_hidden_states: Tensor,
-    teacher_hidden_states: Tensor,
-    student_lm_head_weight: Tensor,
-    teacher_lm_head_weight: Tensor,
-    completion_mask: Tensor,
-    beta: float,
-    num_items_in_batch: Tensor | int | None = None,
-    student_lm_head_bias: Tensor | None = None,
-    teacher_lm_head_bias: Tensor | None = None,
-    student_logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,
-    student_final_logit_softcapping: float | None = None,
-    teacher_final_logit_softcapping: float | None = None,
-    temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`_chunked_divergence_loss`: the loss, the sum of the student's entropies, and how many tokens
-    count. Hidden states are [B, T, D], the mask [B, T]."""
-    if hasattr(student_lm_head_weight, "ds_id") and student_lm_head_weight.requires_grad:
-        say_once("DistillationTrainer", "ZeRO-3 takes the weight of a trained head before backward")
-        return own(
-            student_hidden_states, teacher_hidden_states,
-            student_lm_head_weight, teacher_lm_head_weight,
-            completion_mask, beta, num_items_in_batch,
-            student_lm_head_bias, teacher_lm_head_bias,
-            student_logit_scale, teacher_logit_scale,
-            student_final_logit_softcapping, teacher_final_logit_softcapping, temperature,
-        )  # fmt: skip
-    mask = completion_mask != 0
-    student = student_lm_head_weight, student_lm_head_bias
-    teacher = teacher_lm_head_weight, teacher_lm_head_bias
-    with _gathered(*student, *teacher):
-        told = divergence_of_tokens(
-            student_hidden_states,
-            teacher_hidden_states,
-            _head(*student, student_final_logit_softcapping, student_logit_scale),
-            _head(*teacher, teacher_final_logit_softcapping, teacher_logit_scale),
-            mask,
-            beta=beta,
-            temperature=temperature,
+def _chunked_divergence_loss(theirs: Callable[..., Any], module: Any) -> Callable[..., Any]:
+    signature = inspect.signature(theirs)
+
+    @functools.wraps(theirs)
+    def ours(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        for side in ("student", "teacher"):
+            dtype = given[f"{side}_hidden_states"].dtype
+            if dtype not in FLOAT_DTYPES:
+                _notice(f"hidden states are {dtype}")
+                return theirs(*args, **kwargs)
+        return _loss(given)
+
+    return ours
+
+
+def _loss(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of what the function that is replaced was called with.
+
+    Returns:
+        The loss, and of this process the sum of the student's entropies and how many tokens count.
+    """
+    at = given["completion_mask"] != 0
+    h_S, h_T = given["student_hidden_states"][at], given["teacher_hidden_states"][at]
+    heads = [
+        given[f"{side}_lm_head_{name}"]
+        for side in ("student", "teacher")
+        for name in ("weight", "bias")
+    ]
+    with gathered(*heads):
+        W, W_T = _head(given, "student"), _head(given, "teacher").detach()
+        if W_T.weight.shape[0] > W.weight.shape[0]:
+            # Of a teacher that is padded further, the rows that the student has.
+            W_T = W_T._replace(vocab_size=W.weight.shape[0])
+        h_S, W, h_T, W_teacher = in_one_dtype(h_S, W, h_T, W_T)
+        stats = token_divergence(
+            h_S,
+            h_T,
+            W,
+            beta=given["beta"],
+            temperature=given["temperature"],
+            W_teacher=W_teacher,
         )
-    valid = mask.sum()
-    loss = told.loss.sum()
-    if num_items_in_batch is None:
-        loss = loss / valid.clamp(min=1)
-    else:
-        if isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.to(loss.device)
-        loss = loss / num_items_in_batch
-    return loss, told.entropy_student.sum(), valid
+    total, count, items = stats.loss.sum(), at.sum(), given["num_items_in_batch"]
+    scale = count.clamp(min=1) if items is None else torch.as_tensor(items, device=total.device)
+    return total / scale, stats.entropy_student.sum(), count
 
 
-def _head(weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> LMHead:
-    return LMHead(whole(weight), None if bias is None else whole(bias), softcap, scale)
+def _head(given: dict[str, Any], side: str) -> LMHead:
+    bias = given[f"{side}_lm_head_bias"]
+    return LMHead(
+        whole(given[f"{side}_lm_head_weight"]),
+        None if bias is None else whole(bias),
+        given[f"{side}_final_logit_softcapping"],
+        given[f"{side}_logit_scale"],
+    )
 
 
-def _gathered(*tensors: Tensor | None) -> Any:
-    from trl.trainer.utils import maybe_gather_lm_head_ctx
+@functools.cache
+def _notice(reason: str) -> None:
+    logger.warning("DistillationTrainer computes TRL's own loss: %s", reason)
 
-    return maybe_gather_lm_head_ctx(*(t for t in tensors if isinstance(t, torch.nn.Parameter)))
+
+HOOKS = (
+    Hook(
+        "DistillationTrainer",
+        "trl.trainer.distillation_trainer",
+        "_chunked_divergence_loss",
+        _chunked_divergence_loss,
+        {
+            "_chunked_divergence_loss": (
+                "student_hidden_states, teacher_hidden_states, student_lm_head_weight, "
+                "teacher_lm_head_weight, completion_mask, beta, num_items_in_batch, "
+                "student_lm_head_bias, teacher_lm_head_bias, student_logit_scale, "
+                "teacher_logit_scale, student_final_logit_softcapping, "
+                "teacher_final_logit_softcapping, temperature"
+            ),
+            "DistillationTrainer._compute_loss": (
+                "self, unwrapped_student, inputs, num_items_in_batch"
+            ),
+            "trl.trainer.utils:maybe_gather_lm_head_ctx": "params",
+        },
+    ),
+)

@@ -1,115 +1,116 @@
-"""Hidden states and heads of a trainer's models, however they are wrapped.
+"""What enters a model's head, without calling the head; in the forward of whatever wraps the model.
 
-A loss that reads the head's weight must run inside the forward of what the model is wrapped in:
-that is where DDP learns that a backward follows, and where FSDP and ZeRO-3 have the parameters
-whole. TRL's `_ForwardRedirection` takes a function there.
+A wrapper (DDP, FSDP2, a DeepSpeed engine) makes a model's parameters whole, and prepares for their
+gradients, in its own forward. So that is what is called; in it the model's backbone takes the place
+of the model, and the loss is computed before it ends.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import is_compiled_module, is_peft_model
 from torch import Tensor
+from torch.nn.functional import pad
+from trl.models.utils import _ForwardRedirection
 
-from opsd_kernels.checks import is_dtensor
 from opsd_kernels.head import LMHead
-from opsd_kernels.head_of_model import head_of_model
+from opsd_kernels.trl.heads import heads_of_models, in_one_dtype, why_no_head
 
 T = TypeVar("T")
+Loss = Callable[[Tensor, LMHead, Tensor, LMHead | None], T]
+SIGNATURES = {
+    "trl.models.utils:_ForwardRedirection.__call__": (
+        "self, wrapper_module, original_module, method, args, kwargs"
+    ),
+    "trl.trainer.utils:maybe_gather_lm_head_ctx": "params",
+}
 
 
-def inside(trainer: Any, model: Any, function: Callable[..., T], *args: Any) -> T:
-    """function(unwrapped model, *args) within the forward of a model's wrapper, and under the
-    autocast that the wrapper would put on the model's own forward."""
-    from trl.models.utils import _ForwardRedirection
+def predicting(mask: Tensor, length: int) -> Tensor:
+    """Which positions of a sequence predict the tokens of a mask.
 
-    unwrapped = trainer.accelerator.unwrap_model(model)
+    Args:
+        mask: [B, K] of the last K tokens; what is not 0 counts.
+        length: L > K, of the sequences.
 
-    def under_autocast(*given: Any) -> T:
-        with trainer.accelerator.autocast():
-            return function(*given)
-
-    return _ForwardRedirection()(model, unwrapped, under_autocast, unwrapped, *args)
-
-
-def hidden_states(model: Any, inputs: dict[str, Any], positions: slice) -> Tensor:
-    """[B, T, D] what enters the head of a causal language model at some positions."""
-    backbone = _own(model).base_model
-    return backbone(**inputs, use_cache=False).last_hidden_state[:, positions]
-
-
-def teacher_hidden_states(
-    trainer: Any, teacher: Any, inputs: dict[str, Any], positions: slice
-) -> Tensor:
-    """Likewise, of a teacher, as constants."""
-    with torch.no_grad():
-        return inside(trainer, teacher, hidden_states, inputs, positions)
-
-
-def head_of(model: Any) -> LMHead:
-    """The head of a model, gathered if it is sharded. ZeRO-3 has it whole within `gathered`. Rows
-    that a tokenizer does not use count, as they do in the logits that TRL compares."""
-    return head_of_model(_own(model), whole)._replace(vocab_size=None)
-
-
-def check_model(model: Any) -> None:
-    """See whether hidden states and head tell all of a model, without gathering anything.
-
-    Raises:
-        ValueError: they do not, and why.
+    Returns:
+        [B, L] bool.
     """
-    prompt = getattr(model, "active_peft_config", None)
-    if prompt is not None and prompt.is_prompt_learning:
-        raise ValueError("the prompt that PEFT learns is no input of the model's own")
-    weight = head_of_model(_own(model), _stand_in).weight
-    if hasattr(weight, "ds_id") and weight.requires_grad:
-        raise ValueError("ZeRO-3 takes the weight of a head that is trained away before backward")
+    return pad(mask != 0, (length - 1 - mask.shape[1], 1))
 
 
-def gathered(*models: Any) -> AbstractContextManager[Any]:
-    """Within it ZeRO-3 has whole heads."""
-    heads = [_own(model).get_output_embeddings() for model in models]
-    if not any(hasattr(head.weight, "ds_id") for head in heads):
-        return nullcontext()
-    from trl.trainer.utils import maybe_gather_lm_head_ctx
+def run_backbone(
+    trainer: Any, wrapped: Any, at: Tensor, then: Callable[[Tensor, Any], T], **inputs: Any
+) -> T:
+    """Run a model up to its head, in the forward of what wraps it, and there what comes after.
 
-    return maybe_gather_lm_head_ctx(*(p for head in heads for p in (head.weight, head.bias)))
+    Args:
+        at: [B, L] bool, the positions that count.
+        then: of the last hidden states [n, D] there and the model without an adapter's wrapper,
+            makes tensors. Backward goes through what is returned alone.
+        inputs: of the model.
+    """
 
+    def compute(**inputs: Any) -> T:
+        # What accelerate does in the forward of a model that it prepares, which is not called here.
+        with trainer.accelerator.autocast():
+            h = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
+            device = causal_lm.get_output_embeddings().weight.device
+            return then(h[at.to(h.device)].to(device), causal_lm)
 
-def in_one_dtype(
-    h_student: Tensor, h_teacher: Tensor, head: LMHead, head_T: LMHead
-) -> tuple[Tensor, Tensor, LMHead, LMHead]:
-    """Both sides in the dtype of the student's hidden states, unless autocast sees to it."""
-    if torch.is_autocast_enabled(h_student.device.type):
-        return h_student, h_teacher, head, head_T
-    dtype = h_student.dtype
-    return h_student, h_teacher.to(dtype), _cast(head, dtype), _cast(head_T, dtype)
-
-
-def whole(t: Tensor) -> Tensor:
-    """A weight that FSDP2 may have sharded. Each rank's gradient is that of its own tokens, of
-    which FSDP makes the mean."""
-    if not is_dtensor(t):
-        return t
-    if not t.requires_grad:
-        return t.full_tensor()  # type: ignore[attr-defined]
-    from torch.distributed.tensor import Partial
-
-    placements = [Partial("avg")] * t.device_mesh.ndim  # type: ignore[attr-defined]
-    return t.full_tensor(grad_placements=placements)  # type: ignore[attr-defined]
+    model = trainer.accelerator.unwrap_model(wrapped)
+    causal_lm = _causal_lm(model)
+    return _ForwardRedirection()(wrapped, model, compute, **inputs)
 
 
-def _stand_in(t: Tensor) -> Tensor:
-    """What a tensor will be like when it is whole, of no size."""
-    return t.new_zeros(()).expand(t.shape) if is_dtensor(t) else t
+def teacher_hidden_states(trainer: Any, teacher: Any, at: Tensor, **inputs: Any) -> Tensor:
+    """Last hidden states [n, D_T] of a teacher where `at` [B, L] is set, without gradient."""
+    with torch.no_grad():
+        return run_backbone(trainer, teacher, at, lambda h, _: h, **inputs)
 
 
-def _cast(head: LMHead, dtype: torch.dtype) -> LMHead:
-    bias = None if head.bias is None else head.bias.to(dtype)
-    return head._replace(weight=head.weight.to(dtype), bias=bias)
+def loss_of_student(
+    trainer: Any, model: Any, loss: Loss[T], h_T: Tensor, teacher: Any, at: Tensor, **inputs: Any
+) -> T:
+    """A loss of the student's last hidden states where `at` [B, L] is set, and of the teacher's.
+
+    Args:
+        loss: of h_S, the student's head, h_T and the teacher's head, or None if it is the same.
+        h_T: [n, D_T] from `teacher_hidden_states`, for the same tokens.
+    """
+    teacher = _causal_lm(trainer.accelerator.unwrap_model(teacher))
+
+    def then(h_S: Tensor, student: Any) -> T:
+        with heads_of_models(student, teacher) as (W, W_T):
+            return loss(*in_one_dtype(h_S, W, h_T.to(h_S.device), W_T))
+
+    return run_backbone(trainer, model, at, then, **inputs)
 
 
-def _own(model: Any) -> Any:
-    """A model without what PEFT has put around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _causal_lm(model: Any) -> Any:
+    """The model within an adapter, whose layers are in its own modules."""
+    return model.base_model.model if is_peft_model(model) else model
+
+
+def why_no_hidden_states(trainer: Any, *models: Any) -> str | None:
+    """Why they, or a head for them, cannot be had of models as they are wrapped, if so. The same on
+    every process."""
+    if getattr(trainer.accelerator, "is_fsdp2", False) is False and trainer.is_fsdp_enabled:
+        return "FSDP of version 1 flattens the LM head; version 2 does not"
+    for model in models:
+        if model is None:
+            return "there is no teacher model"
+        if isinstance(model, torch.nn.DataParallel):
+            return "torch.nn.DataParallel copies the model; use a process for each GPU"
+        if is_compiled_module(model):
+            return "the model is compiled by torch.compile"
+        unwrapped = trainer.accelerator.unwrap_model(model)
+        if is_peft_model(unwrapped) and unwrapped.active_peft_config.is_prompt_learning:
+            return "an adapter that learns a prompt works in the forward of the whole model"
+        causal_lm = _causal_lm(unwrapped)
+        if getattr(causal_lm, "base_model", causal_lm) is causal_lm:
+            return f"{type(causal_lm).__name__} has no base_model without an LM head"
+        if reason := why_no_head(causal_lm):
+            return reason
+    return None

@@ -1,127 +1,154 @@
-"""TRL's GKDTrainer, GOLDTrainer and IWOPDTrainer: a teacher of the same vocabulary reads what the
-student does."""
+"""The losses of `GKDTrainer`, `GOLDTrainer` and `IWOPDTrainer`: divergences at the tokens that have
+labels, of two models that read the same text.
+
+β weighs the teacher in all three, and names the forward KL at 0 and the reverse KL at 1, as here.
+GOLD and IWOPD divide logits by their temperature; GKD samples at its own, and trains at 1.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
+from opsd_kernels.head import LMHead
+from opsd_kernels.loss import fused_jsd_loss
 from opsd_kernels.trl.hidden_states import (
-    check_model,
-    gathered,
-    head_of,
-    hidden_states,
-    inside,
+    SIGNATURES,
+    loss_of_student,
+    predicting,
     teacher_hidden_states,
+    why_no_hidden_states,
 )
-from opsd_kernels.trl.patches import say_once
-from opsd_kernels.trl.tokens import divergence_of_tokens
+from opsd_kernels.trl.hooks import COMPUTE_LOSS, Hook, compute_loss_or_theirs, why_overridden
 
 
-def gkd_loss(
-    own: Callable[..., Any],
-    self: Any,
-    model: Any,
-    inputs: Any,
-    return_outputs: bool = False,
-    num_items_in_batch: Any = None,
-) -> Any:
-    """`GKDTrainer.compute_loss`, whose temperature is that of sampling alone."""
-    reason = _reason_for_own(self, model, return_outputs)
-    if reason is not None:
-        say_once("GKDTrainer", reason)
-        return own(self, model, inputs, return_outputs, num_items_in_batch)
-    return _loss(self, model, inputs, {}, 1.0, num_items_in_batch)
+def _gkd(theirs: Callable[..., Any], GKDTrainer: type) -> Callable[..., Any]:
+    def why_theirs(self: Any, model: Any) -> str | None:
+        return why_overridden(self, GKDTrainer, "generalized_jsd_loss") or why_no_hidden_states(
+            self, model, self.teacher_model
+        )
+
+    def ours(self: Any, model: Any, inputs: dict[str, Any], items: Tensor | int | None) -> Tensor:
+        return _loss(self, model, inputs["labels"][:, 1:], _text(inputs), 1.0, items)
+
+    return compute_loss_or_theirs(theirs, why_theirs, ours)
 
 
-def gold_loss(
-    own: Callable[..., Any],
-    self: Any,
-    model: Any,
-    inputs: Any,
-    return_outputs: bool = False,
-    num_items_in_batch: Any = None,
-) -> Any:
-    """`GOLDTrainer.compute_loss`."""
-    reason = _reason_for_own(self, model, return_outputs)
-    if self.use_uld_loss and self.teacher_tokenizer is not None:
-        reason = "use_uld_loss compares two vocabularies"
-    if reason is not None:
-        say_once("GOLDTrainer", reason)
-        return own(self, model, inputs, return_outputs, num_items_in_batch)
-    others = self._get_model_forward_kwargs(inputs)
-    return _loss(self, model, inputs, others, self.temperature, num_items_in_batch)
+def _gold(theirs: Callable[..., Any], GOLDTrainer: type) -> Callable[..., Any]:
+    def why_theirs(self: Any, model: Any) -> str | None:
+        if self.use_uld_loss and self.teacher_tokenizer is not None:
+            return "use_uld_loss compares the texts of two tokenizers"
+        return why_overridden(self, GOLDTrainer, "generalized_jsd_loss") or why_no_hidden_states(
+            self, model, self.teacher_model
+        )
+
+    def ours(self: Any, model: Any, inputs: dict[str, Any], items: Tensor | int | None) -> Tensor:
+        both = _text(inputs) | self._get_model_forward_kwargs(inputs)
+        return _loss(self, model, inputs["labels"][:, 1:], both, self.temperature, items)
+
+    return compute_loss_or_theirs(theirs, why_theirs, ours)
 
 
-def iw_opd_loss(
-    own: Callable[..., Any],
-    self: Any,
-    model: Any,
-    inputs: Any,
-    return_outputs: bool = False,
-    num_items_in_batch: Any = None,
-) -> Any:
-    """`IWOPDTrainer.compute_loss`."""
-    if self.distillation_objective != "jsd":
-        reason: str | None = f"distillation_objective={self.distillation_objective!r} is no JSD"
-    elif self.use_teacher_server or self.teacher_model is None:
-        reason = "a teacher server tells no hidden states"
-    elif self.loss_top_k > 0:
-        reason = f"loss_top_k={self.loss_top_k} is of some entries, not of all"
-    else:
-        reason = _reason_for_own(self, model, return_outputs)
-    if reason is not None:
-        say_once("IWOPDTrainer", reason)
-        return own(self, model, inputs, return_outputs, num_items_in_batch)
-    self._raise_if_local_teacher_tokenizer_mismatch()
-    first = self._compute_prompt_length(inputs)
-    return _loss(self, model, inputs, {}, self.temperature, num_items_in_batch, first)
+def _iw_opd(theirs: Callable[..., Any], IWOPDTrainer: type) -> Callable[..., Any]:
+    def why_theirs(self: Any, model: Any) -> str | None:
+        if self.use_teacher_server:
+            return "a server tells some log-probabilities of the teacher's, not its hidden states"
+        if self.distillation_objective != "jsd":
+            return f"distillation_objective={self.distillation_objective!r} is no divergence"
+        if self.loss_top_k > 0:
+            return f"loss_top_k={self.loss_top_k} is not the whole vocabulary"
+        return why_overridden(
+            self, IWOPDTrainer, "generalized_jsd_loss", "_get_teacher_logits"
+        ) or why_no_hidden_states(self, model, self.teacher_model)
 
+    def ours(self: Any, model: Any, inputs: dict[str, Any], items: Tensor | int | None) -> Tensor:
+        self._raise_if_local_teacher_tokenizer_mismatch()
+        labels = inputs["labels"][:, self._compute_prompt_length(inputs) :]
+        return _loss(self, model, labels, _text(inputs), self.temperature, items)
 
-def _reason_for_own(self: Any, model: Any, return_outputs: bool) -> str | None:
-    """Why a trainer's own code is to run; None if ours is."""
-    if return_outputs:
-        return "outputs are asked for (in evaluation), and logits among them"
-    try:
-        for each in (model, self.teacher_model):
-            check_model(self.accelerator.unwrap_model(each))
-    except ValueError as error:
-        return str(error)
-    return None
+    return compute_loss_or_theirs(theirs, why_theirs, ours)
 
 
 def _loss(
-    self: Any,
+    trainer: Any,
     model: Any,
-    inputs: Any,
-    others: dict[str, Any],
+    labels: Tensor,
+    inputs: dict[str, Any],
     temperature: float,
-    num_items_in_batch: Any,
-    first: int = 1,
+    num_items_in_batch: Tensor | int | None,
 ) -> Tensor:
-    """Σ ℓ over the tokens from `first` on that have a label, over their number in the whole batch,
-    or, where that is not told, here."""
-    from trl.experimental.utils import empty_cache
+    """Σ ℓ over `num_items_in_batch`, or over the tokens that have labels.
 
-    given = {name: inputs[name] for name in ("input_ids", "attention_mask")} | others
-    positions = slice(first - 1, -1)
-    mask = inputs["labels"][:, first:] != -100
-    self.teacher_model.eval()
-    h_T = teacher_hidden_states(self, self.teacher_model, given, positions)
-    teacher = self.accelerator.unwrap_model(self.teacher_model)
+    Args:
+        labels: [B, K] of the last K tokens; −100 for those that do not count.
+        inputs: of both models.
+    """
 
-    def total(student: Any) -> Tensor:
-        h_S = hidden_states(student, given, positions)
-        with gathered(student, teacher):
-            heads = head_of(student), head_of(teacher)
-            told = divergence_of_tokens(
-                h_S, h_T, *heads, mask, beta=self.beta, temperature=temperature
-            )
-        return told.loss.sum()
+    def total(h_S: Tensor, W: LMHead, h_T: Tensor, W_T: LMHead | None) -> Tensor:
+        return fused_jsd_loss(
+            h_S,
+            h_T,
+            W,
+            beta=trainer.beta,
+            temperature=temperature,
+            reduction="sum",
+            W_teacher=W_T,
+        )
 
-    loss = inside(self, model, total)
-    count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    if isinstance(count, Tensor):
-        count = count.to(loss.device)
-    empty_cache()
-    return loss / count
+    teacher = trainer.teacher_model
+    teacher.eval()
+    at = predicting(labels != -100, inputs["input_ids"].shape[1])
+    h_T = teacher_hidden_states(trainer, teacher, at, **inputs)
+    loss = loss_of_student(trainer, model, total, h_T, teacher, at, **inputs)
+    if num_items_in_batch is None:
+        num_items_in_batch = at.sum().clamp(min=1)
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss / num_items_in_batch
+
+
+def _text(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+
+JSD = "student_logits, teacher_logits, labels, beta, temperature, reduction"
+
+HOOKS = (
+    Hook(
+        "GKDTrainer",
+        "trl.experimental.gkd.gkd_trainer",
+        "GKDTrainer.compute_loss",
+        _gkd,
+        {
+            "GKDTrainer.compute_loss": COMPUTE_LOSS,
+            "GKDTrainer.generalized_jsd_loss": f"{JSD}, num_items_in_batch",
+            **SIGNATURES,
+        },
+    ),
+    Hook(
+        "GOLDTrainer",
+        "trl.experimental.gold.gold_trainer",
+        "GOLDTrainer.compute_loss",
+        _gold,
+        {
+            "GOLDTrainer.compute_loss": COMPUTE_LOSS,
+            "GOLDTrainer.generalized_jsd_loss": f"{JSD}, logits_are_probs, num_items_in_batch",
+            "GOLDTrainer._get_model_forward_kwargs": "self, inputs, exclude",
+            **SIGNATURES,
+        },
+    ),
+    Hook(
+        "IWOPDTrainer",
+        "trl.experimental.iw_opd.iw_opd_trainer",
+        "IWOPDTrainer.compute_loss",
+        _iw_opd,
+        {
+            "IWOPDTrainer.compute_loss": COMPUTE_LOSS,
+            "IWOPDTrainer.generalized_jsd_loss": f"{JSD}, top_k, add_tail, num_items_in_batch",
+            "IWOPDTrainer._get_teacher_logits": "self, inputs",
+            "IWOPDTrainer._compute_prompt_length": "self, inputs",
+            "IWOPDTrainer._raise_if_local_teacher_tokenizer_mismatch": "self",
+            **SIGNATURES,
+        },
+    ),
+)

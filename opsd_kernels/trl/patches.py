@@ -1,183 +1,147 @@
-"""What of TRL is replaced, and how that is undone."""
+"""Functions of TRL's are replaced by ours, and put back."""
 
-import functools
 import importlib
-import importlib.metadata
-import importlib.util
 import inspect
-import logging
+import os
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from types import TracebackType
 from typing import Any
 
-# Of TRL, with which the tests ran.
-TESTED = ("1.16.0",)
-logger = logging.getLogger("opsd_kernels.trl")
+from opsd_kernels.trl import distillation, on_policy, self_distillation
+from opsd_kernels.trl.hooks import Hook
+
+TESTED_VERSIONS = ("1.16.0",)
+HOOKS = (*distillation.HOOKS, *self_distillation.HOOKS, *on_policy.HOOKS)
+TRAINERS = tuple(dict.fromkeys(hook.trainer for hook in HOOKS))
 
 
-@dataclass(frozen=True)
-class Hook:
-    """A function of TRL that is replaced."""
+class Applied:
+    """Undoes, when called or at the end of a `with`, what `apply_opsd_kernels_to_trl` replaced."""
 
-    module: str  # of TRL
-    name: str  # within it: a function, or Class.method
-    parameters: tuple[str, ...]  # that it has in the versions that are known
-    replacement: str  # module:name in this package, of a function of the original and its arguments
-
-    def owner(self) -> Any:
-        """What the function is an attribute of."""
-        owner: Any = importlib.import_module(self.module)
-        for name in self.name.split(".")[:-1]:
-            owner = getattr(owner, name)
-        return owner
-
-    @property
-    def attribute(self) -> str:
-        return self.name.split(".")[-1]
-
-
-def _hook(trainer: str, module: str, method: str, replacement: str, *parameters: str) -> Hook:
-    parameters = ("self", *parameters)
-    return Hook(module, f"{trainer}.{method}", parameters, f"opsd_kernels.trl.{replacement}")
-
-
-_SDFT, _SDPO = "trl.experimental.sdft.sdft_trainer", "trl.experimental.sdpo.sdpo_trainer"
-_COMPUTE_LOSS = ("model", "inputs", "return_outputs", "num_items_in_batch")
-_ROLLOUT = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-HOOKS = [
-    Hook(
-        "trl.trainer.distillation_trainer",
-        "_chunked_divergence_loss",
-        (
-            "student_hidden_states", "teacher_hidden_states",
-            "student_lm_head_weight", "teacher_lm_head_weight",
-            "completion_mask", "beta", "num_items_in_batch",
-            "student_lm_head_bias", "teacher_lm_head_bias",
-            "student_logit_scale", "teacher_logit_scale",
-            "student_final_logit_softcapping", "teacher_final_logit_softcapping",
-            "temperature",
-        ),
-        "opsd_kernels.trl.distillation:chunked_divergence_loss",
-    ),
-    *(
-        hook
-        for trainer, module in (("SDFTTrainer", _SDFT), ("SDPOTrainer", _SDPO))
-        for hook in (
-            _hook(trainer, module, "_compute_teacher_student_logits",
-                  "self_distillation:token_losses", "model", "teacher_model", "inputs"),
-            _hook(trainer, module, "_compute_self_distillation_loss",
-                  "self_distillation:self_distillation_loss",
-                  "model", "inputs", "distillation_logits"),
-            _hook(trainer, module, "_compute_rollout_logps",
-                  "self_distillation:rollout_logps", *_ROLLOUT),
-        )
-    ),
-    _hook("GKDTrainer", "trl.experimental.gkd.gkd_trainer", "compute_loss",
-          "on_policy:gkd_loss", *_COMPUTE_LOSS),
-    _hook("GOLDTrainer", "trl.experimental.gold.gold_trainer", "compute_loss",
-          "on_policy:gold_loss", *_COMPUTE_LOSS),
-    _hook("IWOPDTrainer", "trl.experimental.iw_opd.iw_opd_trainer", "compute_loss",
-          "on_policy:iw_opd_loss", *_COMPUTE_LOSS),
-]  # fmt: skip
-
-
-@dataclass
-class Patches:
-    """What was replaced. Calling it, or leaving it as a context manager, puts TRL's own back."""
-
-    replaced: list[tuple[Any, str, Any, Any]] = field(default_factory=list)
+    def __init__(self, replaced: list[tuple[Any, str, Any, Any]]) -> None:
+        self._replaced = replaced  # owner, name, theirs as it was stored, ours
 
     def __call__(self) -> None:
-        while self.replaced:
-            owner, name, own, ours = self.replaced.pop()
-            # What somebody else has put in its place since is theirs to take away.
-            if vars(owner).get(name) is ours:
-                setattr(owner, name, own)
+        while self._replaced:
+            owner, name, theirs, ours = self._replaced.pop()
+            if vars(owner)[name] is ours:
+                setattr(owner, name, theirs)
+            else:
+                warnings.warn(
+                    f"{owner.__name__}.{name} was replaced by someone else after opsd_kernels did, "
+                    "and is left as it is",
+                    stacklevel=2,
+                )
 
-    def __enter__(self) -> "Patches":
+    def __enter__(self) -> "Applied":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self()
 
 
-def apply_opsd_kernels_to_trl() -> Patches:
-    """Let TRL's distillation trainers compute their losses with this package. To be called before a
-    trainer trains; calling it again changes nothing.
+def apply_opsd_kernels_to_trl(trainers: Iterable[str] = TRAINERS) -> Applied:
+    """Let TRL's trainers compute their losses with this package, in this process, from now on.
+
+    A trainer that exists already is one of them. What a trainer logs, how its loss is masked,
+    scaled and accumulated, stays as it is; what this package does not compute stays TRL's, and a
+    warning in the log says so, once for each trainer and reason. A second call changes nothing.
+
+    Args:
+        trainers: names of their classes; by default all that are known.
 
     Returns:
-        What undoes it: `undo = apply_opsd_kernels_to_trl()` and later `undo()`, or `with
-        apply_opsd_kernels_to_trl(): …`.
+        An `Applied`: called it puts back what was there, as it does at the end of a `with`, which
+        must then hold the training as well.
 
     Raises:
-        ImportError: there is no TRL.
-        RuntimeError: a function of TRL that is to be replaced is not there, or takes other
-            arguments than those known; the message names it, and nothing is replaced.
+        ValueError: a name in `trainers` that is not known.
+        RuntimeError: this version of TRL lacks a function that would be replaced, or has changed
+            the parameters of one. The message names it; nothing has been replaced then.
 
-    A version of TRL other than those tested gets a warning; a trainer that cannot be imported
-    another, and stays as it is.
+    Warns:
+        UserWarning: a version of TRL that this one was not tested with.
     """
-    if importlib.util.find_spec("trl") is None:
-        raise ImportError('TRL is not installed: pip install "trl>=1.16"')
-    version = importlib.metadata.version("trl")
-    if version not in TESTED:
+    trainers = (trainers,) if isinstance(trainers, str) else tuple(trainers)
+    for name in trainers:
+        if name not in TRAINERS:
+            raise ValueError(f"trainers must be among {', '.join(TRAINERS)}, got {name!r}")
+    installed = version("trl")
+    if installed not in TESTED_VERSIONS:
         warnings.warn(
-            f"opsd_kernels.trl was tested with TRL {', '.join(TESTED)}, not with {version}: "
-            "compare a few steps with and without it",
+            f"opsd_kernels.trl was tested with TRL {', '.join(TESTED_VERSIONS)}, not with the "
+            f"{installed} that is installed. What it replaces there has the parameters that it "
+            "knows, but may mean something else: compare the losses of some steps with and without",
             stacklevel=2,
         )
-    found = []
-    for hook in HOOKS:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that experimental trainers are experimental
-                owner = hook.owner()
-        except ImportError as error:
-            warnings.warn(f"{hook.name} stays as it is: {error}", stacklevel=2)
+    found = [(hook, *_find(hook, installed)) for hook in HOOKS if hook.trainer in trainers]
+    replaced = []
+    for hook, owner, theirs in found:
+        if getattr(theirs, "_is_opsd_kernels", False):
             continue
-        except AttributeError as error:
-            raise RuntimeError(f"TRL {version} has no {hook.module}.{hook.name}") from error
-        _check(hook, owner, version)
-        found.append((hook, owner))
-    patches = Patches()
-    for hook, owner in found:
-        own = vars(owner)[hook.attribute]
-        if hasattr(own, "replaces"):
-            continue
-        ours = _replacement(own, _named(hook.replacement))
-        setattr(owner, hook.attribute, ours)
-        patches.replaced.append((owner, hook.attribute, own, ours))
-    return patches
+        ours: Any = hook.make(theirs, owner)
+        ours._is_opsd_kernels = True
+        name = hook.replaced.rpartition(".")[2]
+        replaced.append((owner, name, vars(owner)[name], ours))
+        setattr(owner, name, ours)
+    return Applied(replaced)
 
 
-def _check(hook: Hook, owner: Any, version: str) -> None:
-    function = vars(owner).get(hook.attribute)
-    if function is None:
-        raise RuntimeError(f"TRL {version} has no {hook.module}.{hook.name}")
-    parameters = tuple(inspect.signature(function).parameters)
-    if parameters != hook.parameters:
+def _find(hook: Hook, installed: str) -> tuple[Any, Callable[..., Any]]:
+    """What is replaced and what it belongs to, after all signatures were compared."""
+    for path, parameters in hook.signatures.items():
+        _, found = _look_up(hook, path, installed)
+        here = ", ".join(inspect.signature(found).parameters)
+        if here != parameters:
+            raise RuntimeError(
+                f"{path} of TRL {installed} ({hook.module}) takes ({here}); opsd_kernels was "
+                f"written for ({parameters}), and replaces nothing. {_remedy(hook)}"
+            )
+    return _look_up(hook, hook.replaced, installed)
+
+
+def _look_up(hook: Hook, path: str, installed: str) -> tuple[Any, Callable[..., Any]]:
+    module, _, path = path.rpartition(":")
+    module = module or hook.module
+    try:
+        owner: Any = _import(module)
+        *owners, name = path.split(".")
+        for part in owners:
+            owner = vars(owner)[part]
+        # Its own: one that is inherited belongs to other trainers too.
+        vars(owner)[name]
+        return owner, getattr(owner, name)
+    except (ModuleNotFoundError, KeyError) as error:
         raise RuntimeError(
-            f"{hook.module}.{hook.name} of TRL {version} takes {', '.join(parameters)}; known is "
-            f"one that takes {', '.join(hook.parameters)}"
-        )
+            f"TRL {installed} has no {module}.{path}, which opsd_kernels needs for "
+            f"{hook.trainer}; nothing was replaced. {_remedy(hook)}"
+        ) from error
 
 
-def _replacement(own: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(own)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        return function(own, *args, **kwargs)
-
-    replacement.replaces = own  # type: ignore[attr-defined]
-    return replacement
-
-
-def _named(path: str) -> Callable[..., Any]:
-    module, name = path.split(":")
-    return getattr(importlib.import_module(module), name)
+def _remedy(hook: Hook) -> str:
+    others = [name for name in TRAINERS if name != hook.trainer]
+    return (
+        f"Use TRL {TESTED_VERSIONS[-1]}, or name the trainers that you use where {hook.trainer} is "
+        f"not one: apply_opsd_kernels_to_trl({others})"
+    )
 
 
-@functools.cache
-def say_once(trainer: str, reason: str) -> None:
-    """Warn that a trainer runs TRL's own code, and why."""
-    logger.warning("%s computes its loss with TRL's own code: %s", trainer, reason)
+def _import(module: str) -> Any:
+    """Without TRL's word on what is experimental: whoever uses that imports it too."""
+    silence = "TRL_EXPERIMENTAL_SILENCE"
+    was = os.environ.get(silence)
+    os.environ[silence] = "1"
+    try:
+        return importlib.import_module(module)
+    finally:
+        if was is None:
+            del os.environ[silence]
+        else:
+            os.environ[silence] = was
