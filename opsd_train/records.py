@@ -1,7 +1,7 @@
 """What is handed from one room to the next. Token ids all the way: nothing that was sampled is ever
 decoded and encoded again."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,6 +24,7 @@ class Rollout:
     prompts: list[list[int]]  # the token ids the student saw
     completions: list[list[int]]  # the token ids it sampled; up to and including the end of text
     finished: list[bool]  # whether the end of text was reached, and not the length limit
+    log_probs: list[list[float]] | None = None  # of each token as it was drawn, if that is known
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -37,10 +38,15 @@ class Rollout:
         rows = range(len(self))
         return [self.some(rows[i : i + size]) for i in range(0, len(self), size)]
 
-    def some(self, rows: Iterable[int]) -> "Rollout":
+    def some(self, rows: Sequence[int]) -> "Rollout":
         """Some of the rollouts."""
-        fields = self.problems, self.prompts, self.completions, self.finished
-        return Rollout(*([values[i] for i in rows] for values in fields))  # type: ignore[arg-type]
+        return Rollout(
+            [self.problems[i] for i in rows],
+            [self.prompts[i] for i in rows],
+            [self.completions[i] for i in rows],
+            [self.finished[i] for i in rows],
+            self.log_probs and [self.log_probs[i] for i in rows],
+        )
 
 
 @dataclass(frozen=True)
@@ -54,3 +60,4 @@ class Scores:
     h_teacher: Tensor  # [N, D_T], without
     tokens: Tensor  # [N] the ids ŷ_n
     lengths: Tensor  # [rollouts] tokens of each; they sum to N
+    logp_sampler: Tensor | None = None  # [N] of the tokens as they were drawn, if that is known

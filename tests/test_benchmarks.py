@@ -16,7 +16,17 @@ from accuracy import TILED_GRAD_UNITS
 from inputs import random_inputs
 
 from benchmarks import accuracy as accuracy_benchmark
-from benchmarks import memory, peers, readme, report, roofline, speed, step, trl_trainers
+from benchmarks import (
+    memory,
+    peers,
+    readme,
+    report,
+    rollouts,
+    roofline,
+    speed,
+    step,
+    trl_trainers,
+)
 from benchmarks.allocations import Allocations, fake_device
 from benchmarks.inputs import describe, make_inputs
 from opsd_kernels import divergence_name
@@ -249,6 +259,29 @@ def test_trl_trainers_as_a_table(tmp_path):
     assert "| 1e-05, 0e+00 |" in text
     trl_trainers.plot(tmp_path / "trl_trainers.csv", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_rollouts(monkeypatch, capsys, folder, tmp_path):
+    """Every engine gives a row, as a ratio; and one that cannot run says why."""
+    from fake_vllm import FakeVllm
+
+    with FakeVllm(folder / "model") as server:
+        small = ["--device", "cpu", "--quick", "--output", str(tmp_path), "--engine-urls"]
+        arguments = ["--model", str(folder / "model"), *small, server.url]
+        monkeypatch.setattr(sys, "argv", ["rollouts.py", *arguments])
+        rollouts.main()
+    _, rows = report.read(tmp_path / "rollouts.csv", rollouts.Row)
+    by_engine = {row.method: row for row in rows}
+    assert by_engine["generate"].ratio == 1
+    assert 0 < by_engine["vllm"].ratio_low <= by_engine["vllm"].ratio
+    assert by_engine["vllm"].length == by_engine["generate"].length  # the same draws
+    assert by_engine["vllm"].begin_s > 0
+    assert by_engine["continuous"].tokens_per_s > 0
+    assert len(set(server.loaded)) == 1 + 1 + 2  # an adapter to check, and one a round
+    monkeypatch.setattr(sys, "argv", ["rollouts.py", *arguments])
+    rollouts.main()
+    assert "| vllm | " in (tmp_path / "rollouts.md").read_text()
+    assert "refused" in capsys.readouterr().out
 
 
 def test_what_fits_a_memory():

@@ -85,4 +85,7 @@ def opsd_loss(
         "entropy_teacher": divergence.entropy_teacher,
         "log_ratio": divergence.logp_teacher - divergence.logp_student,
     }
+    if scores.logp_sampler is not None:
+        off = divergence.logp_student.detach() - scores.logp_sampler
+        statistics |= {"sampler_log_ratio": off, "sampler_log_ratio_size": off.abs()}
     return loss, {name: (weights * s).sum() for name, s in statistics.items()}

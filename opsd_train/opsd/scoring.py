@@ -1,5 +1,7 @@
 """Run student and teacher over the same sampled tokens and keep the hidden states that matter."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -19,9 +21,13 @@ def score(
     packed one after the other."""
     teacher_prompts = teacher_context.token_ids(rollout.problems)
     pad_id = teacher_context.tokenizer.pad_token_id
-    return score_sequences(
+    scores = score_sequences(
         backbone, teacher, rollout.prompts, teacher_prompts, rollout.completions, pad_id, packed
     )
+    if rollout.log_probs is None:
+        return scores
+    drawn = [p for row in rollout.log_probs for p in row]
+    return replace(scores, logp_sampler=torch.tensor(drawn, device=scores.tokens.device))
 
 
 def score_sequences(

@@ -11,7 +11,7 @@ from opsd_kernels import LMHead
 from opsd_train.data import Contexts
 from opsd_train.opsd.teachers import Teacher
 from opsd_train.records import Problem
-from opsd_train.sampling import Sampler
+from opsd_train.sampling import Ahead, Sampler
 
 
 @dataclass(frozen=True)
@@ -28,3 +28,4 @@ class Setup:
     head: LMHead  # the student's, frozen
     teacher: Teacher
     sampler: Sampler
+    ahead: Ahead | None = None  # samples for the next step; None where each step samples its own

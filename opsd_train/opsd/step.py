@@ -21,7 +21,7 @@ from opsd_train.opsd.objective import opsd_loss, token_weights
 from opsd_train.opsd.scoring import score
 from opsd_train.opsd.setup import Setup
 from opsd_train.records import Problem, Rollout
-from opsd_train.sampling import draw_seed, roll_out
+from opsd_train.sampling import as_rollout, draw_seed, roll_out
 
 Phase = Callable[[str], AbstractContextManager[None]]
 """Called with the name of a phase of the step; the phase takes place within the context."""
@@ -39,11 +39,10 @@ def take_step(
         This process's rollouts, and metrics of those of all processes.
     """
     accelerator, teacher = setup.accelerator, setup.teacher
-    problems, seeds = own_batch(config, setup, step)  # (x, y*) ~ S
 
-    with phase("rollout"):  # ŷ ~ p_S(· | x)
-        rollout = roll_out(setup.sampler, setup.contexts.student, problems, seeds)
-        metrics = {"step": step, **describe(rollout, setup)}
+    with phase("rollout"):  # (x, y*) ~ S, ŷ ~ p_S(· | x)
+        rollout, policy_step = sample_batch(config, setup, step)
+        metrics = {"step": step, "policy_step": policy_step, **describe(rollout, setup)}
 
     totals: dict[str, Tensor] = {}
     packed = can_pack(config, setup)
@@ -79,6 +78,32 @@ def take_step(
             teacher.follow()
         optimizer.zero_grad()
     return rollout, metrics
+
+
+def sample_batch(config: Config, setup: Setup, step: int) -> tuple[Rollout, int]:
+    """This process's rollouts of a step, and how many steps the student had taken that sampled
+    them.
+
+    With `ahead` those of the next step are begun as well: they are sampled, from the student as it
+    is now, while it is trained on these.
+    """
+    problems, seeds = own_batch(config, setup, step)
+    ahead = setup.ahead
+    if ahead is None:
+        return roll_out(setup.sampler, setup.contexts.student, problems, seeds), step - 1
+
+    def begin(step_to_sample: int) -> None:
+        problems, seeds = own_batch(config, setup, step_to_sample)
+        prompts = setup.contexts.student.token_ids(problems)
+        ahead.begin(step_to_sample, prompts, seeds, policy_step=step - 1)
+
+    if ahead.step != step:  # the first
+        begin(step)
+    samples, policy_step = ahead.take()
+    if step < config.steps:
+        begin(step + 1)
+    prompts = setup.contexts.student.token_ids(problems)
+    return as_rollout(setup.sampler, problems, prompts, samples), policy_step
 
 
 def can_pack(config: Config, setup: Setup) -> bool:

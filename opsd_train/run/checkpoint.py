@@ -4,6 +4,7 @@ checkpoints/step-000120/
     adapter_model.safetensors, adapter_config.json    the adapter, as PEFT loads it
     optimizer.safetensors                             AdamW's moments, by name of weight
     teacher.safetensors                               the ema teacher's average, if there is one
+    ahead.json                                        rollouts of the next step, with --ahead
     state.json                                        the step, and the size of each file above
 
 No random state and no position in the data: every draw, the order of problems and the learning rate
@@ -16,12 +17,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
 FOLDER = "checkpoints"
 STATE = "state.json"
+AHEAD = "ahead.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
@@ -31,6 +34,7 @@ class Checkpoint:
     adapter: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     teacher: Mapping[str, Tensor]
+    ahead: dict[str, Any] | None = None
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint, adapter_config: str, keep_last: int) -> None:
@@ -53,6 +57,8 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, adapter_config: str, keep
         "optimizer.safetensors": _serialized(checkpoint.optimizer),
         "teacher.safetensors": _serialized(checkpoint.teacher),
     }
+    if checkpoint.ahead is not None:
+        contents[AHEAD] = json.dumps(checkpoint.ahead).encode()
     state = {"step": checkpoint.step, "bytes": {name: len(data) for name, data in contents.items()}}
     contents[STATE] = json.dumps(state, indent=2).encode()
     unfinished.mkdir(parents=True)
@@ -86,7 +92,9 @@ def last_checkpoint(run: Path) -> Checkpoint | None:
         safetensors.torch.load_file(_path(run, step) / f"{name}.safetensors")
         for name in ("adapter_model", "optimizer", "teacher")
     )
-    return Checkpoint(step, adapter, optimizer, teacher)
+    path = _path(run, step) / AHEAD
+    ahead = json.loads(path.read_text()) if path.exists() else None
+    return Checkpoint(step, adapter, optimizer, teacher, ahead)
 
 
 def copy_adapter(run: Path, to: Path) -> None:

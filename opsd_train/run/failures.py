@@ -32,9 +32,14 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def explained(run: RunFolder, rescue: Callable[[], None]) -> Iterator[None]:
-    """Turn running out of memory or disk into a message. `rescue` saves what is done so far."""
+    """Turn running out of memory or disk into a message. `rescue` saves what is done so far, here
+    and where no rollouts are to be had."""
     try:
         yield
+    except RunFailed:
+        if run.current_phase == "rollout":
+            rescue()
+        raise
     except torch.OutOfMemoryError as error:
         if run.current_phase in BEFORE_THE_ADAPTER_MOVES:
             rescue()

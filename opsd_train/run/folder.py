@@ -47,7 +47,7 @@ ADAPTER = "adapter"
 MAY_DIFFER_WHEN_RESUMED = [
     *("output_dir", "resume", "overwrite", "dry_run", "tracker", "save_every", "keep_last"),
     *("attention", "liger", "activation_checkpointing", "workspace_mib"),
-    *("offload_checkpoints", "mlp_tokens"),
+    *("offload_checkpoints", "mlp_tokens", "engine_urls", "engine_folder", "engine_timeout"),
     *("micro_batch_size", "micro_batch_tokens", "rollout_batch_size", "shard"),
 ]
 

@@ -41,8 +41,12 @@ def train(world: World, setup: Setup, run: RunFolder, evaluate: Evaluate) -> Non
             run.sync()  # the metrics up to a checkpoint are on the disk before it is
             save_checkpoint(run.path, state, adapter_config(setup.model), config.keep_last)
 
-    # Sharded weights are gathered by all processes, not by one that ran out of memory.
-    rescue = (lambda: None) if config.shard else save
+    def rescue() -> None:
+        # What all processes gather is not to be had by one that ran out of memory.
+        is_gathered = config.shard or (config.ahead and setup.accelerator.num_processes > 1)
+        if step > 0 and not is_gathered:
+            save()
+
     lines = 10 if world.is_fast else config.steps
     with (
         progress_bar("OPSD", config.steps, lines) as bar,

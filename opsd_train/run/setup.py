@@ -23,7 +23,7 @@ from opsd_train.models import (
 )
 from opsd_train.opsd import EmaTeacher, InitialTeacher, Setup, Teacher
 from opsd_train.records import Problem
-from opsd_train.sampling import Sampling, make_sampler
+from opsd_train.sampling import Ahead, Sampling, make_sampler
 
 
 def set_up(
@@ -58,7 +58,7 @@ def set_up(
     else:
         backbone = accelerator.prepare(backbone)
     sampling = Sampling(config.temperature, config.max_new_tokens, config.top_p, config.top_k)
-    sampler = make_sampler(config, student, backbone, tokenizer, sampling)
+    sampler = make_sampler(config, accelerator, student, backbone, tokenizer, sampling)
     teacher = make_teacher(config, student, backbone, head, tokenizer)
     return Setup(
         accelerator,
@@ -70,6 +70,7 @@ def set_up(
         head,
         teacher,
         sampler,
+        Ahead(accelerator, sampler) if config.ahead else None,
     )
 
 

@@ -21,6 +21,7 @@ def capture(setup: Setup, optimizer: torch.optim.Optimizer, step: int) -> Checkp
             for moment, value in optimizer.state[w].items()
         },
         teacher={name: full_tensor(value) for name, value in setup.teacher.state().items()},
+        ahead=setup.ahead.state() if setup.ahead is not None else None,
     )
 
 
@@ -42,4 +43,6 @@ def restore(run: Path, setup: Setup, optimizer: torch.optim.Optimizer) -> int:
             copy_full(state[moment], value)
     for name, average in setup.teacher.state().items():
         copy_full(average, checkpoint.teacher[name])
+    if setup.ahead is not None and checkpoint.ahead is not None:
+        setup.ahead.restore(checkpoint.ahead)
     return checkpoint.step

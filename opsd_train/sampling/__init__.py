@@ -5,8 +5,26 @@ engines.py. Nothing here knows what rollouts are for: scoring them is in opsd/, 
 evaluation/.
 """
 
+from opsd_train.sampling.ahead import Ahead
 from opsd_train.sampling.engines import make_sampler
 from opsd_train.sampling.generate import GenerateSampler
-from opsd_train.sampling.sampler import Sampler, Sampling, draw_seed, roll_out
+from opsd_train.sampling.sampler import (
+    BackgroundSampler,
+    Sampler,
+    Sampling,
+    as_rollout,
+    draw_seed,
+    roll_out,
+)
 
-__all__ = ["GenerateSampler", "Sampler", "Sampling", "draw_seed", "make_sampler", "roll_out"]
+__all__ = [
+    "Ahead",
+    "BackgroundSampler",
+    "GenerateSampler",
+    "Sampler",
+    "Sampling",
+    "as_rollout",
+    "draw_seed",
+    "make_sampler",
+    "roll_out",
+]

@@ -1,12 +1,14 @@
 """The engines by name, and the one that a config asks for.
 
 Another engine is a file of this room with a class that has the `sample` of `Sampler`, and its name
-in `ENGINES` and in the config's `engine`.
+in `ENGINES` and in the config's `engine`; one that runs elsewhere has the `begin` of
+`BackgroundSampler` too.
 """
 
 from collections.abc import Callable
 
 import torch
+from accelerate import Accelerator
 from peft import PeftModelForCausalLM
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +17,9 @@ from opsd_train.models import call_with_full_parameters
 from opsd_train.sampling.continuous import ContinuousSampler
 from opsd_train.sampling.generate import GenerateSampler
 from opsd_train.sampling.sampler import Sampler, Sampling
+from opsd_train.sampling.vllm import VllmSampler
 
+# Those that run the student in this process.
 ENGINES: dict[str, Callable[..., Sampler]] = {
     "generate": GenerateSampler,
     "continuous": ContinuousSampler,
@@ -24,11 +28,17 @@ ENGINES: dict[str, Callable[..., Sampler]] = {
 
 def make_sampler(
     config: Config,
+    accelerator: Accelerator,
     student: PeftModelForCausalLM,
     backbone: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     sampling: Sampling,
 ) -> Sampler:
+    """Raises:
+    ValueError: the engine cannot sample from this model, or is not there.
+    """
+    if config.engine == "vllm":
+        return VllmSampler(config, accelerator, student, backbone, tokenizer, sampling)
     engine = ENGINES[config.engine]
     sampler = engine(student, tokenizer, sampling, config.rollout_batch_size)
     return ShardedSampler(sampler, backbone) if config.shard else sampler

@@ -1,8 +1,9 @@
 """What a sampling engine is, and a rollout by one."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from opsd_train.data import Context
 from opsd_train.records import Problem, Rollout
@@ -25,6 +26,22 @@ class Sampler(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Samples:
+    completions: list[list[int]]
+    log_probs: list[list[float]] | None = None  # of each token as it was drawn, if that is known
+
+
+@runtime_checkable
+class BackgroundSampler(Sampler, Protocol):
+    """An engine outside this process: it samples while this one does something else."""
+
+    def begin(self, prompts: list[list[int]], seeds: list[int]) -> Callable[[], Samples]:
+        """Begin what `sample` does, from the student as it is now. What is returned waits for it
+        when it is called."""
+        ...
+
+
 def draw_seed(*of: object) -> int:
     """A seed for what is drawn at one place of a run, say (seed, step, row of the batch): what is
     drawn there depends neither on what was drawn before, nor on which process draws it."""
@@ -36,5 +53,15 @@ def roll_out(
 ) -> Rollout:
     """One completion a problem."""
     prompts = context.token_ids(problems)
-    completions = sampler.sample(prompts, seeds)
-    return Rollout(problems, prompts, completions, [c[-1] in sampler.ends for c in completions])
+    if isinstance(sampler, BackgroundSampler):
+        samples = sampler.begin(prompts, seeds)()
+    else:
+        samples = Samples(sampler.sample(prompts, seeds))
+    return as_rollout(sampler, problems, prompts, samples)
+
+
+def as_rollout(
+    sampler: Sampler, problems: list[Problem], prompts: list[list[int]], samples: Samples
+) -> Rollout:
+    finished = [c[-1] in sampler.ends for c in samples.completions]
+    return Rollout(problems, prompts, samples.completions, finished, samples.log_probs)

@@ -19,7 +19,9 @@ def measure_held_out(
     """Sampled accuracy on problems that are not trained on, at temperature 1: the teacher's and the
     student's before, the student's on the way and after."""
     sampling = Sampling(1.0, config.max_new_tokens)
-    sampler = make_sampler(config, setup.model, setup.backbone, setup.tokenizer, sampling)
+    sampler = make_sampler(
+        config, setup.accelerator, setup.model, setup.backbone, setup.tokenizer, sampling
+    )
     held_out = problems[: config.eval_problems]
 
     def measure(phase: str, step: int, first: int) -> dict[str, Any]:

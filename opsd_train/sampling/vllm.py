@@ -1,0 +1,220 @@
+"""Sampling from running vLLM servers: token ids to them, token ids from them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from peft import PeftModelForCausalLM
+from transformers import PreTrainedTokenizerBase
+
+from opsd_train.config import Config
+from opsd_train.errors import RunFailed
+from opsd_train.models import adapter_config, base_model, call_with_full_parameters
+from opsd_train.sampling.batch_sampler import end_ids
+from opsd_train.sampling.fleet import Batch, Fleet
+from opsd_train.sampling.published import Published, is_on, noise, whole_adapter
+from opsd_train.sampling.sampler import Samples, Sampling
+from opsd_train.sampling.server import Refused, Unavailable
+
+T = TypeVar("T")
+
+# What the servers' log-probabilities may differ by from the trainer's, in the mean: kernels round
+# otherwise. Another model, or one without the adapter, is off by far more.
+TOLERANCE = {torch.float32: 1e-3}
+TOLERANCE_16_BITS = 0.3
+CHECK = Sampling(temperature=2.0, max_new_tokens=16)
+
+
+class VllmSampler:
+    """A sampler whose model is elsewhere: servers of vLLM, which have the same base model, and of
+    which each gets the adapter whenever it has changed.
+
+    What a rollout draws is a function of its seed and its prompt alone, as far as the servers'
+    arithmetic is: in fp32 on a CPU it is; on a GPU logits may depend on what else is in the batch.
+
+    All processes call its methods together. The first one writes the adapter and tells the servers;
+    each sends requests for its own rollouts.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        model: PeftModelForCausalLM,
+        backbone: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+    ):
+        """Raises:
+        ValueError: a server does not answer, has not the model that is trained, or not as it has to
+            be started.
+        """
+        self.accelerator, self.model, self.sampling = accelerator, model, sampling
+        self.backbone = backbone if config.shard else None
+        self.at_once = config.rollout_batch_size
+        self.ends = end_ids(model, tokenizer)
+        self.fleet = Fleet(config.engine_urls, config.engine_timeout)
+        self.under_way: Batch | None = None
+        longest = config.max_prompt_tokens + config.max_new_tokens
+        self.base = self._in_main_process(lambda: served_model(self.fleet, longest))
+        self._in_main_process(lambda: self._make_folder(config.engine_folder))
+        self._check(len(tokenizer))
+
+    def sample(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
+        return self.begin(prompts, seeds)().completions
+
+    def begin(self, prompts: list[list[int]], seeds: list[int]) -> Callable[[], Samples]:
+        """Send requests for rollouts of the student as it is now; called, what is returned waits
+        for them.
+
+        Raises:
+            RunFailed: the servers refuse the adapter, or are gone; the call: or what came is no
+                rollout.
+        """
+        if self.under_way is not None:
+            self.under_way.wait()  # the adapter that it is sampled from is about to go
+        path = self._publish() if is_on(self.model) else None
+        requests = [
+            self._request(path, prompt, seed, self.sampling)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        first = self.accelerator.process_index * len(prompts)
+        batch = self.under_way = self.fleet.complete(requests, path, first, self.at_once)
+        return lambda: self._result(batch)
+
+    def _result(self, batch: Batch) -> Samples:
+        failure = None
+        try:
+            completions = batch.result()
+        except RunFailed as error:
+            failure = str(error)
+        # What fails in one process fails in all, so that they can end together.
+        for message in gather_object([failure]):
+            if message is not None:
+                raise RunFailed(message)
+        return Samples([c.ids for c in completions], [c.log_probs for c in completions])
+
+    def _make_folder(self, within: Path | None) -> None:
+        self.published = Published(self.fleet, adapter_config(self.model), within)
+
+    def _publish(self, *, everywhere: bool = False) -> Path:
+        """The folder that the servers have read the adapter from, as it is now; its name is what
+        they call it."""
+        weights = whole_adapter(self.model)
+        self.accelerator.wait_for_everyone()  # nothing is sampled from the one before
+        return self._in_main_process(lambda: self.published.publish(weights, everywhere=everywhere))
+
+    def _request(
+        self, adapter: Path | None, prompt: list[int], seed: int, sampling: Sampling
+    ) -> dict[str, Any]:
+        """For /v1/completions. What is left out the model's generation config fills in."""
+        return {
+            "model": self.base if adapter is None else adapter.name,
+            "prompt": prompt,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": 0.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "repetition_penalty": 1.0,
+            "seed": 0 if seed == -1 else seed,  # which stands for none
+            "ignore_eos": True,
+            "stop_token_ids": sorted(self.ends) if sampling is not CHECK else [],
+            "return_token_ids": True,
+            "logprobs": 0,  # of the sampled tokens alone
+        }
+
+    def _check(self, vocabulary: int) -> None:
+        """Compare what each server says of a few tokens with the model that is trained, both with
+        an adapter that does something."""
+        prompt = [i * vocabulary // 10 for i in range(10)]
+        with noise(self.model):
+            request = self._request(self._publish(everywhere=True), prompt, 0, CHECK)
+            answers = self._in_main_process(
+                lambda: self.fleet.on_each(lambda s: s.complete(request, self.fleet.seconds))
+            )
+            for server, answer in zip(self.fleet.servers, answers, strict=True):
+                logits = self._logits(prompt + answer.ids)[len(prompt) - 1 : -1]
+                off, off_raw = (
+                    distance((logits / T).log_softmax(-1), answer.ids, answer.log_probs)
+                    for T in (CHECK.temperature, 1.0)
+                )
+                tolerance = TOLERANCE.get(base_model(self.model).dtype, TOLERANCE_16_BITS)
+                if off <= tolerance:
+                    continue
+                if off_raw <= tolerance:
+                    raise ValueError(
+                        f"{server.url} has log-probabilities from before the temperature; start it "
+                        "with --logprobs-mode processed_logprobs"
+                    )
+                raise ValueError(
+                    f"{server.url} does not sample from the model that is trained: its "
+                    f"log-probabilities are off by {off:.3g} in the mean, where {tolerance:g} may "
+                    "be; start it with the same model, in the same dtype"
+                )
+
+    @torch.no_grad()
+    def _logits(self, ids: list[int]) -> torch.Tensor:
+        """[L, V] of the model that is trained, fp32."""
+
+        def forward() -> torch.Tensor:
+            tokens = torch.tensor([ids], device=self.model.device)
+            return base_model(self.model)(input_ids=tokens, use_cache=False).logits[0].float()
+
+        self.model.eval()
+        if self.backbone is None:
+            return forward()
+        return call_with_full_parameters(self.backbone, forward)
+
+    def _in_main_process(self, call: Callable[[], T]) -> T:
+        """What the call returns or raises there, in all processes."""
+        outcome: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                outcome[0] = call()
+            except (RunFailed, ValueError) as error:
+                outcome[1] = error
+            except (Refused, Unavailable) as error:
+                outcome[1] = ValueError(str(error))
+        broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+
+def served_model(fleet: Fleet, longest: int) -> str:
+    """The name that all servers call their model by.
+
+    Raises:
+        ValueError: they differ, or sequences of `longest` tokens are too long for one, or it does
+            not answer.
+    """
+    names = []
+    for server in fleet.servers:
+        try:
+            name, max_length = server.model()
+        except (Unavailable, Refused) as error:
+            raise ValueError(
+                f"{error}; start vLLM there, or name other servers with --engine-urls"
+            ) from error
+        names.append(name)
+        if longest > max_length:
+            raise ValueError(
+                f"max_prompt_tokens and max_new_tokens together are {longest}, and {server.url} "
+                f"takes {max_length} at most; start it with --max-model-len {longest}"
+            )
+    if len(set(names)) > 1:
+        raise ValueError(f"engine_urls name servers of different models: {', '.join(names)}")
+    return names[0]
+
+
+def distance(log_p: torch.Tensor, ids: list[int], log_probs: list[float]) -> float:
+    """Mean difference of log-probabilities. log_p: [N, V] of the tokens that come at N places."""
+    ours = log_p[range(len(ids)), ids].tolist()
+    return fmean(abs(a - b) for a, b in zip(ours, log_probs, strict=True))
