@@ -135,7 +135,7 @@ def compare(setup: Setup, config: Config, engines: list[str], args: Any) -> Iter
     failures: dict[str, str] = {}
     samplers: dict[str, Sampler] = {}
     for engine in engines:
-        urls = args.engine_urls if engine == "vllm" else []
+        urls = args.engine_urls if engine == "vllm" else None
         asked = make_config({**config.as_dict(), "engine": engine, "engine_urls": urls})
         try:
             samplers[engine] = make_sampler(

@@ -93,8 +93,8 @@ class Config:
         section="sampling",
         help="transformers' generate, its continuous batching, or servers of vLLM",
     )
-    engine_urls: tuple[str, ...] = option(
-        (), help="of vLLM servers that run, as http://localhost:8000; with commas between them"
+    engine_urls: tuple[str, ...] | None = option(
+        None, help="of vLLM servers that run, as http://localhost:8000; with commas between them"
     )
     engine_folder: Path | None = option(
         None, help="where adapters are put that every server can read (none: the temporary folder)"
@@ -219,16 +219,16 @@ def check_engine(config: Config) -> None:
     """Raises:
     ValueError: options of vLLM without it, or it without them.
     """
-    is_vllm = config.engine == "vllm"
-    if is_vllm != bool(config.engine_urls):
+    is_vllm, urls = config.engine == "vllm", config.engine_urls or ()
+    if is_vllm != bool(urls):
         needs = "needs engine_urls" if is_vllm else "takes no engine_urls; ask for --engine vllm"
         raise ValueError(f"engine {config.engine} {needs}")
-    for url in config.engine_urls:
+    for url in urls:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"engine_urls must be like http://localhost:8000, got {url}")
-    if len(set(config.engine_urls)) < len(config.engine_urls):
-        raise ValueError(f"engine_urls must differ, got {', '.join(config.engine_urls)}")
+    if len(set(urls)) < len(urls):
+        raise ValueError(f"engine_urls must differ, got {', '.join(urls)}")
     if is_vllm and config.temperature < 0.01:
         raise ValueError(
             f"temperature must be at least 0.01 for vLLM, which takes a lower one for 0.01; got "

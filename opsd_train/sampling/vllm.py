@@ -57,7 +57,7 @@ class VllmSampler:
         self.backbone = backbone if config.shard else None
         self.at_once = config.rollout_batch_size
         self.ends = end_ids(model, tokenizer)
-        self.fleet = Fleet(config.engine_urls, config.engine_timeout)
+        self.fleet = Fleet(config.engine_urls or (), config.engine_timeout)
         self.under_way: Batch | None = None
         longest = config.max_prompt_tokens + config.max_new_tokens
         self.base = self._in_main_process(lambda: served_model(self.fleet, longest))
