@@ -51,6 +51,7 @@ class Case:
     clipped: bool = False
     statistics: bool = False  # those of sampled tokens among them
     head: bool = False  # with a bias, a softcap, and for the teacher a scale
+    teacher: bool = True
 
 
 PER_TOKEN = torch.tensor([0.5])
@@ -68,11 +69,19 @@ CASES = {
     "any": Case(PER_TOKEN),
     "any, clip, statistics": Case(PER_TOKEN, clipped=True, statistics=True),
     "log p": Case(None, statistics=True),
+    "log p, no teacher": Case(None, teacher=False),
     "JSD, bias, softcap, scale": Case(0.5, head=True),
 }
 # The kernels that do not look at entries one by one.
 FEWER = {
-    "lse": ("JSD", "forward KL", "JSD, statistics", "log p", "JSD, bias, softcap, scale"),
+    "lse": (
+        "JSD",
+        "forward KL",
+        "JSD, statistics",
+        "log p",
+        "log p, no teacher",
+        "JSD, bias, softcap, scale",
+    ),
     "merge": ("JSD", "any, clip, statistics"),
     "shard": ("JSD", "any, clip, statistics"),
     "finish": ("JSD", "any, clip, statistics", "log p"),
@@ -171,8 +180,10 @@ def _launch(variant: Variant, row: Row, stored: torch.dtype) -> None:
         getattr(torch, variant.dtype),
         empty(R) if case.beta is PER_TOKEN else case.beta,
         entry_clip=1.0 if case.clipped else None,
-        targets=empty(R, dtype=torch.int32) if case.statistics else None,
+        targets=empty(R, dtype=torch.int32) if case.statistics or case.beta is None else None,
     )
+    if not case.teacher:
+        problem = problem.without_teacher()
     if case.head:
         bias = empty(V, dtype=problem.operand_dtype)
         problem = replace(
@@ -181,8 +192,8 @@ def _launch(variant: Variant, row: Row, stored: torch.dtype) -> None:
     statistics = empty(divergence.STATISTICS, R) if case.statistics else None
     outputs = Outputs(empty(R), statistics, empty(R, D))
     if variant.kernel == "rows":
-        z = empty(2, R, V)
-        row_workspace.launch_rows(outputs, z[0], z[1], problem, needs_score=True)
+        z_S, z_T = empty(R, V), empty(R, V) if case.teacher else None
+        row_workspace.launch_rows(outputs, z_S, z_T, problem, needs_score=True)
         return
     tensors = logit_free.allocate(problem, True, case.statistics)
     scratch = logit_free.Scratch.of(tensors, problem, case.statistics)
@@ -271,7 +282,8 @@ def wide(variant: Variant) -> bool:
 
 def _compiled_shape(variant: Variant, row: Row, registers: int, shared: int) -> cycles.Shape:
     tile = tile_of(variant, row)
-    student_alone = variant.kernel != "lse" and CASES[variant.divergence].beta is None
+    case = CASES[variant.divergence]
+    student_alone = not case.teacher or (variant.kernel != "lse" and case.beta is None)
     return cycles.Shape(
         tile.BM, tile.BV, tile.BK, tile.num_warps, registers, shared,
         sides=1 if student_alone else 2, operand=4 if variant.dtype == "float32" else 2,

@@ -257,7 +257,7 @@ ROWS = 256  # what a workspace of 320 MiB holds
 def measure_rows(row: Row, problem: Problem, timer: Timer) -> float:
     z = torch.randn(2 * ROWS, VOCABULARY, device=problem.W.device)
     loss = torch.empty(ROWS, device=z.device)
-    problem = replace(problem, h_S=problem.h_S[:ROWS], h_T=problem.h_T[:ROWS])
+    problem = problem.tokens(slice(ROWS))
 
     def sweep() -> None:
         row_workspace.launch_rows(Outputs(loss), z[:ROWS], z[ROWS:], problem, True)

@@ -6,12 +6,14 @@ from opsd_kernels.loss import (
     SampledTokenLoss,
     TokenDivergence,
     fused_jsd_loss,
+    fused_log_probs,
     fused_sampled_token_loss,
     token_divergence,
 )
 from opsd_kernels.module import FusedJSDLoss
 from opsd_kernels.reference import (
     reference_jsd_loss,
+    reference_log_probs,
     reference_sampled_token_loss,
     reference_token_divergence,
 )
@@ -23,8 +25,10 @@ __all__ = [
     "TokenDivergence",
     "divergence_name",
     "fused_jsd_loss",
+    "fused_log_probs",
     "fused_sampled_token_loss",
     "reference_jsd_loss",
+    "reference_log_probs",
     "reference_sampled_token_loss",
     "reference_token_divergence",
     "token_divergence",

@@ -46,7 +46,8 @@ def divergence_of_tokens(
         respect to h_S, weight and bias; and the statistics, [STATISTICS, N] fp32 without gradient.
     """
     if is_trained(weight, bias):
-        return _OfHead.apply(weight, bias, needs_statistics, workspace_bytes, *problem.values())
+        found = _OfHead.apply(weight, bias, needs_statistics, workspace_bytes, *problem.values())
+        return found if needs_statistics else (found, None)
     # Under no_grad no gradient work is done.
     needs_gradient = torch.is_grad_enabled() and problem.h_S.requires_grad
     return _Divergence.apply(needs_statistics, needs_gradient, workspace_bytes, *problem.values())
@@ -117,19 +118,20 @@ class _OfHead(torch.autograd.Function):
         needs_statistics: bool,
         workspace_bytes: float,
         *values: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         problem = Problem(*values)
         N = problem.h_S.shape[0]
         stats, top = _zeros(problem, STATS, N), problem.h_S.new_zeros(N, dtype=torch.int32)
         outputs = _filled(problem, needs_statistics, workspace_bytes, stats=stats, top=top)
         ctx.save_for_backward(weight, bias, outputs.loss, stats, top, *_tensors(values))
         ctx.others, ctx.workspace_bytes = _others(values), workspace_bytes
-        if outputs.statistics is not None:
-            ctx.mark_non_differentiable(outputs.statistics)
+        if outputs.statistics is None:
+            return outputs.loss  # PyTorch's compiler takes no None beside it
+        ctx.mark_non_differentiable(outputs.statistics)
         return outputs.loss, outputs.statistics
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         weight, bias, loss, stats, top, *tensors = ctx.saved_tensors
         problem = Problem(*_joined(ctx.others, tensors))

@@ -34,9 +34,12 @@ class Arguments(NamedTuple):
     valid: Tensor | None  # [...] which targets lie in the vocabulary; None without targets
 
 
+# Hidden states by the names of their arguments: the student's, and the teacher's if there is one.
+Hidden = dict[str, Tensor]
+
+
 def check_arguments(
-    h_student: Tensor,
-    h_teacher: Tensor,
+    hidden: Hidden,
     W: Tensor | LMHead,
     W_teacher: Tensor | LMHead | None,
     *,
@@ -44,12 +47,14 @@ def check_arguments(
     temperature: float,
     entry_clip: float | None = None,
     token_weights: Tensor | None,
+    reduction: str = "none",
     targets: Tensor | None = None,
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES,
 ) -> Arguments:
     """Check what all losses take.
 
     Args:
+        hidden: see `Hidden`.
         beta: from `check_number_beta`, or None for log p of the targets.
         dtypes: those that hidden states may have.
 
@@ -63,22 +68,24 @@ def check_arguments(
         raise ValueError(
             "W and W_teacher must have the same group: every process holds the same rows of both"
         )
-    operand_dtype = check_tensors(h_student, h_teacher, student, teacher, dtypes)
+    operand_dtype = check_tensors(hidden, student, teacher, dtypes)
+    _name, h_student = _student_of(hidden)
+    h_teacher = hidden.get("h_teacher")
     shared = is_same_weight(student, teacher)
     if isinstance(beta, Tensor):
-        beta = check_token_beta(beta, h_student)
-    weights = check_weights(token_weights, h_student)
+        beta = check_token_beta(beta, hidden)
+    weights = check_weights(token_weights, hidden, reduction)
     ids = valid = shard = None
     if student.group is not None:
         shard = find_shard(student.V, h_student, student.group)
     if targets is not None or beta is None:
         V = student.V if shard is None else shard.V
-        ids, valid = check_targets(targets, h_student, V, weights)
+        ids, valid = check_targets(targets, hidden, V, weights)
         if shard is not None:
             ids = local_ids(ids, shard.offset, student.V).int()
     problem = Problem(
         h_student.reshape(-1, h_student.shape[-1]),
-        h_teacher.detach().reshape(-1, h_teacher.shape[-1]),
+        None if h_teacher is None else h_teacher.detach().reshape(-1, h_teacher.shape[-1]),
         student.rows,
         None if shared else teacher.rows,
         operand_dtype,
@@ -112,13 +119,13 @@ def check_number_beta(beta: float | Tensor) -> float | Tensor:
     return beta if isinstance(beta, Tensor) else check_beta(beta)
 
 
-def check_token_beta(beta: Tensor, h_student: Tensor) -> Tensor:
+def check_token_beta(beta: Tensor, hidden: Hidden) -> Tensor:
     """Check β of every token and return it as fp32 constants [N]."""
     if not beta.is_floating_point():
         raise TypeError(f"beta must be float, got {beta.dtype}")
     if beta.ndim == 0:
-        beta = beta.expand(h_student.shape[:-1])
-    _check_per_token("beta", beta, h_student)
+        beta = beta.expand(_student_of(hidden)[1].shape[:-1])
+    _check_per_token("beta", beta, hidden)
     beta = beta.detach().reshape(-1)
     if _readable(beta) and not ((beta >= 0) & (beta <= 1)).all():
         raise ValueError("beta must lie in [0, 1], and that of some token does not")
@@ -207,15 +214,12 @@ def check_head(name: str, W: Tensor | LMHead) -> Head:
 
 
 def check_tensors(
-    h_student: Tensor,
-    h_teacher: Tensor,
-    student: Head,
-    teacher: Head,
-    dtypes: tuple[torch.dtype, ...],
+    hidden: Hidden, student: Head, teacher: Head, dtypes: tuple[torch.dtype, ...]
 ) -> torch.dtype:
     """Check hidden states and heads, and return the dtype of the matrix products' operands."""
     heads = (student,) if teacher is student else (student, teacher)
-    tensors = {"h_student": h_student, "h_teacher": h_teacher}
+    name_S, h_S = _student_of(hidden)
+    tensors = dict(hidden)
     for head in heads:
         tensors |= head.tensors()
     for name, t in tensors.items():
@@ -232,35 +236,36 @@ def check_tensors(
         if t.dtype not in dtypes:
             wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise TypeError(f"{name} must be one of {wanted}, got {t.dtype}")
-        if t.device != h_student.device:
+        if t.device != h_S.device:
             raise ValueError(
-                f"{name} is on {t.device}, h_student on {h_student.device}; "
+                f"{name} is on {t.device}, {name_S} on {h_S.device}; "
                 "all tensors must be on one device"
             )
-    device_type = h_student.device.type
+    device_type = h_S.device.type
     # meta has no autocast, and raises when asked whether it is on.
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         operand_dtype = torch.get_autocast_dtype(device_type)
     else:
-        operand_dtype = h_student.dtype
+        operand_dtype = h_S.dtype
         for name, t in tensors.items():
             if t.dtype != operand_dtype:
                 raise TypeError(
-                    f"{name} is {t.dtype}, h_student {operand_dtype}; "
+                    f"{name} is {t.dtype}, {name_S} {operand_dtype}; "
                     "all tensors must have one dtype (or be used under torch.autocast)"
                 )
 
-    for name, h in (("h_student", h_student), ("h_teacher", h_teacher)):
+    for name, h in hidden.items():
         if h.ndim == 0:
             raise ValueError(f"{name} must be [..., D], got a scalar")
     for head in heads:
         _check_shapes(head)
-    if h_student.shape[:-1] != h_teacher.shape[:-1]:
-        raise ValueError(
-            "h_student and h_teacher must have the same leading shape, got "
-            f"{list(h_student.shape)} and {list(h_teacher.shape)}"
-        )
-    for name, h, head in (("h_student", h_student, student), ("h_teacher", h_teacher, teacher)):
+    for name, h in hidden.items():
+        if h.shape[:-1] != h_S.shape[:-1]:
+            raise ValueError(
+                f"{name_S} and {name} must have the same leading shape, got "
+                f"{list(h_S.shape)} and {list(h.shape)}"
+            )
+    for (name, h), head in zip(hidden.items(), (student, teacher), strict=False):
         W = head.weight
         if h.shape[-1] != W.shape[1]:
             raise ValueError(
@@ -331,7 +336,7 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
 
 
-def check_weights(token_weights: Tensor | None, h_student: Tensor) -> Tensor | None:
+def check_weights(token_weights: Tensor | None, hidden: Hidden, reduction: str) -> Tensor | None:
     """Check token weights and return them as fp32 constants of the leading shape."""
     if token_weights is None:
         return None
@@ -339,16 +344,22 @@ def check_weights(token_weights: Tensor | None, h_student: Tensor) -> Tensor | N
         raise TypeError(f"token_weights must be a torch.Tensor, got {type(token_weights).__name__}")
     if token_weights.is_complex():
         raise TypeError(f"token_weights must be float, int or bool, got {token_weights.dtype}")
-    _check_per_token("token_weights", token_weights, h_student)
+    _check_per_token("token_weights", token_weights, hidden)
     # Of its own: a tensor made in inference mode could not be saved for backward.
     weights = token_weights.detach().float().clone()
-    if _readable(weights) and not ((weights >= 0) & (weights < math.inf)).all():
-        raise ValueError("token_weights must be finite and not negative")
+    if _readable(weights):
+        if not weights.isfinite().all():
+            raise ValueError("token_weights must be finite, and that of some token is not")
+        if reduction == "mean" and (weights < 0).any():
+            raise ValueError(
+                'token_weights must not be negative with reduction "mean", which divides by their '
+                'sum; "sum" and "none" take weights of both signs'
+            )
     return weights
 
 
 def check_targets(
-    targets: Tensor | None, h_student: Tensor, V: int | Tensor, weights: Tensor | None
+    targets: Tensor | None, hidden: Hidden, V: int | Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Check ids of sampled tokens.
 
@@ -360,7 +371,7 @@ def check_targets(
         raise TypeError(f"targets must be a torch.Tensor, got {type(targets).__name__}")
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise TypeError(f"targets must be integers, the ids of tokens, got {targets.dtype}")
-    _check_per_token("targets", targets, h_student)
+    _check_per_token("targets", targets, hidden)
     targets = targets.long()  # V may be beyond what they came in
     valid = (targets >= 0) & (targets < V)
     if weights is not None:
@@ -375,14 +386,20 @@ def check_targets(
     return within.reshape(-1).int(), valid
 
 
-def _check_per_token(name: str, t: Tensor, h_student: Tensor) -> None:
-    leading = h_student.shape[:-1]
+def _check_per_token(name: str, t: Tensor, hidden: Hidden) -> None:
+    name_S, h_S = _student_of(hidden)
+    leading = h_S.shape[:-1]
     if t.shape != leading:
         raise ValueError(
-            f"{name} must have the leading shape {list(leading)} of h_student, got {list(t.shape)}"
+            f"{name} must have the leading shape {list(leading)} of {name_S}, got {list(t.shape)}"
         )
-    if t.device != h_student.device:
-        raise ValueError(f"{name} is on {t.device}, h_student on {h_student.device}")
+    if t.device != h_S.device:
+        raise ValueError(f"{name} is on {t.device}, {name_S} on {h_S.device}")
+
+
+def _student_of(hidden: Hidden) -> tuple[str, Tensor]:
+    """The name of the student's hidden states, and these."""
+    return next(iter(hidden.items()))
 
 
 def _readable(t: Tensor) -> bool:

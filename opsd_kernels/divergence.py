@@ -150,7 +150,7 @@ def divergence_rows_(
 
 def log_prob_rows_(
     z_S: Tensor,
-    z_T: Tensor,
+    z_T: Tensor | None,
     targets: Tensor,
     needs_score: bool,
     statistics: Tensor | None = None,
@@ -161,16 +161,17 @@ def log_prob_rows_(
 
     Args:
         z_S, z_T, needs_score, statistics, known, vocabulary: as in `divergence_rows_`, the gradient
-            being that of log p(ŷ), 1[v = ŷ] − p; of the statistics only the last three are filled.
+            being that of log p(ŷ), 1[v = ŷ] − p; of the statistics only the last three are filled,
+            and without them z_T may be None.
         targets: [R] ids of the sampled tokens ŷ, −1 for those that are not among the columns.
 
     Returns:
         [R] log p(ŷ).
     """
-    needs_teacher = statistics is not None
-    student, *teachers = vocabulary.softmaxes(z_S, *([z_T] if needs_teacher else []))
+    logits = [z_S] if statistics is None or z_T is None else [z_S, z_T]
+    student, *teachers = vocabulary.softmaxes(*logits)
     p, at_target, here = student.p, targets[:, None].clamp(min=0), targets[:, None] >= 0
-    z_y = [z.gather(-1, at_target).where(here, 0) for z in ([z_S, z_T] if needs_teacher else [z_S])]
+    z_y = [z.gather(-1, at_target).where(here, 0) for z in logits]
     others = []
     if needs_score:
         _put(p, at_target, here, torch.zeros_like(student.top))

@@ -156,9 +156,9 @@ def _launched(
 ) -> Callable[[slice], Tensor]:
     """A function of a tile of the vocabulary: w (a − G p) of a chunk's tokens, times `score_scale`,
     by the kernel."""
-    from opsd_kernels.logit_free import gradient_launcher, rows_contiguous
+    from opsd_kernels.logit_free import gradient_launcher
 
-    chunk = replace(chunk, h_S=rows_contiguous(chunk.h_S), h_T=rows_contiguous(chunk.h_T))
+    chunk = chunk.with_contiguous_rows()
     g = scratch[: chunk.h_S.shape[0]]
     launch = gradient_launcher(g, chunk, stats, top)
 
@@ -184,7 +184,7 @@ def _computed(
         project(z_S, chunk.h_S, chunk.W[tile], dtype, columns)
         slope = map_S.of_columns(tile).apply_(z_S, needs_slope=True)
         z_S.div_(chunk.temperature)
-        if chunk.beta is not None:
+        if chunk.beta is not None and chunk.h_T is not None:
             W_T = chunk.W if chunk.W_T is None else chunk.W_T
             project(z_T, chunk.h_T, W_T[tile], dtype, columns)
             map_T.of_columns(tile).apply_(z_T)

@@ -173,8 +173,7 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem) -> None:
     v_stop = 0 if problem.beta is None and not outputs.needs_score else V
     needs_statistics = outputs.statistics is not None
     named = Scratch.of(scratch, problem, needs_statistics, outputs.needs_score)
-    # Made contiguous once, for all kernels: rows of hidden states are read whole.
-    problem = replace(problem, h_S=rows_contiguous(problem.h_S), h_T=rows_contiguous(problem.h_T))
+    problem = problem.with_contiguous_rows()  # once, for all kernels
     unfinished = []
     with kernels.current(outputs.loss.device):
         for n in range(0, outputs.loss.shape[0], named.rows):
@@ -230,7 +229,13 @@ def launch_lse(scratch: Scratch, chunk: Problem) -> None:
 def _partials(scratch: Scratch, chunk: Problem) -> Partials:
     limit = mean_limit(chunk.beta) if scratch.scores else 0.0  # scores alone need the mean
     span = lse.span(chunk.W.shape[0], scratch.row)
-    return Partials(scratch.partials, scratch.index, span, LIMIT=tl.constexpr(limit))
+    return Partials(
+        scratch.partials,
+        scratch.index,
+        span,
+        LIMIT=tl.constexpr(limit),
+        TEACHER=tl.constexpr(chunk.h_T is not None),
+    )
 
 
 def _partials_of_all(scratch: Scratch, chunk: Problem) -> Partials:
@@ -284,10 +289,9 @@ def pair_launcher(scratch: Scratch, chunk: Problem) -> Callable[[int], None]:
     All that does not depend on v is made here, once a chunk.
     """
     tile, R, V = scratch.pair, chunk.h_S.shape[0], chunk.W.shape[0]
-    operands = _operands(chunk, tile)
     tokens = _tokens(scratch, chunk)
     if chunk.beta is None:
-        operands |= _without_teacher(operands)
+        chunk = chunk.without_teacher()
     else:
         tokens = tokens._replace(targets=None)
     s, p = scratch.s_and_p(R)
@@ -299,7 +303,7 @@ def pair_launcher(scratch: Scratch, chunk: Problem) -> Callable[[int], None]:
         "R": R,
         "stride": scratch.rows,
         "divergence": divergence_record(chunk.beta, chunk.entry_clip, chunk.temperature),
-        **operands,
+        **_operands(chunk, tile),
     }
     rows, slots = cdiv(R, tile.BM), scratch.sums.shape[1]
 
@@ -343,9 +347,8 @@ def gradient_launcher(
     """
     tile = _pair_tile(tiles.lookup(g.device, chunk.operand_dtype), chunk, False)
     R, V = chunk.h_S.shape[0], chunk.W.shape[0]
-    operands = _operands(chunk, tile)
     if chunk.beta is None:
-        operands |= _without_teacher(operands)
+        chunk = chunk.without_teacher()
     beta = chunk.beta if isinstance(chunk.beta, Tensor) else None
     targets = chunk.targets if chunk.beta is None else None
     weighed = Weighed(g, chunk.weights, g.stride(0), SCALE=tl.constexpr(score_scale(g.dtype)))
@@ -354,7 +357,7 @@ def gradient_launcher(
         "R": R,
         "stride": stats.stride(0),
         "divergence": divergence_record(chunk.beta, chunk.entry_clip, chunk.temperature),
-        **operands,
+        **_operands(chunk, tile),
     }
 
     def launch(v: int) -> None:
@@ -388,9 +391,9 @@ def launch_finish(outputs: Outputs, scratch: Scratch, chunk: Problem) -> None:
 
 def _operands(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
     """What `logits_tiles` multiplies, and how, as the kernels that call it name it."""
-    h_S, h_T, W = chunk.h_S, chunk.h_T, chunk.W
-    W_T = W if chunk.W_T is None else chunk.W_T
-    operands = (h_S, h_T, W, W_T)
+    hidden: dict[str, Any] = {"h_S": chunk.h_S, "h_T": chunk.h_T}
+    heads: dict[str, Any] = {"W": chunk.W, "W_T": chunk.W_T}  # one for both sides is loaded once
+    operands = [t for t in (hidden | heads).values() if t is not None]
     if any(t.itemsize > chunk.operand_dtype.itemsize for t in operands):
         tile = tile.widened()
     bulk = tile.BULK and all(
@@ -398,7 +401,9 @@ def _operands(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
     )
     tile = replace(tile, BULK=bulk)
     map_S, map_T = chunk.logit_maps
-    student, teacher = _side(h_S, W, map_S), _side(h_T, W_T, map_T)
+    student = _side(chunk.h_S, chunk.W, map_S)
+    h_T = chunk.h_S if chunk.h_T is None else chunk.h_T
+    teacher = _side(h_T, chunk.W if chunk.W_T is None else chunk.W_T, map_T)
     tiling = Tiling.of(
         tile,
         even_d=student.D % tile.BK == 0 and teacher.D % tile.BK == 0,
@@ -406,17 +411,11 @@ def _operands(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
         operand=chunk.operand_dtype,
         precision="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
     )
-    h: dict[str, Any] = {"h_S": h_S, "h_T": h_T}
-    heads: dict[str, Any] = {"W": W, "W_T": chunk.W_T}  # one for both sides is loaded once
     if bulk:
-        rows, cols = [tile.BM, tile.BK], [tile.BV, tile.BK]
-        h = {name: TensorDescriptor.from_tensor(t, rows) for name, t in h.items()}
-        heads = {
-            name: None if t is None else TensorDescriptor.from_tensor(t, cols)
-            for name, t in heads.items()
-        }
+        hidden = _descriptors(hidden, [tile.BM, tile.BK])
+        heads = _descriptors(heads, [tile.BV, tile.BK])
     return {
-        **h,
+        **hidden,
         **heads,
         "student": student,
         "teacher": teacher,
@@ -426,10 +425,12 @@ def _operands(chunk: Problem, tile: tiles.Tile) -> dict[str, Any]:
     }
 
 
-def _without_teacher(operands: dict[str, Any]) -> dict[str, Any]:
-    """What log p(ŷ) takes in place of a teacher."""
-    nothing = operands["teacher"]._replace(bias=None, softcap=None, scale=None)
-    return {"h_T": None, "W_T": None, "teacher": nothing}
+def _descriptors(named: dict[str, Any], block: list[int]) -> dict[str, Any]:
+    """Of the tensors that there are."""
+    return {
+        name: None if t is None else TensorDescriptor.from_tensor(t, block)
+        for name, t in named.items()
+    }
 
 
 def _side(h: Tensor, W: Tensor, logit_map: LogitMap) -> Side:
@@ -469,8 +470,3 @@ def _stacked(t: Tensor | None, R: int, most: int) -> tuple[Tensor | None, Tensor
     if t is None:
         return None, None
     return t[:R], t[R : 2 * R] if t.shape[0] > most else None
-
-
-def rows_contiguous(h: Tensor) -> Tensor:
-    """h [N, D] with rows that can be read whole."""
-    return h if h.stride(1) == 1 else h.contiguous()

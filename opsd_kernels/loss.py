@@ -60,10 +60,13 @@ def fused_jsd_loss(
         temperature: T > 0, divides both logits. The loss carries no factor T².
         entry_clip: τ > 0: each vocabulary entry's value is min(f, τ) before the sum, and a clipped
             entry has no gradient of its own. A clipped KL can be negative.
-        token_weights: [...] float, int or bool, ≥ 0; constants. 0 drops the token: its loss and
-            gradient are exactly 0 even where its hidden states are NaN.
+        token_weights: [...] float, int or bool, finite; constants. 0 drops the token: its loss and
+            gradient are exactly 0 even where its hidden states are NaN. A negative one ascends the
+            token's divergence.
         reduction: "mean" Σ w ℓ / Σ w, "sum" Σ w ℓ, or "none" w ℓ of shape [...]. Without tokens,
-            or with all weights 0, the loss and its gradient are 0.
+            or with all weights 0, the loss and its gradient are 0. A mean takes no negative
+            weights: Σ w would be no number of tokens. (Where they cannot be read, and Σ w is not
+            positive, it is Σ w ℓ.)
         W_teacher: [V, D_T] or an `LMHead`, the teacher's own, a constant; by default `W` serves
             both, as a constant on the teacher's side. Where
             only what an `LMHead` adds is the teacher's own, its weight, the same, is read once.
@@ -75,8 +78,8 @@ def fused_jsd_loss(
             forward, without the second look.
 
     Returns:
-        fp32 scalar, or [...] with reduction "none". Where a KL is infinite it is +inf, with
-        gradient 0.
+        fp32 scalar, or [...] with reduction "none". Where a KL is infinite it is +inf, or −inf
+        where its weight is negative, with gradient 0.
 
     Under autocast the operands are rounded as `F.linear` would round them. Shapes, dtypes and
     devices are always checked; what `token_weights` and `beta` hold on a CPU only, so that a GPU
@@ -88,14 +91,14 @@ def fused_jsd_loss(
     """
     check_reduction(reduction)
     checked = check_arguments(
-        h_student,
-        h_teacher,
+        {"h_student": h_student, "h_teacher": h_teacher},
         W,
         W_teacher,
         beta=check_number_beta(beta),
         temperature=temperature,
         entry_clip=entry_clip,
         token_weights=token_weights,
+        reduction=reduction,
     )
     if reduction != "none":
         total = weighed_sum(
@@ -157,8 +160,8 @@ def token_divergence(
         targets: [...] ids of the tokens that were sampled, of any integer dtype. What they are is
             checked on a CPU only; elsewhere an id outside the vocabulary gives NaN. Those of
             dropped tokens may be anything.
-        token_weights: [...] weights of the loss. A token of weight 0 is dropped: all that is
-            returned for it is 0.
+        token_weights: [...] weights of the loss, of either sign. A token of weight 0 is dropped:
+            all that is returned for it is 0.
 
     Returns:
         A `TokenDivergence`. All statistics are at the temperature of the loss.
@@ -167,8 +170,7 @@ def token_divergence(
         TypeError, ValueError: as `fused_jsd_loss`.
     """
     checked = check_arguments(
-        h_student,
-        h_teacher,
+        {"h_student": h_student, "h_teacher": h_teacher},
         W,
         W_teacher,
         beta=check_number_beta(beta),
@@ -231,17 +233,62 @@ def fused_sampled_token_loss(
     check_reduction(reduction)
     advantage_clip = check_clip("advantage_clip", advantage_clip)
     checked = check_arguments(
-        h_student,
-        h_teacher,
+        {"h_student": h_student, "h_teacher": h_teacher},
         W,
         W_teacher,
         beta=None,
         temperature=temperature,
         token_weights=token_weights,
+        reduction=reduction,
         targets=targets,
     )
     tokens = _compute(checked, workspace_mib, needs_statistics=True)
     return tokens.sampled_token_loss(advantage_clip, reduction, return_log_probs)
+
+
+def fused_log_probs(
+    h: Tensor,
+    W: Tensor | LMHead,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    token_weights: Tensor | None = None,
+    workspace_mib: float | None = None,
+) -> Tensor:
+    """Log-probabilities of tokens, from hidden states and the LM head, without [N, V] logits and
+    without a teacher: what a cross-entropy, which is their mean negated, and a policy gradient are
+    made of.
+
+    Per token, with p = softmax(h Wᵀ / T), it is w log p(ŷ). Its gradient with respect to logits,
+    1[v = ŷ] − p, is made without a difference of probabilities. Where log p(ŷ) is −∞ it is 0.
+
+    Args:
+        h: [..., D] last hidden states (what enters the LM head) at the positions that predict the
+            targets, bf16, fp16 or fp32. The gradient flows here, and into `W` if that requires
+            grad.
+        W: [V, D] LM head, or an `LMHead`; see `fused_jsd_loss`.
+        targets: [...] ids ŷ of the tokens, see `token_divergence`.
+        temperature: T > 0, divides the logits.
+        token_weights: [...] weights w of either sign, 1 by default; see `fused_jsd_loss`. Where
+            they are 0, so are result and gradient, whatever the target is.
+        workspace_mib: see `fused_jsd_loss`.
+
+    Returns:
+        [...] fp32, differentiable. Without tokens it is empty.
+
+    Raises:
+        TypeError, ValueError: as `fused_jsd_loss`.
+    """
+    checked = check_arguments(
+        {"h": h},
+        W,
+        None,
+        beta=None,
+        temperature=temperature,
+        token_weights=token_weights,
+        targets=targets,
+    )
+    return _compute(checked, workspace_mib, needs_statistics=False).log_probs()
 
 
 def reduce_tokens(loss: Tensor, weights: Tensor | None, reduction: Reduction) -> Tensor:
@@ -281,7 +328,7 @@ class Tokens:
     value: Tensor  # the divergence, or log p of the targets
     weights: Tensor | None
     statistics: Tensor  # [STATISTICS, ...]; empty if none were asked for
-    has_targets: bool
+    valid: Tensor | None  # which targets lie in the vocabulary; None without targets
 
     def divergence(self) -> TokenDivergence:
         statistics = self.statistics
@@ -292,9 +339,16 @@ class Tokens:
             statistics[divergence.ENTROPY_S],
             statistics[divergence.ENTROPY_T],
             statistics[divergence.CLIPPED_SHARE],
-            statistics[divergence.LOG_P] if self.has_targets else None,
-            statistics[divergence.LOG_Q] if self.has_targets else None,
+            None if self.valid is None else statistics[divergence.LOG_P],
+            None if self.valid is None else statistics[divergence.LOG_Q],
         )
+
+    def log_probs(self) -> Tensor:
+        # Without mass there is no gradient, as of a KL; nor is there a number without a target.
+        log_p = torch.where(self.value == -torch.inf, -torch.inf, self.value)
+        if self.valid is not None:
+            log_p = log_p * torch.where(self.valid, 1, torch.nan)
+        return reduce_tokens(log_p, self.weights, "none")
 
     def sampled_token_loss(
         self, advantage_clip: float | None, reduction: Reduction, return_log_probs: bool
@@ -316,14 +370,14 @@ def tokens_of(checked: Arguments, value: Tensor, statistics: Tensor | None) -> T
     schedule made of it; those of a target outside the vocabulary are NaN."""
     leading, weights, valid = checked.leading, checked.weights, checked.valid
     if statistics is None:
-        return Tokens(value.reshape(leading), weights, value.new_empty(0), False)
+        return Tokens(value.reshape(leading), weights, value.new_empty(0), valid)
     statistics = statistics.reshape(divergence.STATISTICS, *leading)
     if valid is not None:
         of_target = statistics[divergence.LOG_P :].masked_fill(~valid, torch.nan)
         statistics = torch.cat([statistics[: divergence.LOG_P], of_target])
     if weights is not None:
         statistics = torch.where(weights != 0, statistics, 0)
-    return Tokens(value.reshape(leading), weights, statistics, valid is not None)
+    return Tokens(value.reshape(leading), weights, statistics, valid)
 
 
 def _compute(checked: Arguments, workspace_mib: float | None, needs_statistics: bool) -> Tokens:

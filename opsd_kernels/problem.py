@@ -15,10 +15,10 @@ from opsd_kernels.head import LogitMap
 
 @dataclass(frozen=True)
 class Problem:
-    """N tokens whose divergence is wanted; the notation is that of `divergence.py`."""
+    """N tokens whose divergence is wanted, or log p(ŷ); the notation is that of `divergence.py`."""
 
     h_S: Tensor  # [N, D]
-    h_T: Tensor  # [N, D_T]
+    h_T: Tensor | None  # [N, D_T]; None where there is no teacher, which only log p(ŷ) needs not
     W: Tensor  # [V, D]
     W_T: Tensor | None  # [V, D_T]; None if W serves both, whose logits may differ by what follows
     operand_dtype: torch.dtype  # whose rounding the operands of the matrix products have
@@ -51,6 +51,11 @@ class Problem:
         return (self.W,) if self.W_T is None else (self.W, self.W_T)
 
     @property
+    def sides(self) -> int:
+        """Of whom logits are made: 2, or 1 where there is no teacher."""
+        return 1 if self.h_T is None else 2
+
+    @property
     def logit_maps(self) -> tuple[LogitMap, LogitMap]:
         """What makes logits of products, the student's and the teacher's."""
         student = LogitMap(self.bias, self.softcap, 1.0)
@@ -65,12 +70,25 @@ class Problem:
         return replace(
             self,
             h_S=self.h_S[rows],
-            h_T=self.h_T[rows],
+            h_T=None if self.h_T is None else self.h_T[rows],
             beta=self.beta[rows] if isinstance(self.beta, Tensor) else self.beta,
             keep=None if self.keep is None else self.keep[rows],
             targets=None if self.targets is None else self.targets[rows],
             weights=None if self.weights is None else self.weights[rows],
         )
+
+    def without_teacher(self) -> "Problem":
+        """The same problem for log p(ŷ), of which a teacher knows nothing."""
+        return replace(self, h_T=None, W_T=None, bias_T=None, softcap_T=None, scale_T=1.0)
+
+    def with_contiguous_rows(self) -> "Problem":
+        """The same problem with hidden states that can be read a row at a time."""
+        h_T = None if self.h_T is None else _with_contiguous_rows(self.h_T)
+        return replace(self, h_S=_with_contiguous_rows(self.h_S), h_T=h_T)
+
+
+def _with_contiguous_rows(h: Tensor) -> Tensor:
+    return h if h.stride(1) == 1 else h.contiguous()
 
 
 STATS = 8  # numbers of a row of logits that is made once more

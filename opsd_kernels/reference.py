@@ -59,14 +59,14 @@ def reference_jsd_loss(
     """
     check_reduction(reduction)
     checked = check_arguments(
-        h_student,
-        h_teacher,
+        {"h_student": h_student, "h_teacher": h_teacher},
         W,
         W_teacher,
         beta=check_number_beta(beta),
         temperature=temperature,
         entry_clip=entry_clip,
         token_weights=token_weights,
+        reduction=reduction,
         dtypes=DTYPES,
     )
     tokens = _compute(checked)
@@ -88,8 +88,7 @@ def reference_token_divergence(
 ) -> TokenDivergence:
     """`token_divergence` in float64; see `reference_jsd_loss`."""
     checked = check_arguments(
-        h_student,
-        h_teacher,
+        {"h_student": h_student, "h_teacher": h_teacher},
         W,
         W_teacher,
         beta=check_number_beta(beta),
@@ -121,18 +120,41 @@ def reference_sampled_token_loss(
     check_reduction(reduction)
     advantage_clip = check_clip("advantage_clip", advantage_clip)
     checked = check_arguments(
-        h_student,
-        h_teacher,
+        {"h_student": h_student, "h_teacher": h_teacher},
         W,
         W_teacher,
+        beta=None,
+        temperature=temperature,
+        token_weights=token_weights,
+        reduction=reduction,
+        targets=targets,
+        dtypes=DTYPES,
+    )
+    tokens = _compute(checked)
+    return tokens.sampled_token_loss(advantage_clip, reduction, return_log_probs)
+
+
+def reference_log_probs(
+    h: Tensor,
+    W: Tensor | LMHead,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    token_weights: Tensor | None = None,
+    workspace_mib: float | None = None,
+) -> Tensor:
+    """`fused_log_probs` in float64; see `reference_jsd_loss`."""
+    checked = check_arguments(
+        {"h": h},
+        W,
+        None,
         beta=None,
         temperature=temperature,
         token_weights=token_weights,
         targets=targets,
         dtypes=DTYPES,
     )
-    tokens = _compute(checked)
-    return tokens.sampled_token_loss(advantage_clip, reduction, return_log_probs)
+    return _compute(checked).log_probs()
 
 
 def _compute(checked: Arguments) -> Tokens:
@@ -152,17 +174,21 @@ class _ReferenceDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, weight: Tensor, bias: Tensor | None, *values: Any
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         problem = Problem(*values)
         W, temperature = problem.W, problem.temperature
         map_S, map_T = problem.logit_maps
         z_S, slope = _logits(problem.h_S, W, map_S, temperature)
-        z_T, _ = _logits(problem.h_T, W if problem.W_T is None else problem.W_T, map_T, temperature)
-        statistics = z_S.new_zeros(divergence.STATISTICS, z_S.shape[0])
+        z_T = statistics = None
+        if problem.h_T is not None:
+            W_T = W if problem.W_T is None else problem.W_T
+            z_T, _ = _logits(problem.h_T, W_T, map_T, temperature)
+            statistics = z_S.new_zeros(divergence.STATISTICS, z_S.shape[0])
         if problem.beta is None:
             assert problem.targets is not None
             loss = log_prob_rows_(z_S, z_T, problem.targets, True, statistics)
         else:
+            assert z_T is not None
             loss = divergence_rows_(
                 z_S, z_T, problem.beta, problem.entry_clip, True, statistics, problem.targets
             )
@@ -170,11 +196,12 @@ class _ReferenceDivergence(torch.autograd.Function):
             z_S.mul_(slope)
         ctx.save_for_backward(z_S, problem.h_S, weight, bias)  # z_S now holds the gradient
         ctx.temperature = temperature
-        ctx.mark_non_differentiable(statistics)
+        if statistics is not None:
+            ctx.mark_non_differentiable(statistics)
         return loss, statistics
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         dz_S, h_S, weight, bias = ctx.saved_tensors
         # Selected, not multiplied: what does not count may hold NaN.

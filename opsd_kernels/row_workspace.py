@@ -84,6 +84,7 @@ def make_plan(
     block_temporaries: int = BLOCK_TEMPORARIES,
     max_rows: int = MAX_ROWS,
     shared: bool = False,
+    sides: int = 2,
 ) -> Plan:
     """Fit chunk, block and tile to `budget` bytes.
 
@@ -96,13 +97,14 @@ def make_plan(
         max_rows: of a chunk.
         shared: whether processes share the vocabulary: step 2 is then PyTorch's, and of all rows of
             a chunk at once, for few collectives.
+        sides: of which there are logits, 2, or 1 without a teacher.
 
     Raises:
         ValueError: the budget cannot hold one row; the message names the least that works.
     """
     V, device = heads[0].shape[0], heads[0].device
     row_bytes, block_row_bytes, tile_row_bytes, least_tile = _bytes(
-        heads, operand_dtype, block_temporaries, shared
+        heads, operand_dtype, block_temporaries, shared, sides
     )
     least = row_bytes + block_row_bytes + least_tile * tile_row_bytes
     if budget < least:
@@ -132,13 +134,17 @@ def make_plan(
 
 
 def _bytes(
-    heads: tuple[Tensor, ...], operand_dtype: torch.dtype, block_temporaries: int, shared: bool
+    heads: tuple[Tensor, ...],
+    operand_dtype: torch.dtype,
+    block_temporaries: int,
+    shared: bool,
+    sides: int = 2,
 ) -> tuple[int, int, int, int]:
     """Bytes of a row of the workspace, of a row of a block, and of a copied row of a head; and how
     many of the last there are at least."""
     V, device = row_stride(heads[0].shape[0]), heads[0].device
     g_dtype = multiplied_dtype(device, score_dtype(operand_dtype, bounded=False))
-    row_bytes, block_row_bytes = 8 * V, 0
+    row_bytes, block_row_bytes = 4 * sides * V, 0
     if shared or not uses_kernel(device):
         # PyTorch's rows need temporaries, and a narrow copy of the gradient for step 3.
         row_bytes += 0 if g_dtype == torch.float32 else g_dtype.itemsize * V
@@ -151,8 +157,10 @@ def _plan(
     problem: Problem, N: int, needs_statistics: bool, budget: float, max_rows: int = MAX_ROWS
 ) -> Plan:
     temporaries = BLOCK_TEMPORARIES + needs_statistics + (problem.softcap is not None)
-    shared = problem.group is not None
-    return make_plan(N, problem.heads, problem.operand_dtype, budget, temporaries, max_rows, shared)
+    shared, sides = problem.group is not None, problem.sides
+    return make_plan(
+        N, problem.heads, problem.operand_dtype, budget, temporaries, max_rows, shared, sides
+    )
 
 
 def budget_beside_head(problem: Problem, budget: float) -> float:
@@ -174,10 +182,11 @@ def can_weigh(problem: Problem, budget: float) -> bool:
 
 
 def allocate(problem: Problem, needs_statistics: bool, budget: float) -> list[Tensor]:
-    """The scratch of `fill`: a workspace of 2R fp32 rows, of which the first V entries are used."""
+    """The scratch of `fill`: a workspace of 2R fp32 rows, or R without a teacher, of which the
+    first V entries are used."""
     plan = _plan(problem, problem.h_S.shape[0], needs_statistics, budget)
     stride = row_stride(problem.W.shape[0])
-    return [problem.h_S.new_empty(2 * plan.rows, stride, dtype=torch.float32)]
+    return [problem.h_S.new_empty(problem.sides * plan.rows, stride, dtype=torch.float32)]
 
 
 def row_stride(V: int) -> int:
@@ -200,7 +209,8 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: floa
     workspace = scratch[0][:, : problem.W.shape[0]]
     rows = _kept(problem.keep)
     N = problem.h_S.shape[0] if rows is None else rows.shape[0]
-    plan = _plan(problem, N, outputs.statistics is not None, budget, workspace.shape[0] // 2)
+    max_rows = workspace.shape[0] // problem.sides
+    plan = _plan(problem, N, outputs.statistics is not None, budget, max_rows)
     if problem.group is not None:
         # Chunks are the same on all processes: those of the largest shard.
         R = least(plan.rows, problem.group, workspace.device)
@@ -210,13 +220,16 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: floa
     for n in _chunks(rows, N, plan.rows):
         chunk = problem.tokens(n)
         R = chunk.h_S.shape[0]
-        z = workspace[: 2 * R]
-        z_S, z_T = z[:R], z[R:]
-        if W_T is None:
-            project(z, torch.cat([chunk.h_S, chunk.h_T]), W, dtype, plan.tile)
-        else:
+        z_S, z_T = workspace[:R], None
+        if chunk.h_T is None:
             project(z_S, chunk.h_S, W, dtype, plan.tile)
-            project(z_T, chunk.h_T, W_T, dtype, plan.tile)
+        else:
+            z, z_T = workspace[: 2 * R], workspace[R : 2 * R]
+            if W_T is None:
+                project(z, torch.cat([chunk.h_S, chunk.h_T]), W, dtype, plan.tile)
+            else:
+                project(z_S, chunk.h_S, W, dtype, plan.tile)
+                project(z_T, chunk.h_T, W_T, dtype, plan.tile)
         filled, gradient = _step_2(z_S, z_T, chunk, plan, outputs)
         outputs.loss[n] = filled.loss
         if outputs.statistics is not None and filled.statistics is not None:
@@ -270,7 +283,7 @@ class LogitGradient:
 
 
 def _step_2(
-    z_S: Tensor, z_T: Tensor, chunk: Problem, plan: Plan, outputs: Outputs
+    z_S: Tensor, z_T: Tensor | None, chunk: Problem, plan: Plan, outputs: Outputs
 ) -> tuple[Outputs, LogitGradient]:
     """Loss and statistics of rows of products h Wᵀ [R, V], and the gradient of their loss, which
     lies where z_S was; of what there is in `outputs`."""
@@ -289,11 +302,14 @@ def _step_2(
     for i in range(0, R, plan.block):
         rows = slice(i, i + plan.block)
         block, into = chunk.tokens(rows), filled.tokens(rows)
-        slope = map_S.apply_(z_S[rows], needs_score)
-        map_T.apply_(z_T[rows])
+        block_S, block_T = z_S[rows], None if z_T is None else z_T[rows]
+        slope = map_S.apply_(block_S, needs_score)
+        if block_T is not None:
+            map_T.apply_(block_T)
         if chunk.temperature != 1:
-            z_S[rows].div_(chunk.temperature)
-            z_T[rows].div_(chunk.temperature)
+            for z in (block_S, block_T):
+                if z is not None:
+                    z.div_(chunk.temperature)
         targets = None if block.targets is None else block.targets.long()
         known = None
         if into.stats is not None and into.top is not None:
@@ -301,12 +317,13 @@ def _step_2(
         if block.beta is None:
             assert targets is not None
             loss = log_prob_rows_(
-                z_S[rows], z_T[rows], targets, needs_score, into.statistics, known, vocabulary
+                block_S, block_T, targets, needs_score, into.statistics, known, vocabulary
             )
         else:
+            assert block_T is not None
             loss = divergence_rows_(
-                z_S[rows],
-                z_T[rows],
+                block_S,
+                block_T,
                 block.beta,
                 block.entry_clip,
                 needs_score,
@@ -316,16 +333,16 @@ def _step_2(
                 vocabulary,
             )
         if slope is not None:
-            z_S[rows].mul_(slope)
+            block_S.mul_(slope)
         if block.weights is not None:
-            z_S[rows].mul_(block.weights[:, None])
-            z_S[rows].masked_fill_((block.weights == 0)[:, None], 0)
+            block_S.mul_(block.weights[:, None])
+            block_S.masked_fill_((block.weights == 0)[:, None], 0)
         into.loss.copy_(loss)
     return filled, LogitGradient(z_S)
 
 
 def launch_rows(
-    outputs: Outputs, z_S: Tensor, z_T: Tensor, problem: Problem, needs_score: bool
+    outputs: Outputs, z_S: Tensor, z_T: Tensor | None, problem: Problem, needs_score: bool
 ) -> LogitGradient:
     """Step 2 by the kernel: fills what there is in `outputs`, and z_S with the gradient if that is
     needed here."""

@@ -83,8 +83,8 @@ def _find_shard(h: Tensor, own_rows: int, group: str) -> Tensor:
     rows, tokens = gathered(rows_and_tokens, group).unbind(1)
     if h.device.type == "cpu" and not (tokens == tokens[0]).all():
         raise ValueError(
-            f"h_student has {tokens.tolist()} tokens on the ranks of W.group: every rank must have "
-            "all tokens that the others have (gather a sequence that is split first)"
+            f"the ranks of W.group have {tokens.tolist()} tokens: every rank must have all tokens "
+            "that the others have (gather a sequence that is split first)"
         )
     return torch.stack([rows[: _rank(group)].sum(), rows.sum()])
 

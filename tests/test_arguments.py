@@ -75,7 +75,12 @@ H_S, H_T, HEAD = random_inputs(6, 20, 5)
             {"token_weights": torch.ones(3, 2)},
         ),
         (ValueError, "token_weights is on meta", {"token_weights": torch.ones(6, device="meta")}),
-        (ValueError, "token_weights must be finite and not", {"token_weights": -torch.ones(6)}),
+        (
+            ValueError,
+            'must not be negative with reduction "mean"',
+            {"token_weights": -torch.ones(6)},
+        ),
+        (ValueError, "token_weights must be finite", {"token_weights": torch.full((6,), math.inf)}),
         (ValueError, "token_weights must be finite", {"token_weights": torch.full((6,), math.nan)}),
     ],
 )

@@ -15,6 +15,7 @@ from benchmarks.allocations import id_of, tensors
 from opsd_kernels import (
     FusedJSDLoss,
     fused_jsd_loss,
+    fused_log_probs,
     fused_sampled_token_loss,
     head_gradient,
     kernels,
@@ -55,6 +56,11 @@ def sampled(h_S: Tensor, h_T: Tensor, W: Tensor, workspace_mib: float | None) ->
     return fused_sampled_token_loss(
         2 * h_S, 2 * h_T, W, targets, advantage_clip=1.0, workspace_mib=workspace_mib
     )
+
+
+def log_probs(h_S: Tensor, h_T: Tensor, W: Tensor, workspace_mib: float | None) -> Tensor:
+    targets = torch.arange(h_S.shape[0], device=h_S.device)
+    return fused_log_probs(2 * h_S, W, targets, workspace_mib=workspace_mib).exp().sum()
 
 
 def module(h_S: Tensor, h_T: Tensor, W: Tensor, workspace_mib: float | None) -> Tensor:
@@ -133,7 +139,7 @@ def test_what_is_allocated_is_seen_in_the_graph(schedule):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-@pytest.mark.parametrize("function", [jsd, everything, sampled])
+@pytest.mark.parametrize("function", [jsd, everything, sampled, log_probs])
 def test_fake_tensors(function, schedule):
     """Shapes without numbers, as planners and exporters ask for them."""
     with FakeTensorMode(), torch.device(schedule.device):

@@ -155,8 +155,9 @@ def test_one_weight_is_read_once_for_both_sides():
         (LMHead(W.clone(), vocab_size=40), False),
         (W[1:41], False),
     ):
+        hidden = {"h_student": h_S, "h_teacher": h_T}
         arguments = check_arguments(
-            h_S, h_T, student, teacher, beta=0.5, temperature=1.0, token_weights=None
+            hidden, student, teacher, beta=0.5, temperature=1.0, token_weights=None
         )
         assert (arguments.problem.W_T is None) == shared
 

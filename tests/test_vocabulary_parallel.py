@@ -23,8 +23,10 @@ from torch.utils._pytree import tree_map_only
 from opsd_kernels import (
     LMHead,
     fused_jsd_loss,
+    fused_log_probs,
     fused_sampled_token_loss,
     reference_jsd_loss,
+    reference_log_probs,
     reference_sampled_token_loss,
     reference_token_divergence,
     token_divergence,
@@ -39,6 +41,9 @@ REFERENCES = {
     fused_sampled_token_loss: reference_sampled_token_loss,
 }
 FUNCTIONS = list(REFERENCES)
+REFERENCES[fused_log_probs] = reference_log_probs
+# Of sampled tokens alone.
+LOG_PROB = (fused_sampled_token_loss, fused_log_probs)
 # Where the vocabulary is cut, as parts of it: evenly, raggedly, and with nothing for one process.
 CUTS = {2: [(0.5,), (0.13,), (1.0,)], 3: [(0.3, 0.6), (0.1, 0.1), (0.7, 1.0)]}
 
@@ -73,7 +78,7 @@ class Case:
         head, head_T = (self.extras or Extras()).heads(W, W_T, seed)
         g = torch.Generator().manual_seed(seed)
         options: dict[str, Any] = {"temperature": self.temperature}
-        if self.function is not fused_sampled_token_loss:
+        if self.function not in LOG_PROB:
             beta = self.beta
             if beta == "each":
                 beta = torch.linspace(0, 1, N)[torch.randperm(N, generator=g)]
@@ -84,7 +89,7 @@ class Case:
             options["token_weights"] = torch.rand(N, generator=g) * (torch.arange(N) % 3 > 0)
         if self.nan_row:
             h_S[N // 2] = torch.nan
-        if self.function is not token_divergence:
+        if self.function not in (token_divergence, fused_log_probs):
             options["reduction"] = "none" if seed % 2 else "mean"
         return h_S, h_T, head, head_T, options
 
@@ -115,7 +120,10 @@ def found(case: Case, head: LMHead, head_T: LMHead | None, inputs: Any, function
     if case.trained:
         head = tree_map_only(Tensor, lambda t: t.detach().clone().requires_grad_(), head)
     targets = (options.pop("targets"),) if function in TAKES_TARGETS else ()
-    results = function(h_S, h_T, head, *targets, W_teacher=head_T, **options)
+    if function in (fused_log_probs, reference_log_probs):
+        results = function(h_S, head, **options)
+    else:
+        results = function(h_S, h_T, head, *targets, W_teacher=head_T, **options)
     loss = results if isinstance(results, Tensor) else results.loss
     loss.backward(torch.linspace(0.5, 2, loss.numel()).to(loss).reshape(loss.shape))
     results = [results] if isinstance(results, Tensor) else [t for t in results if t is not None]
@@ -185,7 +193,10 @@ def cases(processes: int) -> list[Case]:
             replace(here, D=8, distance=0, extras=Extras(scale=1e-30), trained=True),
             # An entry with mass on one side alone.
             replace(here, beta=0.0, own_head=True, extras=Extras("with bans"), V=37),
-        ]
+            replace(here, function=fused_log_probs, weighed=True),
+            replace(here, function=fused_log_probs, N=70, cuts=even, trained=True,
+                    extras=EXTRAS[0], temperature=0.7, dtype=torch.bfloat16),
+        ]  # fmt: skip
     return chosen
 
 
@@ -390,7 +401,7 @@ def expected_bytes(case: Case) -> int | None:
     if case.beta == "each" or case.workspace_mib == 0.2:
         return None
     statistics, has_targets = case.function is not fused_jsd_loss, "targets" in case.inputs()[4]
-    sampled = case.function is fused_sampled_token_loss
+    sampled, sides = case.function in LOG_PROB, 1 if case.function is fused_log_probs else 2
     kl = not sampled and case.beta in (0, 1)
     clip = not sampled and case.entry_clip is not None
     softcap = case.extras is not None and case.extras.softcap is not None
@@ -404,14 +415,14 @@ def expected_bytes(case: Case) -> int | None:
         once += 8  # how many rows a chunk has
         if case.weighed:  # on a CPU, where that costs nothing, tokens of weight 0 are left out
             kept = int((case.inputs()[4]["token_weights"] != 0).sum())
-            return once + 4 * case.D * N + kept * row_bytes(sampled, statistics, kl, clip)
-        per_token += row_bytes(sampled, statistics, kl, clip)
+            return once + 4 * case.D * N + kept * row_bytes(sampled, statistics, kl, clip, sides)
+        per_token += row_bytes(sampled, statistics, kl, clip, sides)
     return once + per_token * N
 
 
-def row_bytes(sampled: bool, statistics: bool, kl: bool, clip: bool) -> int:
+def row_bytes(sampled: bool, statistics: bool, kl: bool, clip: bool, sides: int) -> int:
     if sampled:
-        return 16 + 8 + 4  # normalizers; logits of the sampled token; 1 − p(ŷ)
+        return 8 * sides + 4 * sides + 4  # normalizers; logits of the sampled token; 1 − p(ŷ)
     of_loss = 16 + 4 + 8 + (4 if kl and clip else 0) + (4 if kl and not clip else 0)
     if not statistics:
         return of_loss
@@ -424,7 +435,7 @@ def test_what_is_refused(ranks):
     for rank, of_rank in enumerate(ranks):
         said = of_rank["refused"]
         patterns = [
-            r"ValueError: h_student has \[9, 8\] tokens on the ranks of W.group",
+            r"ValueError: the ranks of W.group have \[9, 8\] tokens",
             r"TypeError: W.group must be a torch.distributed.ProcessGroup, got str",
             r"ValueError: W and W_teacher must have the same group",
             r"ValueError: W_teacher has 36 rows, W 37",

@@ -49,8 +49,8 @@ from opsd_kernels.kernels.records import State, Stats
 from opsd_kernels.kernels.tiles import Row
 
 # Fields of `Partials`, the last two those of the sampled tokens: by their number in `State`.
-TOP_S, TOP_T, E_SUM, Z_S = (
-    tl.constexpr(State._fields.index(name)) for name in ("top_S", "top_T", "E", "z_Sy")
+TOP_S, SUM_S, TOP_T, E_SUM, Z_S = (
+    tl.constexpr(State._fields.index(name)) for name in ("top_S", "sum_S", "top_T", "E", "z_Sy")
 )
 PARTIALS = tl.constexpr(State._fields.index("index"))
 # Fields of `Tokens.stats`: those of `Stats`, and of the sampled token log p, log q, log q − log p.
@@ -103,7 +103,8 @@ def lse_kernel(
         partials: `Partials`, of sampled tokens too if there are targets.
 
     Reads:
-        h_S, h_T, W, W_T: see `logits_tiles`.
+        h_S, h_T, W, W_T: see `logits_tiles`. Without a teacher nothing is written that comes of
+            it, and so nothing made: compilers leave it out.
         student, teacher, tiling: the records.
         tokens: keep and targets, or None of either. A tile of rows none of which is kept is left
             out.
@@ -147,7 +148,11 @@ def lse_kernel(
     at = s * stride + row
     field = tl.num_programs(1) * stride
     for i in tl.static_range(PARTIALS):
-        if (i != E_SUM or LIMIT > 0) and (i < Z_S or tokens.targets is not None):
+        if (
+            (i != E_SUM or LIMIT > 0)
+            and (i < Z_S or tokens.targets is not None)
+            and (partials.TEACHER or i == TOP_S or i == SUM_S or i == Z_S)
+        ):
             tl.store(partials.fields + i * field + at, state[i], mask=exists)
     tl.store(partials.index + at, state.index, mask=exists)
 
@@ -388,6 +393,8 @@ def merged(partials, row, R, spans, stride, tokens, inverse_temperature, SPANS: 
     for i in tl.static_range(PARTIALS):
         if (i == E_SUM and LIMIT == 0) or (i >= Z_S and tokens.targets is None):
             found = tl.zeros(at.shape, tl.float32)
+        elif not (partials.TEACHER or i == TOP_S or i == SUM_S or i == Z_S):
+            found = tl.full(at.shape, 1.0, tl.float32)  # any number: nothing is made of it
         elif i == TOP_S or i == TOP_T:
             found = tl.load(partials.fields + i * field + at, mask=exists, other=float("-inf"))
         else:

@@ -105,6 +105,7 @@ class Partials(NamedTuple):
     index: Any  # [spans, stride] int32, the last
     span: Any  # columns of each, a multiple of BV
     LIMIT: Any  # `mean_limit` of β, or 0: E is not wanted
+    TEACHER: Any  # whether there is one
 
 
 class Scored(NamedTuple):
@@ -157,7 +158,7 @@ class Rows(NamedTuple):
     """Rows of products h Wᵀ [R, V] fp32, and what makes logits of them (see `head`)."""
 
     u_S: Any
-    u_T: Any
+    u_T: Any  # None without a teacher
     V: Any
     stride: Any
     bias: Any = None  # [V], the student's, as is …

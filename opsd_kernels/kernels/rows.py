@@ -83,7 +83,7 @@ def rows_kernel(
     V, inverse_temperature = logits.V, divergence.inverse_temperature
     g_ptr = gradient.g + row * gradient.stride
     DTYPE: tl.constexpr = gradient.g.dtype.element_ty
-    u_ptrs = (logits.u_S + row * logits.stride, logits.u_T + row * logits.stride)
+    start = row * logits.stride
     block = tl.arange(0, BLOCK)[None, :]
     one = row + tl.arange(0, 1)
     target = None
@@ -94,7 +94,7 @@ def rows_kernel(
         of_row = tl.load(beta + one)
         of_entries = of_row[:, None]
 
-    state = seen(u_ptrs, logits, target, inverse_temperature, LIMIT, BLOCK, PARTS)
+    state = seen(start, logits, target, inverse_temperature, LIMIT, BLOCK, PARTS)
     if targets is not None:
         sampled = log_probs(state, inverse_temperature)
     top = state.index
@@ -103,7 +103,7 @@ def rows_kernel(
     stats = normalizers(state, of_row, divergence, gradient.SCALE)
     column = column_of(stats)
     if NEEDS_SCORE or FOR_LATER:  # before it is written over
-        _z, _z_T, slope_top = _load(u_ptrs, logits, top)
+        _z, _z_T, slope_top = _load(start, logits, top)
     factor = gradient.SCALE
     if gradient.weights is not None:
         weight = tl.load(gradient.weights + one)
@@ -111,7 +111,7 @@ def rows_kernel(
     sums = zeros(SUMS + STATISTICS * OF_STATISTICS, 1, BLOCK)
     for v in range(0, V if SECOND else 0, BLOCK):
         col = v + block
-        z_S, z_T, slope = _load(u_ptrs, logits, col)
+        z_S, z_T, slope = _load(start, logits, col)
         terms, _p = entries(z_S, z_T, col == top, column, of_entries, divergence, STATISTICS)
         sums = add_each(sums, terms)
         if NEEDS_SCORE and KNOWS_G:
@@ -154,7 +154,7 @@ def rows_kernel(
         else:
             for v in range(0, V, BLOCK):
                 col = v + block
-                z_S, z_T, slope = _load(u_ptrs, logits, col)
+                z_S, z_T, slope = _load(start, logits, col)
                 terms, p = entries(z_S, z_T, col == top, column, of_entries, divergence, False)
                 g = terms[1] - missed[:, None] * p
                 if divergence.FAMILY == MIXED:
@@ -180,7 +180,7 @@ def _weighed(g, factor, weights):
 
 @triton.jit
 def seen(
-    u_ptrs,
+    start,
     logits,
     target,
     inverse_temperature,
@@ -192,7 +192,7 @@ def seen(
     state, V = nothing(1, BLOCK), logits.V
     blocks = tl.arange(0, BLOCK * PARTS)[None, :]
     for v in range(0, V, BLOCK * PARTS):
-        z_S, z_T, _slope = _load(u_ptrs, logits, v + blocks)
+        z_S, z_T, _slope = _load(start, logits, v + blocks)
         # They are logits already.
         maps = (None, None, None, None, None, None)
         state = absorb(z_S, z_T, v, V, maps, target, state, inverse_temperature, LIMIT, True, PARTS)
@@ -219,13 +219,15 @@ def _erase(g_ptr, infinite, block, V):
 
 
 @triton.jit
-def _load(u_ptrs, logits, col):
-    """A block of logits of both sides, −∞ beyond the last, and the slope of the student's; of the
-    shape of `col`."""
-    u_S_ptr, u_T_ptr = u_ptrs
+def _load(start, logits, col):
+    """A block of logits of both sides, −∞ beyond the last, and the slope of the student's, of a row
+    that begins at `start`; of the shape of `col`."""
     V = logits.V
-    u_S = tl.load(u_S_ptr + col, mask=col < V, other=float("-inf"))
-    u_T = tl.load(u_T_ptr + col, mask=col < V, other=float("-inf"))
+    u_S = tl.load(logits.u_S + start + col, mask=col < V, other=float("-inf"))
+    if logits.u_T is not None:
+        u_T = tl.load(logits.u_T + start + col, mask=col < V, other=float("-inf"))
+    else:
+        u_T = tl.zeros(u_S.shape, tl.float32)  # any number: nothing is made of it
     z_S, slope = logits_and_slope(u_S, col, V, logits.bias, logits.softcap, None)
     z_T, _ = logits_and_slope(u_T, col, V, logits.bias_T, logits.softcap_T, logits.scale_T)
     return z_S, z_T, slope
