@@ -12,9 +12,11 @@ data/            problems, and the two prompts of each
 models/          models, adapters, LM heads, sharding
 sampling/        rollouts, by one of several engines
 opsd/            Algorithm 1: scores, teachers, objective, step
-evaluation/      whether solutions are right, and how many are
+evaluation/      whether solutions are right, how many are, and whether that is more than before
+report/          a page that shows what runs did
 run/             the life of a run: loop, checkpoints, folder, failures, console
 small_world/     the demo's model and problems
 worlds.py        worlds by name
 command_line.py  from the command line to a config
+evaluate.py      the other command: what a run has learned, on benchmarks
 """

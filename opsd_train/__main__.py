@@ -2,14 +2,13 @@
 run."""
 
 import sys
-import warnings
 
 try:
     import accelerate  # noqa: F401
-    import datasets
+    import datasets  # noqa: F401
     import peft  # noqa: F401
     import rich  # noqa: F401
-    import transformers
+    import transformers  # noqa: F401
     import yaml  # noqa: F401
 except ImportError as error:
     sys.exit(f"opsd_train needs {error.name}: install it with `pip install 'opsd-kernels[train]'`")
@@ -17,7 +16,7 @@ except ImportError as error:
 import torch
 from accelerate import Accelerator
 
-from opsd_train.command_line import parse
+from opsd_train.command_line import parse, quiet_libraries
 from opsd_train.errors import RunFailed
 from opsd_train.run import be_quiet, check_distribution, check_tracker, fail, run_in
 from opsd_train.worlds import find_world
@@ -25,10 +24,7 @@ from opsd_train.worlds import find_world
 
 def main(arguments: list[str] | None = None) -> None:
     config = parse(arguments)
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet_libraries()
     # Micro-batches and dtypes are the config's, whatever a launcher would have them be.
     accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1)
     if not accelerator.is_main_process:

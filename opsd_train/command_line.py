@@ -4,9 +4,12 @@ import argparse
 import dataclasses
 import shutil
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
+import datasets
+import transformers
 import yaml
 
 from opsd_train.config import SECTIONS, Config, field_choices, field_types, make_config
@@ -39,6 +42,14 @@ def parse(arguments: list[str] | None = None) -> Config:
         return config
     except (ValueError, OSError) as error:
         parser.error(f"{given}: {error}" if given else str(error))
+
+
+def quiet_libraries() -> None:
+    """Let libraries say only what has gone wrong."""
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

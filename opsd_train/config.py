@@ -81,6 +81,11 @@ class Config:
         None, help="rows to keep, {column: value} or {column: [values]}"
     )
     max_problems: int | None = option(None, help="use at most this many rows, the first ones")
+    held_out: int | None = option(
+        None,
+        help="problems to keep from training and evaluate on, of those whose solution has its "
+        "answer in \\boxed{}",
+    )
     max_prompt_tokens: int = option(8192, help="a problem with a longer prompt is dropped")
 
     student_template: str = option(STUDENT_TEMPLATE, help="{problem} stands for the problem")
@@ -160,8 +165,12 @@ class Config:
     dry_run: bool = option(
         False, help="show prompts, lengths and memory, do one step, write nothing"
     )
+    record_every: int = option(
+        10, help="steps between those of which some rollouts are in the report, token by token"
+    )
+    record_rollouts: int = option(2, help="rollouts of such a step to record; 0 for none")
     eval_every: int = option(
-        10, help="steps between evaluations, where the world has held-out problems"
+        10, help="steps between evaluations, where there are held-out problems"
     )
     eval_problems: int = option(
         512, help="held-out problems to evaluate before and after, where the world has them"
@@ -170,9 +179,10 @@ class Config:
     def __post_init__(self) -> None:
         for name in (
             *("lora_rank", "lora_alpha", "max_problems", "max_prompt_tokens", "max_new_tokens"),
+            "held_out",
             *("rollout_batch_size", "steps", "batch_size", "micro_batch_size", "patience"),
             *("micro_batch_tokens", "mlp_tokens"),
-            *("save_every", "keep_last", "eval_every", "eval_problems"),
+            *("save_every", "keep_last", "record_every", "eval_every", "eval_problems"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -186,8 +196,9 @@ class Config:
         check_engine(self)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must not be negative, got {self.top_k}")
+        for name in ("top_k", "record_rollouts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.offload_checkpoints and not self.activation_checkpointing:
             raise ValueError(
                 "offload_checkpoints wants activation_checkpointing, whose checkpoints it moves"

@@ -20,14 +20,20 @@ ARROWS: dict[str, set[str]] = {
     "sampling": {"config", "data", "errors", "models", "records"},
     "opsd": {"config", "data", "models", "records", "sampling"},
     "evaluation": {"data", "records", "sampling"},
+    "report": {"config"},
     "run": {
-        *("config", "data", "errors", "evaluation", "models", "opsd", "records", "sampling"),
+        *("config", "data", "errors", "evaluation", "models", "opsd", "records", "report"),
+        "sampling",
     },
     "small_world": {
         *("config", "data", "errors", "evaluation", "opsd", "records", "run", "sampling"),
     },
     "worlds": {"config", "run", "small_world"},
     "command_line": {"config", "errors", "presets", "worlds"},
+    "evaluate": {
+        *("command_line", "config", "data", "errors", "evaluation", "models", "presets", "records"),
+        *("report", "run", "sampling", "worlds"),
+    },
     "__main__": {"command_line", "errors", "run", "worlds"},
 }
 ROOMS = [name for name in ARROWS if (PACKAGE / name).is_dir()]

@@ -30,7 +30,7 @@ from opsd_train.small_world import world
 from opsd_train.small_world.multiplication import (
     STUDENT_TEMPLATE,
     TEACHER_TEMPLATE,
-    is_correct,
+    judge,
     make_problem,
     work_out,
 )
@@ -45,7 +45,7 @@ def test_worked_solutions_are_right():
     for a, b in [(1000, 2), (9999, 9), (1005, 4)]:
         problem = make_problem(a, b)
         assert int(problem.solution.partition("<answer>")[2]) == a * b
-        assert is_correct(problem, problem.solution + "<end>")
+        assert judge(problem, problem.solution + "<end>").correct
 
 
 def test_slips_are_marked_and_carried_on():
@@ -69,7 +69,7 @@ def test_slips_are_marked_and_carried_on():
 
 def test_grading():
     problem = make_problem(3847, 6)
-    assert is_correct(problem, "anything<answer>23082<end>")
+    assert judge(problem, "anything<answer>23082<end>").correct
     for text in [
         "",
         "<answer>23082",
@@ -77,7 +77,7 @@ def test_grading():
         "<answer>23083<end>",
         "<answer>23082<end>7<end>",
     ]:
-        assert not is_correct(problem, text)
+        assert not judge(problem, text).correct
 
 
 def test_problems_are_disjoint(tmp_path, monkeypatch):
@@ -195,7 +195,7 @@ def test_the_demo_learns(tmp_path):
     sampler = GenerateSampler(model, tokenizer, Sampling(1.0, 56))
     context = Context(tokenizer, STUDENT_TEMPLATE)
     rollout = roll_out(sampler, context, problems, seeds=list(range(100)))
-    assert sum(c.correct for c in grade(tokenizer, rollout, is_correct)) >= 75
+    assert sum(c.correct for c in grade(tokenizer, rollout, judge)) >= 75
 
     # Interrupted, a run keeps what it has, and can go on.
     long = tmp_path / "long"

@@ -21,7 +21,7 @@ from opsd_train.opsd.step import learning_rate, problem_indices
 from opsd_train.records import Rollout, Scores
 from opsd_train.run import set_up
 from opsd_train.sampling import GenerateSampler, Sampling, roll_out
-from opsd_train.small_world.multiplication import is_correct, make_problem
+from opsd_train.small_world.multiplication import judge, make_problem
 from opsd_train.small_world.warm_start import build_model, build_tokenizer
 
 
@@ -136,7 +136,7 @@ def test_completions_stop_at_the_end_of_text(tiny):
         assert (completion[-1] == tokenizer.eos_token_id) == finished
         assert tokenizer.eos_token_id not in completion[:-1]
         assert finished or len(completion) == 12
-    graded = grade(tokenizer, rollout, is_correct)
+    graded = grade(tokenizer, rollout, judge)
     prompts = [tiny.contexts.student.text(p) for p in tiny.problems * 4]
     assert [g.prompt for g in graded] == prompts
 

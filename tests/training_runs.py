@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -46,11 +47,16 @@ def processes() -> multiprocessing.context.ForkServerContext:
 
 
 def start(
-    log: Path, *arguments: object, before: Callable[[], None] | None = None, **env: str
+    log: Path,
+    *arguments: object,
+    before: Callable[[], None] | None = None,
+    program: str = "__main__",
+    **env: str,
 ) -> ForkServerProcess:
-    """Start a run that writes what it says to `log`, and calls `before` in its process first."""
+    """Start a run, or another program of opsd_train, that writes what it says to `log`, and calls
+    `before` in its process first."""
     options = [str(a) for a in arguments]
-    process = processes().Process(target=_run, args=(log, options, before, env))
+    process = processes().Process(target=_run, args=(program, log, options, before, env))
     process.start()
     return process
 
@@ -65,7 +71,9 @@ def run(
     return log.read_text()
 
 
-def run_distributed(log: Path, *arguments: object, world_size: int = 2, status: int = 0) -> None:
+def run_distributed(
+    log: Path, *arguments: object, world_size: int = 2, status: int = 0, program: str = "__main__"
+) -> None:
     """As a launcher would start it, one process a rank, each with a log of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -77,7 +85,14 @@ def run_distributed(log: Path, *arguments: object, world_size: int = 2, status: 
         "MASTER_PORT": port,
     }
     ranks = [
-        start(log.with_suffix(f".{r}"), *arguments, RANK=str(r), LOCAL_RANK=str(r), **common)
+        start(
+            log.with_suffix(f".{r}"),
+            *arguments,
+            program=program,
+            RANK=str(r),
+            LOCAL_RANK=str(r),
+            **common,
+        )
         for r in range(world_size)
     ]
     for r, process in enumerate(ranks):
@@ -116,7 +131,8 @@ def metrics(output: Path) -> list[dict]:
 def contents(output: Path) -> tuple:
     """All that an interruption must not change."""
     adapter = (output / "adapter" / "adapter_model.safetensors").read_bytes()
-    return metrics(output), (output / "completions.jsonl").read_text(), adapter
+    texts = [(output / f"{name}.jsonl").read_text() for name in ("completions", "tokens")]
+    return metrics(output), *texts, adapter
 
 
 def steps_done(output: Path) -> int:
@@ -191,9 +207,13 @@ def have_no_room_for_the_model() -> None:
 
 
 def _run(
-    log: Path, arguments: list[str], before: Callable[[], None] | None, env: dict[str, str]
+    program: str,
+    log: Path,
+    arguments: list[str],
+    before: Callable[[], None] | None,
+    env: dict[str, str],
 ) -> None:
-    from opsd_train.__main__ import main
+    main = import_module(f"opsd_train.{program}").main
 
     os.environ.update(env)
     with log.open("w") as file:

@@ -1,18 +1,23 @@
 """Data: problems with reference solutions, and the two prompts that each of them becomes.
 
 From a file, a data set on the hub or a row to a `Problem`, and from a problem to the token ids that
-student and teacher see. What is sampled after a prompt is in sampling/.
+student and teacher see; and those that are held out, with their answers. What is sampled after a
+prompt is in sampling/.
 """
 
-from opsd_train.data.problems import load_problems, those_that_fit
+from opsd_train.data.boxed import hold_out, last_boxed
+from opsd_train.data.problems import load_answered_problems, load_problems, those_that_fit
 from opsd_train.data.prompts import Context, Contexts, fill, join, left_pad, pack
 
 __all__ = [
     "Context",
     "Contexts",
     "fill",
+    "hold_out",
     "join",
+    "last_boxed",
     "left_pad",
+    "load_answered_problems",
     "load_problems",
     "pack",
     "those_that_fit",

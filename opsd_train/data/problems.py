@@ -39,6 +39,37 @@ def load_problems(config: Config) -> list[Problem]:
     return problems
 
 
+def load_answered_problems(
+    data: str,
+    split: str,
+    problem_column: str,
+    answer_column: str,
+    where: dict[str, Any] | None = None,
+) -> list[Problem]:
+    """Problems with answers and without solutions, to evaluate on; an answer is text or a number.
+
+    Raises:
+        OSError, ValueError: as `load_problems`.
+    """
+    problems = []
+    for place, row in _rows(data, split):
+        try:
+            if not _is_kept(row, where or {}):
+                continue
+            problem = _text(row, problem_column, "user")
+            answer = _cell(row, answer_column, "answer_column")
+            if isinstance(answer, bool) or not str(answer if answer is not None else "").strip():
+                raise ValueError(
+                    f"column {answer_column} must hold text or a number, got {answer!r}"
+                )
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        problems.append(Problem(problem, solution="", answer=str(answer)))
+    if not problems:
+        raise ValueError(f"{data} has no row" + (f" with where={where}" if where else ""))
+    return problems
+
+
 def those_that_fit(
     problems: list[Problem], contexts: Contexts, max_prompt_tokens: int
 ) -> list[Problem]:

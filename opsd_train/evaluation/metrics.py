@@ -1,14 +1,34 @@
-"""Accuracy, with an interval."""
+"""Scores of sampled solutions, with intervals, and whether two differ.
+
+Problems are what is drawn from a larger set, and samples what is drawn for each: an interval, and a
+test, is over problems. s_i is a score of problem i in [0, 1], of n samples c of which are right:
+
+    avg@n   c / n
+    pass@k  1 − C(n−c, k) / C(n, k): whether one of k is right, on average over all choices of k of
+            the n (Chen et al., 2021); without bias, which 1 − (1 − c/n)^k has
+    maj@k   whether the answer that most of k samples give is right; of answers that tie for most,
+            the part that is. On average over the n // k runs of k samples
+"""
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from fractions import Fraction
+from statistics import NormalDist, fmean
+from typing import Any
 
-from opsd_train.evaluation.graders import Completion
+import numpy as np
+
+from opsd_train.evaluation.graders import Attempt, Completion
+
+Z = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
 class Accuracy:
+    """Of one sample a problem."""
+
     correct: int
     total: int
 
@@ -19,16 +39,134 @@ class Accuracy:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95% score interval."""
-        z = NormalDist().inv_cdf(0.975)
-        n, mean = self.total, self.mean
-        centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2)
-        return max(0.0, centre - half), min(1.0, centre + half)
+        return wilson(self.mean, self.total)
 
     def __str__(self) -> str:
         low, high = self.interval
         return f"{self.mean:.1%} (95% interval {low:.1%} to {high:.1%}, {self.total} problems)"
 
 
-def accuracy(completions: list[Completion]) -> Accuracy:
+def accuracy(completions: Sequence[Completion | Attempt]) -> Accuracy:
     return Accuracy(sum(bool(c.correct) for c in completions), len(completions))
+
+
+def accuracy_record(accuracy: Accuracy) -> dict[str, Any]:
+    """For metrics and summaries."""
+    low, high = accuracy.interval
+    return {
+        "accuracy": round(accuracy.mean, 4),
+        "interval_95": [round(low, 4), round(high, 4)],
+        "correct": accuracy.correct,
+        "problems": accuracy.total,
+    }
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over problems, and its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def score_of(scores: Sequence[float], samples: int) -> Score:
+    """Mean of a score of each problem, with a 95% interval that is Wilson's where each is 0 or 1.
+    Scores between say more of the mean, at most as much as `samples` problems with one sample each
+    would: Wilson's interval for as many problems as have a mean of that variance is taken."""
+    N, mean = len(scores), fmean(scores)
+    spread = fmean((s - mean) ** 2 for s in scores)
+    worth = min(N * mean * (1 - mean) / spread, N * samples) if spread > 0 else N
+    return Score(mean, *wilson(mean, worth))
+
+
+def wilson(mean: float, n: float) -> tuple[float, float]:
+    """Wilson's 95% score interval of n independent draws."""
+    centre = (mean + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z / (1 + Z * Z / n) * math.sqrt(mean * (1 - mean) / n + (Z / (2 * n)) ** 2)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def pass_at(k: int, n: int, c: int) -> float:
+    """pass@k of a problem with c right of n samples.
+
+    Raises:
+        ValueError: k is not among 1, ..., n.
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"k must lie in [1, {n}], the number of samples; got {k}")
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def maj_at(k: int, attempts: Sequence[Attempt]) -> float:
+    """maj@k of a problem. A completion without an answer has no vote.
+
+    Raises:
+        ValueError: k is not among 1, ..., n.
+    """
+    n = len(attempts)
+    if not 1 <= k <= n:
+        raise ValueError(f"k must lie in [1, {n}], the number of samples; got {k}")
+    return fmean(_vote(attempts[i : i + k]) for i in range(0, n - k + 1, k))
+
+
+def _vote(attempts: Sequence[Attempt]) -> float:
+    # What equals the reference is one answer, however it is written.
+    answers = [("right", "") if a.correct else ("wrong", a.answer) for a in attempts]
+    votes = Counter(answer for answer in answers if answer[1] is not None)
+    most = [answer for answer, count in votes.items() if count == max(votes.values())]
+    return most.count(("right", "")) / len(most) if most else 0.0
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two means over the same problems, its 95% interval, and the p-value of `paired_test`."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def difference_of(before: Sequence[Fraction], after: Sequence[Fraction]) -> Difference:
+    """After less before, problem by problem.
+
+    Raises:
+        ValueError: they are not of the same problems.
+    """
+    changes = _changes(before, after)
+    N, mean = len(changes), float(sum(changes) / len(changes))
+    spread = sum((float(x) - mean) ** 2 for x in changes) / max(N - 1, 1)
+    half = Z * math.sqrt(spread / N)
+    return Difference(mean, mean - half, mean + half, paired_test(before, after))
+
+
+def paired_test(before: Sequence[Fraction], after: Sequence[Fraction]) -> float:
+    """Two-sided p-value of the sign-flip test: how often changes as large, problem by problem,
+    would add up to as much or more if each were as likely to be for the better as for the worse.
+    Exact; with one sample a problem it is McNemar's exact test.
+
+    Raises:
+        ValueError: they are not of the same problems.
+    """
+    changes = _changes(before, after)
+    unit = math.lcm(*(x.denominator for x in changes))
+    sizes = [abs(int(x * unit)) for x in changes if x]
+    chances = np.ones(1)  # of every sum of the signed sizes so far, from the least
+    for size in sizes:
+        wider = np.zeros(len(chances) + 2 * size)
+        wider[: len(chances)] += chances / 2
+        wider[2 * size :] += chances / 2
+        chances = wider
+    total = sum(sizes)
+    observed = abs(int(sum(changes) * unit))
+    tails = chances[: total - observed + 1].sum() + chances[total + observed :].sum()
+    return min(1.0, float(tails))
+
+
+def _changes(before: Sequence[Fraction], after: Sequence[Fraction]) -> list[Fraction]:
+    if len(before) != len(after) or not before:
+        raise ValueError(
+            f"before and after must be of the same problems, got {len(before)} and {len(after)}"
+        )
+    return [b - a for a, b in zip(before, after, strict=True)]

@@ -11,10 +11,11 @@ from opsd_train.models.adapter import (
     base_model,
     base_weights_sha256,
     check_not_merged,
+    load_adapter,
     peft_name,
 )
 from opsd_train.models.backbone import Backbone
-from opsd_train.models.head import check_same_vocabulary, lm_head, vocab_size
+from opsd_train.models.head import check_same_vocabulary, lm_head, logits, vocab_size
 from opsd_train.models.layers import save_memory, tile_mlps
 from opsd_train.models.loading import load_model, load_tokenizer
 from opsd_train.models.sharding import call_with_full_parameters, copy_full, full_tensor, shard
@@ -32,8 +33,10 @@ __all__ = [
     "copy_full",
     "full_tensor",
     "lm_head",
+    "load_adapter",
     "load_model",
     "load_tokenizer",
+    "logits",
     "peft_name",
     "save_memory",
     "shard",

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+from pathlib import Path
 from typing import cast
 
 import torch
-from peft import LoraConfig, PeftModelForCausalLM, get_peft_model
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -51,6 +52,24 @@ def add_adapter(model: PreTrainedModel, config: Config) -> PeftModelForCausalLM:
     )
     adapted = get_peft_model(model, lora)
     assert isinstance(adapted, PeftModelForCausalLM)  # what task_type asks for
+    return adapted
+
+
+def load_adapter(model: PreTrainedModel, path: Path) -> PeftModelForCausalLM:
+    """The model with an adapter that a run has saved, frozen.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is not one of this model.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path} is no adapter: it has no {name}")
+    try:
+        adapted = PeftModel.from_pretrained(model, str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no adapter of this model: {error}") from None
+    assert isinstance(adapted, PeftModelForCausalLM)  # what adapter_config.json says
     return adapted
 
 

@@ -1,6 +1,7 @@
 """The LM head, which the loss reads directly, and what must be true of it."""
 
 import torch
+from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +25,15 @@ def lm_head(model: PreTrainedModel) -> LMHead:
 def vocab_size(head: LMHead) -> int:
     """V, without what the head's weight is padded with."""
     return head.weight.shape[0] if head.vocab_size is None else head.vocab_size
+
+
+def logits(head: LMHead, h: Tensor) -> Tensor:
+    """[N, V] logits of a few hidden states [N, D], in fp32. The loss has no need of them."""
+    V = vocab_size(head)
+    z = linear(h, head.weight[:V]).float()
+    bias = None if head.bias is None else head.bias[:V]
+    LogitMap(bias, head.softcap, head.scale).apply_(z)
+    return z
 
 
 def check_same_vocabulary(
@@ -72,9 +82,7 @@ def _check_logits(model: PreTrainedModel, head: LMHead) -> None:
     ]
     model.train(was_training)
 
-    bias = None if head.bias is None else head.bias[:V]
-    z = linear(h, head.weight[:V]).float()
-    LogitMap(bias, head.softcap, head.scale).apply_(z)
+    z = logits(head, h)
     expected = torch.cat(rows)[:, :V].float()
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.1
     if (z - expected).norm() > tolerance * expected.norm():

@@ -6,18 +6,22 @@ run/.
 """
 
 from opsd_train.opsd.objective import loss_name, opsd_loss, token_weights
+from opsd_train.opsd.observation import Observe, observe_tokens
 from opsd_train.opsd.scoring import score, score_sequences
 from opsd_train.opsd.setup import Setup
-from opsd_train.opsd.step import can_pack, take_step
+from opsd_train.opsd.step import Phase, can_pack, take_step
 from opsd_train.opsd.teachers import EmaTeacher, InitialTeacher, Teacher
 
 __all__ = [
     "EmaTeacher",
     "InitialTeacher",
+    "Observe",
+    "Phase",
     "Setup",
     "Teacher",
     "can_pack",
     "loss_name",
+    "observe_tokens",
     "opsd_loss",
     "score",
     "score_sequences",

@@ -18,6 +18,7 @@ from opsd_train.config import Config
 from opsd_train.models import adapter_weights, full_tensor
 from opsd_train.opsd.micro_batches import micro_batches
 from opsd_train.opsd.objective import opsd_loss, token_weights
+from opsd_train.opsd.observation import Observe
 from opsd_train.opsd.scoring import score
 from opsd_train.opsd.setup import Setup
 from opsd_train.records import Problem, Rollout
@@ -28,7 +29,12 @@ Phase = Callable[[str], AbstractContextManager[None]]
 
 
 def take_step(
-    config: Config, setup: Setup, optimizer: torch.optim.Optimizer, step: int, phase: Phase
+    config: Config,
+    setup: Setup,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    phase: Phase,
+    observe: Observe | None = None,
 ) -> tuple[Rollout, dict[str, Any]]:
     """The student samples, the teacher scores the same tokens with the solution in view, the
     student moves towards the teacher's whole next-token distribution.
@@ -61,6 +67,9 @@ def take_step(
             with phase("backward"):
                 # The processes' gradients are averaged, but are parts of a sum.
                 (loss * accelerator.num_processes).backward()
+        if observe is not None:
+            with phase("record"):
+                observe(part, scores)
         for name, value in {"loss": loss.detach(), **statistics}.items():
             totals[name] = totals.get(name, 0) + value.double()
     metrics |= {name: accelerator.reduce(t, "sum").item() for name, t in totals.items()}

@@ -7,10 +7,11 @@ is in worlds.py.
 
 from opsd_train.run.console import be_quiet, fail, progress_bar, say
 from opsd_train.run.folder import RunFolder
+from opsd_train.run.held_out import Evaluate, held_out_metrics
 from opsd_train.run.life import run_in
 from opsd_train.run.setup import check_distribution, set_up
 from opsd_train.run.trackers import check_tracker
-from opsd_train.run.world import Evaluate, Materials, World
+from opsd_train.run.world import Materials, World
 
 __all__ = [
     "Evaluate",
@@ -21,6 +22,7 @@ __all__ = [
     "check_distribution",
     "check_tracker",
     "fail",
+    "held_out_metrics",
     "progress_bar",
     "run_in",
     "say",

@@ -25,8 +25,9 @@ OUT_OF_MEMORY = {
     "--activation-checkpointing and --offload-checkpoints, or ask for --mlp-tokens 4096",
     "step": "spread the weights over several processes with --shard",
     "evaluate": "lower --rollout-batch-size",
+    "record": "record nothing for the report, with --record-rollouts 0",
 }
-BEFORE_THE_ADAPTER_MOVES = ("rollout", "score", "loss", "backward")
+BEFORE_THE_ADAPTER_MOVES = ("rollout", "score", "loss", "backward", "record")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -2,11 +2,14 @@
 
 config.yaml         what was asked for, as a config file; the divergence by name above it
 metrics.jsonl       a line a step
+tokens.jsonl        some rollouts token by token: divergences, and what both sides would have said
 completions.jsonl   every solution sampled: phase, step, prompt, completion, and whether it is right
 checkpoints/        what it takes to go on; see checkpoint.py
 summary.json        versions, seconds by phase, hash of the base weights
 adapter/            as PEFT loads it
 failed_batch.json   token ids of a batch whose loss was not finite, if the run ended on one
+report.html         a page that shows all this; see report/
+evaluation/         what `python -m opsd_train.evaluate` found
 
 and, of a world with held-out problems, curves.png, and accuracy before and after with intervals.
 """
@@ -18,7 +21,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ import torch
 import yaml
 from accelerate.tracking import GeneralTracker
 
+from opsd_train.config import Config
 from opsd_train.evaluation import Completion
 from opsd_train.run.checkpoint import (
     FOLDER,
@@ -36,10 +40,12 @@ from opsd_train.run.checkpoint import (
 )
 from opsd_train.run.trackers import numbers_by_name, start_tracker
 
+REPORT = "report.html"
 FILES = [
     *("config.yaml", "metrics.jsonl", "completions.jsonl", "summary.json", "curves.png"),
-    "failed_batch.json",
+    *("tokens.jsonl", REPORT, "failed_batch.json", "evaluation"),
 ]
+LINES = ("metrics.jsonl", "completions.jsonl", "tokens.jsonl")  # added to after every step
 ADAPTER = "adapter"
 
 # Options on which the metrics do not depend, beyond rounding; but rollout_batch_size may not differ
@@ -49,6 +55,7 @@ MAY_DIFFER_WHEN_RESUMED = [
     *("attention", "liger", "activation_checkpointing", "workspace_mib"),
     *("offload_checkpoints", "mlp_tokens", "engine_urls", "engine_folder", "engine_timeout"),
     *("micro_batch_size", "micro_batch_tokens", "rollout_batch_size", "shard"),
+    *("record_every", "record_rollouts"),
 ]
 
 
@@ -122,7 +129,7 @@ class RunFolder:
             return
         if resumed is not None:
             # What the run did after its last checkpoint will be done again.
-            for name in ("metrics.jsonl", "completions.jsonl"):
+            for name in LINES:
                 self._replace(name, to_lines(self._lines(name, up_to=resumed)))
             remove_unfinished(self.path)
             return
@@ -153,6 +160,9 @@ class RunFolder:
             "completions.jsonl", ({"phase": phase, "step": step, **asdict(c)} for c in completions)
         )
 
+    def write_tokens(self, rows: Iterable[dict[str, Any]]) -> None:
+        self._append("tokens.jsonl", rows)
+
     def completions(self, phase: str) -> list[Completion]:
         """Those written so far."""
         rows = [row for row in self._lines("completions.jsonl") if row["phase"] == phase]
@@ -177,7 +187,7 @@ class RunFolder:
 
     def sync(self) -> None:
         """Wait until all lines written are on the disk."""
-        for name in ("metrics.jsonl", "completions.jsonl"):
+        for name in LINES:
             if (self.path / name).exists():
                 with (self.path / name).open("rb") as file:
                     os.fsync(file.fileno())
@@ -187,7 +197,7 @@ class RunFolder:
         but not if that would remove more than the lines written until then."""
         if last_step(self.path) is not None:
             return
-        kept = [ADAPTER, "summary.json", f"{FOLDER}/step-*"]
+        kept = [ADAPTER, "summary.json", "evaluation", f"{FOLDER}/step-*"]
         if found := [name for name in kept if any(self.path.glob(name))]:
             raise FileExistsError(
                 f"{self.path} has no whole checkpoint to go on from, but results of a run "
@@ -205,6 +215,8 @@ class RunFolder:
         free = set(MAY_DIFFER_WHEN_RESUMED)
         if config.get("engine") == "continuous":
             free.remove("rollout_batch_size")
+        # A run of an earlier version was not asked for what there was not.
+        was = {f.name: f.default for f in fields(Config) if f.name not in was} | was
         for name, value in config.items():
             if name not in free and was.get(name) != value:
                 raise ValueError(

@@ -13,9 +13,10 @@ from accelerate.utils import broadcast_object_list
 from opsd_train.config import Config
 from opsd_train.models import base_model, base_weights_sha256
 from opsd_train.opsd import Setup, loss_name
+from opsd_train.report import write_report
 from opsd_train.run.console import say
 from opsd_train.run.dry_run import dry_run
-from opsd_train.run.folder import RunFolder
+from opsd_train.run.folder import REPORT, RunFolder
 from opsd_train.run.loop import train
 from opsd_train.run.memory_plan import peak_on_gpu, plan_memory
 from opsd_train.run.setup import set_up
@@ -31,7 +32,7 @@ def run_in(world: World, accelerator: Accelerator) -> None:
     """
     config = world.config
     run = None if config.dry_run else open_run_folder(config, accelerator)
-    materials = world.load(accelerator, run)
+    materials = world.load(accelerator, run.phase if run is not None else None)
     setup = set_up(config, accelerator, materials.model, materials.tokenizer, materials.problems)
     if run is None:
         dry_run(config, setup)
@@ -95,7 +96,10 @@ def finish(config: Config, setup: Setup, run: RunFolder, sha256: str, **summary:
         peft=peft.__version__,
         accelerate=accelerate.__version__,
     )
+    if run.is_main:
+        write_report([run.path], run.path / REPORT)
     say(f"\nThe base weights, which are the teacher, did not move. Run folder: {run.path}")
+    say(f"Report: {run.path / REPORT}")
 
 
 def say_plan(config: Config, setup: Setup) -> None:

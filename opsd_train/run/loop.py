@@ -18,8 +18,10 @@ from opsd_train.run.checkpoint import save_checkpoint
 from opsd_train.run.console import progress_bar, say
 from opsd_train.run.failures import MAX_SKIPPED, StopRequest, explained
 from opsd_train.run.folder import RunFolder
+from opsd_train.run.held_out import Evaluate
+from opsd_train.run.recording import record_tokens
 from opsd_train.run.training_state import capture, restore
-from opsd_train.run.world import Evaluate, World
+from opsd_train.run.world import World
 
 
 def train(world: World, setup: Setup, run: RunFolder, evaluate: Evaluate) -> None:
@@ -56,7 +58,8 @@ def train(world: World, setup: Setup, run: RunFolder, evaluate: Evaluate) -> Non
         if step == 0 and (measured := evaluate(0, False)):
             run.write_metrics(step=0, **measured)
         while step < config.steps and not has_stalled(run.metrics, config.patience):
-            rollout, metrics = take_step(config, setup, optimizer, step + 1, run.phase)
+            observe = record_tokens(config, setup, run, step + 1)
+            rollout, metrics = take_step(config, setup, optimizer, step + 1, run.phase, observe)
             step += 1
 
             stopping = asked_to_stop(stop, setup)
@@ -90,7 +93,8 @@ def cost(run: RunFolder, setup: Setup, tokens: int) -> dict[str, Any]:
     else:
         unit = 2**20 if sys.platform == "darwin" else 2**10
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    speeds = {name: round(tokens / s, 1) for name, s in seconds.items() if name != "evaluate"}
+    others = ("evaluate", "record")
+    speeds = {name: round(tokens / s, 1) for name, s in seconds.items() if name not in others}
     return {
         "seconds": {name: round(s, 4) for name, s in seconds.items()},
         "tokens_per_second": speeds,
@@ -105,7 +109,7 @@ def figures(metrics: list[dict[str, Any]]) -> dict[str, str]:
     if skipped := sum(m["skipped"] for m in steps_of(metrics)):
         shown["skipped"] = f"{skipped}"
     if measured := [m["accuracy"] for m in metrics if "accuracy" in m]:
-        return shown | {"held-out accuracy": f"{measured[-1]:.0%}"}
+        shown["held-out accuracy"] = f"{measured[-1]:.0%}"
     return shown | {
         "forward KL": f"{last['forward_kl']:.4f}",
         "length": f"{last['length_mean']:.0f}",

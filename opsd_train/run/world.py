@@ -1,6 +1,5 @@
 """What a run takes place in."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,17 +7,15 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_train.config import Config
-from opsd_train.data import load_problems
-from opsd_train.evaluation import Grader
+from opsd_train.data import hold_out, load_problems
+from opsd_train.evaluation import Grader, MathGrader
 from opsd_train.models import load_model, load_tokenizer
-from opsd_train.opsd import Setup
+from opsd_train.opsd import Phase, Setup
 from opsd_train.records import Problem
 from opsd_train.run.console import say
 from opsd_train.run.folder import RunFolder
-
-Evaluate = Callable[[int, bool], dict[str, Any]]
-"""Called with the number of steps taken, 0 before the first, and whether it was the last; returns
-metrics."""
+from opsd_train.run.held_out import Evaluate, measure_held_out, say_change
+from opsd_train.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -34,8 +31,8 @@ class Materials:
 class World:
     """Where model and data come from, who grades solutions, and what is evaluated.
 
-    This one looks model and data up by name, grades nothing and evaluates nothing. Another world is
-    a class that overrides what differs, and its name in worlds.py.
+    This one looks model and data up by name, and evaluates on problems that `held_out` keeps from
+    training. Another world is a class that overrides what differs, and its name in worlds.py.
     """
 
     is_fast = False  # whether steps are too short for each of them to be reported
@@ -46,8 +43,11 @@ class World:
         """
         self.config = config
 
-    def load(self, accelerator: Accelerator, run: RunFolder | None) -> Materials:
-        """Model, tokenizer and problems, for a run or, without one, for a dry run.
+    def load(self, accelerator: Accelerator, phase: Phase | None) -> Materials:
+        """Model, tokenizer and problems.
+
+        Args:
+            phase: called with the name of what takes long; None in a dry run, which does without.
 
         Raises:
             OSError, ValueError: they cannot be loaded, or are not what they should be.
@@ -55,23 +55,40 @@ class World:
         config = self.config
         say(f"Loading {config.data} and {config.model} ...")
         problems = load_problems(config)
+        held_out: list[Problem] = []
+        if config.held_out is not None:
+            problems, held_out = hold_out(problems, config.held_out, config.seed)
         model, tokenizer = load_model(config.model, config), load_tokenizer(config.model)
-        return Materials(model, tokenizer, problems, [])
+        return Materials(model, tokenizer, problems, held_out)
 
     def describe(self, materials: Materials, setup: Setup) -> str:
         """A sentence on the data."""
         dropped = len(materials.problems) - len(setup.problems)
+        held_out = f", {len(materials.held_out):,} more held out" if materials.held_out else ""
         return (
-            f"Data: {len(setup.problems):,} problems of {self.config.data}; {dropped:,} dropped, "
-            f"with a prompt of more than {self.config.max_prompt_tokens:,} tokens."
+            f"Data: {len(setup.problems):,} problems of {self.config.data}{held_out}; {dropped:,} "
+            f"dropped, with a prompt of more than {self.config.max_prompt_tokens:,} tokens."
         )
 
     def grader(self) -> Grader | None:
+        """Of rollouts: None, where training problems have no answer to compare with."""
         return None
 
+    def answer_grader(self) -> Grader:
+        """Of problems that have an answer: those held out, and benchmarks."""
+        return MathGrader()
+
+    def held_out_sampling(self) -> Sampling:
+        """How problems held out are sampled: here as rollouts are."""
+        config = self.config
+        return Sampling(config.temperature, config.max_new_tokens, config.top_p, config.top_k)
+
     def evaluation(self, materials: Materials, setup: Setup, run: RunFolder) -> Evaluate:
-        return lambda step, is_last: {}
+        """What is called after each step."""
+        if not materials.held_out:
+            return lambda step, is_last: {}
+        return measure_held_out(self.config, setup, materials.held_out, self.answer_grader(), run)
 
     def conclude(self, materials: Materials, run: RunFolder) -> dict[str, Any]:
         """Show what training has changed, and return it for the summary."""
-        return {}
+        return say_change(run)

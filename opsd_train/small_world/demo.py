@@ -3,22 +3,25 @@
 from typing import Any
 
 from opsd_train.config import Config
-from opsd_train.evaluation import Accuracy, Completion, accuracy, evaluate
+from opsd_train.evaluation import Completion, Grader, accuracy, accuracy_record, evaluate
 from opsd_train.opsd import Setup
 from opsd_train.records import Problem
-from opsd_train.run import Evaluate, RunFolder, say
+from opsd_train.run import Evaluate, RunFolder, held_out_metrics, say
 from opsd_train.sampling import Sampling, draw_seed, make_sampler
-from opsd_train.small_world.multiplication import is_correct
 
 QUICK = 128  # held-out problems of an evaluation on the way
 
 
 def measure_held_out(
-    config: Config, setup: Setup, problems: list[Problem], run: RunFolder
+    config: Config,
+    setup: Setup,
+    problems: list[Problem],
+    sampling: Sampling,
+    grader: Grader,
+    run: RunFolder,
 ) -> Evaluate:
-    """Sampled accuracy on problems that are not trained on, at temperature 1: the teacher's and the
-    student's before, the student's on the way and after."""
-    sampling = Sampling(1.0, config.max_new_tokens)
+    """Sampled accuracy on problems that are not trained on: the teacher's and the student's before,
+    the student's on the way and after."""
     sampler = make_sampler(
         config, setup.accelerator, setup.model, setup.backbone, setup.tokenizer, sampling
     )
@@ -28,9 +31,9 @@ def measure_held_out(
         context = setup.contexts.teacher if phase == "teacher" else setup.contexts.student
         with run.phase("evaluate"):
             seed = draw_seed(config.seed, phase, step)
-            completions = evaluate(sampler, context, held_out[:first], is_correct, seed)
-        run.write_completions(phase, step, completions)
-        return accuracy_record(accuracy(completions))
+            attempts = evaluate(sampler, context, held_out[:first], grader, seed)
+        run.write_completions(phase, step, (a.as_completion() for a in attempts))
+        return held_out_metrics(attempts)
 
     def measure_after(step: int, is_last: bool) -> dict[str, Any]:
         if step == 0:
@@ -78,13 +81,3 @@ def say_accuracy(run: RunFolder, *phases: str) -> None:
         if completions := run.completions(phase):
             say(f"{names[phase] + ':':<28}{accuracy(completions)}")
     say()
-
-
-def accuracy_record(accuracy: Accuracy) -> dict[str, Any]:
-    low, high = accuracy.interval
-    return {
-        "accuracy": round(accuracy.mean, 4),
-        "interval_95": [round(low, 4), round(high, 4)],
-        "correct": accuracy.correct,
-        "problems": accuracy.total,
-    }

@@ -8,6 +8,7 @@ Each step is digit · multiplier + carry, units first; a solution is right if th
 
 import random
 
+from opsd_train.evaluation import Verdict
 from opsd_train.records import Problem
 
 STUDENT_TEMPLATE = "<problem>{problem}<solution>"
@@ -70,7 +71,9 @@ def work_out(a: int, b: int, rng: random.Random, slip_rate: float) -> tuple[str,
     return "".join(tokens), slips
 
 
-def is_correct(problem: Problem, completion: str) -> bool:
-    """Whether the completion ends, and with the right answer."""
+def judge(problem: Problem, completion: str) -> Verdict:
+    """Right if the completion ends, and with the right answer."""
     _, marker, answer = completion.removesuffix("<end>").rpartition("<answer>")
-    return completion.endswith("<end>") and bool(marker) and answer == problem.answer
+    if not (completion.endswith("<end>") and marker):
+        return Verdict(False)
+    return Verdict(answer == problem.answer, answer)

@@ -21,13 +21,14 @@ from transformers import (
 from opsd_train.config import Config
 from opsd_train.errors import RunFailed
 from opsd_train.evaluation import Grader
-from opsd_train.opsd import Setup
+from opsd_train.opsd import Phase, Setup
 from opsd_train.run import Evaluate, Materials, RunFolder, World, progress_bar, say
+from opsd_train.sampling import Sampling
 from opsd_train.small_world.curves import plot_curves
 from opsd_train.small_world.demo import measure_held_out, show_changes
 from opsd_train.small_world.multiplication import (
     HELD_OUT,
-    is_correct,
+    judge,
     make_problem,
     split_numbers,
 )
@@ -48,14 +49,16 @@ class SmallWorld(World):
             raise ValueError(
                 f"eval_problems must be at most {HELD_OUT}, got {config.eval_problems}"
             )
+        if config.held_out is not None:
+            raise ValueError("held_out must be none: this world holds out problems of its own")
 
-    def load(self, accelerator: Accelerator, run: RunFolder | None) -> Materials:
+    def load(self, accelerator: Accelerator, phase: Phase | None) -> Materials:
         # Matrices this small do not feed more cores, and threads that wait cost more.
         torch.set_num_threads(min(2, torch.get_num_threads()))
         seed = self.config.seed
         path = cache_path(seed)
         cached = path.exists()
-        if run is None:
+        if phase is None:
             if not cached:
                 say("No warm-started model is cached: the step below is taken with random weights.")
             return load_world(seed, warm=False)
@@ -63,7 +66,7 @@ class SmallWorld(World):
         try:
             with (
                 accelerator.main_process_first(),
-                run.phase("warm_start"),
+                phase("warm_start"),
                 progress_bar("warm start", 100) as bar,
             ):
                 return load_world(seed, lambda fraction: bar.advance_to(int(100 * fraction)))
@@ -76,10 +79,17 @@ class SmallWorld(World):
         return f"Data: {len(setup.problems):,} problems of long multiplication."
 
     def grader(self) -> Grader:
-        return is_correct
+        return judge
+
+    def answer_grader(self) -> Grader:
+        return judge
+
+    def held_out_sampling(self) -> Sampling:
+        return Sampling(1.0, self.config.max_new_tokens)
 
     def evaluation(self, materials: Materials, setup: Setup, run: RunFolder) -> Evaluate:
-        return measure_held_out(self.config, setup, materials.held_out, run)
+        problems, sampling = materials.held_out, self.held_out_sampling()
+        return measure_held_out(self.config, setup, problems, sampling, judge, run)
 
     def conclude(self, materials: Materials, run: RunFolder) -> dict[str, Any]:
         plot_curves(self.config, run)

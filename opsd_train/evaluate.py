@@ -1,0 +1,351 @@
+"""`python -m opsd_train.evaluate RUN [--on aime24 ...]`: what a run has learned, base and adapter
+side by side.
+
+Every sample is written as it is graded, and a second call goes on where the first one stopped: what
+a sample is depends on the seed, the set, its problem and its number alone.
+"""
+
+import argparse
+import hashlib
+import json
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from peft import PeftModelForCausalLM
+
+from opsd_train.command_line import quiet_libraries, read_yaml
+from opsd_train.config import Config, field_choices, make_config
+from opsd_train.data import Context
+from opsd_train.errors import RunFailed, did_you_mean
+from opsd_train.evaluation import (
+    Attempt,
+    Attempts,
+    Grader,
+    Sample,
+    SampleFile,
+    attempt,
+    benchmark_names,
+    compare,
+    comparison_table,
+    load_benchmark,
+)
+from opsd_train.models import add_adapter, base_weights_sha256, load_adapter
+from opsd_train.presets import find_preset
+from opsd_train.records import Problem
+from opsd_train.report import write_report
+from opsd_train.run import be_quiet, check_distribution, fail, progress_bar, say
+from opsd_train.sampling import Sampling, draw_seed, make_sampler
+from opsd_train.worlds import find_world
+
+HELD_OUT = "held-out"
+# 38,912 tokens and top-p 0.95 are the paper's (Table 6), T = 1 of its authors' evaluation script.
+OF_BENCHMARKS = Sampling(temperature=1.0, max_new_tokens=38912, top_p=0.95)
+
+
+@dataclass(frozen=True)
+class ProblemSet:
+    name: str
+    problems: list[Problem]
+    sampling: Sampling
+
+    def settings(self) -> dict[str, Any]:
+        """What samples of it depend on."""
+        texts = json.dumps([[p.question, p.answer] for p in self.problems])
+        return {
+            **asdict(self.sampling),
+            "problems": len(self.problems),
+            "problems_sha256": hashlib.sha256(texts.encode()).hexdigest(),
+        }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    quiet_libraries()
+    accelerator = Accelerator(mixed_precision="no")
+    if not accelerator.is_main_process:
+        be_quiet()
+    try:
+        evaluate_run(options, accelerator)
+    except RunFailed as error:
+        fail(str(error), error.status)
+    except (OSError, ValueError) as error:
+        fail(str(error))
+    except torch.OutOfMemoryError as error:
+        fail(f"out of memory: lower --batch-size, and start again to go on. ({error})")
+    finally:
+        accelerator.end_training()
+
+
+def evaluate_run(options: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Sample what is missing, and show the scores of what there is.
+
+    Raises:
+        OSError, ValueError: something is not there, or does not fit what is.
+    """
+    folder, config = find_config(options)
+    # Any number of processes may share samples, if not a training batch.
+    check_distribution(replace(config, batch_size=accelerator.num_processes), accelerator)
+    ks = options.k or [k for k in (8, 16) if k <= options.samples] or [options.samples]
+    if not all(1 <= k <= options.samples for k in ks):
+        raise ValueError(f"k must lie in [1, {options.samples}], the number of samples; got {ks}")
+
+    world = find_world(config)
+    materials = world.load(accelerator, lambda name: nullcontext())
+    context = Context(materials.tokenizer, config.student_template, config.student_thinking)
+    sets = []
+    for name in options.on or [HELD_OUT]:
+        sampling = world.held_out_sampling() if name == HELD_OUT else OF_BENCHMARKS
+        problems = materials.held_out if name == HELD_OUT else load_set(name, options)
+        if not problems:
+            raise ValueError(
+                f"the run has no {HELD_OUT} problems; name others, such as --on aime24, or train "
+                "with --held-out"
+            )
+        sets.append(ProblemSet(name, problems, overridden(sampling, options)))
+    check_lengths(sets, context, materials.model)
+
+    torch.nn.Module.to(materials.model, accelerator.device)
+    adapter = options.adapter or (folder / "adapter" if folder else None)
+    if adapter is None:
+        model, names = add_adapter(materials.model, config), ["base"]
+    else:
+        model, names = load_adapter(materials.model, adapter), ["base", "adapter"]
+    if folder is not None:
+        check_base(folder, model)
+
+    output = options.output_dir or (folder or Path("runs") / Path(options.run).stem) / "evaluation"
+    settings = {
+        "model": config.model,
+        "adapter_sha256": file_sha256(adapter),
+        "seed": options.seed,
+        "engine": config.engine,
+        "student_template": config.student_template,
+        "student_thinking": config.student_thinking,
+        "sets": {s.name: s.settings() for s in sets},
+    }
+    if accelerator.is_main_process:
+        agree_on_settings(output, settings)
+        SampleFile(output / "samples.jsonl").repair()
+    accelerator.wait_for_everyone()
+
+    results = {}
+    for of in sets:
+        say(
+            f"\n{of.name}: {len(of.problems)} problems, {options.samples} samples each; "
+            f"T = {of.sampling.temperature:g}, top-p {of.sampling.top_p:g}, top-k "
+            f"{of.sampling.top_k or 'off'}, up to {of.sampling.max_new_tokens:,} tokens"
+        )
+        attempts: dict[str, Attempts] = {
+            name: sample_all(
+                options,
+                config,
+                accelerator,
+                of,
+                name,
+                model,
+                context,
+                world.answer_grader(),
+                output,
+            )
+            for name in names
+        }
+        results[of.name] = compare(attempts, ks)
+        say()
+        say(comparison_table(of.name, results[of.name]))
+    if accelerator.is_main_process:
+        write_scores(output, results)
+        if folder is not None and output == folder / "evaluation":
+            write_report([folder], folder / "report.html")  # with the scores
+    say(f"\nScores with 95% intervals; p by an exact sign-flip test over problems. In {output}")
+
+
+def sample_all(
+    options: argparse.Namespace,
+    config: Config,
+    accelerator: Accelerator,
+    of: ProblemSet,
+    name: str,
+    model: PeftModelForCausalLM,
+    context: Context,
+    grader: Grader,
+    output: Path,
+) -> list[list[Attempt]]:
+    """The samples of one model on one set, by problem: those on the disk, and those that are made
+    for want of them."""
+    file = SampleFile(output / "samples.jsonl")
+    found = {s.place: s.attempt for s in file.read()}
+    # All problems once before any comes again: what is there after an hour is worth something.
+    places = [
+        (of.name, name, problem, number)
+        for number in range(options.samples)
+        for problem in range(len(of.problems))
+    ]
+    missing = [place for place in places if place not in found]
+    sampler = make_sampler(config, accelerator, model, model, context.tokenizer, of.sampling)
+    state = PartialState()
+    state.wait_for_everyone()  # all have read what there is, before there is more
+    with (
+        model.disable_adapter() if name == "base" else nullcontext(),
+        progress_bar(f"{of.name}, {name}", len(places)) as bar,
+    ):
+        for i in range(0, len(missing), options.batch_size):
+            some = missing[i : i + options.batch_size]
+            problems = [of.problems[problem] for *_, problem, _ in some]
+            # Not of the model: base and adapter draw with the same random numbers.
+            seeds = [draw_seed(options.seed, of.name, problem, n) for *_, problem, n in some]
+            made = attempt(sampler, context, problems, grader, seeds)
+            if state.is_main_process:
+                file.append(Sample(*place, a) for place, a in zip(some, made, strict=True))
+            found |= dict(zip(some, made, strict=True))
+            bar.advance_to(len(places) - len(missing) + i + len(some))
+    return [
+        [found[of.name, name, problem, number] for number in range(options.samples)]
+        for problem in range(len(of.problems))
+    ]
+
+
+def find_config(options: argparse.Namespace) -> tuple[Path | None, Config]:
+    """The run folder, if it is one, and the config that its model is loaded and sampled by."""
+    path = Path(options.run)
+    folder = path if path.is_dir() else None
+    config = make_config(read_yaml(path / "config.yaml" if folder else find_preset(options.run)))
+    engine = options.engine or config.engine
+    return folder, replace(config, engine=engine, shard=False, rollout_batch_size=None)
+
+
+def load_set(name: str, options: argparse.Namespace) -> list[Problem]:
+    if name not in benchmark_names() and "/" not in name and not Path(name).exists():
+        hint = did_you_mean(name, benchmark_names())
+        raise ValueError(
+            f"there is no benchmark {name}{hint or '.'} Known are {', '.join(benchmark_names())}, "
+            f"{HELD_OUT}, .jsonl and .parquet files, and data sets on the hub by owner/name"
+        )
+    columns = ("problem_column", "answer_column", "split")
+    return load_benchmark(name, **{c: v for c in columns if (v := getattr(options, c)) is not None})
+
+
+def overridden(sampling: Sampling, options: argparse.Namespace) -> Sampling:
+    names = ("temperature", "top_p", "top_k", "max_new_tokens")
+    return replace(sampling, **{n: v for n in names if (v := getattr(options, n)) is not None})
+
+
+def check_lengths(sets: list[ProblemSet], context: Context, model: torch.nn.Module) -> None:
+    """Raises:
+    ValueError: a prompt and as long a completion as is allowed exceed the model's positions.
+    """
+    text_config: Any = model.config
+    positions = getattr(text_config.get_text_config(), "max_position_embeddings", None)
+    for of in sets:
+        longest = max(map(len, context.token_ids(of.problems)))
+        if positions is not None and longest + of.sampling.max_new_tokens > positions:
+            raise ValueError(
+                f"max_new_tokens={of.sampling.max_new_tokens} after the longest prompt of {of.name}"
+                f", {longest} tokens, exceeds the model's {positions} positions; ask for "
+                f"--max-new-tokens {positions - longest} or less"
+            )
+
+
+def check_base(folder: Path, model: PeftModelForCausalLM) -> None:
+    """Raises:
+    ValueError: the adapter was trained on other weights than these.
+    """
+    summary = folder / "summary.json"
+    if not summary.exists():  # of a run that has not ended
+        return
+    expected = json.loads(summary.read_text(encoding="utf-8"))["base_weights_sha256"]
+    if base_weights_sha256(model) != expected:
+        raise ValueError(
+            f"the base weights are not those that {folder} was trained on (summary.json): the "
+            "model has changed since, or another dtype was asked for"
+        )
+
+
+def agree_on_settings(output: Path, settings: dict[str, Any]) -> None:
+    """Write what the samples in a folder depend on. What is there may have other sets.
+
+    Raises:
+        ValueError: samples in the folder were made otherwise.
+    """
+    path = output / "settings.json"
+    was = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"sets": {}}
+    for name, value in (settings | settings["sets"]).items():
+        before = (was | was["sets"]).get(name, value)
+        if name != "sets" and before != value:
+            raise ValueError(
+                f"the samples in {output} were made with {name} {before}, not {value}; ask for the "
+                "same, or name another folder with --output-dir"
+            )
+    output.mkdir(parents=True, exist_ok=True)
+    merged = settings | {"sets": was["sets"] | settings["sets"]}
+    replace_file(path, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_scores(output: Path, results: dict[str, Any]) -> None:
+    path = output / "scores.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    results = before | results
+    replace_file(path, json.dumps(results, indent=2) + "\n")
+    tables = [comparison_table(name, result) for name, result in results.items()]
+    replace_file(output / "scores.md", "\n\n".join(tables) + "\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def file_sha256(adapter: Path | None) -> str | None:
+    if adapter is None:
+        return None
+    return hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m opsd_train.evaluate",
+        description="Scores of the base and of a run's adapter, side by side.",
+    )
+    add = parser.add_argument
+    add("run", help="run folder; or a preset or config file, of which the base alone is evaluated")
+    add(
+        "--on",
+        nargs="+",
+        metavar="SET",
+        help=f"{', '.join(benchmark_names())}; .jsonl or .parquet; a data set on the hub; or "
+        f"{HELD_OUT}, what the run kept from training (the default)",
+    )
+    add(
+        "--adapter", type=Path, help="folder of an adapter, a checkpoint's say (default: the run's)"
+    )
+    add("--samples", type=positive, default=16, help="of each problem (default: 16)")
+    add("--k", type=positive, nargs="+", help="of pass@k and maj@k (default: 8 and 16)")
+    add("--temperature", type=float, help="1 by default, of a run's held-out problems the run's")
+    add("--top-p", type=float, help="0.95 by default, of a run's held-out problems the run's")
+    add("--top-k", type=int, help="off by default, of a run's held-out problems the run's")
+    add("--max-new-tokens", type=positive, help="38912 by default, of held-out problems the run's")
+    add("--engine", choices=field_choices("engine"), help="sampling engine (default: the run's)")
+    add("--batch-size", type=positive, default=32, help="samples made at once (default: 32)")
+    add("--seed", type=int, default=0, help="of all sampling (default: 0)")
+    add("--problem-column", help="of files and data sets (default: problem)")
+    add("--answer-column", help="of files and data sets (default: answer)")
+    add("--split", help="of data sets on the hub (default: train)")
+    add("--output-dir", type=Path, help="default: evaluation/ in the run folder")
+    return parser
+
+
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted; start again to go on", status=130)

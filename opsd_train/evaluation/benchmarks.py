@@ -1,0 +1,56 @@
+"""Problems with known answers: benchmarks by name, data sets and files."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from opsd_train.data import load_answered_problems
+from opsd_train.records import Problem
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where problems and their answers are, as `load_answered_problems` reads them."""
+
+    data: str  # data set on the hub, .jsonl or .parquet file
+    split: str = "train"
+    problem_column: str = "problem"
+    answer_column: str = "answer"
+    where: dict[str, Any] | None = None
+
+
+BENCHMARKS = {
+    "aime24": Benchmark("HuggingFaceH4/aime_2024"),
+    "aime25": Benchmark("yentinglin/aime_2025"),
+    "hmmt25": Benchmark("MathArena/hmmt_feb_2025"),
+    # 39 of its 50 problems. Answers to the others are descriptions, for a language model to grade.
+    "amo-bench": Benchmark(
+        "meituan-longcat/AMO-Bench",
+        split="test",
+        problem_column="prompt",
+        where={"answer_type": ["number", "set", "variable"]},
+    ),
+}
+
+
+def benchmark_names() -> list[str]:
+    return list(BENCHMARKS)
+
+
+def load_benchmark(name: str, **columns: Any) -> list[Problem]:
+    """The problems of a benchmark by name, or of a data set or file by its own.
+
+    Args:
+        columns: `problem_column` and `answer_column`, `split` too, where they are not the defaults.
+
+    Raises:
+        OSError: a file or data set that cannot be read.
+        ValueError: a row without problem or answer, or no row.
+    """
+    benchmark = replace(BENCHMARKS.get(name, Benchmark(name)), **columns)
+    return load_answered_problems(
+        benchmark.data,
+        benchmark.split,
+        benchmark.problem_column,
+        benchmark.answer_column,
+        benchmark.where,
+    )
