@@ -185,6 +185,8 @@ def sample_all(
         for problem in range(len(of.problems))
     ]
     missing = [place for place in places if place not in found]
+    # Servers are asked whether they have room for completions as long as these.
+    config = replace(config, max_new_tokens=of.sampling.max_new_tokens)
     sampler = make_sampler(config, accelerator, model, model, context.tokenizer, of.sampling)
     state = PartialState()
     state.wait_for_everyone()  # all have read what there is, before there is more
@@ -213,8 +215,15 @@ def find_config(options: argparse.Namespace) -> tuple[Path | None, Config]:
     path = Path(options.run)
     folder = path if path.is_dir() else None
     config = make_config(read_yaml(path / "config.yaml" if folder else find_preset(options.run)))
-    engine = options.engine or config.engine
-    return folder, replace(config, engine=engine, shard=False, rollout_batch_size=None)
+    return folder, replace(config, **engine_of(options, config), shard=False, ahead=0)
+
+
+def engine_of(options: argparse.Namespace, config: Config) -> dict[str, Any]:
+    """The options of the engine: those asked for, and otherwise the run's. The servers of a run
+    that is sampled from here are of no matter."""
+    engine = options.engine or ("vllm" if options.engine_urls else config.engine)
+    urls = options.engine_urls or (config.engine_urls if engine == "vllm" else None)
+    return {"engine": engine, "engine_urls": urls, "rollout_batch_size": None}
 
 
 def load_set(name: str, options: argparse.Namespace) -> list[Problem]:
@@ -329,6 +338,11 @@ def parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, help="off by default, of a run's held-out problems the run's")
     add("--max-new-tokens", type=positive, help="38912 by default, of held-out problems the run's")
     add("--engine", choices=field_choices("engine"), help="sampling engine (default: the run's)")
+    add(
+        "--engine-urls",
+        type=lambda text: tuple(text.split(",")),
+        help="of vLLM servers, with commas between them (default: the run's)",
+    )
     add("--batch-size", type=positive, default=32, help="samples made at once (default: 32)")
     add("--seed", type=int, default=0, help="of all sampling (default: 0)")
     add("--problem-column", help="of files and data sets (default: problem)")

@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import tiny_qwen3
+from fake_vllm import FakeVllm
 from training_runs import (
     REPOSITORY,
     die_at_change,
@@ -251,3 +253,43 @@ def test_tables_in_pages_are_what_was_recorded():
 
 def cells_of(line: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")]
+
+
+@pytest.fixture
+def of_vllm(undisturbed, folder, tmp_path):
+    """A run that took its rollouts from a server, and the server."""
+    with FakeVllm(folder / "model") as server:
+        run_folder = shutil.copytree(undisturbed, tmp_path / "run")
+        config = yaml.safe_load((run_folder / "config.yaml").read_text())
+        config |= {"engine": "vllm", "engine_urls": [server.url], "ahead": 1}
+        (run_folder / "config.yaml").write_text(yaml.safe_dump(config))
+        yield run_folder, server
+
+
+def test_by_the_engine_of_the_run_or_another(capsys, of_vllm, problems, tmp_path):
+    """The same samples from a server, the run's or one that is named, and from here."""
+    run_folder, server = of_vllm
+    asked = ["--on", problems, "--samples", 2, "--max-new-tokens", 8, "--output-dir"]
+    texts = []
+    for i, engine in enumerate(([], ["--engine", "generate"], ["--engine-urls", server.url])):
+        server.requests.clear()
+        evaluated(capsys, run_folder, *asked, tmp_path / str(i), *engine)
+        # Those of 10 samples of either model, and what a server is asked before.
+        assert bool(engine[:1] != ["--engine"]) == (len(server.requests) > 20)
+        samples = SampleFile(tmp_path / str(i) / "samples.jsonl").read()
+        texts.append({s.place: s.attempt.completion for s in samples})
+    assert len(texts[0]) == 2 * 5 * 2
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_a_server_has_room_for_what_is_asked(capsys, of_vllm, problems, tmp_path):
+    """Not for the run's rollouts alone, which may be shorter."""
+    run_folder, server = of_vllm
+    server.max_model_len = 512 + 12  # the run's
+    asked = ["--on", problems, "--samples", 1, "--output-dir", tmp_path / "evaluation"]
+    assert "max-model-len" in refused(capsys, run_folder, *asked, "--max-new-tokens", 64)
+
+
+def test_urls_without_vllm(capsys, undisturbed, problems):
+    asked = ["--on", problems, "--engine", "generate", "--engine-urls", "http://localhost:1"]
+    assert "engine generate takes no engine_urls" in refused(capsys, undisturbed, *asked)
