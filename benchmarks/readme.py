@@ -21,6 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import accuracy, memory, report, resources, roofline, speed, step, trl_trainers
+from benchmarks.shapes import QWEN3
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -89,6 +90,8 @@ def readme_parts(results: Path, page: Path) -> dict[str, str]:
         "memory": _memory_of_readme(_best(results, measured, "memory", memory.Row), page),
         "speed": _speed_of_readme(_best(results, measured, "speed", speed.Row), page),
         "gpu": _gpus_of_readme(measured),
+        "trainers": _trainers_of_readme(results / "trl_trainers.csv"),
+        "layers": _layers_of_readme(results / "step.csv"),
         "compatibility": compatibility(results, measured),
     }
 
@@ -180,6 +183,40 @@ def _gpus_of_readme(measured: list[Gpu]) -> str:
     return _wrapped(
         f"**Measured on a GPU:** {names}, beside what was predicted. What to expect of others "
         f"{predicted}."
+    )
+
+
+def _trainers_of_readme(path: Path) -> str:
+    """What TRL's trainer of self-distillation saves, at the most tokens."""
+    _, rows = report.read(path, trl_trainers.Row)
+    of_sdft = [row for row in rows if row.trainer == "SDFTTrainer" and not row.failure]
+    N = max(row.N for row in of_sdft)
+    theirs, ours = ({r.method: r for r in of_sdft if r.N == N}[m] for m in trl_trainers.METHODS)
+    return _wrapped(
+        f"In TRL it is one line before the trainer is made. {len(trl_trainers.TRAINERS)} of its "
+        f"trainers take it; one loss of `SDFTTrainer` and its gradient ({ours.device}, "
+        f"{ours.dtype}, {N} tokens, a vocabulary of {QWEN3[ours.model]['vocab_size']:,}) takes "
+        f"{ours.peak_mib:,.0f} MiB and {ours.seconds:.1f} s with it, "
+        f"{theirs.peak_mib:,.0f} MiB and {theirs.seconds:.1f} s without. Other trainers take a few "
+        "lines: "
+        "[examples/](examples/README.md)."
+    )
+
+
+def _layers_of_readme(path: Path) -> str:
+    """What is left of a step's memory, at the most tokens that were counted."""
+    _, rows = report.read(path, step.Row)
+    counted = [row for row in rows if row.device == "counted" and not row.failure]
+    N = max(row.N for row in counted)
+    kept, less = (
+        {row.method: step.total_gib(row) for row in counted if row.N == N}[method]
+        for method in ("ours, logit-free", "ours, offloaded, tiled")
+    )
+    return _wrapped(
+        f"With `--offload-checkpoints --mlp-tokens {step.MLP_TOKENS}` a step of {counted[0].model} "
+        f"with a rollout of {N:,} tokens takes {less:.0f} GiB, weights included, in place of "
+        f"{kept:.0f}, counted as on a GPU; `--micro-batch-tokens` scores rollouts of like length "
+        "together."
     )
 
 

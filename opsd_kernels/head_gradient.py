@@ -34,6 +34,7 @@ from opsd_kernels.products import (
     score_scale,
 )
 from opsd_kernels.row_workspace import BLOCK_TEMPORARIES
+from opsd_kernels.vocabulary_parallel import summed_
 
 # In PyTorch: entries of a tile of logits, on a CPU few enough for the cache, and rows of it.
 CPU_ENTRIES, GPU_ENTRIES = 2**18, 2**22
@@ -146,8 +147,6 @@ def fill(
         if total is not None and bounded:
             total.mul_(scale)
     if dh_S is not None and problem.group is not None:
-        from opsd_kernels.vocabulary_parallel import summed_
-
         summed_(dh_S, problem.group)
 
 

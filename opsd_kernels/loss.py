@@ -51,9 +51,9 @@ def fused_jsd_loss(
         h_teacher: [..., D], or [..., D_T] with `W_teacher`; the teacher's, at the positions that
             predict the same tokens. Same leading shape and dtype. Treated as a constant.
         W: [V, D] LM head, or an `LMHead`, with a bias, a softcap, a scale, padded rows, or rows
-            that a group of processes shares. One that
-            requires grad gets the student's gradient, summed up in fp32, for one more product and
-            a second look at the vocabulary in backward; detach a head that is frozen.
+            that a group of processes shares. One that requires grad gets the student's gradient,
+            summed up in fp32, for one more product and a second look at the vocabulary in backward;
+            detach a head that is frozen.
         beta: in [0, 1], the teacher's weight in the mixture: a number, or a float tensor [...] that
             gives each token its own divergence, 0 and 1 included. A constant. (Under
             `torch.compile` a number is compiled in; to anneal β make it a 0-dimensional tensor.)
@@ -68,8 +68,8 @@ def fused_jsd_loss(
             weights: Σ w would be no number of tokens. (Where they cannot be read, and Σ w is not
             positive, it is Σ w ℓ.)
         W_teacher: [V, D_T] or an `LMHead`, the teacher's own, a constant; by default `W` serves
-            both, as a constant on the teacher's side. Where
-            only what an `LMHead` adds is the teacher's own, its weight, the same, is read once.
+            both, as a constant on the teacher's side. Where only what an `LMHead` adds is the
+            teacher's own, its weight, the same, is read once.
         workspace_mib: MiB that all temporaries with a vocabulary-sized dimension may take together,
             whatever the number of tokens. 0, the default on a GPU, allocates none: logits exist in
             registers only, and are computed twice. 320 or so is faster on a GPU. On a CPU the

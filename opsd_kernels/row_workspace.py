@@ -32,7 +32,7 @@ from opsd_kernels.products import (
     score_dtype,
     score_scale,
 )
-from opsd_kernels.vocabulary_parallel import VocabularyShard, least, summed_
+from opsd_kernels.vocabulary_parallel import VocabularyShard, smallest, summed_
 
 MIB = 2**20
 
@@ -213,7 +213,7 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: floa
     plan = _plan(problem, N, outputs.statistics is not None, budget, max_rows)
     if problem.group is not None:
         # Chunks are the same on all processes: those of the largest shard.
-        R = least(plan.rows, problem.group, workspace.device)
+        R = smallest(plan.rows, problem.group, workspace.device)
         plan = replace(plan, rows=R, block=R)
     W, W_T, dtype, dh_S = problem.W, problem.W_T, problem.operand_dtype, outputs.dh_S
     scale = 1.0

@@ -118,8 +118,8 @@ def begin_sum_(t: Tensor, group: str) -> Any:
     return dist.all_reduce(t, group=_find(group), async_op=True)
 
 
-def least(number: int, group: str, device: torch.device) -> int:
-    """The least of what each process has; the host waits for it."""
+def smallest(number: int, group: str, device: torch.device) -> int:
+    """The smallest of what each process has; the host waits for it."""
     t = torch.tensor(number, device=device)
     dist.all_reduce(t, op=dist.ReduceOp.MIN, group=_find(group))
     return int(t)

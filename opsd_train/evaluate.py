@@ -214,7 +214,11 @@ def find_config(options: argparse.Namespace) -> tuple[Path | None, Config]:
     """The run folder, if it is one, and the config that its model is loaded and sampled by."""
     path = Path(options.run)
     folder = path if path.is_dir() else None
-    config = make_config(read_yaml(path / "config.yaml" if folder else find_preset(options.run)))
+    try:
+        values = read_yaml(path / "config.yaml" if folder else find_preset(options.run))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{options.run}: {error}") from None
+    config = make_config(values)
     return folder, replace(config, **engine_of(options, config), shard=False, ahead=0)
 
 

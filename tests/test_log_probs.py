@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.allocations import Allocations
 from opsd_kernels import (
     LMHead,
+    checks,
     fused_log_probs,
     fused_sampled_token_loss,
     reference_log_probs,
@@ -426,3 +427,18 @@ def test_the_least_workspace_is_named():
     least = float(str(refusal.value).rpartition("=")[2])
     found = fused_log_probs(h, W, TARGETS, workspace_mib=least)
     torch.testing.assert_close(found, fused_log_probs(h, W, TARGETS))
+
+
+def test_a_target_outside_the_vocabulary_where_it_cannot_be_read(op):
+    """As on a GPU, where an error would have the host wait: NaN, of that token alone."""
+    h, _, W = random_inputs(6, 40, 8)
+    targets = torch.tensor([0, 39, 40, 5, -1, 7])
+    with mock.patch.object(checks, "_readable", return_value=False):
+        found = op.run(fused_log_probs, h, W, targets)
+        weights = torch.tensor([1.0, 1, 0, 1, 0, 1])
+        dropped = op.run(fused_log_probs, h, W, targets, token_weights=weights)
+    assert found.isnan().tolist() == [False, False, True, False, True, False]
+    inside = [0, 1, 3, 5]
+    expected = op.run(fused_log_probs, h[inside], W, targets[inside])
+    torch.testing.assert_close(found[inside], expected, rtol=1e-6, atol=1e-6)
+    assert dropped[[2, 4]].tolist() == [0, 0]

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from opsd_kernels import (
     LMHead,
+    TokenDivergence,
     fused_jsd_loss,
     fused_log_probs,
     fused_sampled_token_loss,
@@ -35,6 +36,7 @@ from opsd_kernels import (
 from opsd_kernels.products import add_rows, score_dtype
 from opsd_kernels.row_workspace import BLOCK_TEMPORARIES, MIB, make_plan
 
+CLIPPED_SHARE = TokenDivergence._fields.index("clipped_share")
 REFERENCES = {
     fused_jsd_loss: reference_jsd_loss,
     token_divergence: reference_token_divergence,
@@ -338,10 +340,8 @@ def test_as_one_process(ranks):
         of_ranks = [rank["results"][i] for rank in ranks]
         got_values, (got_dh, *_) = of_ranks[0]
         what = f"{i}: {case}"
-        for got, true in zip(got_values, values, strict=True):
-            # Values of nearly equal rows have an absolute error, of logits.
-            torch.testing.assert_close(got.double(), true, rtol=2e-4, atol=2e-6, equal_nan=True,
-                                       msg=lambda m: f"{m} {what}")  # noqa: B023  # fmt: skip
+        for field, (got, true) in enumerate(zip(got_values, values, strict=True)):
+            check_value(got.double(), true, field, case, what)
         check_gradient(got_dh, gradients[0], case, what)
         V = case.V
         for j, true in enumerate(gradients[1:], 1):
@@ -355,6 +355,20 @@ def test_as_one_process(ranks):
                 assert t.shape[0] == shard.weight.shape[0], what
                 if shard.vocab_size is not None:
                     assert (t[shard.vocab_size :] == 0).all(), what
+
+
+def check_value(got: Tensor, true: Tensor, field: int, case: Case, what: str) -> None:
+    """One of the results, in their order, to the noise of fp32 logits: a divergence is as small as
+    the square of the distance, and keeps its digits."""
+    rtol, atol = max(2e-5, 1e-5 / min(0.4, case.distance or 1.0)), 1e-12
+    if case.entry_clip is not None and field == 0:
+        atol = 2e-7  # a sum of terms of both signs
+    if case.function is token_divergence and field == CLIPPED_SHARE:
+        atol = 2e-4  # a difference
+    got, true = got.nan_to_num(nan=7.0), true.nan_to_num(nan=7.0)
+    both = got.isinf() & (got == true)
+    error = (got - true).masked_fill(both, 0).abs()
+    assert (error <= rtol * true.abs() + atol).all(), (field, got, true, error / true.abs(), what)
 
 
 def check_gradient(got: Tensor, true: Tensor, case: Case, what: str) -> None:
