@@ -47,6 +47,20 @@ def test_nothing_is_left_of_the_probe(folder):
         assert torch.equal(w, before[name])
 
 
+def test_a_gradient_is_counted_once(folder):
+    """What the probe holds at its end is the adapter's gradient; AdamW's averages come later."""
+    setup = with_adapter(prepared(folder))
+    adapter = list(adapter_weights(setup.model).values())
+    plan = plan_memory(config(folder), setup, counted, there=0, available=GIB)
+    loss = sum(w.sum() for w in adapter)
+    with Allocations() as allocations:
+        loss.backward()
+        gradients = allocations.alive
+        optimizer = torch.optim.AdamW(adapter)
+        optimizer.step()
+        assert allocations.alive - gradients == pytest.approx(plan.adapter, rel=0.01)
+
+
 def test_the_largest_micro_batch(folder):
     setup = prepared(folder)
     contexts = setup.contexts
@@ -80,7 +94,7 @@ def test_what_is_said(folder):
         plan = plan_memory(asked, setup, peak, there=16 * GIB, available=80 * GIB)
     assert [shape.tokens for shape in shapes] == [1024, 2048]
     adapter = sum(w.numel() for w in adapter_weights(setup.model).values())
-    assert plan == MemoryPlan(largest, 16 * GIB, 12 * adapter, GIB, 2**20, 80 * GIB)
+    assert plan == MemoryPlan(largest, 16 * GIB, 8 * adapter, GIB, 2**20, 80 * GIB)
     said = plan.describe(asked)
     assert "weights 16.0 GiB" in said
     assert "the largest micro-batch 17.0 (8 × up to 100 + 1,948 tokens" in said

@@ -17,7 +17,7 @@ from opsd_train.opsd import Setup, can_pack, opsd_loss, score_sequences, token_w
 
 GIB = 2**30
 SHORT = 1024  # tokens of the student's sequences, prompts included
-ADAMW_BYTES = 12  # of a weight of the adapter: its gradient and two averages, in fp32
+ADAMW_BYTES = 8  # of a weight of the adapter: two averages, in fp32; its gradient is measured
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class MemoryPlan:
 
     shape: Shape  # of the largest micro-batch
     there: int  # the weights
-    adapter: int  # what it takes beside its weights
+    adapter: int  # what AdamW keeps of it
     fixed: float  # of a micro-batch, whatever its tokens
     per_token: float
     available: int
@@ -68,8 +68,8 @@ class MemoryPlan:
     def describe(self, config: Config) -> str:
         shape = self.shape
         said = (
-            f"Memory: weights {self.there / GIB:.1f} GiB, the adapter's gradient and AdamW "
-            f"{self.adapter / GIB:.1f}, the largest micro-batch {self.micro_batch / GIB:.1f} "
+            f"Memory: weights {self.there / GIB:.1f} GiB, AdamW {self.adapter / GIB:.1f}, the "
+            f"largest micro-batch {self.micro_batch / GIB:.1f} "
             f"({shape.rollouts} × up to {shape.prompt:,} + {shape.completion:,} tokens, on the "
             f"line through two shorter ones): {self.total / GIB:.1f} of "
             f"{self.available / GIB:.1f} GiB."
