@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from opsd_kernels.head_gradient import HeadGradients
 from opsd_kernels.kernels import lse, tiles
 from opsd_kernels.kernels.pointwise import is_wide
 from opsd_kernels.kernels.tiles import Row, Tile
-from opsd_kernels.problem import STATS, Outputs, Problem, has_bounded_scores
+from opsd_kernels.problem import STATS, Outputs, Problem
 from opsd_kernels.products import score_dtype
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -52,6 +52,21 @@ class Case:
     statistics: bool = False  # those of sampled tokens among them
     head: bool = False  # with a bias, a softcap, and for the teacher a scale
     teacher: bool = True
+    weights: bool = False  # two for each token, of both halves
+    policy: bool = False  # a policy term
+    entropy: bool = False
+
+    def problem(self, R: int, empty: Callable[..., Tensor]) -> dict[str, Any]:
+        """The fields of a `Problem` that say so, for R tokens."""
+        sampled = self.statistics or self.policy or (self.beta is None and not self.weights)
+        return {
+            "beta": empty(R) if self.beta is PER_TOKEN else self.beta,
+            "entry_clip": 1.0 if self.clipped else None,
+            "targets": empty(R, dtype=torch.int32) if sampled and not self.entropy else None,
+            "w_q": empty(R) if self.weights else None,
+            "w_p": empty(R) if self.weights else None,
+            "advantages": empty(R) if self.policy else None,
+        }
 
 
 PER_TOKEN = torch.tensor([0.5])
@@ -71,6 +86,13 @@ CASES = {
     "log p": Case(None, statistics=True),
     "log p, no teacher": Case(None, teacher=False),
     "JSD, bias, softcap, scale": Case(0.5, head=True),
+    "both KLs": Case(None, weights=True),
+    "both KLs, clip, statistics": Case(None, weights=True, clipped=True, statistics=True),
+    "skewed KLs": Case(0.1, weights=True),
+    "skewed KLs exchanged": Case(0.9, weights=True),
+    "JSD, policy term": Case(0.5, policy=True),
+    "both KLs, policy term": Case(None, weights=True, policy=True),
+    "entropy": Case(None, teacher=False, entropy=True),
 }
 # The kernels that do not look at entries one by one.
 FEWER = {
@@ -81,11 +103,21 @@ FEWER = {
         "log p",
         "log p, no teacher",
         "JSD, bias, softcap, scale",
+        "both KLs, policy term",
+        "entropy",
     ),
-    "merge": ("JSD", "any, clip, statistics"),
+    "merge": ("JSD", "any, clip, statistics", "both KLs, policy term"),
     "shard": ("JSD", "any, clip, statistics"),
-    "finish": ("JSD", "any, clip, statistics", "log p"),
-    "gradient": ("JSD", "forward KL, clip", "any", "log p", "JSD, bias, softcap, scale"),
+    "finish": ("JSD", "any, clip, statistics", "log p", "both KLs, policy term"),
+    "gradient": (
+        "JSD",
+        "forward KL, clip",
+        "any",
+        "log p",
+        "JSD, bias, softcap, scale",
+        "both KLs, policy term",
+        "entropy",
+    ),
 }
 # Those that multiply hidden states by the head.
 MULTIPLY = ("lse", "pair", "gradient")
@@ -178,9 +210,7 @@ def _launch(variant: Variant, row: Row, stored: torch.dtype) -> None:
         empty(V, D, dtype=stored),
         None,
         getattr(torch, variant.dtype),
-        empty(R) if case.beta is PER_TOKEN else case.beta,
-        entry_clip=1.0 if case.clipped else None,
-        targets=empty(R, dtype=torch.int32) if case.statistics or case.beta is None else None,
+        **case.problem(R, empty),
     )
     if not case.teacher:
         problem = problem.without_teacher()
@@ -226,8 +256,15 @@ def _slots(variant: Variant, row: Row) -> int:
 
 
 def _score_dtype(variant: Variant) -> torch.dtype:
-    case = CASES[variant.divergence]
-    return score_dtype(getattr(torch, variant.dtype), has_bounded_scores(case.beta))
+    return score_dtype(
+        getattr(torch, variant.dtype), _some_problem(variant.divergence).has_bounded_scores
+    )
+
+
+def _some_problem(divergence: str) -> Problem:
+    """A problem of the case, small."""
+    one = torch.empty(1, 1)
+    return Problem(one, one, one, None, one.dtype, **CASES[divergence].problem(1, torch.empty))
 
 
 def _usage(compiled: Any, variant: Variant, row: Row) -> Usage:
@@ -277,13 +314,14 @@ def tile_of(variant: Variant, row: Row) -> Tile:
 def wide(variant: Variant) -> bool:
     """Whether a variant takes what the table has for more than f and s of an entry."""
     case = CASES[variant.divergence]
-    return is_wide(case.beta, case.statistics)
+    return is_wide(_some_problem(variant.divergence).member, case.statistics)
 
 
 def _compiled_shape(variant: Variant, row: Row, registers: int, shared: int) -> cycles.Shape:
     tile = tile_of(variant, row)
     case = CASES[variant.divergence]
-    student_alone = not case.teacher or (variant.kernel != "lse" and case.beta is None)
+    is_alone = isinstance(_some_problem(variant.divergence).member, divergence.Alone)
+    student_alone = not case.teacher or (variant.kernel != "lse" and is_alone)
     return cycles.Shape(
         tile.BM, tile.BV, tile.BK, tile.num_warps, registers, shared,
         sides=1 if student_alone else 2, operand=4 if variant.dtype == "float32" else 2,

@@ -1,10 +1,13 @@
 """Full-vocabulary self-distillation losses from hidden states, without vocabulary-sized logits."""
 
-from opsd_kernels.divergence import divergence_name
+from opsd_kernels.description import Divergence, divergence_name
 from opsd_kernels.head import LMHead
 from opsd_kernels.loss import (
+    DivergenceLoss,
     SampledTokenLoss,
     TokenDivergence,
+    fused_divergence_loss,
+    fused_entropy,
     fused_jsd_loss,
     fused_log_probs,
     fused_sampled_token_loss,
@@ -12,6 +15,8 @@ from opsd_kernels.loss import (
 )
 from opsd_kernels.module import FusedJSDLoss
 from opsd_kernels.reference import (
+    reference_divergence_loss,
+    reference_entropy,
     reference_jsd_loss,
     reference_log_probs,
     reference_sampled_token_loss,
@@ -19,14 +24,20 @@ from opsd_kernels.reference import (
 )
 
 __all__ = [
+    "Divergence",
+    "DivergenceLoss",
     "FusedJSDLoss",
     "LMHead",
     "SampledTokenLoss",
     "TokenDivergence",
     "divergence_name",
+    "fused_divergence_loss",
+    "fused_entropy",
     "fused_jsd_loss",
     "fused_log_probs",
     "fused_sampled_token_loss",
+    "reference_divergence_loss",
+    "reference_entropy",
     "reference_jsd_loss",
     "reference_log_probs",
     "reference_sampled_token_loss",

@@ -139,7 +139,7 @@ class _OfHead(torch.autograd.Function):
         needs_weight, needs_bias = ctx.needs_input_grad[:2]
         needs_h = ctx.needs_input_grad[4 + FIELDS.index("h_S")]
         # Where ℓ is infinite it has no gradient.
-        weights = grad_loss.masked_fill(loss == torch.inf, 0)
+        weights = grad_loss.masked_fill(loss.isinf(), 0)
         largest = _largest(weights)
         # What does not count may be NaN, which a product would spread. Its place is that of the
         # gradient, until that is known.

@@ -6,7 +6,6 @@ a GPU never waits for the host, and not while PyTorch traces or compiles, when i
 
 import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -14,10 +13,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from opsd_kernels import kernels
-from opsd_kernels.divergence import HUGE
+from opsd_kernels.description import Weight
 from opsd_kernels.head import LMHead
 from opsd_kernels.problem import Problem
 from opsd_kernels.row_workspace import MIB, default_workspace_mib
+from opsd_kernels.scalars import check_beta, check_clip, check_temperature, number
 from opsd_kernels.vocabulary_parallel import check_group, find_shard, local_ids
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -49,16 +49,22 @@ def check_arguments(
     token_weights: Tensor | None,
     reduction: str = "none",
     targets: Tensor | None = None,
+    halves: tuple[Weight, Weight] | None = None,
+    advantages: Tensor | None = None,
+    entropy: bool = False,
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES,
 ) -> Arguments:
     """Check what all losses take.
 
     Args:
         hidden: see `Hidden`.
-        beta: from `check_number_beta`, or None for log p of the targets.
+        beta: from `check_number_beta`; None for both KLs with `halves`, and without them for log p
+            of the targets, or the entropy.
+        halves: `Divergence.weights`.
+        entropy: whether that is wanted.
         dtypes: those that hidden states may have.
 
-    For the others see `fused_jsd_loss`.
+    For the others see `fused_divergence_loss`.
     """
     temperature = check_temperature(temperature)
     entry_clip = check_clip("entry_clip", entry_clip)
@@ -75,10 +81,22 @@ def check_arguments(
     if isinstance(beta, Tensor):
         beta = check_token_beta(beta, hidden)
     weights = check_weights(token_weights, hidden, reduction)
+    w_q = w_p = None
+    if halves is not None:
+        w_q, w_p = (
+            check_weights_of_tokens(name, w, hidden, weights)
+            for name, w in zip(("forward", "reverse"), halves, strict=True)
+        )
+    if advantages is not None:
+        if targets is None:
+            raise ValueError("targets must be given with advantages: the ids that were sampled")
+        if not isinstance(advantages, Tensor):
+            raise TypeError(f"advantages must be a torch.Tensor, got {type(advantages).__name__}")
+        advantages = check_weights_of_tokens("advantages", advantages, hidden, weights)
     ids = valid = shard = None
     if student.group is not None:
         shard = find_shard(student.V, h_student, student.group)
-    if targets is not None or beta is None:
+    if targets is not None or (beta is None and halves is None and not entropy):
         V = student.V if shard is None else shard.V
         ids, valid = check_targets(targets, hidden, V, weights)
         if shard is not None:
@@ -102,16 +120,13 @@ def check_arguments(
         teacher.scale / student.scale,
         group=student.group,
         offset=None if shard is None else shard.offset,
+        w_q=w_q,
+        w_p=w_p,
+        advantages=advantages,
     )
+    if h_teacher is None:
+        problem = problem.without_teacher()
     return Arguments(problem, student.weight, student.bias, h_student.shape[:-1], weights, valid)
-
-
-def check_beta(beta: float) -> float:
-    """Check β of all tokens."""
-    beta = _number("beta", beta)
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta must lie in [0, 1], got {beta}")
-    return beta
 
 
 def check_number_beta(beta: float | Tensor) -> float | Tensor:
@@ -134,25 +149,6 @@ def check_token_beta(beta: Tensor, hidden: Hidden) -> Tensor:
     inside = beta.float().clamp(torch.finfo(torch.float32).tiny, 1 - 2**-24)
     ends = torch.where((beta == 0) | (beta == 1), beta.float(), torch.nan)
     return torch.where((beta > 0) & (beta < 1), inside, ends)
-
-
-def check_temperature(temperature: float) -> float:
-    temperature = _number("temperature", temperature)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    return temperature
-
-
-def check_clip(name: str, clip: float | None) -> float | None:
-    """Check a clip, of entries or of the advantage, and return it as a float."""
-    if clip is None:
-        return None
-    clip = _number(name, clip)
-    if not 0 < clip < HUGE:
-        raise ValueError(
-            f"{name} must be positive and below {HUGE:g}, or None for no clip, got {clip}"
-        )
-    return clip
 
 
 @dataclass(frozen=True)
@@ -199,12 +195,12 @@ def check_head(name: str, W: Tensor | LMHead) -> Head:
         return Head(name, name, W, None, None, 1.0, None, None)
     softcap, vocab_size = W.softcap, W.vocab_size
     if softcap is not None:
-        softcap = _number(f"{name}.softcap", softcap)
+        softcap = number(f"{name}.softcap", softcap)
         if not 0 < softcap < math.inf:
             raise ValueError(
                 f"{name}.softcap must be positive and finite, or None for no cap, got {softcap}"
             )
-    scale = _number(f"{name}.scale", W.scale)
+    scale = number(f"{name}.scale", W.scale)
     if not 0 < scale < math.inf:
         raise ValueError(f"{name}.scale must be positive and finite, got {scale}")
     if vocab_size is not None and (isinstance(vocab_size, bool) or not isinstance(vocab_size, int)):
@@ -358,6 +354,29 @@ def check_weights(token_weights: Tensor | None, hidden: Hidden, reduction: str) 
     return weights
 
 
+def check_weights_of_tokens(
+    name: str, values: Weight, hidden: Hidden, weights: Tensor | None
+) -> Tensor:
+    """Check numbers of either sign that each token has, or one for all, and return them as fp32
+    constants [N]; 0 for those that are dropped."""
+    _name, h_S = _student_of(hidden)
+    if not isinstance(values, Tensor):
+        return h_S.new_full((h_S.shape[:-1].numel(),), values, dtype=torch.float32)
+    if not values.is_floating_point():
+        raise TypeError(f"{name} must be float, got {values.dtype}")
+    if values.ndim == 0:
+        values = values.expand(h_S.shape[:-1])
+    _check_per_token(name, values, hidden)
+    values = values.detach().float()
+    if weights is not None:
+        values = torch.where(weights != 0, values, 0)
+    # Of its own: a tensor made in inference mode could not be saved for backward.
+    values = values.reshape(-1).clone()
+    if _readable(values) and not values.isfinite().all():
+        raise ValueError(f"{name} must be finite, and that of some token is not")
+    return values
+
+
 def check_targets(
     targets: Tensor | None, hidden: Hidden, V: int | Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -412,7 +431,7 @@ def check_workspace(workspace_mib: float | None, device: torch.device) -> float:
     """Check the size of the workspace and return it in bytes."""
     if workspace_mib is None:
         return default_workspace_mib(device) * MIB
-    workspace_mib = _number("workspace_mib", workspace_mib)
+    workspace_mib = number("workspace_mib", workspace_mib)
     if not 0 <= workspace_mib < math.inf:
         raise ValueError(f"workspace_mib must be finite and not negative, got {workspace_mib}")
     if workspace_mib == 0 and not kernels.available(device):
@@ -422,12 +441,3 @@ def check_workspace(workspace_mib: float | None, device: torch.device) -> float:
             "or give what may be used"
         )
     return workspace_mib * MIB
-
-
-def _number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name} is too large: {value}") from None

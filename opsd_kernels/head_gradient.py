@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import kernels, row_workspace
-from opsd_kernels.divergence import logit_gradient_
+from opsd_kernels.divergence import Alone, logit_gradient_
 from opsd_kernels.problem import Problem
 from opsd_kernels.products import (
     add_rows,
@@ -183,12 +183,14 @@ def _computed(
         project(z_S, chunk.h_S, chunk.W[tile], dtype, columns)
         slope = map_S.of_columns(tile).apply_(z_S, needs_slope=True)
         z_S.div_(chunk.temperature)
-        if chunk.beta is not None and chunk.h_T is not None:
+        if chunk.h_T is not None and not isinstance(chunk.member, Alone):
             W_T = chunk.W if chunk.W_T is None else chunk.W_T
             project(z_T, chunk.h_T, W_T[tile], dtype, columns)
             map_T.of_columns(tile).apply_(z_T)
             z_T.div_(chunk.temperature)
-        logit_gradient_(z_S, z_T, tile.start, (stats, top), chunk.beta, chunk.entry_clip)
+        known = stats, top
+        policy = chunk.targets, chunk.advantages
+        logit_gradient_(z_S, z_T, tile.start, known, chunk.member, chunk.entry_clip, *policy)
         if slope is not None:
             z_S.mul_(slope)
         # Selected, not multiplied: what does not count may be NaN.

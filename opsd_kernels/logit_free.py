@@ -27,6 +27,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from opsd_kernels import kernels
+from opsd_kernels.divergence import Alone
 from opsd_kernels.head import LogitMap
 from opsd_kernels.kernels import cdiv, finish, gradient, lse, pair, tiles
 from opsd_kernels.kernels.pointwise import divergence_record, is_wide, knows_G, mean_limit
@@ -63,12 +64,12 @@ class Scratch:
     pair: tiles.Tile  # of `pair`
     copied_rows: int  # of W at a time, where the product of step 3 cannot read it in place
     scores: bool  # whether more is wanted than values
-    slope: bool  # whether the last of the sums are slopes of a softcap
+    slopes: int  # how many of the sums, the last, are slopes of a softcap
     partials: Tensor  # [6 or 8, spans, R] fp32
     index: Tensor  # [spans, R] int32
     stats: Tensor  # [8 or 11, R] fp32
     top: Tensor  # [R] int32
-    sums: Tensor  # [2 to 8, slots, R] fp32
+    sums: Tensor  # [2 to 9, slots, R] fp32
     # s, and under it p unless G is known: [R or 2R, columns] in score_dtype; of a gradient only.
     s_p: Tensor | None = None
     # P, or A and under it P: [R or 2R, D] fp32; likewise, unless G is known.
@@ -87,8 +88,8 @@ class Scratch:
         copied_rows = int(room // bytes_per_row) // 64 * 64
         row = tiles.lookup(problem.h_S.device, problem.operand_dtype)
         pair_tile = _pair_tile(row, problem, needs_statistics)
-        slope = _has_slope(problem, needs_score)
-        return Scratch(row, pair_tile, max(64, copied_rows), needs_score, slope, *tensors)
+        slopes = _slopes(problem, needs_score)
+        return Scratch(row, pair_tile, max(64, copied_rows), needs_score, slopes, *tensors)
 
     @property
     def rows(self) -> int:
@@ -128,9 +129,9 @@ def allocate(
     scores = score_dtype(problem.operand_dtype, problem.has_bounded_scores)
     slots = min(row.columns * 2 // scores.itemsize // BV, cdiv(V, BV))
     spans = cdiv(V, lse.span(V, row))
-    statistics = needs_statistics and problem.beta is not None
+    statistics = needs_statistics and not isinstance(problem.member, Alone)
     sums = pair.SUMS.value + (pair.SUMS_OF_STATISTICS.value if statistics else 0)
-    sums += _has_slope(problem, needs_gradient or needs_stats)
+    sums += _slopes(problem, needs_gradient or needs_stats)
 
     def fp32(*shape: int) -> Tensor:
         return h_S.new_empty(shape, dtype=torch.float32)
@@ -143,16 +144,19 @@ def allocate(
         fp32(sums, slots, R),
     ]
     if needs_gradient:
-        knows = knows_G(problem.beta, problem.entry_clip)
+        knows = knows_G(problem.member, problem.entry_clip)
         tensors.append(h_S.new_empty((1 if knows else 2) * R, slots * BV, dtype=scores))
         if not knows:
             tensors.append(fp32((2 if is_stacked(R, D) else 1) * R, D))
     return tensors
 
 
-def _has_slope(problem: Problem, needs_score: bool) -> bool:
-    """Whether `finish` wants the slope of a softcap at the top entry."""
-    return needs_score and problem.softcap is not None
+def _slopes(problem: Problem, needs_score: bool) -> int:
+    """How many slopes of a softcap `finish` wants: at the top entry, and with a policy term at
+    ŷ."""
+    if not needs_score or problem.softcap is None:
+        return 0
+    return 1 if problem.advantages is None else 2
 
 
 def is_stacked(R: int, D: int) -> bool:
@@ -169,8 +173,8 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem) -> None:
         problem: the tokens.
     """
     V = problem.W.shape[0]
-    # Log-probabilities alone need no second look at the vocabulary.
-    v_stop = 0 if problem.beta is None and not outputs.needs_score else V
+    # What is of the student alone needs no second look at the vocabulary.
+    v_stop = 0 if isinstance(problem.member, Alone) and not outputs.needs_score else V
     needs_statistics = outputs.statistics is not None
     named = Scratch.of(scratch, problem, needs_statistics, outputs.needs_score)
     problem = problem.with_contiguous_rows()  # once, for all kernels
@@ -218,7 +222,7 @@ def launch_lse(scratch: Scratch, chunk: Problem) -> None:
         R=R,
         spans=spans,
         stride=stride,
-        divergence=divergence_record(chunk.beta, chunk.entry_clip, chunk.temperature),
+        divergence=divergence_record(chunk.member, chunk.entry_clip, chunk.temperature),
         SCALE=scratch.scale,
         SPANS=triton.next_power_of_2(spans),
     )
@@ -227,7 +231,9 @@ def launch_lse(scratch: Scratch, chunk: Problem) -> None:
 
 
 def _partials(scratch: Scratch, chunk: Problem) -> Partials:
-    limit = mean_limit(chunk.beta) if scratch.scores else 0.0  # scores alone need the mean
+    # Scores alone need the mean, and the entropy.
+    needs_mean = scratch.scores or chunk.member is Alone.ENTROPY
+    limit = mean_limit(chunk.member) if needs_mean else 0.0
     span = lse.span(chunk.W.shape[0], scratch.row)
     return Partials(
         scratch.partials,
@@ -275,7 +281,7 @@ def _of_spans(partials: Partials, found: Tensor) -> Partials:
 
 
 def _sums_of_all(scratch: Scratch, chunk: Problem) -> Tensor:
-    """The sums of a chunk's tokens over all slots of all processes, [2 to 8, 1, R]."""
+    """The sums of a chunk's tokens over all slots of all processes, [2 to 9, 1, R]."""
     assert chunk.group is not None
     R, (fields, _slots, stride) = chunk.h_S.shape[0], scratch.sums.shape
     of_all = scratch.sums.new_empty(fields, 1, stride)
@@ -290,10 +296,10 @@ def pair_launcher(scratch: Scratch, chunk: Problem) -> Callable[[int], None]:
     """
     tile, R, V = scratch.pair, chunk.h_S.shape[0], chunk.W.shape[0]
     tokens = _tokens(scratch, chunk)
-    if chunk.beta is None:
-        chunk = chunk.without_teacher()
-    else:
+    if chunk.member is not Alone.LOG_PROB and scratch.slopes < 2:
         tokens = tokens._replace(targets=None)
+    if isinstance(chunk.member, Alone):
+        chunk = chunk.without_teacher()
     s, p = scratch.s_and_p(R)
     scored = _scored(scratch)._replace(
         s=s, p=p, stride=scratch.columns, SCALE=tl.constexpr(scratch.scale)
@@ -302,7 +308,7 @@ def pair_launcher(scratch: Scratch, chunk: Problem) -> Callable[[int], None]:
         "tokens": tokens,
         "R": R,
         "stride": scratch.rows,
-        "divergence": divergence_record(chunk.beta, chunk.entry_clip, chunk.temperature),
+        "divergence": divergence_record(chunk.member, chunk.entry_clip, chunk.temperature),
         **_operands(chunk, tile),
     }
     rows, slots = cdiv(R, tile.BM), scratch.sums.shape[1]
@@ -347,16 +353,17 @@ def gradient_launcher(
     """
     tile = _pair_tile(tiles.lookup(g.device, chunk.operand_dtype), chunk, False)
     R, V = chunk.h_S.shape[0], chunk.W.shape[0]
-    if chunk.beta is None:
+    if isinstance(chunk.member, Alone):
         chunk = chunk.without_teacher()
-    beta = chunk.beta if isinstance(chunk.beta, Tensor) else None
-    targets = chunk.targets if chunk.beta is None else None
+    tokens = _given(chunk)._replace(keep=None, stats=stats, top=top)
+    if chunk.member is not Alone.LOG_PROB and chunk.advantages is None:
+        tokens = tokens._replace(targets=None)
     weighed = Weighed(g, chunk.weights, g.stride(0), SCALE=tl.constexpr(score_scale(g.dtype)))
     given = {
-        "tokens": Tokens(None, targets, beta, stats, top),
+        "tokens": tokens,
         "R": R,
         "stride": stats.stride(0),
-        "divergence": divergence_record(chunk.beta, chunk.entry_clip, chunk.temperature),
+        "divergence": divergence_record(chunk.member, chunk.entry_clip, chunk.temperature),
         **_operands(chunk, tile),
     }
 
@@ -383,7 +390,7 @@ def launch_finish(outputs: Outputs, scratch: Scratch, chunk: Problem) -> None:
         R=R,
         stride=scratch.rows,
         stride_statistics=outputs.stride,
-        divergence=divergence_record(chunk.beta, chunk.entry_clip, chunk.temperature),
+        divergence=divergence_record(chunk.member, chunk.entry_clip, chunk.temperature),
         SLOTS=triton.next_power_of_2(scratch.sums.shape[1]),
         OPERAND=tl.dtype(DTYPE_NAMES[chunk.operand_dtype]),
     )
@@ -439,19 +446,31 @@ def _side(h: Tensor, W: Tensor, logit_map: LogitMap) -> Side:
 
 
 def _tokens(scratch: Scratch, chunk: Problem) -> Tokens:
+    return _given(chunk)._replace(stats=scratch.stats, top=scratch.top)
+
+
+def _given(chunk: Problem) -> Tokens:
+    """What is given of each token."""
     beta = chunk.beta if isinstance(chunk.beta, Tensor) else None
-    return Tokens(chunk.keep, chunk.targets, beta, scratch.stats, scratch.top)
+    return Tokens(
+        chunk.keep,
+        chunk.targets,
+        beta,
+        w_q=chunk.w_q,
+        w_p=chunk.w_p,
+        advantages=chunk.advantages,
+    )
 
 
 def _scored(scratch: Scratch) -> Scored:
     fields, slots, _rows = scratch.sums.shape
-    statistics = fields - scratch.slope > pair.SUMS.value
+    statistics = fields - scratch.slopes > pair.SUMS.value
     return Scored(
         scratch.sums,
         slots,
         SCORES=tl.constexpr(scratch.scores),
         STATISTICS=tl.constexpr(statistics),
-        SLOPE=tl.constexpr(scratch.slope),
+        SLOPES=tl.constexpr(scratch.slopes),
     )
 
 
@@ -462,7 +481,7 @@ def _has_bulk_strides(t: Tensor) -> bool:
 
 
 def _pair_tile(row: tiles.Row, problem: Problem, needs_statistics: bool) -> tiles.Tile:
-    return row.pair_wide if is_wide(problem.beta, needs_statistics) else row.pair
+    return row.pair_wide if is_wide(problem.member, needs_statistics) else row.pair
 
 
 def _stacked(t: Tensor | None, R: int, most: int) -> tuple[Tensor | None, Tensor | None]:

@@ -1,7 +1,7 @@
 """The face of the package: losses of tokens, whose hidden states come in any leading shape."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,12 +11,13 @@ from opsd_kernels.autograd import divergence_of_tokens, weighed_sum
 from opsd_kernels.checks import (
     Arguments,
     check_arguments,
-    check_clip,
     check_number_beta,
     check_reduction,
     check_workspace,
 )
+from opsd_kernels.description import Divergence
 from opsd_kernels.head import LMHead
+from opsd_kernels.scalars import check_clip
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -183,6 +184,86 @@ def token_divergence(
     return tokens.divergence()
 
 
+class DivergenceLoss(NamedTuple):
+    """What `fused_divergence_loss` returns on request."""
+
+    loss: Tensor
+    """fp32 scalar, or [...] with reduction "none"."""
+    tokens: TokenDivergence
+    """What `token_divergence` tells of every token; its `loss`, w ℓ, is differentiable too."""
+
+
+def fused_divergence_loss(
+    h_student: Tensor,
+    h_teacher: Tensor,
+    W: Tensor | LMHead,
+    divergence: Divergence,
+    *,
+    targets: Tensor | None = None,
+    advantages: Tensor | None = None,
+    temperature: float = 1.0,
+    token_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
+    W_teacher: Tensor | LMHead | None = None,
+    workspace_mib: float | None = None,
+    return_statistics: bool = False,
+) -> Tensor | DivergenceLoss:
+    """Any divergence of the family, and with it a policy gradient, in the passes over the
+    vocabulary that `fused_jsd_loss` makes.
+
+    Per token, with p and q of the student and the teacher, m = β q + (1 − β) p, a constant A, and
+    the token ŷ that was sampled:
+
+        ℓ = w_q KL(q‖m) + w_p KL(p‖m) − A log p(ŷ)
+
+    Without a β the KLs are KL(q‖p) and KL(p‖q). Weights of each token choose between divergences
+    (a forward KL on uncertain tokens only, say), and scale what a reward of A is added to.
+    `fused_jsd_loss` is the case `Divergence(beta=beta)`; `fused_sampled_token_loss` that of no
+    divergence and an advantage that the teacher gives.
+
+    Args:
+        divergence: see `Divergence`.
+        targets: [...] ids ŷ of the sampled tokens, see `token_divergence`.
+        advantages: [...] float A of each token, of either sign; constants. With `targets`. They are
+            not weighed by the divergence, but by `token_weights` and `reduction` as all of ℓ is.
+        return_statistics: whether to return what `token_divergence` tells beside the loss.
+
+    For the others see `fused_jsd_loss`.
+
+    Returns:
+        fp32 scalar, or [...] with reduction "none"; with `return_statistics` a `DivergenceLoss`.
+        Where a KL whose weight is not 0 is infinite ℓ is +inf, or −inf if no weight is positive,
+        with gradient 0; so it is where log p(ŷ) is −∞ and A not 0, and ℓ has the sign of A then.
+
+    Raises:
+        TypeError, ValueError: as `fused_jsd_loss`.
+    """
+    check_reduction(reduction)
+    checked = check_divergence_arguments(
+        {"h_student": h_student, "h_teacher": h_teacher},
+        W,
+        divergence,
+        targets=targets,
+        advantages=advantages,
+        temperature=temperature,
+        token_weights=token_weights,
+        reduction=reduction,
+        W_teacher=W_teacher,
+    )
+    if reduction != "none" and not return_statistics:
+        total = weighed_sum(
+            checked.problem,
+            checked.weight,
+            checked.bias,
+            weights_of_sum(checked, reduction),
+            check_workspace(workspace_mib, h_student.device),
+        )
+        if total is not None:
+            return total
+    tokens = _compute(checked, workspace_mib, needs_statistics=return_statistics)
+    return tokens.divergence_loss(reduction, return_statistics)
+
+
 class SampledTokenLoss(NamedTuple):
     """What `fused_sampled_token_loss` returns on request."""
 
@@ -291,6 +372,59 @@ def fused_log_probs(
     return _compute(checked, workspace_mib, needs_statistics=False).log_probs()
 
 
+def fused_entropy(
+    h: Tensor,
+    W: Tensor | LMHead,
+    *,
+    temperature: float = 1.0,
+    token_weights: Tensor | None = None,
+    workspace_mib: float | None = None,
+) -> Tensor:
+    """Entropies of next-token distributions, from hidden states and the LM head, without [N, V]
+    logits and without a teacher: what an entropy bonus is made of.
+
+    Per token, with p = softmax(h Wᵀ / T), it is −w Σ p log p, in nats.
+
+    Args:
+        h: [..., D] last hidden states; see `fused_log_probs`, as for the others.
+
+    Returns:
+        [...] fp32, differentiable. Without tokens it is empty.
+
+    Raises:
+        TypeError, ValueError: as `fused_jsd_loss`.
+    """
+    checked = check_arguments(
+        {"h": h},
+        W,
+        None,
+        beta=None,
+        temperature=temperature,
+        token_weights=token_weights,
+        entropy=True,
+    )
+    return _compute(checked, workspace_mib, needs_statistics=False).entropies()
+
+
+def check_divergence_arguments(
+    hidden: dict[str, Tensor], W: Tensor | LMHead, described: Divergence, **options: Any
+) -> Arguments:
+    """`check_arguments` of what a `Divergence` describes."""
+    if not isinstance(described, Divergence):
+        raise TypeError(f"divergence must be a Divergence, got {type(described).__name__}")
+    beta, weights, clip = described.beta, described.weights, described.entry_clip
+    if weights is not None and not any(isinstance(w, Tensor) for w in weights):
+        # What a β names has kernels of its own.
+        named = {0.0: (1.0, 0.0), 1.0: (0.0, 1.0)}
+        if isinstance(beta, float):
+            named = {beta: (beta, 1 - beta)}
+        for b, of_beta in named.items():
+            if weights == of_beta:
+                beta, weights = b, None
+                break
+    return check_arguments(hidden, W, beta=beta, halves=weights, entry_clip=clip, **options)
+
+
 def reduce_tokens(loss: Tensor, weights: Tensor | None, reduction: Reduction) -> Tensor:
     """Weigh and reduce per-token losses [...]; see `fused_jsd_loss` for what each reduction is."""
     if weights is not None:
@@ -343,6 +477,15 @@ class Tokens:
             None if self.valid is None else statistics[divergence.LOG_Q],
         )
 
+    def divergence_loss(
+        self, reduction: Reduction, return_statistics: bool
+    ) -> Tensor | DivergenceLoss:
+        loss = reduce_tokens(self.value, self.weights, reduction)
+        return DivergenceLoss(loss, self.divergence()) if return_statistics else loss
+
+    def entropies(self) -> Tensor:
+        return reduce_tokens(self.value, self.weights, "none")
+
     def log_probs(self) -> Tensor:
         # Without mass there is no gradient, as of a KL; nor is there a number without a target.
         log_p = torch.where(self.value == -torch.inf, -torch.inf, self.value)
@@ -369,6 +512,8 @@ def tokens_of(checked: Arguments, value: Tensor, statistics: Tensor | None) -> T
     """Name what was computed of every token. A dropped token's statistics are 0, whatever a
     schedule made of it; those of a target outside the vocabulary are NaN."""
     leading, weights, valid = checked.leading, checked.weights, checked.valid
+    if checked.problem.advantages is not None and valid is not None:
+        value = value * torch.where(valid.reshape(-1), 1, torch.nan)
     if statistics is None:
         return Tokens(value.reshape(leading), weights, value.new_empty(0), valid)
     statistics = statistics.reshape(divergence.STATISTICS, *leading)

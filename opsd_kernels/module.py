@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from opsd_kernels.checks import check_beta, check_clip, check_reduction, check_temperature
-from opsd_kernels.divergence import divergence_name
+from opsd_kernels.checks import check_reduction
+from opsd_kernels.description import divergence_name
 from opsd_kernels.head import LMHead
 from opsd_kernels.loss import Reduction, fused_jsd_loss
+from opsd_kernels.scalars import check_beta, check_clip, check_temperature
 
 
 class FusedJSDLoss(torch.nn.Module):

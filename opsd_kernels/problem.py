@@ -10,19 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opsd_kernels.divergence import Alone, Halves, Member
 from opsd_kernels.head import LogitMap
 
 
 @dataclass(frozen=True)
 class Problem:
-    """N tokens whose divergence is wanted, or log p(ŷ); the notation is that of `divergence.py`."""
+    """N tokens whose divergence is wanted, or log p(ŷ), or the entropy; the notation is that of
+    `divergence.py`."""
 
     h_S: Tensor  # [N, D]
-    h_T: Tensor | None  # [N, D_T]; None where there is no teacher, which only log p(ŷ) needs not
+    h_T: Tensor | None  # [N, D_T]; None where there is no teacher, who is of no use to either
     W: Tensor  # [V, D]
     W_T: Tensor | None  # [V, D_T]; None if W serves both, whose logits may differ by what follows
     operand_dtype: torch.dtype  # whose rounding the operands of the matrix products have
-    beta: float | Tensor | None  # a number or [N] fp32; None if log p(ŷ) takes the loss's place
+    # A number or [N] fp32. None: of both KLs, where there are w_q and w_p; else log p(ŷ), or the
+    # entropy where there are no targets, takes the loss's place.
+    beta: float | Tensor | None
     temperature: float = 1.0
     entry_clip: float | None = None
     keep: Tensor | None = None  # [N] bool, the tokens that will count; None for all
@@ -40,6 +44,10 @@ class Problem:
     # from it, and −1 where they are not among these rows.
     group: str | None = None
     offset: Tensor | None = None
+    # [N] fp32, the weights of a divergence's two halves; None for those that β stands for.
+    w_q: Tensor | None = None
+    w_p: Tensor | None = None
+    advantages: Tensor | None = None  # [N] fp32, A of a policy term −A log p(ŷ)
 
     def values(self) -> tuple[Any, ...]:
         """All fields in order, for what PyTorch takes as arguments only; `Problem(*values)` is the
@@ -62,23 +70,29 @@ class Problem:
         return student, LogitMap(self.bias_T, self.softcap_T, self.scale_T)
 
     @property
+    def member(self) -> Member:
+        """What ℓ is, but for its clip and the policy term."""
+        if self.w_q is not None and self.w_p is not None:
+            assert not isinstance(self.beta, Tensor)
+            return Halves(self.w_q, self.w_p, self.beta)
+        if self.beta is None:
+            return Alone.ENTROPY if self.targets is None else Alone.LOG_PROB
+        return self.beta
+
+    @property
     def has_bounded_scores(self) -> bool:
-        return has_bounded_scores(self.beta)
+        return self.advantages is None and has_bounded_scores(self.member)
 
     def tokens(self, rows: slice | Tensor) -> "Problem":
         """The same problem for some of the tokens; of a slice no copy is made."""
-        return replace(
-            self,
-            h_S=self.h_S[rows],
-            h_T=None if self.h_T is None else self.h_T[rows],
-            beta=self.beta[rows] if isinstance(self.beta, Tensor) else self.beta,
-            keep=None if self.keep is None else self.keep[rows],
-            targets=None if self.targets is None else self.targets[rows],
-            weights=None if self.weights is None else self.weights[rows],
-        )
+        given = {name: getattr(self, name) for name in OF_TOKENS}
+        some: dict[str, Any] = {
+            name: value[rows] for name, value in given.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **some)
 
     def without_teacher(self) -> "Problem":
-        """The same problem for log p(ŷ), of which a teacher knows nothing."""
+        """The same problem for what is of the student alone: of a teacher, nothing."""
         return replace(self, h_T=None, W_T=None, bias_T=None, softcap_T=None, scale_T=1.0)
 
     def with_contiguous_rows(self) -> "Problem":
@@ -94,19 +108,24 @@ def _with_contiguous_rows(h: Tensor) -> Tensor:
 STATS = 8  # numbers of a row of logits that is made once more
 
 FIELDS = tuple(field.name for field in fields(Problem))
+# Those that have a number, or a row, for each token, where they are tensors.
+OF_TOKENS = ("h_S", "h_T", "beta", "keep", "targets", "weights", "w_q", "w_p", "advantages")
 
 
-def has_bounded_scores(beta: float | Tensor | None) -> bool:
+def has_bounded_scores(member: Member) -> bool:
     """Whether no score is larger than 1, and neither is G: all but those of the reverse KL, which
-    grow with the log-ratio, and of a β of each token, which may be it."""
-    return not isinstance(beta, Tensor) and beta != 1
+    grow with the log-ratio, of a β of each token, which may be it, of halves with any weights, and
+    of the entropy."""
+    if isinstance(member, Tensor | Halves) or member is Alone.ENTROPY:
+        return False
+    return member != 1
 
 
 @dataclass(frozen=True)
 class Outputs:
     """What a schedule fills, zeros at first. Results of tokens that are not kept are undefined."""
 
-    loss: Tensor  # [N] fp32, ℓ; or log p(ŷ), where no divergence is wanted
+    loss: Tensor  # [N] fp32, ℓ; or log p(ŷ) or the entropy, where no divergence is wanted
     statistics: Tensor | None = None  # [STATISTICS, N] fp32, see `divergence.py`
     dh_S: Tensor | None = None  # [N, D] fp32, the gradient with respect to h_S
     # For gradients that are made in backward: what is known of each row of logits, [STATS, N] fp32,

@@ -17,21 +17,24 @@ from opsd_kernels.checks import (
     FLOAT_DTYPES,
     Arguments,
     check_arguments,
-    check_clip,
     check_number_beta,
     check_reduction,
 )
-from opsd_kernels.divergence import divergence_rows_, log_prob_rows_
+from opsd_kernels.description import Divergence
+from opsd_kernels.divergence import member_rows_
 from opsd_kernels.head import LMHead, LogitMap
 from opsd_kernels.loss import (
+    DivergenceLoss,
     Reduction,
     SampledTokenLoss,
     TokenDivergence,
     Tokens,
+    check_divergence_arguments,
     reduce_tokens,
     tokens_of,
 )
 from opsd_kernels.problem import FIELDS, Problem
+from opsd_kernels.scalars import check_clip
 
 DTYPES = (*FLOAT_DTYPES, torch.float64)
 
@@ -102,6 +105,38 @@ def reference_token_divergence(
     return tokens.divergence()
 
 
+def reference_divergence_loss(
+    h_student: Tensor,
+    h_teacher: Tensor,
+    W: Tensor | LMHead,
+    divergence: Divergence,
+    *,
+    targets: Tensor | None = None,
+    advantages: Tensor | None = None,
+    temperature: float = 1.0,
+    token_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
+    W_teacher: Tensor | LMHead | None = None,
+    workspace_mib: float | None = None,
+    return_statistics: bool = False,
+) -> Tensor | DivergenceLoss:
+    """`fused_divergence_loss` in float64; see `reference_jsd_loss`."""
+    check_reduction(reduction)
+    checked = check_divergence_arguments(
+        {"h_student": h_student, "h_teacher": h_teacher},
+        W,
+        divergence,
+        targets=targets,
+        advantages=advantages,
+        temperature=temperature,
+        token_weights=token_weights,
+        reduction=reduction,
+        W_teacher=W_teacher,
+        dtypes=DTYPES,
+    )
+    return _compute(checked).divergence_loss(reduction, return_statistics)
+
+
 def reference_sampled_token_loss(
     h_student: Tensor,
     h_teacher: Tensor,
@@ -157,15 +192,42 @@ def reference_log_probs(
     return _compute(checked).log_probs()
 
 
+def reference_entropy(
+    h: Tensor,
+    W: Tensor | LMHead,
+    *,
+    temperature: float = 1.0,
+    token_weights: Tensor | None = None,
+    workspace_mib: float | None = None,
+) -> Tensor:
+    """`fused_entropy` in float64; see `reference_jsd_loss`."""
+    checked = check_arguments(
+        {"h": h},
+        W,
+        None,
+        beta=None,
+        temperature=temperature,
+        token_weights=token_weights,
+        entropy=True,
+        dtypes=DTYPES,
+    )
+    return _compute(checked).entropies()
+
+
 def _compute(checked: Arguments) -> Tokens:
     problem = checked.problem
     if problem.group is not None:
         raise ValueError("the oracle takes the whole head: W.group must be None")
-    # A β of each token as the fused ops round it, so that it is the same divergence.
-    beta = problem.beta.double() if isinstance(problem.beta, Tensor) else problem.beta
+    # What belongs to a token as the fused ops round it, so that it is the same loss.
+    rounded: dict[str, Any] = {
+        name: getattr(problem, name) for name in ("beta", "w_q", "w_p", "advantages")
+    }
+    of_tokens: dict[str, Any] = {
+        k: t.double() if isinstance(t, Tensor) else t for k, t in rounded.items()
+    }
     targets = None if problem.targets is None else problem.targets.long()
     weights = None if checked.weights is None else checked.weights.double()
-    values = replace(problem, beta=beta, targets=targets).values()
+    values = replace(problem, targets=targets, **of_tokens).values()
     results = _ReferenceDivergence.apply(checked.weight, checked.bias, *values)
     return tokens_of(checked._replace(weights=weights), *results)
 
@@ -184,14 +246,16 @@ class _ReferenceDivergence(torch.autograd.Function):
             W_T = W if problem.W_T is None else problem.W_T
             z_T, _ = _logits(problem.h_T, W_T, map_T, temperature)
             statistics = z_S.new_zeros(divergence.STATISTICS, z_S.shape[0])
-        if problem.beta is None:
-            assert problem.targets is not None
-            loss = log_prob_rows_(z_S, z_T, problem.targets, True, statistics)
-        else:
-            assert z_T is not None
-            loss = divergence_rows_(
-                z_S, z_T, problem.beta, problem.entry_clip, True, statistics, problem.targets
-            )
+        loss = member_rows_(
+            z_S,
+            z_T,
+            problem.member,
+            problem.entry_clip,
+            True,
+            statistics,
+            problem.targets,
+            problem.advantages,
+        )
         if slope is not None:
             z_S.mul_(slope)
         ctx.save_for_backward(z_S, problem.h_S, weight, bias)  # z_S now holds the gradient

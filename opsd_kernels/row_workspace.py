@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import kernels
-from opsd_kernels.divergence import WHOLE, divergence_rows_, log_prob_rows_
+from opsd_kernels.divergence import WHOLE, Alone, member_rows_
 from opsd_kernels.problem import Outputs, Problem
 from opsd_kernels.products import (
     add_rows,
@@ -37,7 +37,8 @@ from opsd_kernels.vocabulary_parallel import VocabularyShard, smallest, summed_
 MIB = 2**20
 
 # [block, V] fp32 temporaries alive at once inside `divergence_rows_`, at most.
-BLOCK_TEMPORARIES = 8  # one more with statistics, one beside them for the slope of a softcap
+# One more with statistics, one beside them for the slope of a softcap, one for two weights.
+BLOCK_TEMPORARIES = 8
 # Rows of a chunk at most: hidden states are copied a chunk at a time, and V may be small.
 MAX_ROWS = 4096
 # Rows of W widened at once at least: below, Python's overhead for each shows.
@@ -153,10 +154,14 @@ def _bytes(
     return row_bytes, block_row_bytes, tile_row_bytes, min(V, LEAST_TILE)
 
 
+def _temporaries(problem: Problem) -> int:
+    return BLOCK_TEMPORARIES + (problem.softcap is not None) + (problem.w_q is not None)
+
+
 def _plan(
     problem: Problem, N: int, needs_statistics: bool, budget: float, max_rows: int = MAX_ROWS
 ) -> Plan:
-    temporaries = BLOCK_TEMPORARIES + needs_statistics + (problem.softcap is not None)
+    temporaries = _temporaries(problem) + needs_statistics
     shared, sides = problem.group is not None, problem.sides
     return make_plan(
         N, problem.heads, problem.operand_dtype, budget, temporaries, max_rows, shared, sides
@@ -173,7 +178,7 @@ def can_weigh(problem: Problem, budget: float) -> bool:
     (Processes that share a vocabulary do not know that of each other.)"""
     if problem.group is not None:
         return False
-    temporaries = BLOCK_TEMPORARIES + (problem.softcap is not None)
+    temporaries = _temporaries(problem)
     row, block_row, copied_row, copied_rows = _bytes(
         problem.heads, problem.operand_dtype, temporaries, shared=False
     )
@@ -314,24 +319,18 @@ def _step_2(
         known = None
         if into.stats is not None and into.top is not None:
             known = into.stats, into.top
-        if block.beta is None:
-            assert targets is not None
-            loss = log_prob_rows_(
-                block_S, block_T, targets, needs_score, into.statistics, known, vocabulary
-            )
-        else:
-            assert block_T is not None
-            loss = divergence_rows_(
-                block_S,
-                block_T,
-                block.beta,
-                block.entry_clip,
-                needs_score,
-                into.statistics,
-                targets,
-                known,
-                vocabulary,
-            )
+        loss = member_rows_(
+            block_S,
+            block_T,
+            block.member,
+            block.entry_clip,
+            needs_score,
+            into.statistics,
+            targets,
+            block.advantages,
+            known,
+            vocabulary,
+        )
         if slope is not None:
             block_S.mul_(slope)
         if block.weights is not None:
@@ -353,17 +352,20 @@ def launch_rows(
     from opsd_kernels.kernels.records import Results, RowGradient, Rows, for_kernels
 
     map_S, map_T = problem.logit_maps
-    statistics, beta = outputs.statistics, problem.beta
+    statistics, member = outputs.statistics, problem.member
+    needs_mean = needs_score or outputs.stats is not None or member is Alone.ENTROPY
     # What is narrower than fp32 lies in the first part of each row.
     g = z_S.view(score_dtype(problem.operand_dtype, problem.has_bounded_scores))
     g = g[:, : z_S.shape[1]]
     top, g_top = z_S.new_empty(z_S.shape[0], dtype=torch.int32), z_S.new_empty(z_S.shape[0])
     row = tiles.lookup(z_S.device, problem.operand_dtype)
-    sweep = row.rows_wide if is_wide(beta, statistics is not None) else row.rows
+    sweep = row.rows_wide if is_wide(member, statistics is not None) else row.rows
     with kernels.current(z_S.device):
         rows.rows_kernel[(z_S.shape[0],)](
             results=Results(outputs.loss, statistics, stats=outputs.stats, top=outputs.top),
             gradient=RowGradient(
+                tl.constexpr(needs_score),
+                tl.constexpr(mean_limit(member) if needs_mean else 0.0),
                 g,
                 top,
                 g_top,
@@ -375,11 +377,12 @@ def launch_rows(
                 z_S, z_T, z_S.shape[1], z_S.stride(0), *for_kernels(map_S)[:2], *for_kernels(map_T)
             ),
             targets=problem.targets,
-            beta=beta if isinstance(beta, Tensor) else None,
+            beta=member if isinstance(member, Tensor) else None,
+            w_q=problem.w_q,
+            w_p=problem.w_p,
+            advantages=problem.advantages,
             stride_statistics=outputs.stride,
-            divergence=divergence_record(beta, problem.entry_clip, problem.temperature),
-            LIMIT=mean_limit(beta) if needs_score or outputs.stats is not None else 0.0,
-            NEEDS_SCORE=needs_score,
+            divergence=divergence_record(member, problem.entry_clip, problem.temperature),
             **asdict(sweep),
         )
     return LogitGradient(g, top, g_top)

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from opsd_kernels.checks import check_beta, check_clip, check_temperature
+from opsd_kernels.scalars import check_beta, check_clip, check_temperature
 from opsd_train.errors import did_you_mean
 
 STUDENT_TEMPLATE = "{problem}\n\nReason step by step, and put your final answer within \\boxed{}."

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from benchmarks.tensor_cores import ARCHITECTURES, TensorCore, truncation
-from opsd_kernels import LMHead, reference_jsd_loss
-from opsd_kernels.divergence import HUGE, divergence_rows_, value_and_score
+from opsd_kernels import Divergence, LMHead, reference_divergence_loss, reference_jsd_loss
+from opsd_kernels.divergence import HUGE, Halves, divergence_rows_, value_and_score
 from opsd_kernels.kernels import tiles as tile_table
 from opsd_kernels.problem import has_bounded_scores
 from opsd_kernels.products import score_dtype
@@ -77,7 +77,8 @@ def errors(
             last product.
         normalizers: whether the last bit of a row's normalizer counts too. It moves all entries
             together, which shows where the clip takes much, or where there is one feature.
-        divergence: beta, temperature, entry_clip, W_teacher.
+        divergence: beta, temperature, entry_clip, W_teacher; or in place of beta and entry_clip a
+            `Divergence`, with targets and advantages if there are such.
     """
     exact_loss, exact_grad = exact(h_S, h_T, W, **divergence)
     loss_noise, grad_noise = noise(
@@ -95,10 +96,10 @@ def errors(
 
 def exact(h_S: Tensor, h_T: Tensor, W: Tensor | LMHead, **divergence: Any) -> tuple[Tensor, Tensor]:
     """The oracle's per-token losses [N] and the gradient [N, D] of their sum, both float64."""
-    W_T = divergence.pop("W_teacher", None)
     h = h_S.detach().double().requires_grad_()
-    W, W_T = tree_map_only(Tensor, Tensor.double, (W, W_T))
-    loss = reference_jsd_loss(h, h_T.double(), W, W_teacher=W_T, reduction="none", **divergence)
+    W, W_T = tree_map_only(Tensor, Tensor.double, (W, divergence.pop("W_teacher", None)))
+    function = reference_divergence_loss if "divergence" in divergence else reference_jsd_loss
+    loss = function(h, h_T.double(), W, W_teacher=W_T, reduction="none", **divergence)
     loss.sum().backward()
     assert h.grad is not None
     return loss.detach(), h.grad
@@ -117,6 +118,9 @@ def noise(
     beta: float | Tensor = 0.5,
     temperature: float = 1.0,
     entry_clip: float | None = None,
+    divergence: Divergence | None = None,
+    targets: Tensor | None = None,
+    advantages: Tensor | None = None,
     W_teacher: Tensor | LMHead | None = None,
     draws: int = 4,
 ) -> tuple[float, float]:
@@ -131,10 +135,17 @@ def noise(
             products that round to nearest.
         chain: entries of the vocabulary that the last product adds in one chain; all, unless given.
         dtype: of the operands; that of h_S, unless given.
-        beta, temperature, entry_clip, W_teacher: the divergence.
+        beta, temperature, entry_clip, divergence, targets, advantages, W_teacher: as in `errors`.
         draws: of the noise.
     """
     dtype, device = dtype or h_S.dtype, h_S.device
+    member: float | Tensor | Halves = beta
+    largest = torch.ones((), dtype=torch.float64, device=device)  # weight of each row
+    if divergence is not None:
+        member, entry_clip = member_of(divergence, len(h_S)), divergence.entry_clip
+        if isinstance(member, Halves):
+            largest = torch.maximum(member.w_q.abs(), member.w_p.abs())[:, None]
+    policy = {} if advantages is None else {"targets": targets, "advantages": advantages.double()}
     last_bit_of_tiles = torch.finfo(dtype).eps / 2
     core = None if dtype == torch.float32 else core
     h_S, h_T = h_S.detach().double(), h_T.detach().double()
@@ -176,11 +187,14 @@ def noise(
     (z_S, slope), (z_T, _) = logits(u_S, head_S), logits(u_T, head_T)
     log_p, log_q = z_S.log_softmax(-1), z_T.log_softmax(-1)
     p, q, x = log_p.exp(), log_q.exp(), (log_q - log_p).nan_to_num(0.0, HUGE, -HUGE)
-    size_f = (p + q) * x.abs()  # of the terms whose difference a value is
-    f, a = _entries(p, q, x, beta, entry_clip)
+    size_f = (p + q) * x.abs() * largest  # of the terms whose difference a value is
+    f, a = _entries(p, q, x, member, entry_clip)
     top = p.argmax(-1, keepdim=True)
     c = a.gather(-1, top) / p.gather(-1, top)
     size_a = (a.abs() + c.abs() * p).scatter_(-1, top, 0)  # the top entry's score is exactly 0
+    if advantages is not None and targets is not None:
+        size_a += advantages.abs()[:, None] * p
+        size_a.scatter_add_(-1, targets[:, None], advantages.double().abs()[:, None])
 
     if core is not None:
         squares = W.square()
@@ -206,7 +220,7 @@ def noise(
         return moved_S, logits(moved_T, head_T, bits_T)[0], moved_slope
 
     g = z_S.clone()
-    loss = divergence_rows_(g, z_T.clone(), beta, entry_clip, needs_score=True)
+    loss = divergence_rows_(g, z_T.clone(), member, entry_clip, needs_score=True, **policy)
     g *= slope
     grad = g @ W
     if core is not None:
@@ -217,22 +231,31 @@ def noise(
     changes = []
     for _ in range(draws):
         moved_S, moved_T, moved_slope = moved_logits()
-        moved_loss = divergence_rows_(moved_S, moved_T, beta, entry_clip, needs_score=True)
+        moved_loss = divergence_rows_(
+            moved_S, moved_T, member, entry_clip, needs_score=True, **policy
+        )
         moved_grad = (moved_S * moved_slope) @ W
         moved_loss += (last_bits() * size_f).sum(-1)
+        if advantages is not None:
+            moved_loss += last_bits()[:, 0] * advantages * (1 + math.log(p.shape[1]))
         moved_grad += (last_bits() * size_a * slope) @ W
         if normalizers:
             bit = 2.0**-24 * torch.randn(
                 len(p), 1, generator=of_rows, dtype=torch.float64, device=device
             )
             bit *= 1 + math.log(p.shape[1])
-            moved_f, moved_a = _entries(p, q * bit.exp(), x + bit, beta, entry_clip)
+            moved_f, moved_a = _entries(p, q * bit.exp(), x + bit, member, entry_clip)
             moved_loss += (moved_f - f).sum(-1)
             da = moved_a - a
             moved_grad += ((da - da.sum(-1, keepdim=True) * p) * slope) @ W
-            if not isinstance(beta, Tensor) and beta == 0 and entry_clip is None:
-                # Kernels know G = 0 beforehand, and do not project.
-                moved_grad += (bit * p * slope) @ W
+            forward = 0
+            if isinstance(member, Halves) and member.beta is None:
+                forward = member.w_q[:, None]
+            elif not isinstance(member, Tensor | Halves) and member == 0:
+                forward = 1
+            if entry_clip is None:
+                # Kernels know G, which is 0, beforehand, and do not project.
+                moved_grad += (forward * bit * p * slope) @ W
         if tiles:
             moved_grad += (last_bit_of_tiles * 2.0**24 * last_bits() * g) @ W
         if core is not None:
@@ -243,8 +266,21 @@ def noise(
     return float(rms[0]), float(rms[1])
 
 
+def member_of(divergence: Divergence, N: int) -> float | Tensor | Halves:
+    """What is described, for N rows in float64."""
+    if divergence.weights is None:
+        assert divergence.beta is not None
+        return divergence.beta
+    w_q, w_p = (
+        w.float().double() if isinstance(w, Tensor) else torch.full((N,), w, dtype=torch.float64)
+        for w in divergence.weights
+    )
+    assert not isinstance(divergence.beta, Tensor)
+    return Halves(w_q, w_p, divergence.beta)
+
+
 def _entries(
-    p: Tensor, q: Tensor, x: Tensor, beta: float | Tensor, entry_clip: float | None
+    p: Tensor, q: Tensor, x: Tensor, beta: float | Tensor | Halves, entry_clip: float | None
 ) -> tuple[Tensor, Tensor]:
     """`value_and_score`, for a β of each row too."""
     if isinstance(beta, Tensor):

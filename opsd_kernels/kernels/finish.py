@@ -16,6 +16,10 @@ Where the student's logits are capped, g_top is multiplied by the slope of the c
 
 For log p(ŷ) of a sampled token ŷ takes the top entry's place, and g_ŷ = 1 − p(ŷ) = −Σ_{v≠ŷ} s.
 
+A policy term −A log p(ŷ) adds −A to the gradient at ŷ, in fp32 too. It has made c lower by A, so
+that Σ s is larger by A than G − c, and of its part of g_top the terms that are near 1 cancel:
+g_top = (1 − p_top) (G − c) − Σ_{v≠top} s, the latter with the −A of ŷ.
+
 Where the gradient is made in backward instead (see `gradient`), what it is made of is written: the
 `Stats` of a row, with G and g_top.
 """
@@ -27,7 +31,15 @@ from opsd_kernels import divergence
 from opsd_kernels.kernels.logits_tile import round_to
 from opsd_kernels.kernels.lse import P_MAX, Q_MAX, S_TOP, STATS, STATS_OF_TARGETS, C
 from opsd_kernels.kernels.pair import SCORE, SUMS, SUMS_OF_STATISTICS, VALUE, top_of
-from opsd_kernels.kernels.pointwise import FORWARD_KL, LOG_PROB, MIXED, REVERSE_KL
+from opsd_kernels.kernels.pointwise import (
+    BOTH_KLS,
+    ENTROPY,
+    FORWARD_KL,
+    LOG_PROB,
+    MIXED,
+    REVERSE_KL,
+    beta_of,
+)
 
 # Fields of `statistics`: the first five in the order of `sums`, from here on in that of `stats`.
 LOG_P = tl.constexpr(divergence.LOG_P)
@@ -74,12 +86,19 @@ def finish_kernel(
     at = slot[:, None] * stride + row[None, :]
     present = (slot[:, None] < scored.slots) & keep[None, :]
     field = scored.slots * stride
+    p_max = tl.load(tokens.stats + P_MAX * stride + row, mask=keep, other=1.0)
     if divergence.FAMILY == LOG_PROB:
         loss = tl.load(tokens.stats + STATS * stride + row, mask=keep, other=0.0)
+    elif divergence.FAMILY == ENTROPY:
+        loss = tl.load(tokens.stats + C * stride + row, mask=keep, other=0.0) - tl.log(p_max)
     else:
         loss = summed(VALUE, scored.sums, field, at, present)
+    whole = loss  # what a clip takes of
+    if tokens.advantages is not None:
+        advantage = tl.load(tokens.advantages + row, mask=keep, other=0.0)
+        log_p = tl.load(tokens.stats + STATS * stride + row, mask=keep, other=0.0)
+        loss = with_policy(loss, advantage, log_p)
     tl.store(results.loss + row, loss, mask=exists)
-    p_max = tl.load(tokens.stats + P_MAX * stride + row, mask=keep, other=1.0)
 
     if results.statistics is not None:
         to = results.statistics + row
@@ -88,10 +107,8 @@ def finish_kernel(
             terms = ()
             for i in tl.static_range(SUMS, SUMS + SUMS_OF_STATISTICS - 1 + divergence.CLIPPED):
                 terms = terms + (summed(i, scored.sums, field, at, present),)
-            beta = divergence.beta
-            if divergence.FAMILY == MIXED:
-                beta = tl.load(tokens.beta + row, mask=exists, other=0.5)
-            found = statistics(terms, loss, p_max, q_max, beta, divergence)
+            beta = beta_of(tokens, row, exists, divergence)
+            found = statistics(terms, whole, p_max, q_max, beta, divergence)
             for i in tl.static_range(len(found)):
                 tl.store(to + i * stride_statistics, found[i], mask=exists)
         if tokens.targets is not None:
@@ -102,13 +119,19 @@ def finish_kernel(
     if scored.SCORES:
         others = summed(SCORE, scored.sums, field, at, present)
         s_top = tl.load(tokens.stats + S_TOP * stride + row, mask=keep, other=0.0)
-        g_top = top_gradient(s_top, others, p_max, divergence)
-        if scored.SLOPE:
+        top = top_of(tokens, row, keep, divergence)
+        if tokens.advantages is not None:
+            target = tl.load(tokens.targets + row, mask=keep, other=-1)
+            g_top, missed = policy_gradient(
+                s_top, others, p_max, advantage, target == top, divergence
+            )
+        else:
+            g_top = top_gradient(s_top, others, p_max, divergence)
+            missed = s_top + others  # G − c
+        if scored.SLOPES > 0:
             OF_STATISTICS: tl.constexpr = SUMS_OF_STATISTICS - 1 + divergence.CLIPPED
             FIELD: tl.constexpr = SUMS + scored.STATISTICS * OF_STATISTICS
             g_top *= summed(FIELD, scored.sums, field, at, present)
-        missed = s_top + others  # G − c
-        top = top_of(tokens, row, keep, divergence)
 
     if results.stats is not None:
         for i in tl.static_range(STATS):
@@ -122,7 +145,13 @@ def finish_kernel(
 
     if results.dh_S is not None:
         top = top.to(tl.int64)
-        kept = keep & (loss != float("inf"))
+        kept = keep & is_finite(loss, tokens, divergence)
+        if tokens.advantages is not None:
+            # What is of ŷ, in fp32 as the top entry, unless it is that.
+            g_y = tl.where(target == top, 0.0, -advantage)
+            if scored.SLOPES == 2:
+                g_y *= summed(FIELD + 1, scored.sums, field, at, present)
+            target = target.to(tl.int64)
         for d in range(0, student.D, BD):
             k = d + tl.arange(0, BD)
             inside = exists[:, None] & (k < student.D)[None, :]
@@ -136,8 +165,45 @@ def finish_kernel(
             W_top = tl.load(W + at_W, mask=used & (top >= 0)[:, None], other=0.0).to(tl.float32)
             W_top = round_to(W_top, OPERAND).to(tl.float32)
             dh = dh * (1 / accumulated.SCALE) + g_top[:, None] * W_top
+            if tokens.advantages is not None:
+                at_W = (
+                    target[:, None] * student.stride_v + k[None, :].to(tl.int64) * student.stride_d
+                )
+                used_y = used & (target >= 0)[:, None]
+                W_y = tl.load(W + at_W, mask=used_y, other=0.0).to(tl.float32)
+                dh += g_y[:, None] * round_to(W_y, OPERAND).to(tl.float32)
             at_dh = results.dh_S + at_D
             tl.store(at_dh, tl.where(used, dh * inverse_temperature, 0.0), mask=inside)
+
+
+@triton.jit
+def with_policy(loss, advantage, log_p):
+    """ℓ − A log p(ŷ); where A is 0, ℓ, and where that is infinite, ℓ as well."""
+    given = (advantage != 0) & (tl.abs(loss) != float("inf"))
+    return tl.where(given, loss - advantage * log_p, loss)
+
+
+@triton.jit
+def is_finite(loss, tokens, divergence):
+    """Whether ℓ of rows has a gradient."""
+    if tokens.advantages is not None or divergence.FAMILY == BOTH_KLS:
+        loss = tl.abs(loss)
+    return loss != float("inf")
+
+
+@triton.jit
+def policy_gradient(s_top, others, p_top, advantage, is_top, divergence):
+    """g_top, and what is missed of G, where there is a policy term: of s_top and `others` as for
+    `top_gradient`, made with c that is lower by A, but without the −A of ŷ; `is_top` tells whether
+    that is the top entry."""
+    missed = s_top + others - advantage
+    others -= tl.where(is_top, 0.0, advantage)
+    if divergence.KNOWS_G:
+        s_top -= tl.where(is_top, advantage, 0.0)
+        g_top = tl.where(p_top > 0.9, -others, s_top)
+    else:
+        g_top = (1.0 - p_top) * missed - others
+    return g_top, missed
 
 
 @triton.jit
@@ -177,6 +243,10 @@ def statistics(sums, loss, p_max, q_max, beta, divergence):
             whole = reverse
         elif FAMILY == MIXED:
             whole = tl.where(beta == 0, forward, tl.where(beta == 1, reverse, whole))
+        elif FAMILY == BOTH_KLS:
+            _b, w_q, w_p = beta
+            whole = tl.where(w_q == 0, 0.0, w_q * forward)
+            whole += tl.where(w_p == 0, 0.0, w_p * reverse)
         share = tl.where(whole == float("inf"), 1.0, removed / whole)
         nothing = (removed == 0) & (loss == loss)  # not of NaN
         found = found + (tl.where(nothing, 0.0, share),)

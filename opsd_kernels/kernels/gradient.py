@@ -23,7 +23,7 @@ import triton.language as tl
 from opsd_kernels.kernels.head import logits_and_slope
 from opsd_kernels.kernels.logits_tile import halves, logits_tiles, round_to
 from opsd_kernels.kernels.pair import entries, load_stats, top_of
-from opsd_kernels.kernels.pointwise import MIXED
+from opsd_kernels.kernels.pointwise import as_column, beta_of
 
 
 # What depends on the batch is no reason to compile again.
@@ -52,8 +52,8 @@ def gradient_kernel(
         weighed: the weights.
         h_S, h_T, W, W_T: see `logits_tiles`; of LOG_PROB the student's alone.
         student, teacher, divergence, tiling: the records.
-        tokens: stats and top; of LOG_PROB targets instead; beta if MIXED. A tile of rows that all
-            have weight 0 is not computed.
+        tokens: stats and top; of LOG_PROB targets instead; what is given of each. A tile of rows
+            that all have weight 0 is not computed.
         stride: of `stats`.
     """
     BM: tl.constexpr = tiling.BM
@@ -68,9 +68,11 @@ def gradient_kernel(
         zero = tl.zeros((BM, BV), weighed.g.dtype.element_ty)
         tl.store(g_ptrs + col, zero, mask=exists[:, None])
         return
-    beta = divergence.beta
-    if divergence.FAMILY == MIXED:
-        beta = tl.load(tokens.beta + row, mask=exists, other=0.5)[:, None]
+    beta = as_column(beta_of(tokens, row, exists, divergence), divergence)
+    policy = None
+    if tokens.advantages is not None:
+        advantage = tl.load(tokens.advantages + row, mask=exists, other=0.0)
+        policy = advantage[:, None], tl.load(tokens.targets + row, mask=exists, other=-1)[:, None]
     V = student.V
     # One turn: see `pair`.
     for begin in range(first, tl.minimum(first + BV, V), BV):
@@ -79,11 +81,18 @@ def gradient_kernel(
         )
         stats = load_stats(tokens, stride, row, exists)
         top = top_of(tokens, row, exists, divergence)[:, None]
-        of_rows = (top, stats, beta, weight[:, None], exists[:, None])
+        of_rows = (top, stats, beta, policy, weight[:, None], exists[:, None])
         _columns(
             z_S, z_T, begin, None if tiling.EVEN_V else V, student, teacher, of_rows, g_ptrs,
             divergence, weighed, tiling.PARTS,
         )  # fmt: skip
+
+
+@triton.jit
+def with_policy_term(g, col, policy):
+    """g with −A at the sampled token, which G has already; see `_columns` for `policy`."""
+    advantage, target = policy
+    return tl.where(col == target, g - advantage, g)
 
 
 @triton.jit
@@ -104,7 +113,8 @@ def _columns(
 
     Args:
         V: the vocabulary's end, or None if all columns are before it.
-        of_rows: top entry, `Stats`, β, weight and whether it exists, of each row [BM, 1].
+        of_rows: top entry, `Stats`, β, advantage and sampled token or None, weight and whether it
+            exists, of each row [BM, 1].
         g_ptrs: to rows of g, to which a column of the vocabulary is added.
     """
     if PARTS > 1:
@@ -125,9 +135,12 @@ def _columns(
         if V is not None:
             z_S = tl.where(col < V, z_S, float("-inf"))
             z_T = tl.where(col < V, z_T, float("-inf"))
-        top, stats, beta, weight, exists = of_rows
+        top, stats, beta, policy, weight, exists = of_rows
         terms, _p = entries(z_S, z_T, col == top, stats, beta, divergence, False)
-        g = tl.where(col == top, stats.s_top, terms[1] * slope) * weight
+        g = terms[1]
+        if policy is not None:
+            g = with_policy_term(g, col, policy)
+        g = tl.where(col == top, stats.s_top, g * slope) * weight
         g = tl.where(weight == 0, 0.0, g) * weighed.SCALE
         # No mask but that of the rows: it would hide that columns are contiguous.
         tl.store(g_ptrs + col, round_to(g, g_ptrs.dtype.element_ty), mask=exists)

@@ -26,6 +26,7 @@ those states, for which each process is a span.
 
 E / sum_S is the student's mean of d − d_top. From it follows the reverse KL's G, to the last digit
 because only differences to the top entry enter it, and for the others a guess of G (see `shift`).
+Without a teacher, z_T = 0, it is the mean of top_S − z_S, of which the entropy is made.
 """
 
 import triton
@@ -35,9 +36,10 @@ from opsd_kernels.kernels import cdiv
 from opsd_kernels.kernels.head import capped, logits_and_slope
 from opsd_kernels.kernels.logits_tile import halves, logits_tiles
 from opsd_kernels.kernels.pointwise import (
+    ENTROPY,
     HUGE,
     LOG_PROB,
-    MIXED,
+    beta_of,
     difference,
     exp,
     log_quotient,
@@ -49,8 +51,9 @@ from opsd_kernels.kernels.records import State, Stats
 from opsd_kernels.kernels.tiles import Row
 
 # Fields of `Partials`, the last two those of the sampled tokens: by their number in `State`.
-TOP_S, SUM_S, TOP_T, E_SUM, Z_S = (
-    tl.constexpr(State._fields.index(name)) for name in ("top_S", "sum_S", "top_T", "E", "z_Sy")
+TOP_S, SUM_S, TOP_T, SUM_T, E_SUM, Z_S = (
+    tl.constexpr(State._fields.index(name))
+    for name in ("top_S", "sum_S", "top_T", "sum_T", "E", "z_Sy")
 )
 PARTIALS = tl.constexpr(State._fields.index("index"))
 # Fields of `Tokens.stats`: those of `Stats`, and of the sampled token log p, log q, log q − log p.
@@ -151,7 +154,7 @@ def lse_kernel(
         if (
             (i != E_SUM or LIMIT > 0)
             and (i < Z_S or tokens.targets is not None)
-            and (partials.TEACHER or i == TOP_S or i == SUM_S or i == Z_S)
+            and (partials.TEACHER or i == TOP_S or i == SUM_S or i == E_SUM or i == Z_S)
         ):
             tl.store(partials.fields + i * field + at, state[i], mask=exists)
     tl.store(partials.index + at, state.index, mask=exists)
@@ -360,7 +363,7 @@ def merge_kernel(
         tokens: stats and top; of sampled tokens too if there are targets.
 
     Reads:
-        tokens: beta if MIXED.
+        tokens: what is given of each.
         partials: what `lse_kernel` wrote.
         SCALE: what scores will be multiplied by.
         SPANS: a power of two, at least `spans`.
@@ -368,10 +371,11 @@ def merge_kernel(
     row = tl.program_id(0) * MERGE_BM + tl.arange(0, MERGE_BM)
     state = merged(partials, row, R, spans, stride, tokens, divergence.inverse_temperature, SPANS)
     exists_row = row < R
-    beta = divergence.beta
-    if divergence.FAMILY == MIXED:
-        beta = tl.load(tokens.beta + row, mask=exists_row, other=0.5)
-    stats = normalizers(state, beta, divergence, SCALE)
+    beta = beta_of(tokens, row, exists_row, divergence)
+    advantage = None
+    if tokens.advantages is not None:
+        advantage = tl.load(tokens.advantages + row, mask=exists_row, other=0.0)
+    stats = normalizers(state, beta, advantage, divergence, SCALE)
     for i in tl.static_range(STATS):
         tl.store(tokens.stats + i * stride + row, stats[i], mask=exists_row)
     if tokens.targets is not None:
@@ -393,8 +397,9 @@ def merged(partials, row, R, spans, stride, tokens, inverse_temperature, SPANS: 
     for i in tl.static_range(PARTIALS):
         if (i == E_SUM and LIMIT == 0) or (i >= Z_S and tokens.targets is None):
             found = tl.zeros(at.shape, tl.float32)
-        elif not (partials.TEACHER or i == TOP_S or i == SUM_S or i == Z_S):
-            found = tl.full(at.shape, 1.0, tl.float32)  # any number: nothing is made of it
+        elif not (partials.TEACHER or i == TOP_S or i == SUM_S or i == E_SUM or i == Z_S):
+            # The logits that E is made of are 0; of a sum that there is not, nothing is made.
+            found = tl.full(at.shape, 1.0 if i == SUM_T else 0.0, tl.float32)
         elif i == TOP_S or i == TOP_T:
             found = tl.load(partials.fields + i * field + at, mask=exists, other=float("-inf"))
         else:
@@ -423,14 +428,17 @@ def shard_kernel(own, tokens, partials, R, spans, stride, inverse_temperature, S
 
 
 @triton.jit
-def normalizers(state, beta, divergence, SCALE: tl.constexpr):
-    """The `Stats` [BM] from the state of rows of which every logit was seen."""
+def normalizers(state, beta, advantage, divergence, SCALE: tl.constexpr):
+    """The `Stats` [BM] from the state of rows of which every logit was seen; `advantage` is None
+    without a policy term."""
     top_S, sum_S, top_T, sum_T = state.top_S, state.sum_S, state.top_T, state.sum_T
     p_max, q_max, log_sums = 1.0 / sum_S, 1.0 / sum_T, log_quotient(sum_S, sum_T)
     c, s_top, plain = sum_S, sum_S, sum_S  # never read for log p(ŷ)
-    if divergence.FAMILY != LOG_PROB:
+    mean_d = state.E / sum_S * divergence.inverse_temperature
+    if divergence.FAMILY == ENTROPY:
+        c, s_top = mean_d, -mean_d * p_max
+    elif divergence.FAMILY != LOG_PROB:
         d_top = difference(top_S, state.at_top)
-        mean_d = state.E / sum_S * divergence.inverse_temperature
         c, s_top, plain = shift(
             top_S, p_max, top_T, q_max, log_sums, d_top, mean_d, beta, divergence
         )
@@ -439,6 +447,9 @@ def normalizers(state, beta, divergence, SCALE: tl.constexpr):
             bounded = tl.minimum(tl.maximum(c, -1.0), 1.0, propagate_nan=tl.PropagateNan.ALL)
             s_top = tl.where(bounded == c, s_top, s_top + (c - bounded) * p_max)
             c = bounded
+    if advantage is not None:
+        # It is known beforehand what −A adds to G.
+        c, s_top = c - advantage, s_top + advantage * p_max
     return Stats(top_S, p_max, top_T, q_max, log_sums, c, plain, s_top)
 
 

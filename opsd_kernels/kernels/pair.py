@@ -17,11 +17,14 @@ with c near G the second term is a small correction. The student's top entry, of
 the mass, is stored as 0 in either tile: `finish` adds its part of the gradient in fp32.
 
 For log p(ŷ) of a sampled token, whose gradient is 1[v = ŷ] − p, only the student's logits are made
-and only one tile, s = −p, which is 0 at ŷ: that takes the top entry's place.
+and only one tile, s = −p, which is 0 at ŷ: that takes the top entry's place. So it is for the
+entropy, s = p ((top_S − z_S)/T − c) with c the student's mean of the former term.
+
+Of a policy term −A log p(ŷ) nothing is seen here: c is lower by A, and `finish` adds what is of ŷ.
 
 Where the student's logits are capped (see `head`), s and p are multiplied by the slope of the cap
 as they are stored, and what is summed is not: G is the sum of scores. `finish` is told the slope at
-the top entry.
+the top entry, and where there is a policy term at ŷ.
 
 What `token_divergence` tells besides are sums over the same entries: of both KLs' terms, of the
 entropies' p (top_S − z_S) and q (top_T − z_T), and of what the clip took.
@@ -41,11 +44,15 @@ from opsd_kernels.kernels.head import logits_and_slope
 from opsd_kernels.kernels.logits_tile import halves, logits_tiles, round_to
 from opsd_kernels.kernels.lse import STATS
 from opsd_kernels.kernels.pointwise import (
+    BOTH_KLS,
+    ENTROPY,
     FORWARD_KL,
     HUGE,
     LOG_PROB,
     MIXED,
     REVERSE_KL,
+    as_column,
+    beta_of,
     difference,
     exp,
     kullback_leiblers,
@@ -54,9 +61,9 @@ from opsd_kernels.kernels.pointwise import (
 )
 from opsd_kernels.kernels.records import Stats
 
-# Fields of `Scored.sums` [2 to 8, slots, stride] fp32: Σ f, and Σ s without the top entry's; with
+# Fields of `Scored.sums` [2 to 9, slots, stride] fp32: Σ f, and Σ s without the top entry's; with
 # statistics also those of forward and reverse KL, of both entropies, and of what the clip took, if
-# one is set; last the slope at the top entry, if the student has a softcap.
+# one is set; last slopes, if the student has a softcap.
 VALUE, SCORE = tl.constexpr(0), tl.constexpr(1)
 SUMS, SUMS_OF_STATISTICS = tl.constexpr(2), tl.constexpr(5)
 
@@ -87,22 +94,20 @@ def pair_kernel(
     Reads:
         h_S, h_T, W, W_T: see `logits_tiles`.
         student, teacher, divergence, tiling: the records.
-        tokens: stats and top; of LOG_PROB targets instead; beta if MIXED; and keep, or None: a tile
-            of rows none of which is kept is left out.
+        tokens: stats and top; of LOG_PROB targets instead; what is given of each; and keep, or
+            None: a tile of rows none of which is kept is left out.
     """
     BM: tl.constexpr = tiling.BM
     BV: tl.constexpr = tiling.BV
     OF_STATISTICS: tl.constexpr = SUMS_OF_STATISTICS - 1 + divergence.CLIPPED
-    FIELDS: tl.constexpr = SUMS + scored.STATISTICS * OF_STATISTICS + scored.SLOPE
+    FIELDS: tl.constexpr = SUMS + scored.STATISTICS * OF_STATISTICS + scored.SLOPES
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     exists = row < R
     if tokens.keep is not None:
         keep = tl.load(tokens.keep + row, mask=exists, other=0)
         if tl.max(keep.to(tl.int32), 0) == 0:
             return
-    beta = divergence.beta
-    if divergence.FAMILY == MIXED:
-        beta = tl.load(tokens.beta + row, mask=exists, other=0.5)[:, None]
+    beta = as_column(beta_of(tokens, row, exists, divergence), divergence)
     at_tile = row[:, None].to(tl.int64) * scored.stride - scored.begin
     s_ptrs, p_ptrs = scored.s, scored.p
     if scored.s is not None:
@@ -120,7 +125,10 @@ def pair_kernel(
         )
         stats = load_stats(tokens, stride, row, exists)
         top = top_of(tokens, row, exists, divergence)[:, None]
-        of_rows = (top, stats, beta, exists[:, None])
+        target = None
+        if scored.SLOPES == 2:
+            target = tl.load(tokens.targets + row, mask=exists, other=-1)[:, None]
+        of_rows = (top, target, stats, beta, exists[:, None])
         added = _columns(
             z_S, z_T, begin, None if tiling.EVEN_V else V, student, teacher, of_rows,
             (s_ptrs, p_ptrs), zeros(FIELDS, BM, BV // tiling.PARTS), divergence, scored,
@@ -154,7 +162,8 @@ def _columns(
 
     Args:
         V: the vocabulary's end, or None if all columns are before it.
-        of_rows: top entry, `Stats`, β and whether it exists, of each row [BM, 1].
+        of_rows: top entry, sampled token or None, `Stats`, β and whether it exists, of each row
+            [BM, 1].
         pointers: to rows of s and p, to which a column of the vocabulary is added; None of what is
             not stored.
     """
@@ -176,7 +185,7 @@ def _columns(
         if V is not None:
             z_S = tl.where(col < V, z_S, float("-inf"))
             z_T = tl.where(col < V, z_T, float("-inf"))
-        top, stats, beta, exists = of_rows
+        top, target, stats, beta, exists = of_rows
         terms, p = entries(z_S, z_T, col == top, stats, beta, divergence, scored.STATISTICS)
         # No mask but that of the rows: it would hide that columns are contiguous.
         s_ptrs, p_ptrs = pointers
@@ -186,8 +195,10 @@ def _columns(
         if p_ptrs is not None:
             p = p * scored.SCALE * slope
             tl.store(p_ptrs + col, round_to(p, p_ptrs.dtype.element_ty), mask=exists)
-        if scored.SLOPE:
+        if scored.SLOPES > 0:
             terms = terms + (tl.where(col == top, slope, 0.0),)
+        if scored.SLOPES == 2:
+            terms = terms + (tl.where(col == target, slope, 0.0),)
         return add_each(sums, terms)
 
 
@@ -216,6 +227,10 @@ def entries(z_S, z_T, is_top, stats, beta, divergence, STATISTICS: tl.constexpr)
     if FAMILY == LOG_PROB:
         p = tl.where(is_top, 0.0, p)
         return (tl.zeros(p.shape, tl.float32), -p), p
+    elif FAMILY == ENTROPY:
+        p = tl.where(is_top, 0.0, p)
+        a = _mean_term(p, top_S - z_S) * inverse_temperature
+        return (tl.zeros(p.shape, tl.float32), a - stats.c * p), p
     d = difference(z_S, z_T)
     q = exp(z_T - top_T, inverse_temperature) * stats.q_max
     x = log_ratio(d, top_S, top_T, stats.log_sums, inverse_temperature)
@@ -230,6 +245,11 @@ def entries(z_S, z_T, is_top, stats, beta, divergence, STATISTICS: tl.constexpr)
             f = tl.where((beta == 0) & (d >= HUGE), float("inf"), f)
             nowhere = (d <= -HUGE) & (z_S > -HUGE)
             f = tl.where((beta == 1) & nowhere, float("inf"), f)
+        elif FAMILY == BOTH_KLS:
+            _b, w_q, w_p = beta
+            limit = tl.where((w_q <= 0) & (w_p <= 0), float("-inf"), float("inf"))
+            f = tl.where((w_q != 0) & (d >= HUGE), limit, f)
+            f = tl.where((w_p != 0) & (d <= -HUGE) & (z_S > -HUGE), limit, f)
     s = tl.where(is_top, 0.0, a - stats.c * p)
     terms = (f, s)
     if STATISTICS:

@@ -21,6 +21,11 @@ logarithm takes two dozen.
 Where every token has a β of its own, one formula is all of the family: that of the JSD with lm / b
 in place of lm. It then has a factor b, which the KLs are without, and is theirs at b = 0, where
 lm / b = t; the reverse KL is the forward KL exchanged.
+
+Of halves with weights of their own, in place of b and 1 − b, each is a sum of terms ≥ 0:
+
+    KL(Q‖m)     Q d − (1 − b) (Q − P)   =   Q (e^−d − 1 + d)
+    KL(P‖m)     b (Q − P) − P lm        =   −P o
 """
 
 import math
@@ -32,6 +37,7 @@ from triton.language.core import builtin
 from triton.language.extra.cuda import libdevice
 
 from opsd_kernels import divergence
+from opsd_kernels.divergence import Alone, Halves, Member
 from opsd_kernels.kernels.records import Divergence
 
 # A constant for the kernels: the interpreter has no machine instructions to choose from.
@@ -47,63 +53,79 @@ JENSEN_SHANNON_EXCHANGED = tl.constexpr(3)
 MIXED = tl.constexpr(4)
 # None of these: log p(ŷ) of a sampled token, whose score is 1[v = ŷ], and G = 1.
 LOG_PROB = tl.constexpr(5)
+# Nor this, the student's entropy.
+ENTROPY = tl.constexpr(6)
+# Both KLs, and both halves of a JSD, exchanged as above, by two weights for each row.
+BOTH_KLS = tl.constexpr(7)
+HALVES = tl.constexpr(8)
+HALVES_EXCHANGED = tl.constexpr(9)
 
 HUGE = tl.constexpr(divergence.HUGE)
 LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 SATURATED = tl.constexpr(divergence.SATURATED)
 
 
-def family(beta: float | Tensor | None) -> int:
-    """The member of the family that β selects, as the kernels know it."""
-    if beta is None:
-        return LOG_PROB.value
-    if isinstance(beta, Tensor):
+def family(member: Member) -> int:
+    """What ℓ is, as the kernels know it."""
+    if isinstance(member, Alone):
+        return (LOG_PROB if member is Alone.LOG_PROB else ENTROPY).value
+    if isinstance(member, Tensor):
         return MIXED.value
-    if beta in (0, 1):
-        return (FORWARD_KL if beta == 0 else REVERSE_KL).value
-    return (JENSEN_SHANNON if beta <= 0.5 else JENSEN_SHANNON_EXCHANGED).value
+    if isinstance(member, Halves):
+        if member.beta is None:
+            return BOTH_KLS.value
+        return (HALVES if member.beta <= 0.5 else HALVES_EXCHANGED).value
+    if member in (0, 1):
+        return (FORWARD_KL if member == 0 else REVERSE_KL).value
+    return (JENSEN_SHANNON if member <= 0.5 else JENSEN_SHANNON_EXCHANGED).value
 
 
-def divergence_record(
-    beta: float | Tensor | None, entry_clip: float | None, temperature: float
-) -> Divergence:
-    """The divergence as every kernel is given it; a β of each token goes with the tokens."""
-    weight = 0.0 if beta is None or isinstance(beta, Tensor) else beta
+def divergence_record(member: Member, entry_clip: float | None, temperature: float) -> Divergence:
+    """The divergence as every kernel is given it; a β of each token, and weights, go with the
+    tokens."""
+    beta = member.beta if isinstance(member, Halves) else member
+    weight = beta if isinstance(beta, int | float) else 0.0
     if weight > 0.5:
         weight = 1 - weight  # in fp64: near 1 this is more than fp32 knows of β
     return Divergence(
         weight,
         entry_clip or 0.0,
         1 / temperature,
-        FAMILY=tl.constexpr(family(beta)),
+        FAMILY=tl.constexpr(family(member)),
         CLIPPED=tl.constexpr(entry_clip is not None),
-        KNOWS_G=tl.constexpr(knows_G(beta, entry_clip)),
+        KNOWS_G=tl.constexpr(knows_G(member, entry_clip)),
     )
 
 
-def knows_G(beta: float | Tensor | None, entry_clip: float | None) -> bool:
+def knows_G(member: Member, entry_clip: float | None) -> bool:
     """Whether G follows from sums that need no second look at the vocabulary: that of the unclipped
-    KLs, and that of log p(ŷ)."""
-    if beta is None:
+    KLs, and of what is of the student alone."""
+    if isinstance(member, Alone):
         return True
-    return not isinstance(beta, Tensor) and beta in (0, 1) and entry_clip is None
+    if isinstance(member, Halves):
+        return member.beta is None and entry_clip is None
+    return not isinstance(member, Tensor) and member in (0, 1) and entry_clip is None
 
 
-def is_wide(beta: float | Tensor | None, needs_statistics: bool) -> bool:
-    """Whether more is made of an entry than one divergence: statistics, or a β of each row."""
-    return isinstance(beta, Tensor) or (needs_statistics and beta is not None)
+def is_wide(member: Member, needs_statistics: bool) -> bool:
+    """Whether more is made of an entry than one divergence: statistics, or what is of each row."""
+    if isinstance(member, Alone):
+        return False
+    return needs_statistics or isinstance(member, Tensor | Halves)
 
 
-def mean_limit(beta: float | Tensor | None) -> float:
+def mean_limit(member: Member) -> float:
     """Bound on |d − d_top| in its mean over the student's distribution; 0 if it is not needed.
 
-    The reverse KL's G is that mean, and needs all of it. The JSDs only guess from it, for which
-    differences beyond 32 are no help. They are of logits before temperature.
+    The reverse KL's G is that mean, and needs all of it, as does the entropy. The JSDs only guess
+    from it, for which differences beyond 32 are no help. They are of logits before temperature.
     """
-    if beta is None:
-        return 0.0
-    if not isinstance(beta, Tensor) and beta in (0, 1):
-        return 0.0 if beta == 0 else divergence.HUGE
+    if isinstance(member, Alone):
+        return 0.0 if member is Alone.LOG_PROB else divergence.HUGE
+    if isinstance(member, Halves):
+        return divergence.HUGE if member.beta is None else 32.0
+    if not isinstance(member, Tensor) and member in (0, 1):
+        return 0.0 if member == 0 else divergence.HUGE
     return 32.0
 
 
@@ -195,7 +217,7 @@ def shift(top_S, p_max, top_T, q_max, log_sums, d_top, mean_d, beta, divergence)
         top_S, p_max, top_T, q_max, log_sums: [BM] the normalizers, see `lse`.
         d_top: [BM] z_T − z_S at the student's top entry.
         mean_d: [BM] Σ p (d − d_top) / T, with d − d_top within ±`mean_limit` entry by entry.
-        beta: as in `value_and_score`; [BM] if MIXED.
+        beta: as in `value_and_score`; [BM] what is of each row.
 
     Returns:
         c, a_top − c p_top, plain (1 or 0), [BM] each.
@@ -225,6 +247,14 @@ def shift(top_S, p_max, top_T, q_max, log_sums, d_top, mean_d, beta, divergence)
             plain = tl.where((excess > 0) & (p > 0.5), 1.0, 0.0)
             # The mean knows nothing of the clip: of no use where that must have taken something.
             guessed = guessed & ~(excess > 0) & (a_others <= entry_clip)
+    elif FAMILY == BOTH_KLS:
+        _b, w_q, w_p = beta
+        of_reverse = -w_p * (p_others * x + mean_d)
+        a_others = of_reverse - w_q * _kullback_leibler(p, q, x, FORWARD_KL)[1]
+        if CLIPPED:
+            plain = tl.where((excess > 0) & (tl.maximum(p, q) > 0.5), 1.0, 0.0)
+            a_others += w_q * tl.where(excess > 0, 0.0, tl.maximum(1.0 - q / p, 0.0))
+            guessed = guessed & ~(excess > 0) & (of_reverse <= entry_clip)
     else:
         x_others = x + mean_d / tl.maximum(p_others, 1e-30)
         one = no + 1.0
@@ -240,8 +270,10 @@ def shift(top_S, p_max, top_T, q_max, log_sums, d_top, mean_d, beta, divergence)
                 guessed = guessed & ~(reverse & (a_others > entry_clip)) & (forward | ~clipped)
             else:
                 guessed = guessed & ~clipped
+                if FAMILY != JENSEN_SHANNON and FAMILY != JENSEN_SHANNON_EXCHANGED:
+                    plain = tl.where(clipped & (tl.maximum(p, q) > 0.5), 1.0, 0.0)
     c, s_top = a + a_others, p_others * a - p * a_others
-    if CLIPPED or (FAMILY != FORWARD_KL and FAMILY != REVERSE_KL):
+    if CLIPPED or (FAMILY != FORWARD_KL and FAMILY != REVERSE_KL and FAMILY != BOTH_KLS):
         c = tl.where(guessed, c, a / p)
         s_top = tl.where(guessed, s_top, 0.0)
     return c, s_top, plain
@@ -255,7 +287,7 @@ def value_and_score(p, q, x, plain, beta, divergence):
     Args:
         p, q, x: fp32 tiles: student, teacher and log-ratio.
         plain: 1 for rows whose clipped KL is better summed without the null term, else 0.
-        beta: that of each row if MIXED, else `divergence.beta`.
+        beta: from `beta_of`, as wide as the rows of the tiles.
     """
     FAMILY: tl.constexpr = divergence.FAMILY
     entry_clip = divergence.entry_clip
@@ -286,6 +318,15 @@ def unclipped(p, q, x, beta, FAMILY: tl.constexpr):
         textbook, null, clipped_score = a, q - p, -p
     elif FAMILY == MIXED:
         f, a, textbook, null, clipped_score = _any_divergence(p, q, x, beta)
+    elif FAMILY == BOTH_KLS:
+        _b, w_q, w_p = beta
+        forward, a_forward = _kullback_leibler(p, q, x, FORWARD_KL)
+        reverse, a_reverse = _kullback_leibler(p, q, x, REVERSE_KL)
+        f, a = w_q * forward + w_p * reverse, w_q * a_forward + w_p * a_reverse
+        textbook, null = w_q * (q * x) + w_p * a_reverse, (w_q - w_p) * a_forward
+        clipped_score = (w_q - w_p) * p
+    elif FAMILY == HALVES or FAMILY == HALVES_EXCHANGED:
+        f, a, textbook, null, clipped_score = _halves(p, q, x, beta, FAMILY == HALVES_EXCHANGED)
     else:
         EXCHANGED: tl.constexpr = FAMILY == JENSEN_SHANNON_EXCHANGED
         f, a = _jensen_shannon(p, q, x, beta, EXCHANGED)
@@ -360,6 +401,79 @@ def _any_divergence(p, q, x, beta):
     null = tl.where(is_kl, -P_lm_b, 0.0)
     clipped_score = tl.where(is_kl, tl.where(exchanged, -Q, P), 0.0)
     return f, a, textbook, null, clipped_score
+
+
+@triton.jit
+def _halves(p, q, x, beta, EXCHANGED: tl.constexpr):
+    """`unclipped` for weights of both halves."""
+    b, w_q, w_p = beta
+    if EXCHANGED:
+        P, Q, y, w_P, w_Q = q, p, -x, w_q, w_p
+    else:
+        P, Q, y, w_P, w_Q = p, q, x, w_p, w_q
+    y = _at_most(y, SATURATED)
+    e, near = _expm1_beyond(y)
+    t = tl.where(near, y + e, exp(y) - 1.0)
+    w = b * t
+    o, small = _log1p_beyond(w)
+    lm = tl.where(small, w + o, log_far(1.0 + w))  # log(m/P)
+    d = y - lm  # log(Q/m)
+    Q_minus_P = tl.where(near, P * t, Q - P)
+    of_Q = tl.where(near, Q * _expm1_beyond(-d)[0], Q * d - (1.0 - b) * Q_minus_P)
+    of_P = tl.where(near & small, -P * o, b * Q_minus_P - P * lm)
+    f = w_Q * _at_least_zero(of_Q) + w_P * _at_least_zero(of_P)
+    textbook = w_Q * (Q * d) - w_P * (P * lm)
+    # κ, and what null term and shift are made of: (q − m)/m, in the exchanged frame (P − m)/m.
+    off = quotient(t, 1.0 + w)
+    if EXCHANGED:
+        kappa = w_q * -b + w_p * (1.0 - b)
+        a = Q * (w_Q * d - kappa * (b * off))
+        null = -kappa * Q_minus_P
+        clipped_score = -kappa * Q
+    else:
+        kappa = w_p * b - w_q * (1.0 - b)
+        a = P * (kappa * ((1.0 - b) * off) - w_P * lm)
+        null = kappa * Q_minus_P
+        clipped_score = -kappa * P
+    return f, a, textbook, null, clipped_score
+
+
+@triton.jit
+def beta_of(tokens, row, mask, divergence):
+    """β of rows [BM], one for all; or where each row has its own, this; or β, w_q and w_p. The mask
+    is None where all rows exist."""
+    FAMILY: tl.constexpr = divergence.FAMILY
+    if FAMILY == MIXED:
+        return _load(tokens.beta + row, mask, 0.5)
+    elif FAMILY == BOTH_KLS or FAMILY == HALVES or FAMILY == HALVES_EXCHANGED:
+        return (
+            divergence.beta,
+            _load(tokens.w_q + row, mask, 0.0),
+            _load(tokens.w_p + row, mask, 0.0),
+        )
+    else:
+        return divergence.beta
+
+
+@triton.jit
+def _load(ptrs, mask, other):
+    if mask is None:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=mask, other=other)
+
+
+@triton.jit
+def as_column(beta, divergence):
+    """What `beta_of` found, [BM, 1]."""
+    FAMILY: tl.constexpr = divergence.FAMILY
+    if FAMILY == MIXED:
+        return beta[:, None]
+    elif FAMILY == BOTH_KLS or FAMILY == HALVES or FAMILY == HALVES_EXCHANGED:
+        b, w_q, w_p = beta
+        return b, w_q[:, None], w_p[:, None]
+    else:
+        return beta
 
 
 @triton.jit

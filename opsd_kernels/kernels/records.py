@@ -53,14 +53,17 @@ def for_kernels(logit_map: LogitMap) -> tuple[Tensor | None, float | None, float
 
 
 class Tokens(NamedTuple):
-    """What is known of R tokens: the first three as given, where there are such; the last two as
-    `lse` found them."""
+    """What is known of R tokens: `stats` and `top` as `lse` found them, the others as given, where
+    there are such."""
 
     keep: Any = None  # [R] bool, the tokens that will count
     targets: Any = None  # [R] int32, the sampled tokens ŷ
     beta: Any = None  # [R] fp32, if the family is MIXED
     stats: Any = None  # [8 or 11, stride] fp32, see `Stats`; three fields more if there are targets
     top: Any = None  # [stride] int32, the student's most likely entry
+    w_q: Any = None  # [R] fp32, if weights of both halves are given, as is …
+    w_p: Any = None  # … this
+    advantages: Any = None  # [R] fp32, A of a policy term −A log p(ŷ)
 
 
 class Divergence(NamedTuple):
@@ -105,7 +108,7 @@ class Partials(NamedTuple):
     index: Any  # [spans, stride] int32, the last
     span: Any  # columns of each, a multiple of BV
     LIMIT: Any  # `mean_limit` of β, or 0: E is not wanted
-    TEACHER: Any  # whether there is one
+    TEACHER: Any  # whether there is one; else E is made of z_T = 0
 
 
 class Scored(NamedTuple):
@@ -116,7 +119,8 @@ class Scored(NamedTuple):
     slots: Any
     SCORES: Any  # whether Σ s is wanted
     STATISTICS: Any
-    SLOPE: Any  # and the slope at the top entry, where there is a softcap
+    SLOPES: Any  # and slopes, where there is a softcap: at the top entry, and 2 of them with a
+    # policy term, at ŷ
     s: Any = None  # [R, stride]; None without gradient
     p: Any = None  # [R, stride]; None also where G is known
     begin: Any = None
@@ -135,7 +139,7 @@ class Accumulated(NamedTuple):
 class Results(NamedTuple):
     """What a caller wants, and gets 0 of for a token that is not kept."""
 
-    loss: Any  # [R] fp32: ℓ, or log p(ŷ)
+    loss: Any  # [R] fp32: ℓ, or log p(ŷ), or the entropy
     statistics: Any = None  # [STATISTICS, R] fp32, at the stride of …
     dh_S: Any = None  # [R, D] fp32
     # … these, for a gradient that is made later: `Stats` [8, R], with G in place of c and g_top in
@@ -171,6 +175,8 @@ class Rows(NamedTuple):
 class RowGradient(NamedTuple):
     """The gradient with respect to u_S."""
 
+    NEEDED: Any  # whether it is to be made
+    LIMIT: Any  # `mean_limit` of what ℓ is, 0 where no mean is needed
     g: Any  # [R, V] in the memory of u_S or its first part, times SCALE; but 0 at the top entry …
     top: Any  # [R] int32, … which is this one, …
     g_top: Any  # [R] fp32, … with this gradient

@@ -21,7 +21,15 @@ were read before. The matrix product that follows reads it there, with no copy m
 import triton
 import triton.language as tl
 
-from opsd_kernels.kernels.finish import LOG_P, statistics, top_gradient
+from opsd_kernels.kernels.finish import (
+    LOG_P,
+    is_finite,
+    policy_gradient,
+    statistics,
+    top_gradient,
+    with_policy,
+)
+from opsd_kernels.kernels.gradient import with_policy_term
 from opsd_kernels.kernels.head import logits_and_slope
 from opsd_kernels.kernels.logits_tile import round_to
 from opsd_kernels.kernels.lse import (
@@ -36,14 +44,14 @@ from opsd_kernels.kernels.lse import (
     nothing,
 )
 from opsd_kernels.kernels.pair import SUMS, SUMS_OF_STATISTICS, add_each, entries, zeros
-from opsd_kernels.kernels.pointwise import LOG_PROB, MIXED
-from opsd_kernels.kernels.records import Stats
+from opsd_kernels.kernels.pointwise import ENTROPY, LOG_PROB, MIXED, as_column, beta_of
+from opsd_kernels.kernels.records import Stats, Tokens
 
 
 # What depends on the batch is no reason to compile again.
 @triton.jit(
     do_not_specialize=["stride_statistics"],
-    do_not_specialize_on_alignment=["targets", "beta"],
+    do_not_specialize_on_alignment=["targets", "beta", "w_q", "w_p", "advantages"],
 )
 def rows_kernel(
     results,
@@ -51,10 +59,11 @@ def rows_kernel(
     logits,
     targets,
     beta,
+    w_q,
+    w_p,
+    advantages,
     stride_statistics,
     divergence,
-    LIMIT: tl.constexpr,
-    NEEDS_SCORE: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
 ):
@@ -63,22 +72,24 @@ def rows_kernel(
     Writes:
         results: loss; of statistics what there is of sampled tokens if there are targets; stats
             and top.
-        gradient: if NEEDS_SCORE.
+        gradient: if NEEDED.
 
     Reads:
         logits, divergence: the records.
-        targets: [R] int32, the sampled tokens, or None.
-        beta: [R] fp32 if MIXED.
-        LIMIT: `mean_limit` of β.
+        targets, beta, w_q, w_p, advantages: as in `Tokens`, or None.
         BLOCK, PARTS: see `tiles.Sweep`.
     """
+    NEEDS_SCORE: tl.constexpr = gradient.NEEDED
+    LIMIT: tl.constexpr = gradient.LIMIT
+    tokens = Tokens(None, targets, beta, None, None, w_q, w_p, advantages)
     KNOWS_G: tl.constexpr = divergence.KNOWS_G
     FOR_LATER: tl.constexpr = results.stats is not None
     HAS_STATISTICS: tl.constexpr = results.statistics is not None
     STATISTICS: tl.constexpr = HAS_STATISTICS and divergence.FAMILY != LOG_PROB
     OF_STATISTICS: tl.constexpr = SUMS_OF_STATISTICS - 1 + divergence.CLIPPED
     # Log-probabilities alone need no second sweep.
-    SECOND: tl.constexpr = NEEDS_SCORE or FOR_LATER or divergence.FAMILY != LOG_PROB
+    IS_DIVERGENCE: tl.constexpr = divergence.FAMILY != LOG_PROB and divergence.FAMILY != ENTROPY
+    SECOND: tl.constexpr = NEEDS_SCORE or FOR_LATER or IS_DIVERGENCE
     row = tl.program_id(0).to(tl.int64)
     V, inverse_temperature = logits.V, divergence.inverse_temperature
     g_ptr = gradient.g + row * gradient.stride
@@ -89,10 +100,12 @@ def rows_kernel(
     target = None
     if targets is not None:
         target = tl.load(targets + one)
-    of_row, of_entries = divergence.beta, divergence.beta
-    if divergence.FAMILY == MIXED:
-        of_row = tl.load(beta + one)
-        of_entries = of_row[:, None]
+    of_row = beta_of(tokens, one, None, divergence)
+    of_entries = as_column(of_row, divergence)
+    advantage = None
+    if advantages is not None and target is not None:
+        advantage = tl.load(advantages + one)
+        policy = advantage[:, None], target[:, None]
 
     state = seen(start, logits, target, inverse_temperature, LIMIT, BLOCK, PARTS)
     if targets is not None:
@@ -100,7 +113,7 @@ def rows_kernel(
     top = state.index
     if divergence.FAMILY == LOG_PROB:
         top = target
-    stats = normalizers(state, of_row, divergence, gradient.SCALE)
+    stats = normalizers(state, of_row, advantage, divergence, gradient.SCALE)
     column = column_of(stats)
     if NEEDS_SCORE or FOR_LATER:  # before it is written over
         _z, _z_T, slope_top = _load(start, logits, top)
@@ -115,16 +128,24 @@ def rows_kernel(
         terms, _p = entries(z_S, z_T, col == top, column, of_entries, divergence, STATISTICS)
         sums = add_each(sums, terms)
         if NEEDS_SCORE and KNOWS_G:
-            _store(g_ptr, _weighed(terms[1] * slope, factor, gradient.weights), col, V)
+            g = terms[1]
+            if advantages is not None:
+                g = _policy_term(g, col, top, policy)
+            _store(g_ptr, _weighed(g * slope, factor, gradient.weights), col, V)
     loss = tl.sum(sums[0], 1)
     if divergence.FAMILY == LOG_PROB:
         loss = sampled[0]
+    elif divergence.FAMILY == ENTROPY:
+        loss = stats.c - tl.log(stats.p_max)
+    whole = loss  # what a clip takes of
+    if advantages is not None:
+        loss = with_policy(loss, advantage, sampled[0])
     tl.store(results.loss + one, loss)
     if STATISTICS:
         totals = ()
         for i in tl.static_range(SUMS, len(sums)):
             totals = totals + (tl.sum(sums[i], 1),)
-        found = statistics(totals, loss, stats.p_max, stats.q_max, of_row, divergence)
+        found = statistics(totals, whole, stats.p_max, stats.q_max, of_row, divergence)
         for i in tl.static_range(len(found)):
             tl.store(results.statistics + i * stride_statistics + one, found[i])
     if HAS_STATISTICS and targets is not None:
@@ -133,9 +154,15 @@ def rows_kernel(
             tl.store(to, sampled[i])
     if NEEDS_SCORE or FOR_LATER:
         others = tl.sum(sums[1], 1)
-        g_top = top_gradient(stats.s_top, others, stats.p_max, divergence) * slope_top
-        missed = stats.s_top + others  # G − c
-        infinite = loss == float("inf")
+        if advantages is not None:
+            g_top, missed = policy_gradient(
+                stats.s_top, others, stats.p_max, advantage, target == top, divergence
+            )
+            g_top *= slope_top
+        else:
+            g_top = top_gradient(stats.s_top, others, stats.p_max, divergence) * slope_top
+            missed = stats.s_top + others  # G − c
+        infinite = ~is_finite(loss, tokens, divergence)
     if FOR_LATER:
         for i in tl.static_range(STATS):
             known = stats[i]
@@ -157,7 +184,9 @@ def rows_kernel(
                 z_S, z_T, slope = _load(start, logits, col)
                 terms, p = entries(z_S, z_T, col == top, column, of_entries, divergence, False)
                 g = terms[1] - missed[:, None] * p
-                if divergence.FAMILY == MIXED:
+                if advantages is not None:
+                    g = _policy_term(g, col, top, policy)
+                if divergence.FAMILY == MIXED or advantages is not None:
                     g = tl.where(infinite[:, None], 0.0, g)
                 _store(g_ptr, _weighed(g * slope, factor, gradient.weights), col, V)
         if gradient.weights is not None:
@@ -167,6 +196,12 @@ def rows_kernel(
             tl.debug_barrier()  # others have written 0 there
             tl.store(g_ptr + top, rounded)
             tl.store(gradient.g_top + one, g_top)
+
+
+@triton.jit
+def _policy_term(g, col, top, policy):
+    """`with_policy_term`, but for the top entry, which is 0 here."""
+    return tl.where(col == top[:, None], g, with_policy_term(g, col, policy))
 
 
 @triton.jit

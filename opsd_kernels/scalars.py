@@ -1,0 +1,50 @@
+"""Checks of numbers: what is none, or does not lie where it should, is refused by name."""
+
+import math
+from numbers import Real
+
+from opsd_kernels.divergence import HUGE
+
+
+def number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is too large: {value}") from None
+
+
+def check_beta(beta: float) -> float:
+    """Check β of all tokens."""
+    beta = number("beta", beta)
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must lie in [0, 1], got {beta}")
+    return beta
+
+
+def check_temperature(temperature: float) -> float:
+    temperature = number("temperature", temperature)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    return temperature
+
+
+def check_clip(name: str, clip: float | None) -> float | None:
+    """Check a clip, of entries or of the advantage, and return it as a float."""
+    if clip is None:
+        return None
+    clip = number(name, clip)
+    if not 0 < clip < HUGE:
+        raise ValueError(
+            f"{name} must be positive and below {HUGE:g}, or None for no clip, got {clip}"
+        )
+    return clip
+
+
+def check_weight(name: str, weight: float) -> float:
+    """Check a weight of either sign."""
+    weight = number(name, weight)
+    if not abs(weight) < HUGE:
+        raise ValueError(f"{name} must be finite, and within ±{HUGE:g}, got {weight}")
+    return weight
