@@ -35,6 +35,16 @@ def make_inputs(
     return h_S.to(dtype), h_T.to(dtype), W.to(dtype)
 
 
+def sample_targets(h: Tensor, W: Tensor) -> Tensor:
+    """[N] ids, each drawn from its token's distribution; the same ones every time."""
+    g = torch.Generator(h.device).manual_seed(1)
+    drawn = [
+        (rows.float() @ W.float().t()).softmax(-1).multinomial(1, generator=g)[:, 0]
+        for rows in h.detach().split(256)
+    ]
+    return torch.cat(drawn)
+
+
 def describe(h_S: Tensor, h_T: Tensor, W: Tensor, tokens: int = 32) -> str:
     """Mean teacher entropy and JSD, in nats, of some of the tokens."""
     some = torch.linspace(0, h_S.shape[0] - 1, min(tokens, h_S.shape[0])).long().to(h_S.device)

@@ -5,9 +5,11 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -66,6 +68,21 @@ def high_water(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _bytes_of("/proc/self/status", "VmHWM")
+
+
+@contextmanager
+def counted_dots() -> Iterator[list[int]]:
+    """The multiply-adds of every tile that `tl.dot` multiplies meanwhile, in the interpreter."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    create_dot, dots = InterpreterBuilder.create_dot, list[int]()
+
+    def counted(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        dots.append(a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
+        return create_dot(self, a, b, *rest)
+
+    with mock.patch.object(InterpreterBuilder, "create_dot", counted):
+        yield dots
 
 
 def limit_memory() -> None:

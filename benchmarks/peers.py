@@ -1,5 +1,6 @@
 """The same loss as others compute it, behind one signature: mean JSD_β (β on the teacher, 0 and 1
-naming the forward and reverse KL) of [N, D] hidden states, differentiable with respect to h_S.
+naming the forward and reverse KL) of [N, D] hidden states, differentiable with respect to h_S; and
+the mean cross-entropy of N tokens, differentiable with respect to h and W.
 
 Peers are imported when called: none of them is needed to use the package.
 """
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from opsd_kernels import fused_jsd_loss
+from opsd_kernels import fused_jsd_loss, fused_log_probs
 
 
 class Loss(Protocol):
@@ -173,6 +174,60 @@ COLORS = dict(
         strict=True,
     )
 )
+
+
+class CrossEntropy(Protocol):
+    def __call__(self, h: Tensor, W: Tensor, targets: Tensor) -> Tensor: ...
+
+
+def logit_free_cross_entropy(h: Tensor, W: Tensor, targets: Tensor) -> Tensor:
+    return -fused_log_probs(h, W, targets, workspace_mib=0).mean()
+
+
+def row_workspace_cross_entropy(h: Tensor, W: Tensor, targets: Tensor) -> Tensor:
+    """With the workspace of `row_workspace`."""
+    workspace_mib = None if h.device.type == "cpu" else 320
+    return -fused_log_probs(h, W, targets, workspace_mib=workspace_mib).mean()
+
+
+def eager_cross_entropy(h: Tensor, W: Tensor, targets: Tensor) -> Tensor:
+    """Logits upcast, as transformers does."""
+    functional = torch.nn.functional
+    return functional.cross_entropy(functional.linear(h, W).float(), targets)
+
+
+def liger_cross_entropy(h: Tensor, W: Tensor, targets: Tensor) -> Tensor:
+    """Liger's `LigerFusedLinearCrossEntropyLoss`: chunks of logits, both gradients in forward."""
+    from liger_kernel.transformers.fused_linear_cross_entropy import (
+        LigerFusedLinearCrossEntropyLoss,
+    )
+
+    return LigerFusedLinearCrossEntropyLoss()(W, h, targets)
+
+
+def cce(h: Tensor, W: Tensor, targets: Tensor) -> Tensor:
+    """Apple's kernels, by default without the tiles of a gradient that are all below a threshold:
+    what they skip is missing in the gradient."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(h, W, targets, impl="cce")
+
+
+def cce_compiled(h: Tensor, W: Tensor, targets: Tensor) -> Tensor:
+    """The same package's way without kernels of its own: eager, through `torch.compile`."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(h, W, targets, impl="torch_compile")
+
+
+CROSS_ENTROPIES: dict[str, CrossEntropy] = {
+    "ours, logit-free": logit_free_cross_entropy,
+    "ours, row workspace": row_workspace_cross_entropy,
+    "eager": eager_cross_entropy,
+    "Liger": liger_cross_entropy,
+    "CCE": cce,
+    "CCE, torch.compile": cce_compiled,
+}
 
 
 def why(error: BaseException) -> str:

@@ -15,7 +15,7 @@ import torch
 
 # What such cards have, as nvidia-smi tells it.
 GPU_GIB = {"24 GB": 24.0, "80 GB": 79.6, "141 GB": 140.4}
-PEERS = ("trl", "liger-kernel", "orda-kernel")
+PEERS = ("trl", "liger-kernel", "orda-kernel", "cut-cross-entropy")
 
 
 def machine(device: torch.device) -> str:

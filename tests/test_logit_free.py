@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.allocations import Allocations
+from benchmarks.measure import counted_dots
 from opsd_kernels import (
     fused_jsd_loss,
     fused_sampled_token_loss,
@@ -142,21 +143,6 @@ def test_what_products_read_is_aligned(D):
         assert scratch.copied_rows % 64 == 0 < scratch.copied_rows
     (workspace,) = row_workspace.allocate(problem, needs_statistics=False, budget=2**30)
     assert workspace.stride(0) == 151680
-
-
-@contextmanager
-def counted_dots() -> Iterator[list[int]]:
-    """The multiply-adds of every tile that `tl.dot` multiplies meanwhile."""
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    original, dots = InterpreterBuilder.create_dot, []
-
-    def create_dot(self, a, b, *rest):
-        dots.append(a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
-        return original(self, a, b, *rest)
-
-    with mock.patch.object(InterpreterBuilder, "create_dot", create_dot):
-        yield dots
 
 
 @interpreted

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.allocations import Allocations
+from benchmarks.measure import counted_dots
 from opsd_kernels import (
     FusedJSDLoss,
     LMHead,
@@ -374,8 +375,6 @@ def test_one_graph(op, backend):
 @pytest.mark.parametrize(("beta", "entry_clip"), [(0.5, None), (0.0, None), (1.0, 0.05)])
 def test_passes(beta, entry_clip):
     """8 U logit-free; in the row workspace 4 U in forward, else 6 U."""
-    from test_logit_free import counted_dots
-
     N, V, D = 64, 1024, 64
     for way, U in (("logit-free", 8), ("PyTorch, forward", 4), ("PyTorch, backward", 6)):
         h_S, h_T, W = random_inputs(N, V, D)
