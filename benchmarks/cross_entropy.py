@@ -214,13 +214,17 @@ def measure(
         "method": method,
     }
     task: dict[str, Any] = {"device": device, "repeats": repeats, **of_row}
+    figures: dict[str, float] = {}
     if torch.device(device).type == "cpu":
-        failure, figures = in_a_process(__file__, task, seconds)
+        if method in INTERPRETED + COMPILED:
+            failure = "needs a GPU"
+        else:
+            failure, figures = in_a_process(__file__, task, seconds)
     else:
         try:
             failure, figures = "", measure_here(**task)
         except Exception as error:
-            failure, figures = why(error), {}
+            failure = why(error)
     return Row(name_of(torch.device(device)), "measured", **of_row, failure=failure, **figures)
 
 
@@ -229,8 +233,6 @@ def measure_here(
 ) -> dict[str, float]:
     """In this process, after a run that warms up."""
     at = torch.device(device)
-    if at.type == "cpu" and method in INTERPRETED + COMPILED:
-        raise NotImplementedError("needs a GPU")
     given = inputs(N, D, V, dtype, at)
     gradients(method, *given, head)
     before = start_counting(at)

@@ -72,6 +72,7 @@ TESTS = {
     "sampled": _tests("sampled_token", only="{cuda}"),
 }
 SPEED = ["benchmarks/speed.py", "--repeats", "3"]
+CROSS_ENTROPY = ["benchmarks/cross_entropy.py", "--repeats", "5"]
 TUNE = ["benchmarks/tune.py", "--output", "{output}"]
 STEPS = [
     Step(
@@ -109,8 +110,21 @@ STEPS = [
         rehearsal=["--model", "qwen3-0.6b", "--tokens", "64"],
     ),
     Step(
+        "cross-entropy",
+        45,
+        {
+            "cross-entropy": [
+                *CROSS_ENTROPY,
+                *["--methods", *OURS, "eager", "Liger", "CCE"],
+                *["--output", "{output}"],
+            ]
+        },
+        {"cross-entropy": [*CROSS_ENTROPY, "--quick", "--methods", *OURS]},
+        rehearsal=["--quick", "--tokens", "8", "--dtype", "float32"],
+    ),
+    Step(
         "tune",
-        100,
+        70,
         {"tune": [*TUNE, "--seconds", "{seconds}"]},
         {"tune": ["benchmarks/tune.py", "--dry"]},
     ),
@@ -148,9 +162,9 @@ def main() -> int:
         else:
             outcomes = run(step, limit, output, hardware, args.rehearse)
         failed |= step.name == "tests" and any(told != "ok" for told in outcomes.values())
-        lines += [f"{step.name:<10} {time.monotonic() - start:6.1f} s"]
+        lines += [f"{step.name:<13} {time.monotonic() - start:6.1f} s"]
         for process, told in outcomes.items():
-            lines += [f"  {process:<12} {'; '.join(filter(None, (told, *notes(output, process))))}"]
+            lines += [f"  {process:<13} {'; '.join(filter(None, (told, *notes(output, process))))}"]
         print("\n".join(lines[-1 - len(outcomes) :]), flush=True)
         (output / "summary.txt").write_text("\n".join(lines) + "\n")
         (output / "prediction.md").write_text(prediction.page(name, output))

@@ -20,7 +20,17 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import accuracy, memory, report, resources, roofline, speed, step, trl_trainers
+from benchmarks import (
+    accuracy,
+    cross_entropy,
+    memory,
+    report,
+    resources,
+    roofline,
+    speed,
+    step,
+    trl_trainers,
+)
 from benchmarks.shapes import QWEN3
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +100,7 @@ def readme_parts(results: Path, page: Path) -> dict[str, str]:
         "memory": _memory_of_readme(_best(results, measured, "memory", memory.Row), page),
         "speed": _speed_of_readme(_best(results, measured, "speed", speed.Row), page),
         "gpu": _gpus_of_readme(measured),
+        "cross-entropy": _cross_entropy_of_readme(results / "cross_entropy.csv"),
         "trainers": _trainers_of_readme(results / "trl_trainers.csv"),
         "layers": _layers_of_readme(results / "step.csv"),
         "compatibility": compatibility(results, measured),
@@ -203,6 +214,21 @@ def _trainers_of_readme(path: Path) -> str:
     )
 
 
+def _cross_entropy_of_readme(path: Path) -> str:
+    """What one takes beside eager, of a frozen head, at the most tokens."""
+    _, rows = report.read(path, cross_entropy.Row)
+    frozen = [row for row in rows if row.what == "measured" and row.head == "frozen"]
+    N = max(row.N for row in frozen)
+    of_it = [row for row in frozen if (row.N, row.dtype) == (N, frozen[0].dtype)]
+    ours, eager = ({r.method: r for r in of_it}[m] for m in ("ours, row workspace", "eager"))
+    return _wrapped(
+        f"A mean cross-entropy of {N} tokens and its gradient ({ours.device}, {ours.dtype}, a "
+        f"frozen head, a vocabulary of {ours.V:,}) takes {ours.peak_mib:,.0f} MiB and "
+        f"{ours.processor_s:.1f} s of the processor, eager {eager.peak_mib:,.0f} MiB and "
+        f"{eager.processor_s:.1f} s; [beside Liger and CCE](docs/benchmarks.md#cross-entropy)."
+    )
+
+
 def _layers_of_readme(path: Path) -> str:
     """What is left of a step's memory, at the most tokens that were counted."""
     _, rows = report.read(path, step.Row)
@@ -259,11 +285,20 @@ def page_parts(results: Path, page: Path) -> dict[str, str]:
         "heads": _every_head(results / "memory.csv"),
         "speed": speed.summary(results / "speed.csv"),
         "trained": "\n\n".join(map(speed.summary, sorted(results.glob("*/trained.csv")))),
+        "cross-entropy": _cross_entropy(results),
         "step": step.summary(results / "step.csv"),
         "roofline": roofline.summary(predicted, setting),
         "resources": resources.summary(results / "resources.csv"),
         "gpus": "\n\n".join(_section(gpu, page) for gpu in gpus(results)) or "None yet.",
     }
+
+
+def _cross_entropy(results: Path) -> str:
+    """What was recorded on a CPU, and on which GPUs there is more."""
+    on_gpus = [gpu for gpu in gpus(results) if gpu.csv("cross_entropy")]
+    names = ", ".join(f"[{gpu.name}](#{slug(gpu.name)})" for gpu in on_gpus)
+    also = f"Also measured on {names}." if names else "On a GPU it has not been measured."
+    return f"{cross_entropy.summary(results / 'cross_entropy.csv')}\n\n{also}"
 
 
 def examples_parts(results: Path, page: Path) -> dict[str, str]:
@@ -290,6 +325,7 @@ def _section(gpu: Gpu, page: Path) -> str:
         ("Time, as multiples of three bare products", "speed", speed.summary),
         ("Memory", "memory", memory.summary),
         ("Accuracy", "accuracy", accuracy.summary),
+        ("Cross-entropy", "cross_entropy", cross_entropy.summary),
     ):
         if path := gpu.csv(name):
             parts += [f"#### {title}", *_picture(path, f"{title} on {gpu.name}", page)]

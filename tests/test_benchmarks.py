@@ -17,6 +17,7 @@ from inputs import random_inputs
 
 from benchmarks import accuracy as accuracy_benchmark
 from benchmarks import (
+    cross_entropy,
     memory,
     peers,
     readme,
@@ -28,7 +29,7 @@ from benchmarks import (
     trl_trainers,
 )
 from benchmarks.allocations import Allocations, fake_device
-from benchmarks.inputs import describe, make_inputs
+from benchmarks.inputs import describe, make_inputs, sample_targets
 from opsd_kernels import divergence_name
 
 
@@ -230,6 +231,68 @@ def test_step(monkeypatch, capsys, tmp_path):
     assert (tmp_path / "step.png").stat().st_size > 10_000
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
+def test_cross_entropy(monkeypatch, capsys, tmp_path):
+    """Counts are those that are known, errors of ours roundings; and what cannot run says why."""
+    monkeypatch.setitem(cross_entropy.COMPARED, "cpu", (16, 32, 1000))
+    monkeypatch.setitem(cross_entropy.MODELS, "qwen3-0.6b", (8, 60_000))
+    monkeypatch.setitem(cross_entropy.QUICK, "cpu", ("qwen3-0.6b", [200]))
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", None)
+
+    def here(script, task, seconds):
+        return "", cross_entropy.measure_here(**task)
+
+    monkeypatch.setattr(cross_entropy, "in_a_process", here)
+    small = ["--device", "cpu", "--quick", "--repeats", "1", "--dtype", "float32"]
+    methods = [name for name in peers.CROSS_ENTROPIES if name != "CCE, torch.compile"]
+    arguments = [*small, "--output", str(tmp_path), "--methods", *methods]
+    monkeypatch.setattr(sys, "argv", ["cross_entropy.py", *arguments])
+    cross_entropy.main()
+    _, rows = report.read(tmp_path / "cross_entropy.csv", cross_entropy.Row)
+    compared, measured = (
+        {(row.method, row.head): row for row in rows if row.what == what}
+        for what in ("compared", "measured")
+    )
+    assert len(rows) == len(compared) + len(measured) == 2 * 2 * len(methods)
+    known = {"ours, logit-free": (3, 5), "ours, row workspace": (2, 4), "eager": (2, 3)}
+    for method, counts in known.items():
+        found = tuple(compared[method, head].products for head in cross_entropy.HEADS)
+        assert found == counts
+    for row in compared.values():
+        if row.method.startswith("ours"):
+            assert row.h_error < TILED_GRAD_UNITS * row.h_rounding
+        elif row.method == "eager":
+            assert row.h_error > 1.2 * row.h_rounding  # its logits are rounded
+    assert compared["ours, logit-free", "trained"].W_error > 0
+    ours, eager = (measured[method, "frozen"] for method in ("ours, row workspace", "eager"))
+    assert 0 < ours.peak_mib < eager.peak_mib < 250
+    assert min(ours.seconds, ours.processor_s) > 0
+    assert measured["eager", "trained"].peak_mib > eager.peak_mib
+    for method in ("ours, logit-free", "Liger", "CCE"):
+        assert measured[method, "frozen"].failure == "needs a GPU"
+    text = (tmp_path / "cross_entropy.md").read_text()
+    assert "| **ours, row workspace** | **2** | **4** | " in text
+    assert "| CCE | needs a GPU | needs a GPU |" in text
+    assert (tmp_path / "cross_entropy.png").stat().st_size > 10_000
+
+
+def test_cross_entropy_in_a_process_of_its_own():
+    of_row = (8, 8, 500, "float32", "trained", "ours, row workspace")
+    row = cross_entropy.measure("cpu", *of_row, repeats=1, seconds=60)
+    assert (row.failure, row.what) == ("", "measured")
+    assert row.seconds > 0
+
+
+def test_sampled_targets_follow_the_distribution():
+    h, _, W = make_inputs(300, 50, 16, torch.float32, torch.device("cpu"))
+    targets = sample_targets(h, W)
+    assert torch.equal(targets, sample_targets(h, W))
+    p = (h @ W.t()).softmax(-1)
+    most = p.max(-1).values
+    agree = (targets == p.argmax(-1)).float().mean()
+    assert agree == pytest.approx(float(most.mean()), abs=0.07)  # of 300 draws, 3 deviations
+
+
 @pytest.mark.parametrize("trainer", trl_trainers.TRAINERS)
 def test_trl_trainers(trainer, monkeypatch):
     """Both ways compute the same, and neither falls back."""
@@ -300,7 +363,7 @@ def test_the_pages_show_what_was_recorded():
     generated = readme.generated()
     for page, text in generated.items():
         assert page.read_text() == text
-    for module in (accuracy_benchmark, memory, speed, step):
+    for module in (accuracy_benchmark, cross_entropy, memory, speed, step):
         name = module.__name__.rpartition(".")[2]
         table = module.summary(readme.RESULTS / f"{name}.csv")
         assert (readme.RESULTS / f"{name}.md").read_text() == table + "\n"

@@ -8,8 +8,10 @@ import textbook
 import torch
 from accuracy import exact
 from inputs import language_like_inputs, random_inputs
+from schedules import DEVICE
 
 from benchmarks import peers
+from opsd_kernels import fused_log_probs
 
 BETAS = [0.0, 0.3, 0.5, 1.0]
 
@@ -31,6 +33,30 @@ def test_equal_to_the_peers_where_they_are_right(op, peer, beta, temperature):
     (ours, our_grad), (theirs, their_grad) = results
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
     assert (our_grad - their_grad).norm() < 1e-5 * our_grad.norm()
+
+
+@pytest.mark.parametrize("peer", ["eager", "Liger", "CCE, torch.compile"])
+def test_cross_entropies_are_equal(op, peer):
+    """fp32: values, and gradients of hidden states and head. Liger's kernel is interpreted."""
+    needed = {"Liger": "liger_kernel", "CCE, torch.compile": "cut_cross_entropy"}
+    pytest.importorskip(needed.get(peer, "torch"))
+    h, _, W = random_inputs(20, 500, 16)
+    targets = 7 * torch.arange(20)
+
+    def ours(*args):
+        return -op.run(fused_log_probs, *args).mean()
+
+    def theirs(*args):
+        return peers.CROSS_ENTROPIES[peer](*(t.to(DEVICE) for t in args)).cpu()
+
+    results = []
+    with torch.compiler.set_stance("force_eager"):
+        for loss in (ours, theirs):
+            leaves = [t.clone().requires_grad_() for t in (h, W)]
+            value = loss(*leaves, targets)
+            value.backward()
+            results.append([value.detach(), *(t.grad for t in leaves)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-8)
 
 
 def gradient(loss, h_S, h_T, W, **options):
