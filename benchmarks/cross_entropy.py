@@ -214,7 +214,7 @@ def measure(
         "method": method,
     }
     task: dict[str, Any] = {"device": device, "repeats": repeats, **of_row}
-    figures: dict[str, float] = {}
+    figures: dict[str, Any] = {}
     if torch.device(device).type == "cpu":
         if method in INTERPRETED + COMPILED:
             failure = "needs a GPU"
@@ -333,11 +333,11 @@ def plot(path: Path, to: Path) -> None:
     left.set_yticks(range(len(methods)), methods, fontsize=8)
     left.invert_yaxis()
     left.set_xlabel("MiB above the inputs", fontsize=8)
-    right.set_xlabel("seconds", fontsize=8)
+    right.set_xlabel("seconds" if clock == "seconds" else "seconds of the processor", fontsize=8)
     right.legend(frameon=False, fontsize=8)
     first = measured[0]
-    title = f"cross-entropy, {first.device}, D = {first.D}, V = {first.V}, {first.dtype}"
-    figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+    title = f"{first.device}, N = {most}, D = {first.D}, V = {first.V}, {first.dtype}"
+    figure.suptitle(f"cross-entropy, {title}", fontsize=9, x=0.01, ha="left")
     report.caption(figure, setting)
     figure.savefig(to, dpi=150)
 

@@ -234,6 +234,7 @@ def test_step(monkeypatch, capsys, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
 def test_cross_entropy(monkeypatch, capsys, tmp_path):
     """Counts are those that are known, errors of ours roundings; and what cannot run says why."""
+    monkeypatch.setattr(cross_entropy, "COUNTED", (32, 64, 1024))
     monkeypatch.setitem(cross_entropy.COMPARED, "cpu", (16, 32, 1000))
     monkeypatch.setitem(cross_entropy.MODELS, "qwen3-0.6b", (8, 60_000))
     monkeypatch.setitem(cross_entropy.QUICK, "cpu", ("qwen3-0.6b", [200]))
@@ -267,7 +268,7 @@ def test_cross_entropy(monkeypatch, capsys, tmp_path):
     ours, eager = (measured[method, "frozen"] for method in ("ours, row workspace", "eager"))
     assert 0 < ours.peak_mib < eager.peak_mib < 250
     assert min(ours.seconds, ours.processor_s) > 0
-    assert measured["eager", "trained"].peak_mib > eager.peak_mib
+    assert 0 < measured["ours, row workspace", "trained"].peak_mib < eager.peak_mib
     for method in ("ours, logit-free", "Liger", "CCE"):
         assert measured[method, "frozen"].failure == "needs a GPU"
     text = (tmp_path / "cross_entropy.md").read_text()
