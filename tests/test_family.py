@@ -13,13 +13,13 @@ from heads import EXTRAS, as_head, logits
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from inputs import language_like_inputs, random_inputs
-from test_logit_free import counted_dots
 from test_trained_head import WAYS, close, interpreted
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.allocations import Allocations
+from benchmarks.measure import counted_dots
 from opsd_kernels import (
     Divergence,
     LMHead,
