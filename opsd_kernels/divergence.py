@@ -417,7 +417,8 @@ def _one_family(
     if targets is not None and (statistics is not None or advantages is not None):
         at_target, here = targets[:, None].clamp(min=0), targets[:, None] >= 0
         parts["z_Sy"] = z_S.gather(-1, at_target).where(here, 0)
-        parts["z_Ty"] = z_T.gather(-1, at_target).where(here, 0)
+        if statistics is not None:
+            parts["z_Ty"] = z_T.gather(-1, at_target).where(here, 0)
         if advantages is not None and needs_score:
             # 1 − p(ŷ), without the subtraction.
             p_y = p.gather(-1, at_target)

@@ -358,7 +358,13 @@ def gradient_launcher(
     tokens = _given(chunk)._replace(keep=None, stats=stats, top=top)
     if chunk.member is not Alone.LOG_PROB and chunk.advantages is None:
         tokens = tokens._replace(targets=None)
-    weighed = Weighed(g, chunk.weights, g.stride(0), SCALE=tl.constexpr(score_scale(g.dtype)))
+    weighed = Weighed(
+        g,
+        chunk.weights,
+        g.stride(0),
+        SCALE=tl.constexpr(score_scale(g.dtype)),
+        POLICY=tl.constexpr(chunk.advantages is not None),
+    )
     given = {
         "tokens": tokens,
         "R": R,

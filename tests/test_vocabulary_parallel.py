@@ -21,11 +21,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from opsd_kernels import (
+    Divergence,
     LMHead,
     TokenDivergence,
+    fused_divergence_loss,
+    fused_entropy,
     fused_jsd_loss,
     fused_log_probs,
     fused_sampled_token_loss,
+    reference_divergence_loss,
+    reference_entropy,
     reference_jsd_loss,
     reference_log_probs,
     reference_sampled_token_loss,
@@ -44,8 +49,11 @@ REFERENCES = {
 }
 FUNCTIONS = list(REFERENCES)
 REFERENCES[fused_log_probs] = reference_log_probs
-# Of sampled tokens alone.
+REFERENCES[fused_divergence_loss] = reference_divergence_loss
+REFERENCES[fused_entropy] = reference_entropy
+# Of sampled tokens alone; and of the student alone.
 LOG_PROB = (fused_sampled_token_loss, fused_log_probs)
+ALONE = (fused_log_probs, reference_log_probs, fused_entropy, reference_entropy)
 # Where the vocabulary is cut, as parts of it: evenly, raggedly, and with nothing for one process.
 CUTS = {2: [(0.5,), (0.13,), (1.0,)], 3: [(0.3, 0.6), (0.1, 0.1), (0.7, 1.0)]}
 
@@ -80,18 +88,22 @@ class Case:
         head, head_T = (self.extras or Extras()).heads(W, W_T, seed)
         g = torch.Generator().manual_seed(seed)
         options: dict[str, Any] = {"temperature": self.temperature}
-        if self.function not in LOG_PROB:
+        if self.function is fused_divergence_loss:
+            forward = torch.randn(N, generator=g)
+            options["divergence"] = Divergence(self.beta, forward, 0.5, self.entry_clip)
+            options["advantages"] = torch.randn(N, generator=g)
+        elif self.function not in (*LOG_PROB, fused_entropy):
             beta = self.beta
             if beta == "each":
                 beta = torch.linspace(0, 1, N)[torch.randperm(N, generator=g)]
             options |= {"beta": beta, "entry_clip": self.entry_clip}
-        if self.function is not fused_jsd_loss:
+        if self.function not in (fused_jsd_loss, fused_entropy):
             options["targets"] = torch.randint(V, (N,), generator=g)
         if self.weighed:
             options["token_weights"] = torch.rand(N, generator=g) * (torch.arange(N) % 3 > 0)
         if self.nan_row:
             h_S[N // 2] = torch.nan
-        if self.function not in (token_divergence, fused_log_probs):
+        if self.function is not token_divergence and self.function not in ALONE:
             options["reduction"] = "none" if seed % 2 else "mean"
         return h_S, h_T, head, head_T, options
 
@@ -121,11 +133,10 @@ def found(case: Case, head: LMHead, head_T: LMHead | None, inputs: Any, function
     h_S = h_S.detach().clone().requires_grad_()
     if case.trained:
         head = tree_map_only(Tensor, lambda t: t.detach().clone().requires_grad_(), head)
-    targets = (options.pop("targets"),) if function in TAKES_TARGETS else ()
-    if function in (fused_log_probs, reference_log_probs):
+    if function in ALONE:
         results = function(h_S, head, **options)
     else:
-        results = function(h_S, h_T, head, *targets, W_teacher=head_T, **options)
+        results = function(h_S, h_T, head, W_teacher=head_T, **options)
     loss = results if isinstance(results, Tensor) else results.loss
     loss.backward(torch.linspace(0.5, 2, loss.numel()).to(loss).reshape(loss.shape))
     results = [results] if isinstance(results, Tensor) else [t for t in results if t is not None]
@@ -133,9 +144,6 @@ def found(case: Case, head: LMHead, head_T: LMHead | None, inputs: Any, function
     if case.trained:
         gradients += [head.weight.grad] + ([] if head.bias is None else [head.bias.grad])
     return [t.detach() for t in results], gradients
-
-
-TAKES_TARGETS = (fused_sampled_token_loss, reference_sampled_token_loss)
 
 
 def drawn(count: int, processes: int, seed: int) -> list[Case]:
@@ -196,6 +204,13 @@ def cases(processes: int) -> list[Case]:
             # An entry with mass on one side alone.
             replace(here, beta=0.0, own_head=True, extras=Extras("with bans"), V=37),
             replace(here, function=fused_log_probs, weighed=True),
+            replace(here, function=fused_entropy, weighed=True, extras=EXTRAS[0], trained=True),
+            replace(here, function=fused_entropy, N=70, cuts=even, dtype=torch.bfloat16),
+            replace(here, function=fused_divergence_loss, beta=None, cuts=even, N=70, seed=1),
+            replace(here, function=fused_divergence_loss, beta=None, extras=EXTRAS[0], V=37,
+                    trained=True, weighed=True),
+            replace(here, function=fused_divergence_loss, beta=0.3, extras=EXTRAS[2], cuts=even),
+            replace(here, function=fused_divergence_loss, beta=0.8, entry_clip=0.02, trained=True),
             replace(here, function=fused_log_probs, N=70, cuts=even, trained=True,
                     extras=EXTRAS[0], temperature=0.7, dtype=torch.bfloat16),
         ]  # fmt: skip
@@ -414,24 +429,36 @@ def expected_bytes(case: Case) -> int | None:
     has them counted otherwise."""
     if case.beta == "each" or case.workspace_mib == 0.2:
         return None
-    statistics, has_targets = case.function is not fused_jsd_loss, "targets" in case.inputs()[4]
-    sampled, sides = case.function in LOG_PROB, 1 if case.function is fused_log_probs else 2
+    has_targets = "targets" in case.inputs()[4]
+    policy = case.function is fused_divergence_loss
+    statistics = has_targets and not policy
+    sampled, sides = case.function in LOG_PROB, 1 if case.function in ALONE else 2
     kl = not sampled and case.beta in (0, 1)
     clip = not sampled and case.entry_clip is not None
     softcap = case.extras is not None and case.extras.softcap is not None
     once, per_token, N = 16, 4 * case.D, case.N
     if case.workspace_mib == 0:
         per_token += 36 if has_targets else 28
-        per_token += 8 + 4 * softcap
+        per_token += 8 + 4 * softcap * (2 if policy else 1)
         if statistics and not sampled:
             per_token += 20
     else:
         once += 8  # how many rows a chunk has
         if case.weighed:  # on a CPU, where that costs nothing, tokens of weight 0 are left out
             kept = int((case.inputs()[4]["token_weights"] != 0).sum())
-            return once + 4 * case.D * N + kept * row_bytes(sampled, statistics, kl, clip, sides)
-        per_token += row_bytes(sampled, statistics, kl, clip, sides)
+            return once + 4 * case.D * N + kept * of_row(case, sampled, statistics, kl, clip, sides)
+        per_token += of_row(case, sampled, statistics, kl, clip, sides)
     return once + per_token * N
+
+
+def of_row(case: Case, *what: Any) -> int:
+    if case.function is fused_entropy:
+        return 8 + 4  # normalizers; the mean of a
+    if case.function is fused_divergence_loss:
+        # Where there is no mass, of both KLs; what a clip takes of both sides; z_S and 1 − p at ŷ.
+        apart = 8 if case.beta is None and case.entry_clip is None else 0
+        return 16 + 4 + 8 + apart + (8 if case.entry_clip is not None else 0) + 8
+    return row_bytes(*what)
 
 
 def row_bytes(sampled: bool, statistics: bool, kl: bool, clip: bool, sides: int) -> int:

@@ -69,10 +69,11 @@ def gradient_kernel(
         tl.store(g_ptrs + col, zero, mask=exists[:, None])
         return
     beta = as_column(beta_of(tokens, row, exists, divergence), divergence)
-    policy = None
-    if tokens.advantages is not None:
+    advantage, target = weight, row  # any: a tuple holds no None
+    if weighed.POLICY:
         advantage = tl.load(tokens.advantages + row, mask=exists, other=0.0)
-        policy = advantage[:, None], tl.load(tokens.targets + row, mask=exists, other=-1)[:, None]
+        target = tl.load(tokens.targets + row, mask=exists, other=-1)
+    policy = (advantage[:, None], target[:, None])
     V = student.V
     # One turn: see `pair`.
     for begin in range(first, tl.minimum(first + BV, V), BV):
@@ -113,8 +114,8 @@ def _columns(
 
     Args:
         V: the vocabulary's end, or None if all columns are before it.
-        of_rows: top entry, `Stats`, β, advantage and sampled token or None, weight and whether it
-            exists, of each row [BM, 1].
+        of_rows: top entry, `Stats`, β, advantage and sampled token if `weighed.POLICY`, weight and
+            whether it exists, of each row [BM, 1].
         g_ptrs: to rows of g, to which a column of the vocabulary is added.
     """
     if PARTS > 1:
@@ -138,7 +139,7 @@ def _columns(
         top, stats, beta, policy, weight, exists = of_rows
         terms, _p = entries(z_S, z_T, col == top, stats, beta, divergence, False)
         g = terms[1]
-        if policy is not None:
+        if weighed.POLICY:
             g = with_policy_term(g, col, policy)
         g = tl.where(col == top, stats.s_top, g * slope) * weight
         g = tl.where(weight == 0, 0.0, g) * weighed.SCALE

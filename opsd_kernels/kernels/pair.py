@@ -125,7 +125,7 @@ def pair_kernel(
         )
         stats = load_stats(tokens, stride, row, exists)
         top = top_of(tokens, row, exists, divergence)[:, None]
-        target = None
+        target = top  # any: a tuple holds no None
         if scored.SLOPES == 2:
             target = tl.load(tokens.targets + row, mask=exists, other=-1)[:, None]
         of_rows = (top, target, stats, beta, exists[:, None])
@@ -162,8 +162,8 @@ def _columns(
 
     Args:
         V: the vocabulary's end, or None if all columns are before it.
-        of_rows: top entry, sampled token or None, `Stats`, β and whether it exists, of each row
-            [BM, 1].
+        of_rows: top entry, sampled token if `scored.SLOPES` are 2, `Stats`, β and whether it
+            exists, of each row [BM, 1].
         pointers: to rows of s and p, to which a column of the vocabulary is added; None of what is
             not stored.
     """

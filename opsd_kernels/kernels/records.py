@@ -155,6 +155,7 @@ class Weighed(NamedTuple):
     weights: Any  # [R] fp32, within ±1
     stride: Any
     SCALE: Any
+    POLICY: Any  # whether ℓ has a policy term
     begin: Any = None
 
 
