@@ -30,41 +30,41 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import peers, report
 from benchmarks.inputs import make_inputs
 from benchmarks.options import Options
-from opsd_kernels import divergence_name, fused_jsd_loss, reference_jsd_loss
+from opsd_kernels import (
+    Divergence,
+    divergence_name,
+    fused_divergence_loss,
+    reference_divergence_loss,
+    reference_jsd_loss,
+)
 
-# β and entry clip.
-DIVERGENCES = [(0.5, None), (0.0, None), (1.0, None), (0.0, 0.05)]
+DIVERGENCES = [
+    Divergence(beta=0.5),
+    Divergence(beta=0.0),
+    Divergence(beta=1.0),
+    Divergence(beta=0.0, entry_clip=0.05),
+    Divergence(forward=0.5, reverse=0.5),
+    Divergence(beta=0.1, forward=1),
+]
 MEAN_JSD = [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 0.5]
 Method = Callable[..., Tensor]
 
 
-def logit_free(
-    h_S: Tensor, h_T: Tensor, W: Tensor, beta: float, entry_clip: float | None
-) -> Tensor:
-    return fused_jsd_loss(h_S, h_T, W, beta=beta, entry_clip=entry_clip, workspace_mib=0)
-
-
-def row_workspace(
-    h_S: Tensor, h_T: Tensor, W: Tensor, beta: float, entry_clip: float | None
-) -> Tensor:
-    return fused_jsd_loss(h_S, h_T, W, beta=beta, entry_clip=entry_clip, workspace_mib=320)
-
-
-def without_clip(peer: peers.Loss) -> Method:
-    def loss(h_S: Tensor, h_T: Tensor, W: Tensor, beta: float, entry_clip: float | None) -> Tensor:
-        if entry_clip is not None:
-            raise NotImplementedError("no entry clip")
-        return peer(h_S, h_T, W, beta)
+def of_a_beta(peer: peers.Loss) -> Method:
+    def loss(h_S: Tensor, h_T: Tensor, W: Tensor, divergence: Divergence) -> Tensor:
+        if not isinstance(divergence.beta, float) or divergence.weights or divergence.entry_clip:
+            raise NotImplementedError("neither weights nor an entry clip")
+        return peer(h_S, h_T, W, divergence.beta)
 
     return loss
 
 
 METHODS: dict[str, Method] = {
-    "ours, logit-free": logit_free,
-    "ours, row workspace": row_workspace,
-    "eager, bf16 logits": peers.eager_clipped,
-    "TRL": without_clip(peers.trl),
-    "Liger": without_clip(partial(peers.liger_chunked, compiled=False)),
+    "ours, logit-free": partial(fused_divergence_loss, workspace_mib=0),
+    "ours, row workspace": partial(fused_divergence_loss, workspace_mib=320),
+    "eager, bf16 logits": peers.eager_described,
+    "TRL": of_a_beta(peers.trl),
+    "Liger": of_a_beta(partial(peers.liger_chunked, compiled=False)),
 }
 
 
@@ -101,22 +101,20 @@ def measure(N: int, V: int, D: int, device: torch.device) -> Iterator[Row]:
     for target in MEAN_JSD:
         h_S, h_T, W = at_mean_jsd(target, N, V, D, device)
         jsd = float(reference_jsd_loss(h_S, h_T, W))
-        for beta, entry_clip in DIVERGENCES:
+        for divergence in DIVERGENCES:
             h = h_S.double().requires_grad_()
-            exact = reference_jsd_loss(
-                h, h_T.double(), W.double(), beta=beta, entry_clip=entry_clip
-            )
+            exact = reference_divergence_loss(h, h_T.double(), W.double(), divergence)
             (exact_grad,) = torch.autograd.grad(exact, h)
             rounding = relative(exact_grad.to(h_S.dtype), exact_grad)
             for name, method in METHODS.items():
                 h = h_S.clone().requires_grad_()
                 try:
-                    loss = method(h, h_T, W, beta, entry_clip)
+                    loss = method(h, h_T, W, divergence)
                 except (ImportError, NotImplementedError):
                     continue
                 (grad,) = torch.autograd.grad(loss, h)
                 yield Row(
-                    divergence_name(beta, entry_clip),
+                    divergence_name(divergence),
                     jsd,
                     name,
                     relative(loss.detach(), exact.detach()),
@@ -228,7 +226,8 @@ def plot(path: Path, to: Path) -> None:
             linestyle=":",
             label="exact, rounded to bf16",
         )
-        column[0].set_title(name.replace(", ", ",\n"), fontsize=9, loc="left")
+        title = name.replace(", ", ",\n").replace(" + 0.5 reverse", "\n+ 0.5 reverse")
+        column[0].set_title(title, fontsize=9, loc="left")
         column[1].set_xlabel("mean JSD of teacher and student", fontsize=8)
         for axis in column:
             axis.set_xscale("log")

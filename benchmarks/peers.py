@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from opsd_kernels import fused_jsd_loss, fused_log_probs
+from opsd_kernels import Divergence, fused_jsd_loss, fused_log_probs
 
 
 class Loss(Protocol):
@@ -55,19 +55,31 @@ def eager_clipped(
     temperature: float = 1.0,
 ) -> Tensor:
     """The same with a clip of the entries, as OPSD's authors train now."""
+    return eager_described(h_S, h_T, W, Divergence(beta, entry_clip=entry_clip), temperature)
+
+
+def eager_described(
+    h_S: Tensor, h_T: Tensor, W: Tensor, divergence: Divergence, temperature: float = 1.0
+) -> Tensor:
+    """Any divergence of the family."""
     log_p = (torch.nn.functional.linear(h_S, W).float() / temperature).log_softmax(-1)
     with torch.no_grad():
         log_q = (torch.nn.functional.linear(h_T, W).float() / temperature).log_softmax(-1)
     kl_div = torch.nn.functional.kl_div
-    if beta == 0:
-        f = kl_div(log_p, log_q, reduction="none", log_target=True)
-    elif beta == 1:
-        f = kl_div(log_q, log_p, reduction="none", log_target=True)
-    else:
-        weights = torch.tensor([1 - beta, beta], device=log_p.device).log()
-        log_m = torch.logsumexp(torch.stack([log_p + weights[0], log_q + weights[1]]), dim=0)
-        f = beta * kl_div(log_m, log_q, reduction="none", log_target=True)
-        f = f + (1 - beta) * kl_div(log_m, log_p, reduction="none", log_target=True)
+    beta, weights, entry_clip = divergence.beta, divergence.weights, divergence.entry_clip
+    log_m = [log_p, log_q]
+    if beta is not None:
+        weights = weights or (beta, 1 - beta)
+        if beta == 0 or beta == 1:
+            weights = (1 - beta, beta)
+        else:
+            parts = torch.tensor([1 - beta, beta], device=log_p.device).log()
+            log_m = 2 * [torch.logsumexp(torch.stack([log_p + parts[0], log_q + parts[1]]), dim=0)]
+    assert weights is not None
+    f = torch.zeros((), device=log_p.device)
+    for weight, m, side in zip(weights, log_m, (log_q, log_p), strict=True):
+        if isinstance(weight, Tensor) or weight != 0:
+            f = f + weight * kl_div(m, side, reduction="none", log_target=True)
     if entry_clip is not None:
         f = f.clamp(max=entry_clip)
     return f.sum(-1).mean()

@@ -31,12 +31,18 @@ from benchmarks.accuracy import DIVERGENCES, METHODS, relative
 from benchmarks.inputs import make_inputs
 from benchmarks.options import Options
 from benchmarks.tensor_cores import ARCHITECTURES, TensorCore, matmul, simulated
-from opsd_kernels import divergence_name, reference_jsd_loss, row_workspace
+from opsd_kernels import (
+    divergence_name,
+    reference_divergence_loss,
+    reference_jsd_loss,
+    row_workspace,
+)
 from opsd_kernels.divergence import divergence_rows_
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 DISTANCES = [1e-3, 1e-2, 0.1, 1.0, 3.0]
 NAMES = {"fp32": "fp32", "sm_80": "A100", "sm_90": "H100"}
+BY_BETA = [divergence for divergence in DIVERGENCES if divergence.weights is None]
 OURS = [name for name in METHODS if name.startswith("ours")]
 Logits = tuple[Tensor, Tensor]
 
@@ -75,15 +81,13 @@ def _of_the_op(N: int, V: int, features: list[int]) -> Iterator[Row]:
             for arch in NAMES:
                 core = ARCHITECTURES.get(arch)
                 with nullcontext() if core is None else simulated(core, BF16):
-                    for beta, entry_clip in DIVERGENCES:
+                    for divergence in BY_BETA:
                         h = h_S.double().requires_grad_()
-                        exact = reference_jsd_loss(
-                            h, h_T.double(), W.double(), beta=beta, entry_clip=entry_clip
-                        )
+                        exact = reference_divergence_loss(h, h_T.double(), W.double(), divergence)
                         (exact_grad,) = torch.autograd.grad(exact, h)
                         for method in OURS:
                             h = h_S.clone().requires_grad_()
-                            loss = METHODS[method](h, h_T, W, beta, entry_clip)
+                            loss = METHODS[method](h, h_T, W, divergence)
                             (grad,) = torch.autograd.grad(loss, h)
                             yield Row(
                                 arch,
@@ -91,7 +95,7 @@ def _of_the_op(N: int, V: int, features: list[int]) -> Iterator[Row]:
                                 V,
                                 distance,
                                 jsd,
-                                divergence_name(beta, entry_clip),
+                                divergence_name(divergence),
                                 method,
                                 relative(loss.detach(), exact.detach()),
                                 relative(grad, exact_grad),

@@ -3,7 +3,6 @@
 from opsd_kernels.description import Divergence, divergence_name
 from opsd_kernels.head import LMHead
 from opsd_kernels.loss import (
-    DivergenceLoss,
     SampledTokenLoss,
     TokenDivergence,
     fused_divergence_loss,
@@ -25,7 +24,6 @@ from opsd_kernels.reference import (
 
 __all__ = [
     "Divergence",
-    "DivergenceLoss",
     "FusedJSDLoss",
     "LMHead",
     "SampledTokenLoss",

@@ -146,7 +146,9 @@ def token_divergence(
     beta: float | Tensor = 0.5,
     temperature: float = 1.0,
     entry_clip: float | None = None,
+    divergence: Divergence | None = None,
     targets: Tensor | None = None,
+    advantages: Tensor | None = None,
     token_weights: Tensor | None = None,
     W_teacher: Tensor | LMHead | None = None,
     workspace_mib: float | None = None,
@@ -158,9 +160,11 @@ def token_divergence(
     are right where student and teacher nearly agree, as the loss is.
 
     Args:
+        divergence: in place of beta and entry_clip, see `Divergence`.
         targets: [...] ids of the tokens that were sampled, of any integer dtype. What they are is
             checked on a CPU only; elsewhere an id outside the vocabulary gives NaN. Those of
             dropped tokens may be anything.
+        advantages: [...] of a policy term of the loss, see `fused_divergence_loss`.
         token_weights: [...] weights of the loss, of either sign. A token of weight 0 is dropped:
             all that is returned for it is 0.
 
@@ -170,27 +174,18 @@ def token_divergence(
     Raises:
         TypeError, ValueError: as `fused_jsd_loss`.
     """
-    checked = check_arguments(
+    checked = check_divergence_arguments(
         {"h_student": h_student, "h_teacher": h_teacher},
         W,
-        W_teacher,
-        beta=check_number_beta(beta),
+        either_divergence(beta, entry_clip, divergence),
         temperature=temperature,
-        entry_clip=entry_clip,
         token_weights=token_weights,
         targets=targets,
+        advantages=advantages,
+        W_teacher=W_teacher,
     )
     tokens = _compute(checked, workspace_mib, needs_statistics=True)
     return tokens.divergence()
-
-
-class DivergenceLoss(NamedTuple):
-    """What `fused_divergence_loss` returns on request."""
-
-    loss: Tensor
-    """fp32 scalar, or [...] with reduction "none"."""
-    tokens: TokenDivergence
-    """What `token_divergence` tells of every token; its `loss`, w ℓ, is differentiable too."""
 
 
 def fused_divergence_loss(
@@ -206,8 +201,7 @@ def fused_divergence_loss(
     reduction: Reduction = "mean",
     W_teacher: Tensor | LMHead | None = None,
     workspace_mib: float | None = None,
-    return_statistics: bool = False,
-) -> Tensor | DivergenceLoss:
+) -> Tensor:
     """Any divergence of the family, and with it a policy gradient, in the passes over the
     vocabulary that `fused_jsd_loss` makes.
 
@@ -226,12 +220,11 @@ def fused_divergence_loss(
         targets: [...] ids ŷ of the sampled tokens, see `token_divergence`.
         advantages: [...] float A of each token, of either sign; constants. With `targets`. They are
             not weighed by the divergence, but by `token_weights` and `reduction` as all of ℓ is.
-        return_statistics: whether to return what `token_divergence` tells beside the loss.
 
     For the others see `fused_jsd_loss`.
 
     Returns:
-        fp32 scalar, or [...] with reduction "none"; with `return_statistics` a `DivergenceLoss`.
+        fp32 scalar, or [...] with reduction "none".
         Where a KL whose weight is not 0 is infinite ℓ is +inf, or −inf if no weight is positive,
         with gradient 0; so it is where log p(ŷ) is −∞ and A not 0, and ℓ has the sign of A then.
 
@@ -250,7 +243,7 @@ def fused_divergence_loss(
         reduction=reduction,
         W_teacher=W_teacher,
     )
-    if reduction != "none" and not return_statistics:
+    if reduction != "none":
         total = weighed_sum(
             checked.problem,
             checked.weight,
@@ -260,8 +253,8 @@ def fused_divergence_loss(
         )
         if total is not None:
             return total
-    tokens = _compute(checked, workspace_mib, needs_statistics=return_statistics)
-    return tokens.divergence_loss(reduction, return_statistics)
+    tokens = _compute(checked, workspace_mib, needs_statistics=False)
+    return reduce_tokens(tokens.value, tokens.weights, reduction)
 
 
 class SampledTokenLoss(NamedTuple):
@@ -406,10 +399,29 @@ def fused_entropy(
     return _compute(checked, workspace_mib, needs_statistics=False).entropies()
 
 
+def either_divergence(
+    beta: float | Tensor, entry_clip: float | None, divergence: Divergence | None
+) -> Divergence | tuple[float | Tensor, float | None]:
+    """The divergence that is described, or else β and clip."""
+    if divergence is None:
+        return beta, entry_clip
+    if entry_clip is not None or isinstance(beta, Tensor) or beta != 0.5:
+        raise ValueError(
+            "divergence must be given in place of beta and entry_clip, not beside them"
+        )
+    return divergence
+
+
 def check_divergence_arguments(
-    hidden: dict[str, Tensor], W: Tensor | LMHead, described: Divergence, **options: Any
+    hidden: dict[str, Tensor],
+    W: Tensor | LMHead,
+    described: Divergence | tuple[float | Tensor, float | None],
+    **options: Any,
 ) -> Arguments:
-    """`check_arguments` of what a `Divergence` describes."""
+    """`check_arguments` of what a `Divergence` describes, or a β and a clip."""
+    if isinstance(described, tuple):
+        given, clip = described
+        return check_arguments(hidden, W, beta=check_number_beta(given), entry_clip=clip, **options)
     if not isinstance(described, Divergence):
         raise TypeError(f"divergence must be a Divergence, got {type(described).__name__}")
     beta, weights, clip = described.beta, described.weights, described.entry_clip
@@ -476,12 +488,6 @@ class Tokens:
             None if self.valid is None else statistics[divergence.LOG_P],
             None if self.valid is None else statistics[divergence.LOG_Q],
         )
-
-    def divergence_loss(
-        self, reduction: Reduction, return_statistics: bool
-    ) -> Tensor | DivergenceLoss:
-        loss = reduce_tokens(self.value, self.weights, reduction)
-        return DivergenceLoss(loss, self.divergence()) if return_statistics else loss
 
     def entropies(self) -> Tensor:
         return reduce_tokens(self.value, self.weights, "none")

@@ -24,12 +24,12 @@ from opsd_kernels.description import Divergence
 from opsd_kernels.divergence import member_rows_
 from opsd_kernels.head import LMHead, LogitMap
 from opsd_kernels.loss import (
-    DivergenceLoss,
     Reduction,
     SampledTokenLoss,
     TokenDivergence,
     Tokens,
     check_divergence_arguments,
+    either_divergence,
     reduce_tokens,
     tokens_of,
 )
@@ -84,21 +84,23 @@ def reference_token_divergence(
     beta: float | Tensor = 0.5,
     temperature: float = 1.0,
     entry_clip: float | None = None,
+    divergence: Divergence | None = None,
     targets: Tensor | None = None,
+    advantages: Tensor | None = None,
     token_weights: Tensor | None = None,
     W_teacher: Tensor | LMHead | None = None,
     workspace_mib: float | None = None,
 ) -> TokenDivergence:
     """`token_divergence` in float64; see `reference_jsd_loss`."""
-    checked = check_arguments(
+    checked = check_divergence_arguments(
         {"h_student": h_student, "h_teacher": h_teacher},
         W,
-        W_teacher,
-        beta=check_number_beta(beta),
+        either_divergence(beta, entry_clip, divergence),
         temperature=temperature,
-        entry_clip=entry_clip,
         token_weights=token_weights,
         targets=targets,
+        advantages=advantages,
+        W_teacher=W_teacher,
         dtypes=DTYPES,
     )
     tokens = _compute(checked)
@@ -118,8 +120,7 @@ def reference_divergence_loss(
     reduction: Reduction = "mean",
     W_teacher: Tensor | LMHead | None = None,
     workspace_mib: float | None = None,
-    return_statistics: bool = False,
-) -> Tensor | DivergenceLoss:
+) -> Tensor:
     """`fused_divergence_loss` in float64; see `reference_jsd_loss`."""
     check_reduction(reduction)
     checked = check_divergence_arguments(
@@ -134,7 +135,8 @@ def reference_divergence_loss(
         W_teacher=W_teacher,
         dtypes=DTYPES,
     )
-    return _compute(checked).divergence_loss(reduction, return_statistics)
+    tokens = _compute(checked)
+    return reduce_tokens(tokens.value, tokens.weights, reduction)
 
 
 def reference_sampled_token_loss(

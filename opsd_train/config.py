@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from opsd_kernels.scalars import check_beta, check_clip, check_temperature
+from opsd_kernels import Divergence
+from opsd_kernels.scalars import check_clip, check_temperature, check_weight
 from opsd_train.errors import did_you_mean
 
 STUDENT_TEMPLATE = "{problem}\n\nReason step by step, and put your final answer within \\boxed{}."
@@ -123,9 +124,13 @@ class Config:
         section="objective",
         help="over the whole vocabulary, or of the sampled token alone",
     )
-    beta: float = option(
+    beta: float | None = option(
         0.5, help="teacher's weight in the JSD; 0 and 1 name forward and reverse KL"
     )
+    forward_weight: float | None = option(
+        None, help="of KL(teacher‖mixture); with beta none of KL(teacher‖student)"
+    )
+    reverse_weight: float | None = option(None, help="likewise of KL(student‖...)")
     entry_clip: float | None = option(None, help="clip of each vocabulary entry's value")
     advantage_clip: float | None = option(None, help="clip of the sampled token's log-ratio")
     mean: Literal["rollout", "token"] = option(
@@ -203,9 +208,11 @@ class Config:
             raise ValueError(
                 "offload_checkpoints wants activation_checkpointing, whose checkpoints it moves"
             )
-        check_beta(self.beta)
         check_temperature(self.temperature)
-        check_clip("entry_clip", self.entry_clip)
+        for name in ("forward_weight", "reverse_weight"):
+            if (weight := getattr(self, name)) is not None:
+                check_weight(name, weight)
+        _ = self.divergence
         check_clip("advantage_clip", self.advantage_clip)
         if self.teacher_model is not None and self.teacher != "initial":
             raise ValueError(
@@ -214,6 +221,11 @@ class Config:
             )
         if self.overwrite and self.resume:
             raise ValueError("overwrite and resume contradict each other; give one of them")
+
+    @property
+    def divergence(self) -> Divergence:
+        """What the loss is, unless the objective is another."""
+        return Divergence(self.beta, self.forward_weight, self.reverse_weight, self.entry_clip)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for YAML and JSON."""

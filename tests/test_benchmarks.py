@@ -160,7 +160,7 @@ def test_accuracy(monkeypatch, capsys, tmp_path):
     assert "V = 500" in setting
     assert "TRL" not in {row.method for row in rows}
     assert {row.divergence for row in rows if row.method == "eager, bf16 logits"} == {
-        divergence_name(beta, entry_clip) for beta, entry_clip in accuracy_benchmark.DIVERGENCES
+        divergence_name(divergence) for divergence in accuracy_benchmark.DIVERGENCES
     }
     for row in rows:
         if row.method.startswith("ours"):

@@ -30,6 +30,7 @@ from opsd_kernels import (
     fused_sampled_token_loss,
     reference_divergence_loss,
     reference_entropy,
+    reference_token_divergence,
     row_workspace,
     token_divergence,
 )
@@ -249,17 +250,17 @@ def test_statistics_are_those_of_token_divergence(way, name):
     known = {"targets": targets, "token_weights": weights}
     told = by_way(way, token_divergence, h_S, h_T, W, entry_clip=0.02, **known)
     divergence = some(16)[name]
-    options = {**known, "advantages": torch.linspace(-2, 2, 16), "return_statistics": True}
-    found = by_way(way, fused_divergence_loss, h_S, h_T, W, divergence, **options)
-    oracle = reference_divergence_loss(h_S, h_T, W, divergence, **options)
-    torch.testing.assert_close(found.loss.double(), oracle.loss, rtol=1e-5, atol=1e-6)
-    for field, value in found.tokens._asdict().items():
-        exact = getattr(oracle.tokens, field)
+    options = {**known, "advantages": torch.linspace(-2, 2, 16), "divergence": divergence}
+    found = by_way(way, token_divergence, h_S, h_T, W, **options)
+    oracle = reference_token_divergence(h_S, h_T, W, **options)
+    for field, value in found._asdict().items():
+        exact = getattr(oracle, field)
         torch.testing.assert_close(value.double(), exact, rtol=2e-5, atol=2e-5)
         if field not in ("loss", "clipped_share"):
             torch.testing.assert_close(value, getattr(told, field), rtol=1e-6, atol=1e-6)
-    weighed = found.tokens.loss.sum() / weights.sum()
-    torch.testing.assert_close(weighed, found.loss)
+    del options["divergence"]
+    loss = by_way(way, fused_divergence_loss, h_S, h_T, W, divergence, **options)
+    torch.testing.assert_close(found.loss.sum() / weights.sum(), loss)
 
 
 def by_way(way: str, function: Any, *args: Any, **options: Any) -> Any:
@@ -515,10 +516,11 @@ def test_workspace_bounds_all_temporaries(name, dtype):
         if name == "entropy":
             loss = fused_entropy(h_S, W, workspace_mib=mib).sum()
         else:
-            loss, _ = fused_divergence_loss(
-                h_S, h_T, W, some(N)[name], targets=targets, advantages=advantages,
-                workspace_mib=mib, return_statistics=True,
+            told = token_divergence(
+                h_S, h_T, W, divergence=some(N)[name], targets=targets, advantages=advantages,
+                workspace_mib=mib,
             )  # fmt: skip
+            loss = told.loss.sum()
         loss.backward()
     assert allocations.peak <= mib * MIB + 2 * N * D * 4 + 8 * N * 4
     assert allocations.peak > mib * MIB / 3  # and it is used
@@ -621,6 +623,13 @@ def test_refused(function, error, message, changed):
     arguments = {"h_student": H, "h_teacher": H, "W": HEAD, "divergence": Divergence(forward=1)}
     with pytest.raises(error, match=message):
         function(**arguments | changed)
+
+
+def test_a_description_is_in_place_of_a_beta():
+    for function in (token_divergence, reference_token_divergence):
+        for beside in ({"beta": 0.3}, {"beta": A}, {"entry_clip": 0.1}):
+            with pytest.raises(ValueError, match="divergence must be given in place of beta"):
+                function(H, H, HEAD, divergence=Divergence(forward=1), **beside)
 
 
 def test_a_target_out_of_the_vocabulary_where_it_cannot_be_read():

@@ -129,6 +129,9 @@ def test_a_file_names_model_and_data(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--beta", "1.5"], "beta must lie in [0, 1], got 1.5"),
+        (["--beta", "none"], "a Divergence must have beta, or forward and reverse"),
+        (["--beta", "0", "--forward-weight", "1"], "beta must lie strictly between 0 and 1"),
+        (["--forward-weight", "inf"], "forward_weight must be finite"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--temperature", "0"], "temperature must be positive"),
         (["--learning-rate", "-1"], "learning_rate must be positive and finite, got -1.0"),

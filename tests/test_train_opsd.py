@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 import tiny_qwen3
 from tiny_qwen3 import config, prepared, with_adapter
 
-from opsd_kernels.reference import reference_jsd_loss
+from opsd_kernels.reference import reference_divergence_loss, reference_jsd_loss
 from opsd_train.data import join
 from opsd_train.models import adapter_weights, base_model
 from opsd_train.opsd import opsd_loss, score, token_weights
@@ -130,10 +130,13 @@ def test_the_loss_is_that_of_the_models_logits(folder, tmp_path, family):
         z_teacher = logits_of_the_model(setup, rollout, setup.contexts.teacher)
     identity = torch.eye(z_student.shape[1])
     adapter = list(adapter_weights(setup.model).values())
-    for beta in (0.0, 0.5):
-        asked = config(folder, beta=beta, temperature=1.3)
+    both = {"beta": None, "forward_weight": 0.3, "reverse_weight": 0.7}
+    for options in ({"beta": 0.0}, {"beta": 0.5}, both):
+        asked = config(folder, temperature=1.3, **options)
         loss, _ = opsd_loss(scores, setup.head, asked, weights, setup.teacher.head)
-        exact = reference_jsd_loss(z_student, z_teacher, identity, beta=beta, temperature=1.3)
+        exact = reference_divergence_loss(
+            z_student, z_teacher, identity, asked.divergence, temperature=1.3
+        )
         assert exact > 1e-3
         torch.testing.assert_close(loss, exact.float(), rtol=1e-3, atol=0)
         gradient, expected = (

@@ -14,7 +14,7 @@ from opsd_train.records import Scores
 def loss_name(config: Config) -> str:
     if config.objective == "sampled_token":
         return "sampled-token policy gradient"
-    return divergence_name(config.beta, config.entry_clip)
+    return divergence_name(config.divergence)
 
 
 def token_weights(lengths: Tensor, mean: str, rollouts: int, tokens: int) -> Tensor:
@@ -57,8 +57,7 @@ def opsd_loss(
             scores.h_student,
             scores.h_teacher,
             head,
-            beta=config.beta,
-            entry_clip=config.entry_clip,
+            divergence=config.divergence,
             targets=scores.tokens,
             **common,
         )
