@@ -22,8 +22,13 @@ from torch import Tensor
 
 from benchmarks import memory
 from opsd_kernels import (
+    Divergence,
+    fused_divergence_loss,
+    fused_entropy,
     fused_jsd_loss,
     fused_sampled_token_loss,
+    reference_divergence_loss,
+    reference_entropy,
     reference_sampled_token_loss,
     reference_token_divergence,
     token_divergence,
@@ -144,6 +149,32 @@ def test_everything_at_real_size(entry_clip, workspace_mib):
     (exact_grad,) = torch.autograd.grad(expected, h)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
     assert_as_near_as_bf16(grad, exact_grad)
+
+
+@pytest.mark.parametrize("workspace_mib", [0, 320])
+@pytest.mark.parametrize("beta", [None, 0.1, 0.9])
+def test_the_rest_of_the_family_at_real_size(beta, workspace_mib):
+    """Weights of each token, a policy term; and the entropy."""
+    h_S, h_T, W = real_inputs(300, 2048, torch.bfloat16, 0.3)
+    h_S.requires_grad_()
+    g = torch.Generator("cuda").manual_seed(1)
+    targets = torch.randint(QWEN3, (300,), generator=g, device="cuda")
+    w, advantages = torch.randn(2, 300, generator=g, device="cuda")
+    divergence = Divergence(beta, forward=w.abs(), reverse=0.5)
+    policy = {"targets": targets, "advantages": advantages}
+    h = h_S.detach().double().requires_grad_()
+    for options in ({}, policy):
+        loss = fused_divergence_loss(
+            h_S, h_T, W, divergence, workspace_mib=workspace_mib, **options
+        )
+        exact = reference_divergence_loss(h, h_T.double(), W.double(), divergence, **options)
+        torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=1e-5)
+        assert_as_near_as_bf16(*(torch.autograd.grad(*of)[0] for of in ((loss, h_S), (exact, h))))
+    entropy = fused_entropy(h_S, W, workspace_mib=workspace_mib)
+    exact = reference_entropy(h, W.double())
+    torch.testing.assert_close(entropy.double(), exact, rtol=1e-4, atol=1e-5)
+    pairs = ((entropy.sum(), h_S), (exact.sum(), h))
+    assert_as_near_as_bf16(*(torch.autograd.grad(*of)[0] for of in pairs))
 
 
 def assert_as_near_as_bf16(grad: Tensor, exact: Tensor) -> None:
