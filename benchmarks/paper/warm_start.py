@@ -1,0 +1,162 @@
+"""The world's models: a few sizes of Qwen3, warm-started on worked solutions, each built once and
+kept.
+
+Alone they err as `multiplication` says; behind a reference they work the problem out without a
+mistake, and after one that stands there already go on consistently.
+"""
+
+import hashlib
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from benchmarks.paper.multiplication import (
+    LETTERS,
+    LEVELS,
+    MISCONCEPTION,
+    SLIP,
+    STUDENT_TEMPLATE,
+    TEACHER_TEMPLATE,
+    make_problem,
+    sample_numbers,
+    work_out,
+)
+from opsd_train.data import fill
+
+SPECIAL_TOKENS = ["<pad>", "<problem>", "<reference>", "<rework>", "<solution>", "<end>"]
+HEAD = 32
+
+# Width, layers and warm-start steps by name. "expert" is the larger teacher of on-policy
+# distillation: it sees no reference, and has never seen a mistake.
+SIZES = {"small": (96, 2, 900), "middle": (160, 2, 900), "large": (256, 2, 900), "expert": (256, 2, 600)}
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a character, and the special tokens."""
+    characters = "0123456789*+=" + LETTERS
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<end>",
+        additional_special_tokens=SPECIAL_TOKENS[1:-1],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerBase, size: str) -> Qwen3ForCausalLM:
+    width, layers, _ = SIZES[size]
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // HEAD,
+            num_key_value_heads=width // HEAD,
+            head_dim=HEAD,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+            initializer_range=0.05,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )
+
+
+def warm_start(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rng: random.Random,
+    steps: int,
+    expert: bool,
+    learning_rate: float = 4e-3,
+    tokens: int = 3000,
+) -> None:
+    """Next-token training on solutions with mistakes without a reference, and without mistakes
+    behind one; an expert's has no mistakes and no references."""
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, (0.9, 0.98), weight_decay=0.01)
+    model.train()
+    for step in range(steps):
+        rate = min(1, (step + 1) / 30) * min(1, (steps - step) / (0.6 * steps))
+        optimizer.param_groups[0]["lr"] = learning_rate * rate
+        level = rng.choice(LEVELS)
+        size = tokens // (11 * level)  # about as many tokens at every level
+        if expert:
+            loss = next_token_loss(model, *alone(tokenizer, level, size, rng, 0.0))
+        else:
+            loss = next_token_loss(model, *alone(tokenizer, level, size // 2, rng, 1.0))
+            loss = loss + 4 * next_token_loss(model, *behind(tokenizer, level, size // 2, rng))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def alone(
+    tokenizer: PreTrainedTokenizerBase, level: int, size: int, rng: random.Random, mistakes: float
+) -> tuple[Tensor, Tensor]:
+    """Token ids and labels, [size, L] each: solutions without a reference."""
+    texts = []
+    for a, b in sample_numbers(rng, size, level):
+        working = work_out(a, b, rng, mistakes * MISCONCEPTION, mistakes * SLIP)
+        texts.append((fill(STUDENT_TEMPLATE, make_problem(a, b)), working.text))
+    ids, solution = encode(tokenizer, texts)
+    labels = ids.clone()
+    labels[:, :-solution] = -100
+    return ids, labels
+
+
+def behind(
+    tokenizer: PreTrainedTokenizerBase, level: int, size: int, rng: random.Random
+) -> tuple[Tensor, Tensor]:
+    """Likewise behind a reference. A mistake now and then teaches to go on from one; it is no target
+    itself."""
+    texts, mistakes = [], []
+    for a, b in sample_numbers(rng, size, level):
+        some = rng.random() < 0.3
+        working = work_out(a, b, rng, 0.3 * some, 0.15 * some)
+        texts.append((fill(TEACHER_TEMPLATE, make_problem(a, b)), working.text))
+        mistakes.append([*working.mistakes, False])
+    ids, solution = encode(tokenizer, texts)
+    labels = ids.clone()
+    labels[:, :-solution] = -100
+    labels[:, -solution:][torch.tensor(mistakes)] = -100
+    return ids, labels
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]]
+) -> tuple[Tensor, int]:
+    """[B, L] ids of prompts with solutions, all of one length, and the tokens of a solution."""
+    whole = [prompt + solution + "<end>" for prompt, solution in texts]
+    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids), len(texts[0][1]) + 1
+
+
+def next_token_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits
+    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
