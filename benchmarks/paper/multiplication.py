@@ -14,6 +14,7 @@ what greedy decoding says. Slips happen anywhere.
 """
 
 import random
+import zlib
 from dataclasses import dataclass
 
 from opsd_train.evaluation import Verdict
@@ -23,7 +24,7 @@ STUDENT_TEMPLATE = "<problem>{problem}<solution>"
 TEACHER_TEMPLATE = "<problem>{problem}<reference>{solution}<rework><solution>"
 LETTERS = "abcdefghijkl"
 LEVELS = (6, 8, 10, 12)  # digits
-STEP = 9  # tokens
+PARTS = ("warm start", "train", "validation", "test")  # of all pairs of numbers
 
 WRONG_PAIRS = {(7, 8): -8, (8, 7): -7, (6, 9): 9, (9, 4): -4, (4, 6): 6, (3, 3): 3, (6, 7): 7}
 """(digit, multiplier) and how far off its product is believed to be."""
@@ -104,12 +105,14 @@ def read_values(text: str) -> list[str]:
     """The two-digit value that ends each step; empty where one has none, or its letter is not the
     one that is due."""
     values, starts = [], [i for i, c in enumerate(text) if c in LETTERS]
+    if starts[:1] != [0] or len(starts) > len(LETTERS):
+        return []
     for letter, start, end in zip(LETTERS, starts, [*starts[1:], len(text)], strict=False):
         value = text[max(start + 1, end - 2) : end]
         if text[start] != letter or len(value) != 2 or not value.isdigit():
             return []
         values.append(value)
-    return values if len(starts) <= len(LETTERS) else []
+    return values
 
 
 def first_mistake(problem: Problem, completion: str) -> int | None:
@@ -130,5 +133,18 @@ def first_mistake(problem: Problem, completion: str) -> int | None:
     return None if text == right else len(right)
 
 
-def sample_numbers(rng: random.Random, count: int, level: int) -> list[tuple[int, int]]:
-    return [(rng.randrange(10 ** (level - 1), 10**level), rng.randrange(2, 10)) for _ in range(count)]
+def sample_numbers(rng: random.Random, count: int, level: int, part: str) -> list[tuple[int, int]]:
+    """Pairs of numbers of a part; no pair is in two parts."""
+    pairs: list[tuple[int, int]] = []
+    while len(pairs) < count:
+        a, b = rng.randrange(10 ** (level - 1), 10**level), rng.randrange(2, 10)
+        if PARTS[zlib.crc32(f"{a}*{b}".encode()) % len(PARTS)] == part:
+            pairs.append((a, b))
+    return pairs
+
+
+def sample_problems(part: str, count: int, seed: int = 0) -> list[Problem]:
+    """As many problems of each level, the levels in turn."""
+    rng = random.Random(f"{part} {seed}")
+    levels = [sample_numbers(rng, -(-count // len(LEVELS)), level, part) for level in LEVELS]
+    return [make_problem(*pair) for pairs in zip(*levels, strict=True) for pair in pairs][:count]

@@ -6,10 +6,11 @@ mistake, and after one that stands there already go on consistently.
 """
 
 import hashlib
+import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,11 @@ from opsd_train.data import fill
 
 SPECIAL_TOKENS = ["<pad>", "<problem>", "<reference>", "<rework>", "<solution>", "<end>"]
 HEAD = 32
+RECIPE = ("multiplication", "warm_start")  # the files that decide a model
 
-# Width, layers and warm-start steps by name. "expert" is the larger teacher of on-policy
-# distillation: it sees no reference, and has never seen a mistake.
-SIZES = {"small": (96, 2, 900), "middle": (160, 2, 900), "large": (256, 2, 900), "expert": (256, 2, 600)}
+WIDTHS = {"small": 96, "middle": 160, "large": 256, "expert": 256}
+"""By size. "expert" is the larger teacher of on-policy distillation: it knows no references, and
+has never seen a mistake."""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -66,13 +68,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, size: str) -> Qwen3ForCausalLM:
-    width, layers, _ = SIZES[size]
+    width = WIDTHS[size]
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
             hidden_size=width,
             intermediate_size=2 * width,
-            num_hidden_layers=layers,
+            num_hidden_layers=2,
             num_attention_heads=width // HEAD,
             num_key_value_heads=width // HEAD,
             head_dim=HEAD,
@@ -121,7 +123,7 @@ def alone(
 ) -> tuple[Tensor, Tensor]:
     """Token ids and labels, [size, L] each: solutions without a reference."""
     texts = []
-    for a, b in sample_numbers(rng, size, level):
+    for a, b in sample_numbers(rng, size, level, "warm start"):
         working = work_out(a, b, rng, mistakes * MISCONCEPTION, mistakes * SLIP)
         texts.append((fill(STUDENT_TEMPLATE, make_problem(a, b)), working.text))
     ids, solution = encode(tokenizer, texts)
@@ -136,7 +138,7 @@ def behind(
     """Likewise behind a reference. A mistake now and then teaches to go on from one; it is no target
     itself."""
     texts, mistakes = [], []
-    for a, b in sample_numbers(rng, size, level):
+    for a, b in sample_numbers(rng, size, level, "warm start"):
         some = rng.random() < 0.3
         working = work_out(a, b, rng, 0.3 * some, 0.15 * some)
         texts.append((fill(TEACHER_TEMPLATE, make_problem(a, b)), working.text))
@@ -148,9 +150,7 @@ def behind(
     return ids, labels
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]]
-) -> tuple[Tensor, int]:
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]]) -> tuple[Tensor, int]:
     """[B, L] ids of prompts with solutions, all of one length, and the tokens of a solution."""
     whole = [prompt + solution + "<end>" for prompt, solution in texts]
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
@@ -160,3 +160,44 @@ def encode(
 def next_token_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
     logits = model(input_ids=ids, use_cache=False).logits
     return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def model_path(size: str, steps: int, folder: Path) -> Path:
+    """Of the warm-started model; what it was made by is part of the name."""
+    code = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in RECIPE]
+    made_by = (code, torch.__version__, transformers.__version__)
+    key = hashlib.sha256(repr(made_by).encode()).hexdigest()[:10]
+    return folder / "models" / f"{size}-{steps}-{key}"
+
+
+def build(size: str, steps: int, folder: Path) -> dict[str, Any]:
+    """Warm-start a model, unless it is there; returns its parameters and the seconds it took."""
+    path = model_path(size, steps, folder)
+    facts = path / "warm_start.json"
+    if facts.exists():
+        return json.loads(facts.read_text())
+    wall, processor = time.perf_counter(), time.process_time()
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, size)
+    warm_start(model, tokenizer, random.Random(0), steps, expert=size == "expert")
+    made = {
+        "size": size,
+        "parameters": sum(w.numel() for w in model.parameters()),
+        "wall_s": round(time.perf_counter() - wall, 2),
+        "processor_s": round(time.process_time() - processor, 2),
+    }
+    # Written beside and moved into place: an interrupted run leaves no half of a model.
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    (unfinished / facts.name).write_text(json.dumps(made))
+    shutil.rmtree(path, ignore_errors=True)
+    unfinished.rename(path)
+    return made
+
+
+def load(size: str, steps: int, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    path = model_path(size, steps, folder)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(path)
