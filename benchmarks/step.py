@@ -237,12 +237,14 @@ def make_fake(model: Any) -> None:
                 named[name] = made[id(t)]
 
 
-def step(model: Any, loss: StepLoss, N: int) -> None:
-    """Teacher first, the adapter off; then the student, whose graph is rebuilt in backward."""
+def step(model: Any, loss: StepLoss, N: int, teacher: Any = None) -> None:
+    """Teacher first, the adapter off; then the student, whose graph is rebuilt in backward. The
+    teacher is another model of the same make where one is given."""
+    teacher = model if teacher is None else teacher
     W = model.get_base_model().lm_head.weight.detach()
     targets = torch.zeros(N, dtype=torch.long, device=W.device)
-    with torch.no_grad(), model.disable_adapter():
-        h_T = hidden_states(model, TEACHER_PROMPT, N)
+    with torch.no_grad(), teacher.disable_adapter():
+        h_T = hidden_states(teacher, TEACHER_PROMPT, N)
     h_S = hidden_states(model, STUDENT_PROMPT, N)
     loss(h_S, h_T, W, targets).backward()
     model.zero_grad()

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -62,10 +63,6 @@ def in_own_words(problem: Problem) -> str:
     """The solution as the model writes it, every step of it, without a mistake."""
     number, _, multiplier = problem.question.partition("*")
     return work_out(int(number[1::2]), int(multiplier), random.Random()).text
-
-
-def sft_step_in_own_words(*of: Any) -> tuple[int, dict[str, float]]:
-    return sft_step(*of, solution=in_own_words)
 
 
 def grpo_step(
@@ -150,7 +147,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 STEPS: dict[str, Step] = {
     "SFT": sft_step,
-    "SFT, own words": sft_step_in_own_words,
+    "SFT, own words": partial(sft_step, solution=in_own_words),
     "GRPO": grpo_step,
 }
 

@@ -1,0 +1,110 @@
+"""Memory of self-distillation, whose teacher is the student with its adapter off, beside that of
+distillation from a separate teacher of the same size: counted, bytes alive at once."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks import step as whole_step
+from benchmarks.allocations import Allocations, fake_device
+from benchmarks.measure import MIB
+from benchmarks.paper.cells import Cell, config_of, kept, make_setup, recipe
+from benchmarks.paper.methods import opsd_step
+from benchmarks.paper.warm_start import model_path
+from opsd_train.models import adapter_weights
+
+QWEN3 = {"qwen3-1.7b": (1024, 4096, 16384), "qwen3-8b": (1024, 4096, 16384)}
+METHOD = "ours, logit-free"
+TEACHERS = OWN, SEPARATE = ("the student's own weights", "separate weights")
+
+
+@dataclass(frozen=True)
+class Row:
+    """All of a training step: weights, AdamW's state, and the most that is alive besides."""
+
+    model: str
+    tokens: int  # of the rollouts
+    teacher: str
+    how: str
+    weights_mib: float
+    optimizer_mib: float
+    peak_mib: float
+
+    @property
+    def total(self) -> float:
+        return self.weights_mib + self.optimizer_mib + self.peak_mib
+
+
+def both(cell: Cell, counted: dict[str, tuple[int, ...]], folder: Path) -> list[dict[str, Any]]:
+    """Rows, as plain values, with either teacher: of the small world, and of Qwen3; kept."""
+
+    def anew() -> list[dict[str, Any]]:
+        rows = [measure_small_world(cell, teacher, folder) for teacher in TEACHERS]
+        rows += [
+            count_qwen3(model, N, teacher)
+            for model, tokens in counted.items()
+            for N in tokens
+            for teacher in TEACHERS
+        ]
+        return [asdict(row) for row in rows]
+
+    return kept(folder / f"memory-{recipe('memory')}-{len(counted)}-{cell.name}.json", anew)
+
+
+def measure_small_world(cell: Cell, teacher: str, folder: Path) -> Row:
+    """A real step, its second, of the harness; what is alive is seen by PyTorch's dispatcher."""
+    config = config_of(cell, folder)
+    if teacher == SEPARATE:
+        path = model_path(cell.size, cell.warm_steps, folder)
+        config = replace(config, teacher_model=str(path))
+    setup = make_setup(config, cell, folder)
+    weights = {w.data_ptr(): w.nbytes for w in setup.model.parameters()}
+    if teacher == SEPARATE:
+        weights |= {w.data_ptr(): w.nbytes for w in setup.teacher.backbone.parameters()}
+        assert setup.teacher.head is not None
+        weights[setup.teacher.head.weight.data_ptr()] = setup.teacher.head.weight.nbytes
+    adapter = list(adapter_weights(setup.model).values())
+    optimizer = torch.optim.AdamW(adapter, lr=config.learning_rate, weight_decay=0.0)
+    opsd_step(config, setup, optimizer, 1)
+    with Allocations() as allocations:
+        tokens, _ = opsd_step(config, setup, optimizer, 2)
+    return Row(
+        cell.size,
+        tokens,
+        teacher,
+        "measured",
+        sum(weights.values()) / MIB,
+        2 * sum(w.nbytes for w in adapter) / MIB,
+        allocations.peak / MIB,
+    )
+
+
+def count_qwen3(name: str, tokens: int, teacher: str) -> Row:
+    """As on a GPU, without running it: one rollout, LoRA of rank 64, bf16, checkpointed layers."""
+    fake_mode = FakeTensorMode()
+    with torch.device("meta"):
+        student: Any = whole_step.make_model(name, torch.bfloat16, METHOD)
+        other: Any = None
+        if teacher == SEPARATE:
+            other = whole_step.make_model(name, torch.bfloat16, METHOD)
+    with fake_mode:
+        for model in filter(None, (student, other)):
+            whole_step.make_fake(model)
+    with fake_device("cuda", fake_mode), Allocations() as allocations:
+        whole_step.step(student, whole_step.LOSSES[METHOD], tokens, other)
+    adapter = sum(w.nbytes for w in student.parameters() if w.requires_grad)
+    weights = sum(w.nbytes for w in student.parameters())
+    if teacher == SEPARATE:
+        weights += weights - adapter
+    return Row(
+        name,
+        tokens,
+        teacher,
+        "counted",
+        weights / MIB,
+        2 * adapter / MIB,
+        allocations.peak / MIB,
+    )

@@ -1,0 +1,165 @@
+"""OPSD beside SFT, GRPO and on-policy distillation from a larger teacher, in a world of long
+multiplication: held-out accuracy over generated tokens, and what else the paper claims.
+
+    python benchmarks/token_efficiency.py --output benchmarks/results/token_efficiency
+    python benchmarks/token_efficiency.py --only main length
+    python benchmarks/token_efficiency.py --quick
+
+Half an hour on two cores. Each run of a method is a cell, kept in a file of --cache when it is
+done: what was stopped goes on, and what has not changed is not done again. The page
+docs/token_efficiency.md is made of --output by benchmarks/readme.py.
+"""
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of each worker: matrices this small do not feed more
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from benchmarks import report
+from benchmarks.options import Options
+from benchmarks.paper import cells, memory, rollouts, warm_start
+from benchmarks.paper.plan import (
+    QUICK,
+    SELF_DISTILLATION,
+    Plan,
+    best_rates,
+    in_order_of_work,
+)
+
+QUESTIONS = ("main", "length", "size", "temperature", "mistakes", "memory")
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opsd_train"
+
+
+def main() -> None:
+    options = Options(__doc__)
+    options.add_argument("--only", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
+    options.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    options.add_argument("--cache", type=Path, default=CACHE / "token_efficiency")
+    options.add_quick("little of it, in three minutes")
+    options.add_output("cells.jsonl, mistakes.jsonl, memory.jsonl, setting.json")
+    args = options.parse_args()
+    compare(QUICK if args.quick else Plan(), args.only, args.workers, args.cache, args.output)
+
+
+def compare(
+    plan: Plan, questions: Iterable[str], workers: int, cache: Path, output: Path | None
+) -> None:
+    """Answer the questions, and write the answers."""
+    start = time.perf_counter()
+    setting = report.machine(torch.device("cpu"))
+    print(setting, flush=True)
+    answers: dict[str, list[dict[str, Any]]] = {}
+    with Pool(workers, cache) as pool:
+        models = pool.do(warm_start.build, [(s, plan.warm_steps) for s in sizes(plan, questions)])
+        if "memory" in questions:
+            cell = plan.cell(SELF_DISTILLATION, 1e-3, 0)
+            (answers["memory"],) = pool.do(memory.both, [(cell, memory.QWEN3)])
+        if "mistakes" in questions:
+            cell = plan.cell(SELF_DISTILLATION, 1e-3, 0)
+            (answers["mistakes"],) = pool.do(rollouts.find, [(cell, 2 * plan.problems)])
+        answers["cells"] = runs(plan, questions, pool)
+    every = [*models, *answers["cells"]]
+    facts = {
+        "setting": setting,
+        "workers": workers,
+        "wall_s": round(time.perf_counter() - start),
+        "processor_s": round(sum(made["processor_s"] for made in every)),
+        "plan": asdict(plan),
+        "models": models,
+    }
+    print(f"{facts['wall_s']} s; {facts['processor_s']} s of a processor, what was kept included")
+    if output is not None:
+        for name, rows in answers.items():
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            cells.write_whole(output / f"{name}.jsonl", lines)
+        cells.write_whole(output / "setting.json", json.dumps(facts, indent=1) + "\n")
+
+
+def sizes(plan: Plan, questions: Iterable[str]) -> list[str]:
+    """Of the models that are needed, those first that take longest."""
+    of_size = plan.sizes if "size" in questions else ()
+    expert = ("expert",) if "larger teacher" in plan.methods else ()
+    needed = {plan.size, *of_size, *(expert if "main" in questions else ())}
+    return sorted(needed, key=lambda size: -warm_start.WIDTHS[size])
+
+
+def runs(plan: Plan, questions: Iterable[str], pool: "Pool") -> list[dict[str, Any]]:
+    """The cells of all questions: first those that find the learning rates, then the others."""
+    methods = plan.methods if "main" in questions else (SELF_DISTILLATION,)
+    to_search = plan.search(methods, plan.size)
+    if "size" in questions:
+        for size in plan.sizes:
+            if size != plan.size:
+                to_search += plan.search([SELF_DISTILLATION], size)
+    searched = pool.do(cells.run, [(cell,) for cell in in_order_of_work(to_search)])
+    rates = best_rates(searched)
+    asked = plan.beginnings(sizes(plan, questions))
+    for question, of in (
+        ("main", plan.main),
+        ("length", plan.lengths),
+        ("size", plan.of_sizes),
+        ("temperature", plan.temperature),
+    ):
+        if question in questions:
+            asked += of(rates)
+    return searched + pool.do(cells.run, [(cell,) for cell in in_order_of_work(asked)])
+
+
+class Pool:
+    """So many processes, each with one thread, that do tasks as they come to them."""
+
+    def __init__(self, workers: int, cache: Path):
+        self.cache = cache
+        self.executor = ProcessPoolExecutor(workers, get_context("spawn"), quiet)
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.executor.shutdown(cancel_futures=True)
+
+    def do(self, function: Callable[..., Any], tasks: list[tuple[Any, ...]]) -> list[Any]:
+        """`function(*task, cache)` for all tasks, in their order; each is told when it is done."""
+        futures = {self.executor.submit(function, *t, self.cache): i for i, t in enumerate(tasks)}
+        results: list[Any] = [None] * len(tasks)
+        for done, future in enumerate(as_completed(futures), 1):
+            results[futures[future]] = future.result()
+            print(f"{done:>3}/{len(tasks)}  {told(future.result())}", flush=True)
+        return results
+
+
+def quiet() -> None:
+    """Before a worker begins."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+
+def told(result: Any) -> str:
+    """A result on a line."""
+    if isinstance(result, list):
+        return f"{len(result)} rows"
+    if "cell" not in result:
+        return f"{result['size']:<8} {result['parameters']:,} parameters, {result['wall_s']:.0f} s"
+    cell, end = result["cell"], result["curve"][-1]
+    what = f"{cell['method']:<20} {cell['size']:<7} rate {cell['rate']:.0e} seed {cell['seed']:<3}"
+    change = f"T {cell['temperature']}, {cell['longest']} tokens at most"
+    return f"{what} {change}: {end['accuracy']:.1%}, {result['wall_s']:.0f} s"
+
+
+if __name__ == "__main__":
+    main()
