@@ -1,5 +1,5 @@
-"""Put what was recorded into README.md, docs/benchmarks.md and examples/README.md: each table
-between two marks.
+"""Put what was recorded into README.md, docs/benchmarks.md and examples/README.md, each table
+between two marks, and into docs/token_efficiency.md.
 
     python benchmarks/readme.py
 
@@ -31,6 +31,9 @@ from benchmarks import (
     step,
     trl_trainers,
 )
+from benchmarks.paper import figures
+from benchmarks.paper import page as comparison
+from benchmarks.paper.results import Results
 from benchmarks.shapes import QWEN3
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +41,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 EXAMPLES = ROOT / "examples" / "README.md"
+TOKEN_EFFICIENCY = ROOT / "docs" / "token_efficiency.md"  # all of it is generated
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,9 @@ def readme_parts(results: Path, page: Path) -> dict[str, str]:
         "cross-entropy": _cross_entropy_of_readme(results / "cross_entropy.csv"),
         "trainers": _trainers_of_readme(results / "trl_trainers.csv"),
         "layers": _layers_of_readme(results / "step.csv"),
+        "token efficiency": comparison.readme_section(
+            Results(results / "token_efficiency"), os.path.relpath(ROOT / "docs", page.parent)
+        ),
         "compatibility": compatibility(results, measured),
     }
 
@@ -381,9 +388,10 @@ def generated(results: Path = RESULTS) -> dict[Path, str]:
     return {
         page: filled(page.read_text(), made(results, page), page.name)
         for page, made in parts.items()
-    }
+    } | {TOKEN_EFFICIENCY: comparison.page(Results(results / "token_efficiency"))}
 
 
 if __name__ == "__main__":
+    figures.draw(Results(RESULTS / "token_efficiency"), TOKEN_EFFICIENCY.with_suffix(""))
     for page, text in generated().items():
         page.write_text(text)

@@ -8,6 +8,7 @@ from benchmarks.paper.cells import LONGEST, Cell
 from benchmarks.paper.methods import OPTIONS
 
 SELF_DISTILLATION = "JSD 0.5"  # the paper's objective, where one method stands for OPSD
+BASELINES = ("SFT", "SFT, own words", "GRPO")
 LENGTHS = (27, 54, LONGEST)  # of a rollout: three steps of a solution, six, all of it
 SEARCH_SEED = 100
 
@@ -18,13 +19,13 @@ Rates = dict[tuple[str, str], float]
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is done; the same for every method, but that GRPO goes on for longer."""
+    """How much is done; the same for every method, but that the baselines go on for longer."""
 
     methods: tuple[str, ...] = tuple(OPTIONS)
     rates: tuple[float, ...] = (4e-4, 1e-3, 2.5e-3, 6e-3)
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 32
-    grpo_steps: int = 96
+    baseline_steps: int = 96
     every: int = 8
     search_steps: int = 12
     problems: int = 128
@@ -35,12 +36,11 @@ class Plan:
     warm_steps: int = 450
 
     def cell(self, method: str, rate: float, seed: int, **changes: Any) -> Cell:
-        is_grpo = method == "GRPO"
         cell = Cell(
             method,
             rate,
             seed,
-            self.grpo_steps if is_grpo else self.steps,
+            self.baseline_steps if method in BASELINES else self.steps,
             self.every,
             self.size,
             problems=self.problems,
@@ -98,7 +98,7 @@ QUICK = Plan(
     rates=(2e-3,),
     seeds=(0,),
     steps=12,
-    grpo_steps=12,
+    baseline_steps=12,
     every=4,
     problems=64,
     samples=2,

@@ -8,6 +8,7 @@ interval is above 0, does not hold here if it is below, and otherwise cannot be 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
@@ -60,8 +61,7 @@ def tokens_to(curve: Sequence[dict[str, Any]], accuracy: float) -> float:
 def mean_accuracy(curve: Sequence[dict[str, Any]]) -> float:
     """Over the run: the area under the curve, over the steps."""
     area = sum(
-        (b["step"] - a["step"]) * (a["accuracy"] + b["accuracy"]) / 2
-        for a, b in zip(curve, curve[1:], strict=False)
+        (b["step"] - a["step"]) * (a["accuracy"] + b["accuracy"]) / 2 for a, b in pairwise(curve)
     )
     return area / (curve[-1]["step"] - curve[0]["step"])
 
