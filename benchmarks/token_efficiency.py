@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -30,15 +30,20 @@ import torch
 from benchmarks import report
 from benchmarks.options import Options
 from benchmarks.paper import cells, memory, rollouts, warm_start
+from benchmarks.paper.cells import Cell
 from benchmarks.paper.plan import (
     QUICK,
     SELF_DISTILLATION,
     Plan,
+    Rates,
     best_rates,
     in_order_of_work,
 )
 
 QUESTIONS = ("main", "length", "size", "temperature", "mistakes", "memory")
+Task = tuple[Callable[..., Any], tuple[Any, ...]]
+"""A function, and its arguments but for the cache, which comes last."""
+
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opsd_train"
 
 
@@ -60,27 +65,42 @@ def compare(
     start = time.perf_counter()
     setting = report.machine(torch.device("cpu"))
     print(setting, flush=True)
-    answers: dict[str, list[dict[str, Any]]] = {}
+    cell = plan.cell(SELF_DISTILLATION, 1e-3, 0)  # where no training is asked about
     with Pool(workers, cache) as pool:
-        models = pool.do(warm_start.build, [(s, plan.warm_steps) for s in sizes(plan, questions)])
-        if "memory" in questions:
-            cell = plan.cell(SELF_DISTILLATION, 1e-3, 0)
-            (answers["memory"],) = pool.do(memory.both, [(cell, memory.QWEN3)])
-        if "mistakes" in questions:
-            cell = plan.cell(SELF_DISTILLATION, 1e-3, 0)
-            (answers["mistakes"],) = pool.do(rollouts.find, [(cell, 2 * plan.problems)])
-        answers["cells"] = runs(plan, questions, pool)
-    every = [*models, *answers["cells"]]
+        # First what nothing else is needed for, then what needs models, then learning rates.
+        built: list[Task] = [
+            (warm_start.build, (size, plan.warm_steps)) for size in sizes(plan, questions)
+        ]
+        counts: list[Task] = [
+            (memory.row, (model, tokens, teacher, cell))
+            for model, tokens in (plan.counted if "memory" in questions else ())
+            for teacher in memory.TEACHERS
+        ]
+        models, counted = split(pool.do([*built, *counts]), len(built))
+        searches: list[Task] = [(cells.run, (c,)) for c in to_search(plan, questions)]
+        steps: list[Task] = [
+            (memory.row, (memory.SMALL_WORLD, 0, teacher, cell))
+            for teacher in (memory.TEACHERS if "memory" in questions else ())
+        ]
+        find: list[Task] = [(rollouts.find, (cell, 2 * plan.problems))]
+        finds = find if "mistakes" in questions else []
+        searched, others = split(pool.do([*searches, *steps, *finds]), len(searches))
+        measured, found = split(others, len(steps))
+        asked = to_run(plan, questions, best_rates(searched))
+        ran = searched + pool.do([(cells.run, (c,)) for c in asked])
+    made = [*models, *counted, *measured, *ran]
     facts = {
         "setting": setting,
         "workers": workers,
         "wall_s": round(time.perf_counter() - start),
-        "processor_s": round(sum(made["processor_s"] for made in every)),
+        "processor_s": round(sum(one["processor_s"] for one in made)),
         "plan": asdict(plan),
         "models": models,
     }
     print(f"{facts['wall_s']} s; {facts['processor_s']} s of a processor, what was kept included")
     if output is not None:
+        mistakes = [rollout for rollouts in found for rollout in rollouts]
+        answers = {"cells": ran, "memory": [*measured, *counted], "mistakes": mistakes}
         for name, rows in answers.items():
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             cells.write_whole(output / f"{name}.jsonl", lines)
@@ -95,16 +115,18 @@ def sizes(plan: Plan, questions: Iterable[str]) -> list[str]:
     return sorted(needed, key=lambda size: -warm_start.WIDTHS[size])
 
 
-def runs(plan: Plan, questions: Iterable[str], pool: "Pool") -> list[dict[str, Any]]:
-    """The cells of all questions: first those that find the learning rates, then the others."""
-    methods = plan.methods if "main" in questions else (SELF_DISTILLATION,)
-    to_search = plan.search(methods, plan.size)
+def to_search(plan: Plan, questions: Iterable[str]) -> list[Cell]:
+    """What finds the learning rates."""
+    found = plan.search(plan.methods if "main" in questions else [SELF_DISTILLATION], plan.size)
     if "size" in questions:
         for size in plan.sizes:
             if size != plan.size:
-                to_search += plan.search([SELF_DISTILLATION], size)
-    searched = pool.do(cells.run, [(cell,) for cell in in_order_of_work(to_search)])
-    rates = best_rates(searched)
+                found += plan.search([SELF_DISTILLATION], size)
+    return in_order_of_work(found)
+
+
+def to_run(plan: Plan, questions: Iterable[str], rates: Rates) -> list[Cell]:
+    """The cells of all questions, and of what they begin with."""
     asked = plan.beginnings(sizes(plan, questions))
     for question, of in (
         ("main", plan.main),
@@ -114,7 +136,11 @@ def runs(plan: Plan, questions: Iterable[str], pool: "Pool") -> list[dict[str, A
     ):
         if question in questions:
             asked += of(rates)
-    return searched + pool.do(cells.run, [(cell,) for cell in in_order_of_work(asked)])
+    return in_order_of_work(asked)
+
+
+def split(results: list[Any], at: int) -> tuple[list[Any], list[Any]]:
+    return results[:at], results[at:]
 
 
 class Pool:
@@ -130,9 +156,13 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self.executor.shutdown(cancel_futures=True)
 
-    def do(self, function: Callable[..., Any], tasks: list[tuple[Any, ...]]) -> list[Any]:
-        """`function(*task, cache)` for all tasks, in their order; each is told when it is done."""
-        futures = {self.executor.submit(function, *t, self.cache): i for i, t in enumerate(tasks)}
+    def do(self, tasks: Sequence[Task]) -> list[Any]:
+        """What each task's function returns of its arguments and the cache, in the order of the
+        tasks; each is told when it is done."""
+        futures = {
+            self.executor.submit(function, *arguments, self.cache): i
+            for i, (function, arguments) in enumerate(tasks)
+        }
         results: list[Any] = [None] * len(tasks)
         for done, future in enumerate(as_completed(futures), 1):
             results[futures[future]] = future.result()
@@ -153,6 +183,8 @@ def told(result: Any) -> str:
     """A result on a line."""
     if isinstance(result, list):
         return f"{len(result)} rows"
+    if "teacher" in result and "tokens" in result:
+        return f"memory of {result['model']} with {result['teacher']}"
     if "cell" not in result:
         return f"{result['size']:<8} {result['parameters']:,} parameters, {result['wall_s']:.0f} s"
     cell, end = result["cell"], result["curve"][-1]

@@ -1,6 +1,7 @@
 """Memory of self-distillation, whose teacher is the student with its adapter off, beside that of
 distillation from a separate teacher of the same size: counted, bytes alive at once."""
 
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from benchmarks.paper.methods import opsd_step
 from benchmarks.paper.warm_start import model_path
 from opsd_train.models import adapter_weights
 
-QWEN3 = {"qwen3-1.7b": (1024, 4096, 16384), "qwen3-8b": (1024, 4096, 16384)}
+SMALL_WORLD = "the small world"
+COUNTED = [("qwen3-8b", 16384), ("qwen3-8b", 1024), ("qwen3-1.7b", 16384), ("qwen3-1.7b", 1024)]
 METHOD = "ours, logit-free"
 TEACHERS = OWN, SEPARATE = ("the student's own weights", "separate weights")
 
@@ -32,26 +34,27 @@ class Row:
     weights_mib: float
     optimizer_mib: float
     peak_mib: float
+    processor_s: float = 0.0
 
     @property
     def total(self) -> float:
         return self.weights_mib + self.optimizer_mib + self.peak_mib
 
 
-def both(cell: Cell, counted: dict[str, tuple[int, ...]], folder: Path) -> list[dict[str, Any]]:
-    """Rows, as plain values, with either teacher: of the small world, and of Qwen3; kept."""
+def row(model: str, tokens: int, teacher: str, cell: Cell, folder: Path) -> dict[str, Any]:
+    """A `Row` as plain values, kept: measured in a step of the cell where the model is the world's,
+    otherwise counted."""
 
-    def anew() -> list[dict[str, Any]]:
-        rows = [measure_small_world(cell, teacher, folder) for teacher in TEACHERS]
-        rows += [
-            count_qwen3(model, N, teacher)
-            for model, tokens in counted.items()
-            for N in tokens
-            for teacher in TEACHERS
-        ]
-        return [asdict(row) for row in rows]
+    def anew() -> dict[str, Any]:
+        start = time.process_time()
+        if model == SMALL_WORLD:
+            made = measure_small_world(cell, teacher, folder)
+        else:
+            made = count_qwen3(model, tokens, teacher)
+        return asdict(made) | {"processor_s": round(time.process_time() - start, 2)}
 
-    return kept(folder / f"memory-{recipe('memory')}-{len(counted)}-{cell.name}.json", anew)
+    key = f"{recipe('memory')}-{model}-{tokens}-{TEACHERS.index(teacher)}-{cell.name}"
+    return kept(folder / f"memory-{key}.json", anew)
 
 
 def measure_small_world(cell: Cell, teacher: str, folder: Path) -> Row:
@@ -72,7 +75,7 @@ def measure_small_world(cell: Cell, teacher: str, folder: Path) -> Row:
     with Allocations() as allocations:
         tokens, _ = opsd_step(config, setup, optimizer, 2)
     return Row(
-        cell.size,
+        SMALL_WORLD,
         tokens,
         teacher,
         "measured",

@@ -318,7 +318,7 @@ warm starts of one size is not in the intervals.
         claims(
             [
                 claim(
-                    f"the {large} model gains more than the {small} one (self-distillation needs capacity)",
+                    f"the {large} model gains more than the {small} one (it needs capacity)",
                     difference(gains[large], gains[small]),
                 ),
                 claim(f"the {small} model gains at all", interval(gains[small])),
@@ -391,7 +391,7 @@ def memory(results: Results) -> str:
     rows = [Row(**row) for row in results.rows("memory")]
     if not rows:
         return ""
-    kinds = list(dict.fromkeys((r.model, r.tokens, r.how) for r in rows))
+    kinds = sorted(dict.fromkeys((r.model, r.tokens, r.how) for r in rows), reverse=True)
     lines, saved = [], []
     for model, tokens, how in kinds:
         own, other = (
@@ -436,8 +436,8 @@ counted as on a GPU by [benchmarks/step.py](../benchmarks/step.py).
   steps
   are within, from {min(saved):.0%} to {max(saved):.0%}: **{verdict}**. What is saved is one copy
   of the
-  weights: the less of the whole, the longer the rollouts, and nearly nothing in the small world, whose
-  weights are small beside its activations."""
+  weights: the less of the whole, the longer the rollouts, and nearly nothing in the small
+  world, whose weights are small beside its activations."""
 
 
 def method(results: Results) -> str:
@@ -452,21 +452,24 @@ def method(results: Results) -> str:
 All train the same adapter (LoRA, rank 16, on every projection) with AdamW, a gradient norm of at
 most 1, and a constant learning rate after four steps of warm-up; a step is of 32 rollouts, or of
 32 solutions. OPSD and on-policy distillation are the harness's own step
-([opsd_train/opsd/step.py](../opsd_train/opsd/step.py)) with its options; sampling, held-out problems
+([opsd_train/opsd/step.py](../opsd_train/opsd/step.py)) with its options; sampling, held-out
+problems
 and their evaluation are the same code for all. SFT and GRPO are in
 [benchmarks/paper/methods.py](../benchmarks/paper/methods.py).
 
 - **SFT**: cross-entropy on the reference solutions as they are; **SFT, own words**: on the same
   solutions as the model itself writes them, every step of it, which nobody has of real problems.
 - **GRPO**: {GROUP} rollouts to each of four problems, the advantage of a rollout its reward less
-  the mean of the group, over the group's standard deviation; one on-policy update a batch, no KL term.
+  the mean of the group, over the group's standard deviation; one on-policy update a batch, no KL
+  term.
 - **sampled token**: the paper's Eq. 8, a policy gradient with the teacher's log-ratio as advantage.
 - **JSD 0.5**, **forward KL**, **forward KL, clipped** (entries at 0.05), **reverse KL**: over the
   whole vocabulary.
 - **larger teacher**: JSD 0.5 towards a model of {parameters(results, "expert")} parameters that
   sees no reference{of_expert(results)}.
 
-The learning rate of each is the best of {len(rates)}, the same for all, after {plan["search_steps"]}
+The learning rate of each is the best of {len(rates)}, the same for all, after
+{plan["search_steps"]}
 steps on a seed and on problems of its own (accuracy there, two samples a problem; noise of three to
 four points):
 
@@ -504,7 +507,8 @@ def readme_section(results: Results, from_folder: str) -> str:
         f"each: OPSD ({SELF_DISTILLATION}) takes held-out accuracy from {begin:.0%} to "
         f"{ends[SELF_DISTILLATION]} with {tokens[SELF_DISTILLATION]:.0f}k generated tokens; GRPO "
         f"to {ends['GRPO']} with {tokens['GRPO']:.0f}k, {fewer}. The sampled-token objective ends "
-        f"at {ends['sampled token']}, distillation from a larger teacher at {ends['larger teacher']}, "
+        f"at {ends['sampled token']}, distillation from a larger teacher at "
+        f"{ends['larger teacher']}, "
         f"SFT on the references at {ends['SFT']}, and on solutions in the model's own words, which "
         f"nobody has of real problems, at {ends['SFT, own words']}."
     )

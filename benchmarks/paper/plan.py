@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.paper.cells import LONGEST, Cell
+from benchmarks.paper.memory import COUNTED
 from benchmarks.paper.methods import OPTIONS
 
 SELF_DISTILLATION = "JSD 0.5"  # the paper's objective, where one method stands for OPSD
@@ -34,6 +35,7 @@ class Plan:
     sizes: tuple[str, ...] = ("small", "middle", "large")
     temperatures: tuple[float, ...] = (0.7, 1.0, 1.4)
     warm_steps: int = 450
+    counted: tuple[tuple[str, int], ...] = tuple(COUNTED)  # memory, of models and tokens
 
     def cell(self, method: str, rate: float, seed: int, **changes: Any) -> Cell:
         cell = Cell(
@@ -54,7 +56,10 @@ class Plan:
         return [self.cell(SELF_DISTILLATION, 1.0, 0, steps=0, size=size) for size in sizes]
 
     def search(self, methods: Iterable[str], size: str) -> list[Cell]:
-        """A short run for each method and rate, on a seed and on problems of its own."""
+        """A short run for each method and rate, on a seed and on problems of its own; none where
+        there is one rate alone."""
+        if len(self.rates) == 1:
+            return []
         short = {"steps": self.search_steps, "part": "validation", "samples": 2, "size": size}
         return [
             self.cell(method, rate, SEARCH_SEED, **short)
@@ -62,9 +67,12 @@ class Plan:
             for rate in self.rates
         ]
 
+    def rate(self, found: Rates, method: str, size: str) -> float:
+        return self.rates[0] if len(self.rates) == 1 else found[method, size]
+
     def main(self, rates: Rates) -> list[Cell]:
         return [
-            self.cell(method, rates[method, self.size], seed)
+            self.cell(method, self.rate(rates, method, self.size), seed)
             for method in self.methods
             for seed in self.seeds
         ]
@@ -84,7 +92,7 @@ class Plan:
         return [
             self.cell(
                 method,
-                rates[method, value if field == "size" else self.size],
+                self.rate(rates, method, value if field == "size" else self.size),
                 seed,
                 **{field: value},
             )
@@ -102,10 +110,10 @@ QUICK = Plan(
     every=4,
     problems=64,
     samples=2,
-    size="small",
-    sizes=("small",),
+    sizes=("middle",),
     temperatures=(0.7, 1.0),
     warm_steps=300,
+    counted=(("qwen3-0.6b", 1024),),
 )
 
 
