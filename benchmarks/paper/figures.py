@@ -51,7 +51,7 @@ def main(results: Results) -> Figure | None:
     """Held-out accuracy over generated tokens, and over steps."""
     if not results.methods:
         return None
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.0), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for method in results.methods:
         cells = results.of(method)
@@ -63,7 +63,8 @@ def main(results: Results) -> Figure | None:
     for axis in (left, right):
         axis.axhline(results.beginning(results.plan["size"])["teacher"], color=INK, linewidth=0.8,
                      linestyle=":", zorder=0)  # fmt: skip
-    right.legend(frameon=False, fontsize=7, loc="lower right", ncols=2)
+    handles, names = right.get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, fontsize=8, loc="outside right center")
     return figure
 
 
@@ -201,8 +202,9 @@ def mistakes(results: Results) -> Figure | None:
     grid = [[*r.divergence, *[float("nan")] * (longest - len(r.divergence))] for r in shown]
     image = right.imshow(grid, aspect="auto", cmap=paint, vmin=0, vmax=most, interpolation="none")
     for row, r in enumerate(shown):
-        right.plot(r.first_mistake, row - 0.62, "v", color="#c7502b", markersize=4)
+        right.plot(r.first_mistake, row - 0.5, "v", color="#c7502b", markersize=4)
     right.set_yticks([])
+    right.set_ylim(len(shown) - 0.5, -1.0)
     right.set_xlabel("token of the rollout", fontsize=8)
     right.set_title("18 of them, a row each; ▾ its first mistake", loc="left", fontsize=9)
     right.tick_params(labelsize=8)

@@ -23,6 +23,7 @@ from benchmarks.paper.verdicts import (
     pass_at_ks,
     tokens_to,
 )
+from benchmarks.paper.warm_start import build_tokenizer
 from benchmarks.report import table
 
 PICTURES = "token_efficiency"  # folder, in docs/
@@ -57,8 +58,8 @@ edited. -->
 On-policy self-distillation beside SFT, GRPO and on-policy distillation from a larger teacher, in a
 world small enough for two cores: `python benchmarks/token_efficiency.py --output
 benchmarks/results/token_efficiency` ({facts["wall_s"] / 60:.0f} minutes with {facts["workers"]}
-workers, {facts["processor_s"] / 60:.0f} of a processor; `--quick` takes three). It goes on where it
-was stopped. ({facts["setting"]}; each worker has one thread.)
+workers, {facts["processor_s"] / 60:.0f} of one processor; `--quick` takes three). It goes on where
+it was stopped. ({facts["setting"]}; each worker has one thread.)
 
 ## The world
 
@@ -87,7 +88,8 @@ out.
 **What this can show:** how the objectives compare when everything around them is the same code, on
 a task where the student is often wrong, the teacher hardly ever, and the truth is known token by
 token. **What it cannot:** that real models behave alike. Here a model has one skill, a vocabulary
-of 31 tokens, rollouts of a hundred; its faults were put there; its teacher was trained to use a
+of {len(build_tokenizer())} tokens,
+rollouts of a hundred; its faults were put there; its teacher was trained to use a
 reference, which a language model does by itself or does not; and the larger teacher was taught the
 truth. Orderings, more than sizes, are what to look at.
 
@@ -199,12 +201,12 @@ def first_steps(result: Result, results: Results) -> list[dict[str, float]]:
 
 def times_fewer(cells: Sequence[Result], grpo: Sequence[Result]) -> Interval | None:
     """How many times fewer tokens to reach GRPO's last accuracy, seed by seed, as logarithms; None
-    where a seed never reaches it."""
+    where a seed never reaches it, or GRPO has gained nothing."""
     logs = []
     for ours, theirs in zip(cells, grpo, strict=True):
         target = theirs["curve"][-1]["accuracy"]
         needed, spent = tokens_to(ours["curve"], target), tokens_to(theirs["curve"], target)
-        if math.isinf(needed):
+        if math.isinf(needed) or not needed or not spent:
             return None
         logs.append(math.log(spent / needed))
     return interval(logs)
@@ -212,7 +214,7 @@ def times_fewer(cells: Sequence[Result], grpo: Sequence[Result]) -> Interval | N
 
 def shown_ratio(ratio: Interval | None) -> str:
     if ratio is None:
-        return "not reached"
+        return "–"
     mean, low, high = (math.exp(x) for x in (ratio.mean, ratio.low, ratio.high))
     return f"{mean:.1f} × ({low:.1f} to {high:.1f})"
 
@@ -220,7 +222,7 @@ def shown_ratio(ratio: Interval | None) -> str:
 def ratio_claim(ratio: Interval | None) -> str:
     what = f"{SELF_DISTILLATION} needs fewer tokens than GRPO (Fig. 3: 4 to 8 times)"
     if ratio is None:
-        return f"{what}: it never reaches it in one seed or more: **{FAILS}**."
+        return f"{what}: in a seed GRPO's last accuracy is never reached, or no gain: **{OPEN}**."
     low, high = math.exp(ratio.low), math.exp(ratio.high)
     reach = (
         "the paper's factor is above the interval"
@@ -364,9 +366,10 @@ def mistakes(results: Results) -> str:
         return ""
     peaks = bootstrap([float(r.peak_is_first_mistake) for r in found])
     chance = fmean(1 / len(r.divergence) for r in found)
-    some = [r for r in found if r.before]
-    before = bootstrap([auc(r.divergence[r.first_mistake], r.before) for r in some])
     could = [r for r in found if r.before_that_could_err]
+    if not could:
+        return ""
+    before = bootstrap([auc(r.divergence[r.first_mistake], r.before) for r in could])
     harder = bootstrap([auc(r.divergence[r.first_mistake], r.before_that_could_err) for r in could])
     verdicts = [
         f"The largest divergence of a wrong rollout is at its first mistake: {share(peaks)} "
@@ -494,7 +497,7 @@ def readme_section(results: Results, from_folder: str) -> str:
     ours, grpo = of[SELF_DISTILLATION], of["GRPO"]
     ratio = times_fewer(ours, grpo)
     fewer = (
-        "which OPSD did not reach in every seed"
+        "which is not reached in every seed"
         if ratio is None
         else f"for which OPSD needs {shown_ratio(ratio)} fewer"
     )
