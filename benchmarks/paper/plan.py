@@ -23,10 +23,10 @@ class Plan:
     """How much is done; the same for every method, but that the baselines go on for longer."""
 
     methods: tuple[str, ...] = tuple(OPTIONS)
-    rates: tuple[float, ...] = (4e-4, 1e-3, 2.5e-3, 6e-3)
+    rates: tuple[float, ...] = (5e-4, 1.25e-3, 3e-3, 7.5e-3)
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 32
-    baseline_steps: int = 96
+    baseline_steps: int = 80
     every: int = 8
     search_steps: int = 12
     problems: int = 128

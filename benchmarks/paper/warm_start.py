@@ -46,7 +46,7 @@ SPECIAL_TOKENS = ["<pad>", "<problem>", "<reference>", "<rework>", "<solution>",
 HEAD = 32
 RECIPE = ("multiplication", "warm_start")  # the files that decide a model
 
-WIDTHS = {"small": 96, "middle": 160, "large": 224, "expert": 224}
+WIDTHS = {"small": 96, "middle": 160, "large": 192, "expert": 192}
 """By size. "expert" is the larger teacher of on-policy distillation: it knows no references, and
 has never seen a mistake."""
 
