@@ -22,7 +22,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"  # of each worker: matrices this small do not feed more
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
@@ -172,7 +171,7 @@ class Pool:
 
 def quiet() -> None:
     """Before a worker begins."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # matrices this small do not feed more
     warnings.filterwarnings("ignore")
     import transformers
 

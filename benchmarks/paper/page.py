@@ -9,7 +9,7 @@ from statistics import fmean
 from benchmarks.paper.memory import OWN, SEPARATE, Row
 from benchmarks.paper.methods import GROUP
 from benchmarks.paper.multiplication import LEVELS, MISCONCEPTION, SLIP, WRONG_PAIRS
-from benchmarks.paper.plan import BASELINES, LENGTHS, SELF_DISTILLATION, Result
+from benchmarks.paper.plan import BASELINES, LENGTHS, SELF_DISTILLATION, Result, best_rates
 from benchmarks.paper.results import Results, finals
 from benchmarks.paper.rollouts import auc, bootstrap
 from benchmarks.paper.verdicts import (
@@ -49,7 +49,7 @@ def introduction(results: Results) -> str:
     plan, begin = results.plan, results.beginning(results.plan["size"])
     by_level = of_levels(begin["curve"][0]["solved"], begin["cell"]["samples"])
     facts = results.setting
-    start = begin["curve"][0]["accuracy"]
+    start, minutes = begin["curve"][0]["accuracy"], facts["processor_s"] / 60
     return f"""# The paper's claims in miniature
 
 <!-- Made by `python benchmarks/readme.py` out of benchmarks/results/token_efficiency; not to be
@@ -57,9 +57,9 @@ edited. -->
 
 On-policy self-distillation beside SFT, GRPO and on-policy distillation from a larger teacher, in a
 world small enough for two cores: `python benchmarks/token_efficiency.py --output
-benchmarks/results/token_efficiency` ({facts["wall_s"] / 60:.0f} minutes with {facts["workers"]}
-workers, {facts["processor_s"] / 60:.0f} of one processor; `--quick` takes three). It goes on where
-it was stopped. ({facts["setting"]}; each worker has one thread.)
+benchmarks/results/token_efficiency` ({minutes:.0f} minutes of one processor, so about
+{minutes / 2:.0f} on two cores; `--quick` takes three). It goes on where it was stopped.
+({facts["setting"]}; each worker has one thread.)
 
 ## The world
 
@@ -446,10 +446,19 @@ counted as on a GPU by [benchmarks/step.py](../benchmarks/step.py).
 def method(results: Results) -> str:
     plan = results.plan
     rates = list(plan["rates"])
+    searched = results.searched()
+    best = best_rates(r for r in results.cells if r["cell"]["part"] == "validation")
     lines = [
-        [f"{name}, {of_size}", *(f"{found[rate]:.0%}" for rate in rates)]
-        for (name, of_size), found in results.searched().items()
+        [
+            f"{name}, {of_size}",
+            *(
+                f"**{found[r]:.0%}**" if r == best[name, of_size] else f"{found[r]:.0%}"
+                for r in rates
+            ),
+        ]
+        for (name, of_size), found in sorted(searched.items())
     ]
+    edge = [f"{n}, {s}" for (n, s), rate in sorted(best.items()) if rate in (rates[0], rates[-1])]
     return f"""## What each method does
 
 All train the same adapter (LoRA, rank 16, on every projection) with AdamW, a gradient norm of at
@@ -472,9 +481,8 @@ and their evaluation are the same code for all. SFT and GRPO are in
   sees no reference{of_expert(results)}.
 
 The learning rate of each is the best of {len(rates)}, the same for all, after
-{plan["search_steps"]}
-steps on a seed and on problems of its own (accuracy there, two samples a problem; noise of three to
-four points):
+{plan["search_steps"]} steps on a seed and on problems of its own (accuracy there, two samples a
+problem; its noise is three to four points). At an edge of what was searched, so that another may be better: {listed(edge)}.
 
 {table(["", *(f"{rate:g}" for rate in rates)], lines)}"""
 
@@ -518,7 +526,8 @@ def readme_section(results: Results, from_folder: str) -> str:
     caveat = (
         f"It is a toy: its faults and its teacher were made, so orderings are what to look at, not "
         f"sizes, and real models may differ. Of {sum(counted(results).values())} orderings "
-        f"{told(counted(results))}: [docs/token_efficiency.md]({from_folder}/token_efficiency.md), "
+        f"looked at {told(counted(results))}: "
+        f"[docs/token_efficiency.md]({from_folder}/token_efficiency.md), "
         "with the length of rollouts, sizes, temperature, where the teacher disagrees and memory; "
         "half an hour on two cores to rerun."
     )
@@ -562,6 +571,10 @@ def wrapped(text: str) -> str:
 
 
 # Words and figures
+
+
+def listed(names: Sequence[str]) -> str:
+    return "; ".join(names) or "none"
 
 
 def claims(lines: Sequence[str]) -> str:
