@@ -166,6 +166,7 @@ def test_the_first_mistake_stands_out():
     rollout = WrongRollout("a7*6+0=43b", [0, 0, 0, 0, 0, 0.1, 0, 0.2, 0.4, 0], 8)
     assert rollout.before_that_could_err == [0.1, 0.2]
     assert rollout.peak_is_first_mistake
+    assert rollout.first_mistake_is_largest_so_far
     assert auc(0.2, [0.1, 0.2, 0.3, 0.0]) == (1 + 0.5 + 0 + 1) / 4
 
 
@@ -214,3 +215,5 @@ def test_in_little(tmp_path, capsys, monkeypatch):
     text = page.page(results)
     assert "| JSD 0.5 (1 steps) |" in text
     assert "| the small world, measured |" in text
+    counts = page.counted(results)
+    assert counts[verdicts.OPEN] >= 5  # of one seed nothing can be told

@@ -364,16 +364,25 @@ def mistakes(results: Results) -> str:
     found = results.mistakes
     if not found:
         return ""
-    peaks = bootstrap([float(r.peak_is_first_mistake) for r in found])
-    chance = fmean(1 / len(r.divergence) for r in found)
     could = [r for r in found if r.before_that_could_err]
     if not could:
         return ""
-    before = bootstrap([auc(r.divergence[r.first_mistake], r.before) for r in could])
-    harder = bootstrap([auc(r.divergence[r.first_mistake], r.before_that_could_err) for r in could])
+
+    def mean_auc(others: str) -> tuple[float, float, float]:
+        return bootstrap([auc(r.divergence[r.first_mistake], getattr(r, others)) for r in could])
+
+    peaks = bootstrap([float(r.peak_is_first_mistake) for r in found])
+    chance = fmean(1 / len(r.divergence) for r in found)
+    so_far = bootstrap([float(r.first_mistake_is_largest_so_far) for r in could])
+    chance_so_far = fmean(1 / (len(r.before_that_could_err) + 1) for r in could)
+    before, harder = mean_auc("before"), mean_auc("before_that_could_err")
     verdicts = [
         f"The largest divergence of a wrong rollout is at its first mistake: {share(peaks)} "
-        f"of {len(found)}; at a token drawn at random {chance:.1%}: **{judged(peaks, chance)}**.",
+        f"of {len(found)}; at a token drawn at random {chance:.1%}: **{judged(peaks, chance)}**. "
+        "(Most have several mistakes, and what follows one diverges as well.)",
+        f"Up to it, no divergence was as large: {share(so_far)} of {len(could)} that could have "
+        f"erred before; if a carry or value were drawn at random, {chance_so_far:.0%}: "
+        f"**{judged(so_far, chance_so_far)}**.",
         f"The first mistake's divergence is above that of a token before it: AUC {share(before)}, "
         f"by chance 50%: **{judged(before, 0.5)}**.",
         "And above that of a carry or value before it, where a mistake was possible and none was "
@@ -482,7 +491,8 @@ and their evaluation are the same code for all. SFT and GRPO are in
 
 The learning rate of each is the best of {len(rates)}, the same for all, after
 {plan["search_steps"]} steps on a seed and on problems of its own (accuracy there, two samples a
-problem; its noise is three to four points). At an edge of what was searched, so that another may be better: {listed(edge)}.
+problem; its noise is three to four points). At an edge of what was searched, so that another may be
+better: {listed(edge)}.
 
 {table(["", *(f"{rate:g}" for rate in rates)], lines)}"""
 
@@ -539,7 +549,7 @@ def readme_section(results: Results, from_folder: str) -> str:
 
 def counted(results: Results) -> dict[str, int]:
     """How many of the page's orderings have which verdict."""
-    text = page(results)
+    text = " ".join(page(results).split())
     return {verdict: text.count(f"**{verdict}**") for verdict in (HOLDS, FAILS, OPEN)}
 
 

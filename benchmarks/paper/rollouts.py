@@ -40,6 +40,10 @@ class WrongRollout:
     def peak_is_first_mistake(self) -> bool:
         return max(self.divergence) == self.divergence[self.first_mistake]
 
+    @property
+    def first_mistake_is_largest_so_far(self) -> bool:
+        return self.divergence[self.first_mistake] > max(self.before)
+
 
 def could_err(text: str, i: int) -> bool:
     """Whether the token is a carry or belongs to a value."""
