@@ -187,7 +187,7 @@ def told(result: Any) -> str:
     if "cell" not in result:
         return f"{result['size']:<8} {result['parameters']:,} parameters, {result['wall_s']:.0f} s"
     cell, end = result["cell"], result["curve"][-1]
-    what = f"{cell['method']:<20} {cell['size']:<7} rate {cell['rate']:.0e} seed {cell['seed']:<3}"
+    what = f"{cell['method']:<20} {cell['size']:<7} rate {cell['rate']:<7g} seed {cell['seed']:<3}"
     change = f"T {cell['temperature']}, {cell['longest']} tokens at most"
     return f"{what} {change}: {end['accuracy']:.1%}, {result['wall_s']:.0f} s"
 
