@@ -60,9 +60,13 @@ def main(results: Results) -> Figure | None:
         curves(right, cells, method, lambda p: p["step"])
     titled(left, "Held-out accuracy over generated tokens", "thousands of tokens sampled to train")
     titled(right, "… and over steps (SFT generates no tokens)", "step")
+    teacher = results.beginning(results.plan["size"])["teacher"]
     for axis in (left, right):
-        axis.axhline(results.beginning(results.plan["size"])["teacher"], color=INK, linewidth=0.8,
-                     linestyle=":", zorder=0)  # fmt: skip
+        axis.axhline(teacher, color=INK, linewidth=0.8, linestyle=":", zorder=0)
+    left.annotate(
+        "teacher, sees the solution", (1, teacher), (0, 2), fontsize=7, color=INK, ha="right",
+        xycoords=("axes fraction", "data"), textcoords="offset points",
+    )  # fmt: skip
     handles, names = right.get_legend_handles_labels()
     figure.legend(handles, names, frameon=False, fontsize=8, loc="outside right center")
     return figure
@@ -140,7 +144,7 @@ def size(results: Results) -> Figure | None:
     sizes = [s for s in results.plan["sizes"] if results.of(size=s)]
     if len(sizes) < 2:
         return None
-    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.6, 3.6), layout="constrained")
     axis = figure.subplots()
     for x, name in enumerate(sizes):
         begin, after = results.beginning(name), finals(results.of(size=name))
@@ -155,7 +159,7 @@ def size(results: Results) -> Figure | None:
     axis.set_xticks(range(len(sizes)), [f"{s}\n{parameters[s] / 1e6:.2f}M" for s in sizes])
     titled(axis, "Self-distillation by size", "parameters")
     axis.set_xlim(-0.5, len(sizes) - 0.5)
-    axis.legend(frameon=False, fontsize=8, loc="center left")
+    figure.legend(frameon=False, fontsize=8, loc="outside right center")
     return figure
 
 

@@ -171,7 +171,7 @@ def main_claims(results: Results) -> list[str]:
         )
     pairs = [
         (SELF_DISTILLATION, "SFT", "Table 2"),
-        (SELF_DISTILLATION, "SFT, own words", "no claim of the paper's"),
+        (SELF_DISTILLATION, "SFT, own words", "no claim"),
         ("GRPO", "SFT", "Table 2"),
         (SELF_DISTILLATION, "sampled token", "Table 3"),
         ("forward KL", "sampled token", "Table 3, with another divergence"),
@@ -179,7 +179,7 @@ def main_claims(results: Results) -> list[str]:
         (SELF_DISTILLATION, "reverse KL", "no claim"),
         (SELF_DISTILLATION, "forward KL", "no claim"),
         ("forward KL, clipped", "forward KL", "the authors' later scripts clip"),
-        (SELF_DISTILLATION, "larger teacher", "Table 2"),
+        (SELF_DISTILLATION, "larger teacher", "no claim"),
     ]
     made += [
         claim(
