@@ -154,6 +154,8 @@ def test_tokens_to_an_accuracy():
     assert verdicts.tokens_to(curve, 0.6) == pytest.approx(260)
     assert verdicts.tokens_to(curve, 0.1) == 0
     assert verdicts.tokens_to(curve, 0.9) == math.inf
+    assert verdicts.accuracy_after(curve, 150) == pytest.approx(0.35)
+    assert verdicts.accuracy_after(curve, 500) == 0.8
     assert verdicts.mean_accuracy(curve) == pytest.approx((0.3 + 0.35 + 0.55) / 3)
     ours = [{"curve": curve_of(0.2, 0.8)}] * 2
     theirs = [{"curve": curve_of(0.2, 0.2, 0.4)}] * 2

@@ -95,17 +95,18 @@ def methods(results: Results) -> Figure | None:
         axis.barh(row, fmean(ys), color=COLORS[method], alpha=0.35, height=0.6)
         axis.plot(ys, [row] * len(ys), "o", color=COLORS[method], markersize=5)
     begin = results.beginning(results.plan["size"])
-    for value, text in (
-        (begin["curve"][0]["accuracy"], "before"),
-        (begin["greedy"], "before, greedy"),
-        (begin["teacher"], "teacher, sees\nthe solution"),
+    for value, text, side in (
+        (begin["curve"][0]["accuracy"], "before ", "right"),
+        (begin["greedy"], " before, greedy", "left"),
+        (begin["teacher"], "teacher, sees the solution", "center"),
     ):
         axis.axvline(value, color=INK, linewidth=0.8, linestyle=":")
-        axis.text(value, len(names) - 0.45, text, fontsize=7, color=INK, ha="center", va="bottom")
-    axis.set_yticks(range(len(names)), names)
+        axis.text(value, len(names) - 0.4, text, fontsize=7, color=INK, ha=side, va="bottom")
+    steps = {method: results.of(method)[0]["cell"]["steps"] for method in names}
+    axis.set_yticks(range(len(names)), [f"{name}, {steps[name]} steps" for name in names])
     report.style(axis)
     axis.xaxis.set_major_formatter(PercentFormatter(1))
-    axis.set_xlim(0, 1)
+    axis.set_xlim(-0.01, 1)
     axis.set_xlabel("held-out problems solved after the last step, sampled", fontsize=8)
     return figure
 
@@ -126,11 +127,11 @@ def length(results: Results) -> Figure | None:
         left.fill_between(xs, list(map(min, ys)), list(map(max, ys)), color=color, alpha=0.2, lw=0)
         left.plot(xs, list(map(fmean, ys)), color=color, marker="o", markersize=4, label=label)
         points = list(zip(*(r["curve"] for r in cells), strict=True))
-        right.plot(
-            [fmean(p["tokens"] / 1000 for p in of) for of in points],
-            [fmean(p["accuracy"] for p in of) for of in points],
-            color=color, marker="o", markersize=3, label=label,
-        )  # fmt: skip
+        tokens = [fmean(p["tokens"] / 1000 for p in of) for of in points]
+        solved = [[p["accuracy"] for p in of] for of in points]
+        low, high = list(map(min, solved)), list(map(max, solved))
+        right.fill_between(tokens, low, high, color=color, alpha=0.2, lw=0)
+        right.plot(tokens, list(map(fmean, solved)), color=color, marker="o", markersize=3)
     left.set_xscale("log", base=2)
     left.set_xticks(xs, [str(k) for k in xs])
     titled(left, "pass@k after as many steps", "k")

@@ -58,6 +58,16 @@ def tokens_to(curve: Sequence[dict[str, Any]], accuracy: float) -> float:
     return math.inf
 
 
+def accuracy_after(curve: Sequence[dict[str, Any]], tokens: float) -> float:
+    """After so many generated tokens, in proportion between two evaluations; at most as many as
+    there are."""
+    for a, b in pairwise(curve):
+        if b["tokens"] >= tokens:
+            part = (tokens - a["tokens"]) / (b["tokens"] - a["tokens"])
+            return a["accuracy"] + part * (b["accuracy"] - a["accuracy"])
+    return curve[-1]["accuracy"]
+
+
 def mean_accuracy(curve: Sequence[dict[str, Any]]) -> float:
     """Over the run: the area under the curve, over the steps."""
     area = sum(
