@@ -152,8 +152,8 @@ not counted. No interval is corrected for how many there are.
 SFT on the references fails by what this world is: they leave out steps that a model of two layers
 has to write down, and to learn to do without them takes more than these runs. Of real data it says
 that a reference is not what the model would write, and no more; the second SFT has none of that
-handicap, and needs no tokens. The clip takes the gradient from entries above it, and here
-misconceptions are such entries.
+handicap, and needs no tokens. An entry above the clip has no gradient but through the softmax; that
+misconceptions are such entries is our guess at why the clipped loss falls behind.
 
 {claims(main_claims(results))}"""
 
