@@ -1,5 +1,6 @@
-"""OPSD beside SFT, GRPO and on-policy distillation from a larger teacher, in a world of long
-multiplication: held-out accuracy over generated tokens, and what else the paper claims.
+"""OPSD beside SFT, GRPO and a larger teacher: held-out accuracy over generated tokens, and more.
+
+What else the paper claims is looked at as well, in a world of long multiplication:
 
     python benchmarks/token_efficiency.py --output benchmarks/results/token_efficiency
     python benchmarks/token_efficiency.py --only main length

@@ -102,7 +102,7 @@ class Plan:
 
 
 QUICK = Plan(
-    methods=("SFT", "GRPO", "sampled token", "JSD 0.5", "forward KL"),
+    methods=("SFT", "GRPO", "sampled token", "JSD 0.5"),
     rates=(2e-3,),
     seeds=(0,),
     steps=12,
