@@ -7,8 +7,8 @@ What else the paper claims is looked at as well, in a world of long multiplicati
     python benchmarks/token_efficiency.py --quick
 
 Half an hour on two cores. Each run of a method is a cell, kept in a file of --cache when it is
-done: what was stopped goes on, and what has not changed is not done again. The page
-docs/token_efficiency.md is made of --output by benchmarks/readme.py.
+done: what was stopped goes on, and what has not changed is not done again. --output is written anew,
+with --only what that asks for alone; benchmarks/readme.py makes docs/token_efficiency.md of it.
 """
 
 import json
