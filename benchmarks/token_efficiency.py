@@ -7,8 +7,9 @@ What else the paper claims is looked at as well, in a world of long multiplicati
     python benchmarks/token_efficiency.py --quick
 
 Half an hour on two cores. Each run of a method is a cell, kept in a file of --cache when it is
-done: what was stopped goes on, and what has not changed is not done again. --output is written anew,
-with --only what that asks for alone; benchmarks/readme.py makes docs/token_efficiency.md of it.
+done: what was stopped goes on, and what has not changed is not done again. --output is written
+anew, with --only what that asks for alone; benchmarks/readme.py makes docs/token_efficiency.md of
+it.
 """
 
 import json
@@ -112,7 +113,7 @@ def sizes(plan: Plan, questions: Iterable[str]) -> list[str]:
     of_size = plan.sizes if "size" in questions else ()
     expert = ("expert",) if "larger teacher" in plan.methods else ()
     needed = {plan.size, *of_size, *(expert if "main" in questions else ())}
-    return sorted(needed, key=lambda size: -warm_start.WIDTHS[size])
+    return sorted(needed, key=lambda size: (-warm_start.WIDTHS[size], size))
 
 
 def to_search(plan: Plan, questions: Iterable[str]) -> list[Cell]:
