@@ -5,13 +5,17 @@ BASE_PYTHON ?= python3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test test-tiles test-vllm lint format gpu clean
+.PHONY: demo test test-slow test-tiles test-vllm lint format gpu clean
 
 demo: $(VENV)/.installed-train
 	$(PYTHON) -m opsd_train $(ARGS)
 
 test: lint
 	$(PYTHON) -m pytest -n 2 $(ARGS)
+
+# More random cases of kernels, interpreted.
+test-slow: $(VENV)/.installed-test
+	$(PYTHON) -m pytest -n 2 -m slow $(ARGS)
 
 # Every kernel's tests with the tiles of each GPU, interpreted, scratch poisoned. Takes long.
 TILES ?= sm_80 sm_89 sm_90 sm_100 gfx942

@@ -195,13 +195,13 @@ def test_against_oracle_in_pytorch(**drawn):
 
 
 @given(**DRAWN)
-@settings(max_examples=60)  # the interpreter takes its time
+@settings(max_examples=40)  # the interpreter takes its time
 def test_against_oracle_logit_free(**drawn):
     check_against_oracle("logit-free", **drawn)
 
 
 @given(**DRAWN)
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_against_oracle_with_rows(**drawn):
     check_against_oracle("rows, backward", **drawn)
 

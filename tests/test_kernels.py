@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from accuracy import GRAD_UNITS, LOSS_UNITS, TILED_GRAD_UNITS, errors, rounds_scores
 from heads import EXTRAS
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from inputs import clip_is_clear, language_like_inputs, random_inputs
 from schedules import DEVICE, LOGIT_FREE, ROW_WORKSPACE
@@ -390,6 +390,7 @@ def whole(gradient):
     extras=EXTRAS,
     seed=st.integers(0, 2**16),
 )
+@settings(max_examples=40)  # the interpreter takes its time
 def test_row_workspace_with_the_kernel(
     N,
     V,

@@ -15,7 +15,7 @@ from accuracy import (
     rounds_scores,
 )
 from heads import EXTRAS
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from inputs import clip_is_clear, language_like_inputs, random_inputs
 from schedules import LOGIT_FREE, ROW_WORKSPACE
@@ -44,6 +44,7 @@ LOW_DTYPES = [torch.bfloat16, torch.float16]
     seed=st.integers(0, 2**16),
 )
 @example(1, 1, 1, torch.float32, 0.5, 1.0, None, 0.0, 0.0, False, None, 128, 0)
+@settings(max_examples=60)  # the interpreter takes its time
 def test_op_against_oracle(
     op,
     N,

@@ -113,14 +113,14 @@ def check_against_oracle(
         assert ((removed - exact).abs() <= noise)[unclipped.isfinite()].all()
 
 
-@settings(max_examples=60)  # the interpreter takes its time
+@settings(max_examples=30)  # the interpreter takes its time
 @given(**CASES)
 def test_against_oracle(op, **case):
     tiles = op is not ROW_WORKSPACE and rounds_scores(case["dtype"], case["beta"])
     check_against_oracle(op, tiles=tiles, **case)
 
 
-@settings(max_examples=60)  # the interpreter takes its time
+@settings(max_examples=30)  # the interpreter takes its time
 @given(**CASES)
 def test_row_workspace_with_the_kernel(**case):
     """The whole op as it runs on a GPU, where `rows` takes the place of PyTorch."""

@@ -118,7 +118,11 @@ def test_the_ways_are_those_they_are_named_for():
         assert (forward.call_count, backward.call_count) == ((1, 0) if "forward" in way else (0, 1))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    # Interpreted, they take their time.
+    [way if "PyTorch" in way else pytest.param(way, marks=pytest.mark.slow) for way in WAYS],
+)
 @given(
     N=st.integers(1, 9),
     V=st.sampled_from([1, 2, 17, 300]),
@@ -391,7 +395,7 @@ def test_there_is_no_second_head_in_fp32(way):
     from forward to backward 40 bytes a token are kept."""
     V, D = 6000, 64
     kept = []
-    for N in (300, 600):
+    for N in (100, 200):
         h_S, h_T, W = (t.bfloat16().requires_grad_() for t in random_inputs(N, V, D))
         with Allocations() as in_forward:
             loss = fused_jsd_loss(h_S, h_T, W, workspace_mib=0 if way == "logit-free" else 0.8)
@@ -402,7 +406,7 @@ def test_there_is_no_second_head_in_fp32(way):
         # A second head in fp32 would be 4 V D.
         assert in_backward.peak < returned + dh_S + 2 * V * D
         assert [tuple(shape) for shape in in_backward.shapes].count((V, D)) == 1
-    assert kept[1] - kept[0] == 40 * 300
+    assert kept[1] - kept[0] == 40 * 100
 
 
 def test_the_kernels_keep_as_many_numbers():
