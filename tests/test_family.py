@@ -214,7 +214,7 @@ def some(N: int) -> dict[str, Divergence]:
     return {
         "both KLs": Divergence(forward=0.5, reverse=0.5),
         "both KLs, of tokens": Divergence(forward=w, reverse=1.5 - w),
-        "both KLs, clip": Divergence(forward=0.5, reverse=0.5, entry_clip=0.02),
+        "both KLs, clip": Divergence(forward=0.5, reverse=0.5, entry_clip=0.01),
         "skewed": Divergence(beta=0.1, forward=1),
         "skewed, exchanged": Divergence(beta=0.8, forward=0.3, reverse=w),
         "JSD": Divergence(beta=0.5),
@@ -243,18 +243,34 @@ def test_a_head_that_is_trained(way, name, dtype):
     close(found, exact(reference_divergence_loss, *args, **options), dtype, 1e-5)
 
 
+@pytest.mark.parametrize("way", ["logit-free", "PyTorch, backward", "rows, backward"])
+@pytest.mark.parametrize("name", ["both KLs", "skewed"])
+def test_a_policy_term_under_a_softcap(way, name):
+    """What is of ŷ has the slope of the cap there, whether or not it is the likeliest entry."""
+    h_S, h_T, W = random_inputs(8, 300, 16, size=3.0)
+    head = LMHead(W, softcap=2.0)
+    targets = logits(h_S, head).argmax(-1)
+    targets[::2] = torch.arange(4) * 70
+    options = {"targets": targets, "advantages": torch.linspace(2, 3, 8), "reduction": "none"}
+    args = (h_S, head, h_T, some(8)[name])
+    found = by(way, fused_divergence_loss, *args, **options)
+    close(found, exact(reference_divergence_loss, *args, **options), torch.float32, 1e-5)
+
+
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", [*SOME, "skewed, clip"])
 def test_statistics_are_those_of_token_divergence(way, name):
     N = 8
     h_S, h_T, W = random_inputs(N, 300, 16, distance=0.5)
     targets, weights = torch.arange(N) * 3, (torch.arange(N) % 3).float()
     known = {"targets": targets, "token_weights": weights}
     told = by_way(way, token_divergence, h_S, h_T, W, entry_clip=0.02, **known)
-    divergence = some(N)[name]
+    clipped = Divergence(beta=0.3, forward=0.5, reverse=1, entry_clip=3e-4)
+    divergence = {**some(N), "skewed, clip": clipped}[name]
     options = {**known, "advantages": torch.linspace(-2, 2, N), "divergence": divergence}
     found = by_way(way, token_divergence, h_S, h_T, W, **options)
     oracle = reference_token_divergence(h_S, h_T, W, **options)
+    assert (oracle.clipped_share > 0.01).any() == (divergence.entry_clip is not None)
     for field, value in found._asdict().items():
         exact = getattr(oracle, field)
         torch.testing.assert_close(value.double(), exact, rtol=2e-5, atol=2e-5)
