@@ -212,7 +212,7 @@ class Config:
         for name in ("forward_weight", "reverse_weight"):
             if (weight := getattr(self, name)) is not None:
                 check_weight(name, weight)
-        _ = self.divergence
+        _ = self.divergence  # which is checked where it is made
         check_clip("advantage_clip", self.advantage_clip)
         if self.teacher_model is not None and self.teacher != "initial":
             raise ValueError(

@@ -258,7 +258,7 @@ def ratio_claim(ratio: Interval | None) -> str:
         if high < 4
         else "the paper's factor is below the interval"
         if low > 8
-        else "the paper's factor is within the interval"
+        else "the interval and the paper's factor overlap"
     )
     return f"{what}: {shown_ratio(ratio)}: **{ratio.verdict}**; {reach}."
 

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from opsd_kernels.kernels.head import logits_and_slope
 from opsd_kernels.kernels.logits_tile import halves, logits_tiles, round_to
-from opsd_kernels.kernels.pair import entries, load_stats, top_of
+from opsd_kernels.kernels.pair import entries, load_stats, top_of, with_policy_term
 from opsd_kernels.kernels.pointwise import as_column, beta_of
 
 
@@ -87,13 +87,6 @@ def gradient_kernel(
             z_S, z_T, begin, None if tiling.EVEN_V else V, student, teacher, of_rows, g_ptrs,
             divergence, weighed, tiling.PARTS,
         )  # fmt: skip
-
-
-@triton.jit
-def with_policy_term(g, col, policy):
-    """g with −A at the sampled token, which G has already; see `_columns` for `policy`."""
-    advantage, target = policy
-    return tl.where(col == target, g - advantage, g)
 
 
 @triton.jit

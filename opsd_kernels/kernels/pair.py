@@ -263,6 +263,14 @@ def entries(z_S, z_T, is_top, stats, beta, divergence, STATISTICS: tl.constexpr)
 
 
 @triton.jit
+def with_policy_term(g, col, policy):
+    """g with −A at the sampled token, which G has already; `policy` is
+    A and ŷ, [BM, 1] each."""
+    advantage, target = policy
+    return tl.where(col == target, g - advantage, g)
+
+
+@triton.jit
 def _mean_term(p, below_top):
     """p · (top − z), 0 where z is −∞."""
     return p * tl.where(below_top > HUGE, 0.0, below_top)

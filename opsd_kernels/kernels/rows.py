@@ -29,7 +29,6 @@ from opsd_kernels.kernels.finish import (
     top_gradient,
     with_policy,
 )
-from opsd_kernels.kernels.gradient import with_policy_term
 from opsd_kernels.kernels.head import logits_and_slope
 from opsd_kernels.kernels.logits_tile import round_to
 from opsd_kernels.kernels.lse import (
@@ -43,7 +42,14 @@ from opsd_kernels.kernels.lse import (
     normalizers,
     nothing,
 )
-from opsd_kernels.kernels.pair import SUMS, SUMS_OF_STATISTICS, add_each, entries, zeros
+from opsd_kernels.kernels.pair import (
+    SUMS,
+    SUMS_OF_STATISTICS,
+    add_each,
+    entries,
+    with_policy_term,
+    zeros,
+)
 from opsd_kernels.kernels.pointwise import ENTROPY, LOG_PROB, MIXED, as_column, beta_of
 from opsd_kernels.kernels.records import Stats, Tokens
 
