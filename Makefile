@@ -42,7 +42,7 @@ format: $(VENV)/.installed-test
 # On a machine with a GPU, in an environment that is there: make gpu PYTHON=python3 [OUT=folder];
 # without OUT its results lie in benchmarks/results/<gpu>.
 gpu:
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(if $(OUT),--output "$(OUT)")
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu/run.py $(if $(OUT),--output "$(OUT)")
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)

@@ -27,9 +27,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import peers, report
-from benchmarks.inputs import make_inputs
-from benchmarks.options import Options
+from benchmarks.lib import peers, report
+from benchmarks.lib.inputs import make_inputs
+from benchmarks.lib.options import Options
 from opsd_kernels import (
     Divergence,
     divergence_name,

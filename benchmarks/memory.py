@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import report
-from benchmarks.allocations import Allocations, fake_device
-from benchmarks.measure import MIB, high_water, in_a_process, start_counting, tell
-from benchmarks.options import Options
-from benchmarks.peers import COLORS, METHODS, Loss, why
-from benchmarks.shapes import MODELS
+from benchmarks.lib import report
+from benchmarks.lib.allocations import Allocations, fake_device
+from benchmarks.lib.measure import MIB, high_water, in_a_process, start_counting, tell
+from benchmarks.lib.options import Options
+from benchmarks.lib.peers import COLORS, METHODS, Loss, why
+from benchmarks.lib.shapes import MODELS
 
 # Model and numbers of tokens.
 MEASURED = {

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import report
-from benchmarks.inputs import describe, make_inputs
-from benchmarks.measure import limit_memory
-from benchmarks.options import Options
-from benchmarks.peers import COLORS, METHODS, Loss, why
-from benchmarks.shapes import MODELS
+from benchmarks.lib import report
+from benchmarks.lib.inputs import describe, make_inputs
+from benchmarks.lib.measure import limit_memory
+from benchmarks.lib.options import Options
+from benchmarks.lib.peers import COLORS, METHODS, Loss, why
+from benchmarks.lib.shapes import MODELS
 
 # N, D, V
 SHAPES = {

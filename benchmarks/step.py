@@ -30,11 +30,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import peers, report
-from benchmarks.allocations import Allocations, fake_device
-from benchmarks.measure import MIB, high_water, in_a_process, start_counting, tell
-from benchmarks.options import Options
-from benchmarks.shapes import QWEN3
+from benchmarks.lib import peers, report
+from benchmarks.lib.allocations import Allocations, fake_device
+from benchmarks.lib.measure import MIB, high_water, in_a_process, start_counting, tell
+from benchmarks.lib.options import Options
+from benchmarks.lib.shapes import QWEN3
 from opsd_kernels import fused_sampled_token_loss
 from opsd_train.models import tile_mlps
 

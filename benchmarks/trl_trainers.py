@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import report
-from benchmarks.measure import MIB, high_water, in_a_process, start_counting, tell
-from benchmarks.options import Options
-from benchmarks.shapes import QWEN3
+from benchmarks.lib import report
+from benchmarks.lib.measure import MIB, high_water, in_a_process, start_counting, tell
+from benchmarks.lib.options import Options
+from benchmarks.lib.shapes import QWEN3
 
 # Class, where it is, and options for the loss that ours replaces.
 TRAINERS: dict[str, tuple[str, dict[str, Any]]] = {

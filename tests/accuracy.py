@@ -3,7 +3,7 @@
 A result that is stored in some dtype, and made from fp32 logits, cannot be nearer to the truth than
 two roundings allow: that of the exact result to its dtype, and what the last bit of the logits, and
 of the entries made from them, does to it; and, on tensor cores, what these cut off (derived in
-benchmarks/tensor_cores.py). Errors are counted in their sum, the *unit*; the truth is the float64
+tests/tensor_cores.py). Errors are counted in their sum, the *unit*; the truth is the float64
 oracle.
 """
 
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from heads import as_head, logits_of_products
+from tensor_cores import ARCHITECTURES, TensorCore, truncation
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from benchmarks.tensor_cores import ARCHITECTURES, TensorCore, truncation
 from opsd_kernels import Divergence, LMHead, reference_divergence_loss, reference_jsd_loss
 from opsd_kernels.divergence import HUGE, Halves, divergence_rows_, value_and_score
 from opsd_kernels.kernels import tiles as tile_table

@@ -1,5 +1,5 @@
 """Small kernels whose instructions can be counted by hand: run as a script it compiles them, and
-prints the counts of their parts (see benchmarks/sass.py) as JSON."""
+prints the counts of their parts (see benchmarks/gpu/sass.py) as JSON."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import sass
+from benchmarks.gpu import sass
 
 
 @triton.jit

@@ -16,20 +16,12 @@ from accuracy import TILED_GRAD_UNITS
 from inputs import random_inputs
 
 from benchmarks import accuracy as accuracy_benchmark
-from benchmarks import (
-    cross_entropy,
-    memory,
-    peers,
-    readme,
-    report,
-    rollouts,
-    roofline,
-    speed,
-    step,
-    trl_trainers,
-)
-from benchmarks.allocations import Allocations, fake_device
-from benchmarks.inputs import describe, make_inputs, sample_targets
+from benchmarks import memory, speed, step, trl_trainers
+from benchmarks.lib import peers, report
+from benchmarks.lib.allocations import Allocations, fake_device
+from benchmarks.lib.inputs import describe, make_inputs, sample_targets
+from benchmarks.more import cross_entropy, rollouts
+from benchmarks.pages import readme
 from opsd_kernels import divergence_name
 
 
@@ -102,7 +94,8 @@ def test_running_out_of_memory_is_a_result(monkeypatch):
     """In a process that may take little more than it has."""
     code = (
         "import sys; sys.path.insert(0, '.')\n"
-        "from benchmarks import measure, memory\n"
+        "from benchmarks import memory\n"
+        "from benchmarks.lib import measure\n"
         "measure._bytes_of = lambda *_: 2**30\n"
         "task = dict(device='cpu', N=4096, D=16, V=151936, dtype='float32', method='eager')\n"
         "measure.tell(memory.measure_here, measure.json.dumps(task))"
@@ -168,45 +161,6 @@ def test_accuracy(monkeypatch, capsys, tmp_path):
             assert row.loss_error < 1e-3
         elif row.mean_jsd < 1e-3:
             assert row.grad_error > 10 * row.rounding
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
-def test_roofline(monkeypatch, capsys, tmp_path):
-    """The counts are those that are known, and the bounds bounds."""
-    monkeypatch.setitem(sys.modules, "liger_kernel.chunked_loss", None)
-    monkeypatch.setattr(sys, "argv", ["roofline.py", "--output", str(tmp_path)])
-    counted = roofline.costs()
-    known = {"eager": 3, "TRL": 7, "Liger, fused": 3}
-    assert [cost.products for cost in counted.values()] == [6, 5, 4, 3, *known.values()]
-    assert list(counted)[4:] == list(known)
-    # Two buffers written by products and read by a kernel, three times; the gradient, narrower.
-    assert counted["TRL"].bytes == 56
-    assert 300 < counted["eager"].bytes < 400
-    assert 30 < counted["ours, logit-free"].operations < 150
-    by_kernels = [(cost.lse, cost.pair) for cost in counted.values()]
-    assert by_kernels == [(2, 2), (2, 2), (2, 1)] + [(0, 0)] * 4
-    monkeypatch.setattr(roofline, "costs", lambda: counted)
-    roofline.main()
-    _, rows = report.read(tmp_path / "roofline.csv", roofline.Row)
-    assert len(rows) == len(roofline.GPUS) * len(counted)
-    for row in rows:
-        assert row.products / 3 <= row.overlapped * (1 + 1e-9)
-        assert row.overlapped <= row.serial
-        # Products of ours are slower than a library's, for they make something of the logits too.
-        if "logit-free" in row.method:
-            assert row.overlapped > row.products / 3
-            assert row.kernels_best_ms < row.kernels_worst_ms
-    assert (tmp_path / "roofline.png").stat().st_size > 10_000
-    assert "# What each method should take" in (tmp_path / "roofline.md").read_text()
-
-
-def test_rates_between_those_recorded():
-    """A tile of 1000 cycles and one for each feature, where a product takes one for each."""
-    recorded = {
-        f"{end}_{D}": str(D / (D + 1000)) for end in ("most", "least") for D in (4096, 2048)
-    }
-    for D in (1024, 2048, 4096, 8192):
-        assert roofline.rates(recorded, D) == pytest.approx((D / (D + 1000),) * 2)
 
 
 def test_step(monkeypatch, capsys, tmp_path):
@@ -374,8 +328,6 @@ def test_the_pages_show_what_was_recorded():
     table = trl_trainers.summary(readme.RESULTS / "trl_trainers.csv")
     assert (readme.RESULTS / "trl_trainers.md").read_text() == table + "\n"
     assert table in generated[readme.EXAMPLES]
-    setting, rows = report.read(readme.RESULTS / "roofline.csv", roofline.Row)
-    assert roofline.page(rows, setting) == (readme.RESULTS / "roofline.md").read_text()
     parts = readme.readme_parts(readme.RESULTS, readme.README)
     text = readme.README.read_text().replace("<!-- speed -->", "")
     with pytest.raises(ValueError, match=r"README\.md has no place for speed, or two"):
@@ -421,9 +373,6 @@ def results_of_a_gpu(tmp_path):
     folder.mkdir()
     hardware = "1 x NVIDIA X1, driver 999.1, torch 9.9.0, Python 3.99.0, triton 8.8.0"
     (folder / "hardware.txt").write_text(hardware + "\n")
-    (folder / "prediction.md").write_text(
-        "# NVIDIA X1: prediction and measurement\n\nPredicted: little.\n\n## Each kernel\n"
-    )
     shape = {"D": 4096, "V": 151936, "dtype": "bfloat16"}
     ours, eager = "ours, logit-free", "eager"
     times = {"floors": 2.5, "floors_low": 2.25, "floors_high": 2.75}
@@ -470,7 +419,7 @@ def test_results_of_a_gpu_take_the_place_of_the_cpus(results_of_a_gpu):
 
     section = readme.page_parts(results_of_a_gpu, readme.BENCHMARKS)["gpus"]
     assert section.startswith("### NVIDIA X1\n\n1 x NVIDIA X1, driver 999.1, torch 9.9.0")
-    for part in ("| TRL | not installed |", "Predicted: little.\n\n##### Each kernel", "  gpu  ok"):
+    for part in ("| TRL | not installed |", "  gpu  ok"):
         assert part in section
     (folder / "speed.png").touch()
     parts = readme.readme_parts(results_of_a_gpu, readme.README)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.allocations import id_of, tensors
+from benchmarks.lib.allocations import id_of, tensors
 from opsd_kernels import (
     FusedJSDLoss,
     fused_jsd_loss,

@@ -14,8 +14,10 @@ import pytest
 import torch
 from conftest import poisoned
 
-from benchmarks import compile as compiling
-from benchmarks import gpu, launches, prediction, report, tune
+from benchmarks.gpu import compile as compiling
+from benchmarks.gpu import launches, tune
+from benchmarks.gpu import run as gpu
+from benchmarks.lib import report
 from opsd_kernels.kernels import tiles
 from opsd_kernels.kernels.tiles import Sweep
 
@@ -49,7 +51,7 @@ def recorded(tmp_path_factory):
     (folder / "launch.py").write_text(SCRIPT)
     path = folder / "launches"
     subprocess.run(
-        [sys.executable, "-m", "benchmarks.launches", folder / "launch.py"],
+        [sys.executable, "-m", "benchmarks.gpu.launches", folder / "launch.py"],
         env=environment(OPSD_ARCH="sm_90", OPSD_RECORD=path),
         cwd=ROOT,
         check=True,
@@ -61,7 +63,7 @@ def test_what_is_compiled_beforehand_is_found(recorded, tmp_path):
     """By another process that launches it: it compiles none of the four kernels."""
     cache = {"TRITON_CACHE_DIR": tmp_path / "cache"}
     script = recorded / "launch.py"
-    command = ["benchmarks/compile.py", tmp_path, "--arch", "sm_90", "--jobs", "2"]
+    command = ["benchmarks/gpu/compile.py", tmp_path, "--arch", "sm_90", "--jobs", "2"]
     told = subprocess.run(
         [sys.executable, *command, "--script", script],
         env=environment(**cache),
@@ -77,7 +79,7 @@ def test_what_is_compiled_beforehand_is_found(recorded, tmp_path):
     assert all(0 < row.seconds < compiling.EACH for row in rows)
     assert all(0 < row.registers <= 255 for row in rows)
     found = subprocess.run(
-        [sys.executable, "-m", "benchmarks.launches", script],
+        [sys.executable, "-m", "benchmarks.gpu.launches", script],
         env=environment(**cache, OPSD_ARCH="sm_90", OPSD_MISSES=tmp_path / "misses"),
         cwd=ROOT,
         check=True,
@@ -213,7 +215,7 @@ def test_rehearsal(tmp_path):
     """The same steps without a GPU, as far as they go: a few kernels are compiled, and what needs a
     GPU says so."""
     told = subprocess.run(
-        [sys.executable, "benchmarks/gpu.py", "--rehearse", "--output", tmp_path,
+        [sys.executable, "benchmarks/gpu/run.py", "--rehearse", "--output", tmp_path,
          "--only", "compile", "tune"],
         cwd=ROOT,
         env=environment(TRITON_CACHE_DIR=tmp_path / "cache"),
@@ -231,7 +233,6 @@ def test_rehearsal(tmp_path):
     assert any(kernel.startswith("test_kernels:") for kernel in kernels)
     assert (tmp_path / "compile.csv").exists()
     assert (tmp_path / "hardware.txt").read_text() == summary.partition("\n")[0] + "\n"
-    assert "not measured" in (tmp_path / "prediction.md").read_text()
 
 
 def test_a_gpu_names_its_folder():
@@ -259,7 +260,7 @@ def tuning(monkeypatch):
 @pytest.mark.parametrize("kernel", ["lse", "pair", "rows"])
 def test_the_tables_tile_is_tried_first(kernel):
     for (arch, dtype), row in tiles.TABLE.items():
-        tried = list(tune.candidates(row, kernel, arch, dtype))
+        tried = list(tune.asked_of(row, kernel, arch, dtype))
         assert tried[0] == getattr(row, kernel)
         assert len(set(tried)) == len(tried) > 10
 
@@ -336,71 +337,6 @@ def test_tune_json_is_whole_at_any_time(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["tune.json"]
     assert json.loads((tmp_path / "tune.json").read_text())["rows"] == found.rows
     assert "rows=Sweep(2048, 4, 8),  # 75% of a copy's bandwidth" in tune.best(found)
-
-
-# --- prediction and measurement
-
-
-ROOFLINE = """# predicted, N = 16384, D = 4096
-gpu,method,overlapped,serial
-H100,"ours, logit-free",2.0,2.5
-H100,eager,3.4,4.4
-A100,eager,9.0,9.9
-"""
-RESOURCES = """arch,dtype,kernel,divergence,least_2048,least_4096,most_4096
-sm_90,bfloat16,lse,JSD,0.1,0.75,0.8
-sm_90,bfloat16,lse,forward KL,0.1,0.2,0.3
-sm_80,bfloat16,pair,JSD,0.1,0.2,0.3
-sm_90,bfloat16,pair,JSD,0.1,0.5,0.6
-sm_90,bfloat16,rows,JSD,,,
-"""
-SPEED = """# some GPU, driver 1
-N,D,V,dtype,method,failure,floors
-1024,4096,151936,bfloat16,"ours, logit-free",,9.0
-16384,4096,151936,bfloat16,3 GEMMs,,1.0
-16384,4096,151936,bfloat16,"ours, logit-free",,2.25
-16384,4096,151936,bfloat16,TRL,not installed,nan
-"""
-
-
-def test_prediction_beside_measurement(tmp_path):
-    name = "NVIDIA H100 80GB HBM3"
-    (tmp_path / "roofline.csv").write_text(ROOFLINE)
-    (tmp_path / "resources.csv").write_text(RESOURCES)
-    (tmp_path / "speed.csv").write_text(SPEED)
-    row = tiles.TABLE["sm_90", "bfloat16"]
-    tile, sweep = asdict(row.lse), asdict(row.rows)
-    tried = [
-        {"candidate": tile | {"BK": 1}, "fraction": 0.9},
-        {"candidate": tile | {"OLDER": False}, "fraction": 0.6},  # an option that there was
-        {"candidate": tile | {"OLDER": True}, "fraction": 0.7},
-        {"candidate": tile, "failure": "spills"},
-    ]
-    of_rows = [{"candidate": sweep, "fraction": 0.6}]
-    (tmp_path / "tune.json").write_text(json.dumps({"lse": tried, "rows": of_rows}))
-    page = prediction.page(name, tmp_path, tmp_path)
-    for line in (
-        "|  | predicted | measured, N = 16384 | measured / predicted |",
-        "| **ours, logit-free** | **2.00 – 2.50** | **2.25** | **1.12 – 0.90** |",
-        "| eager | 3.40 – 4.40 | not measured | – |",
-        "| TRL | not predicted | not installed | – |",
-        "| lse | 75% – 80% | 60% | 0.80 – 0.75 | 90% |",
-        "| pair | 50% – 60% | not measured | – | not measured |",
-        "| rows | not predicted | 60% | – | 60% |",
-    ):
-        assert line in page.splitlines(), page
-    assert "9.9" not in page
-    assert "3 GEMMs" not in page
-
-
-def test_nothing_measured_and_nothing_predicted(tmp_path):
-    page = prediction.page("NVIDIA H200", tmp_path)
-    rows = [line for line in page.splitlines() if line.startswith("| **ours, logit-free** |")]
-    assert len(rows) == 1
-    assert rows[0].endswith("| **not measured** | **–** |")
-    page = prediction.page("NVIDIA L4", tmp_path)
-    assert "Nothing is predicted of this GPU" in page
-    assert "ours" not in page
 
 
 # --- tiles of GPUs

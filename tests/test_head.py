@@ -16,7 +16,7 @@ from schedules import DEVICE, LOGIT_FREE, ROW_WORKSPACE
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from benchmarks.allocations import Allocations
+from benchmarks.lib.allocations import Allocations
 from opsd_kernels import (
     FusedJSDLoss,
     LMHead,

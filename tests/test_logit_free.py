@@ -16,8 +16,8 @@ from schedules import DEVICE, LOGIT_FREE, ROW_WORKSPACE
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.allocations import Allocations
-from benchmarks.measure import counted_dots
+from benchmarks.lib.allocations import Allocations
+from benchmarks.lib.measure import counted_dots
 from opsd_kernels import (
     fused_jsd_loss,
     fused_sampled_token_loss,

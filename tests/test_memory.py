@@ -5,7 +5,7 @@ import torch
 from inputs import random_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.allocations import Allocations
+from benchmarks.lib.allocations import Allocations
 from opsd_kernels import LMHead, fused_jsd_loss, fused_sampled_token_loss, token_divergence
 
 MIB = 2**20

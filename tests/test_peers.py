@@ -10,7 +10,7 @@ from accuracy import exact
 from inputs import language_like_inputs, random_inputs
 from schedules import DEVICE
 
-from benchmarks import peers
+from benchmarks.lib import peers
 from opsd_kernels import fused_log_probs
 
 BETAS = [0.0, 0.3, 0.5, 1.0]

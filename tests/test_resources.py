@@ -11,18 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu.candidates import SHARED
 from opsd_kernels.kernels import tiles
 
 ROOT = Path(__file__).parents[1]
 RECORDED = ROOT / "benchmarks" / "results" / "resources.csv"
-# Shared memory (LDS) that one program may have, in bytes.
-SHARED = {
-    "sm_80": 163 * 1024,
-    "sm_89": 99 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "gfx942": 64 * 1024,
-}
 # Compiling all of the table takes 20 minutes; of the rest the recorded figures must hold.
 COMPILED = {
     ("bfloat16", "pair", "JSD"),
@@ -41,7 +34,7 @@ MULTIPLY = ("lse", "pair", "gradient")
 SCRIPT = """
 import json, sys
 from dataclasses import asdict
-from benchmarks.resources import Variant, compile_variant
+from benchmarks.gpu.resources import Variant, compile_variant
 for arguments in json.loads(sys.argv[1]):
     print(json.dumps(asdict(compile_variant(Variant(*arguments)))), flush=True)
 """
@@ -90,8 +83,8 @@ def test_compiled_as_recorded(arch):
 def test_a_counted_step_makes_the_products_of_a_step(arch, kernel):
     """The instructions' shapes times their number: [BM × BK]·[BK × BV] of both sides."""
     code = f"""
-from benchmarks import sass
-from benchmarks.resources import Variant, compiled, tile_of
+from benchmarks.gpu import sass
+from benchmarks.gpu.resources import Variant, compiled, tile_of
 from opsd_kernels.kernels import tiles
 variant = Variant("{arch}", "bfloat16", "{kernel}", "JSD")
 step = sass.parts(sass.text_of(compiled(variant))).step
@@ -109,11 +102,11 @@ print(made, 2 * tile.BM * tile.BV * tile.BK)
 
 
 def test_candidate_tiles():
-    """Compiled as asked for, whatever else a tile has; what does not fit is not asked for."""
+    """What does not fit is not asked for; what is likest the table's tile comes first."""
     code = """
-from dataclasses import replace
-from benchmarks.choose_tiles import candidates, compiled_usages, fits, with_tile
-from benchmarks.resources import Variant, tile_of
+from dataclasses import astuple, replace
+from benchmarks.gpu.candidates import candidates, fits
+from benchmarks.gpu.resources import Variant, tile_of
 from opsd_kernels.kernels import tiles
 variant = Variant("sm_90", "bfloat16", "pair", "forward KL")
 row = tiles.TABLE["sm_90", "bfloat16"]
@@ -122,18 +115,15 @@ others = list(candidates(start, variant))
 assert start not in others and len(set(others)) == len(others) > 20
 assert not any(fits(replace(t, num_stages=99), variant) for t in others)
 assert not any(fits(replace(t, BM=128, BV=256), variant) for t in others)
-small = replace(start, BM=64, BV=64, num_warps=4)
-assert tile_of(variant, with_tile(variant, row, small)) == small
-((tile, usage),) = compiled_usages(variant, row, [small])
-print(tile == small, usage.step > 0, 0 < usage.least_4096 < usage.most_4096 < 1)
+print(sum(a != b for a, b in zip(astuple(others[0]), astuple(start))))
 """
-    assert outside_the_interpreter("-c", code).split() == ["True"] * 3
+    assert outside_the_interpreter("-c", code).split() == ["1"]
 
 
 def test_nothing_in_the_table_spills_much_or_does_not_fit():
-    """What the kernels that multiply spill is bytes moved beside those of the operands, and the
-    prediction weighs it. Of `rows` on sm_90, with 64 registers for each thread of 16 warps, two
-    words are nothing beside what it loads; the other kernels have no reason to."""
+    """What the kernels that multiply spill is bytes moved beside those of the operands. Of
+    `rows` on sm_90, with 64 registers for each thread of 16 warps, two words are nothing beside
+    what it loads; the other kernels have no reason to."""
     rows = recorded()
     assert {(row["arch"], row["dtype"]) for row in rows} == set(tiles.TABLE)
     for row in rows:
@@ -159,7 +149,7 @@ def tile_of(row: dict[str, str]) -> tiles.Tile:
 
 
 def test_the_benchmarks_page_shows_what_is_recorded():
-    code = "from benchmarks import resources; from pathlib import Path; import sys\n"
+    code = "from benchmarks.gpu import resources; from pathlib import Path; import sys\n"
     table = outside_the_interpreter(
         "-c", code + "print(resources.summary(Path(sys.argv[1])))", str(RECORDED)
     )
@@ -170,7 +160,7 @@ def test_no_atomics():
     """Sums have one order, whatever runs first: no kernel's code updates memory atomically."""
     code = """
 import re
-from benchmarks.resources import Variant, compiled
+from benchmarks.gpu.resources import Variant, compiled
 kernels = ("lse", "merge", "pair", "finish", "rows")
 compiled = [compiled(Variant("sm_90", "bfloat16", kernel, "JSD")) for kernel in kernels]
 atomics = [re.findall(r"\\b(?:atom|red)\\.", c.asm["ptx"]) for c in compiled]
@@ -183,7 +173,7 @@ print(len(compiled), sum(map(len, atomics)), sum("st.global" in c.asm["ptx"] for
 def test_fits_under_autocast(arch):
     """Hidden states and head in fp32, rounded to bf16 on the way: they take twice the room."""
     code = f"""
-from benchmarks.resources import Variant, compile_variant
+from benchmarks.gpu.resources import Variant, compile_variant
 for kernel in ("lse", "pair"):
     print(compile_variant(Variant("{arch}", "bfloat16", kernel, "JSD"), stored="float32").shared)
 """
@@ -196,7 +186,7 @@ for kernel in ("lse", "pair"):
 def test_rows_keeps_its_blocks_in_registers(divergence):
     """What passes through shared memory is a row's sums at the end, not its logits."""
     code = f"""
-from benchmarks.resources import Variant, compiled
+from benchmarks.gpu.resources import Variant, compiled
 kernel = compiled(Variant("sm_90", "float32", "rows", "{divergence}"))
 print(kernel.metadata.shared, kernel.asm["ptx"].count("ld.global.v4"))
 """
@@ -211,7 +201,7 @@ def test_equal_logits_stay_equal(divergence):
     multiply-add can make something of the difference of equal ones."""
     code = f"""
 import re
-from benchmarks.resources import Variant, compiled
+from benchmarks.gpu.resources import Variant, compiled
 ptx = compiled(Variant("sm_90", "float32", "rows", "{divergence}")).asm["ptx"]
 lines = [line.split("//")[0].strip() for line in ptx.splitlines()]
 logits = set()

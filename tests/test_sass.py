@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from test_resources import outside_the_interpreter
 
-from benchmarks import sass
+from benchmarks.gpu import sass
 
 # A wait out of line, a loop over tiles around a K-loop that ptxas leaves by a call, one K-step
 # peeled off after it, a slow path that is called, and padding.

@@ -1,18 +1,12 @@
 """The numerical model of tensor cores, and what follows from it for the op."""
 
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accuracy import CUT_UNITS, exact, noise
-from torch import Tensor
-
-from benchmarks import report
-from benchmarks import truncation as truncation_benchmark
-from benchmarks.inputs import make_inputs
-from benchmarks.tensor_cores import (
+from tensor_cores import (
     ARCHITECTURES,
     FP32_BITS,
     TensorCore,
@@ -21,11 +15,13 @@ from benchmarks.tensor_cores import (
     simulated,
     truncation,
 )
+from torch import Tensor
+
+from benchmarks.lib.inputs import make_inputs
 from opsd_kernels import fused_jsd_loss
 from opsd_kernels.kernels import tiles
 from opsd_kernels.kernels.logits_tile import INTERPRETED
 
-ROOT = Path(__file__).parents[1]
 A100, H100 = ARCHITECTURES["sm_80"], ARCHITECTURES["sm_90"]
 CPU = torch.device("cpu")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="patches the interpreter")
@@ -245,24 +241,3 @@ def test_fp32_has_no_such_products():
         simulated(A100, torch.float32),
     ):
         pass
-
-
-@interpreted
-def test_the_benchmark_runs(monkeypatch, tmp_path):
-    monkeypatch.setattr(truncation_benchmark, "DISTANCES", [0.1])
-    rows = [
-        *truncation_benchmark.of_the_op(4, 64, [256]),
-        *truncation_benchmark.of_the_logits(4, 64, 2048),
-        *truncation_benchmark.of_the_last_product(2, 10_000, 16),
-    ]
-    assert {row.arch for row in rows} == {"fp32", "sm_80", "sm_90"}
-    assert all(0 < row.grad_error < 0.1 for row in rows)
-    report.write(tmp_path / "truncation.csv", "here", rows)
-    told = truncation_benchmark.summary(tmp_path / "truncation.csv")
-    assert "| A100, D = 256 |" in told
-    assert told.endswith("(here)")
-
-
-def test_the_docs_show_what_was_recorded():
-    recorded = ROOT / "benchmarks/results/truncation.csv"
-    assert truncation_benchmark.summary(recorded) in (ROOT / "docs/maths.md").read_text()

@@ -1,5 +1,5 @@
-"""The comparison of benchmarks/token_efficiency.py: its world, its baselines, its rule of verdicts,
-and all of it once, in little."""
+"""The comparison of benchmarks/token_efficiency/run.py: its world, its baselines, its rule
+of verdicts, and all of it once, in little."""
 
 import math
 import random
@@ -8,11 +8,19 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks import token_efficiency
-from benchmarks.paper import cells, figures, methods, multiplication, page, verdicts, warm_start
-from benchmarks.paper.plan import SELF_DISTILLATION, Plan, best_rates, in_order_of_work
-from benchmarks.paper.results import Results
-from benchmarks.paper.rollouts import WrongRollout, auc
+from benchmarks.token_efficiency import (
+    cells,
+    figures,
+    methods,
+    multiplication,
+    page,
+    verdicts,
+    warm_start,
+)
+from benchmarks.token_efficiency import run as token_efficiency
+from benchmarks.token_efficiency.plan import SELF_DISTILLATION, Plan, best_rates, in_order_of_work
+from benchmarks.token_efficiency.results import Results
+from benchmarks.token_efficiency.rollouts import WrongRollout, auc
 from opsd_train.models import adapter_weights
 
 TINY = Plan(

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from tiny_qwen3 import config, prepared, with_adapter
 
-from benchmarks.allocations import Allocations
+from benchmarks.lib.allocations import Allocations
 from opsd_train.models import adapter_weights
 from opsd_train.run import memory_plan
 from opsd_train.run.memory_plan import GIB, MemoryPlan, Shape, plan_memory, probe

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.allocations import Allocations
-from benchmarks.measure import counted_dots
+from benchmarks.lib.allocations import Allocations
+from benchmarks.lib.measure import counted_dots
 from opsd_kernels import (
     FusedJSDLoss,
     LMHead,

@@ -1,9 +1,9 @@
 """Tile sizes and warp counts, in one frozen table by architecture and dtype.
 
-Nothing is tuned when the package is imported or a kernel first called. The rows were chosen by the
-time that the compiled code should take (`benchmarks/choose_tiles.py`); `benchmarks/tune.py`
-measures them and their rivals on a GPU and prints rows for this table; `benchmarks/resources.py`
-compiles every row and prints what it takes of a multiprocessor, and a test holds the rows to that.
+Nothing is tuned when the package is imported or a kernel first called. `benchmarks/gpu/tune.py`
+measures the rows and their rivals on a GPU and prints rows for this table.
+`benchmarks/gpu/resources.py` compiles every row and prints what it takes of a multiprocessor, and a
+test holds the rows to that.
 
 Nothing here depends on the number of tokens: a token's value is the same in any batch.
 """

@@ -1,0 +1,60 @@
+"""Candidate tiles for the tuner, without compiling them: those that fit, the likest first.
+
+A tile is left out if its stages do not fit in shared memory, or if two tiles of logits leave no
+registers for the rest.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import astuple, replace
+from typing import Any
+
+from benchmarks.gpu.resources import Variant
+from opsd_kernels.kernels.tiles import Tile
+
+# Bytes of shared memory (LDS) that one block may have.
+SHARED = {
+    "sm_80": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
+# Columns of fp32 in the tensor memory of a multiprocessor (sm_100), where accumulators lie.
+TENSOR_MEMORY = 512
+# Registers of a thread that accumulators may take; it has 255.
+ACCUMULATORS = 160
+
+
+def candidates(start: Tile, variant: Variant) -> Iterator[Tile]:
+    """Tiles other than `start` that fit: those that differ from `start` in the fewest fields
+    first, and of these the larger ones, which read less for each product. Every other field is
+    that of `start`."""
+    if variant.dtype == "float32":
+        sizes = itertools.product((32, 64), (32, 64, 128), (16, 32), (1, 2, 4, 8), (4, 8), (2, 3))
+    else:
+        sizes = itertools.product(
+            (64, 128), (64, 128, 256), (32, 64), (1, 2, 4, 8, 16), (4, 8), (2, 3, 4)
+        )
+    names = ("BM", "BV", "BK", "PARTS", "num_warps", "num_stages")
+    fitting = []
+    for values in sizes:
+        fields: dict[str, Any] = dict(zip(names, values, strict=True))
+        tile = replace(start, **fields)
+        if tile != start and fits(tile, variant):
+            unlike = sum(a != b for a, b in zip(astuple(tile), astuple(start), strict=True))
+            fitting.append((unlike, -tile.BM * tile.BV, tile))
+    yield from (tile for *_, tile in sorted(fitting, key=lambda found: found[:2]))
+
+
+def fits(tile: Tile, variant: Variant) -> bool:
+    """Whether two tiles of logits leave registers for the rest, and the stages fit."""
+    threads = tile.num_warps * (64 if variant.arch.startswith("gfx") else 32)
+    if variant.arch == "sm_100" and variant.dtype != "float32":
+        accumulators = 2 * tile.BV <= TENSOR_MEMORY
+    else:
+        accumulators = threads * ACCUMULATORS >= 2 * tile.BM * tile.BV
+    operand = 4 if variant.dtype == "float32" else 2
+    stages = tile.num_stages if variant.arch != "gfx942" else tile.num_stages - 1
+    staged = stages * (2 * tile.BM + tile.BV) * tile.BK * operand
+    return accumulators and staged <= SHARED[variant.arch] and tile.PARTS <= tile.BV // 8

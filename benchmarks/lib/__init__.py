@@ -1,0 +1,2 @@
+"""What the benchmarks share: inputs, options, reports, measuring, counted allocations, and the
+peers behind one signature."""

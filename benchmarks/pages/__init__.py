@@ -1,0 +1,1 @@
+"""The generator of every table in README, docs and examples."""
