@@ -383,8 +383,8 @@ def _each_family(
 
 
 def _families(beta: Tensor) -> Iterator[tuple[Tensor | slice, float | Tensor]]:
-    """Rows that share a formula, and their β, as [·, 1] for the JSDs. Reads what beta holds: on a
-    GPU too old for the kernels the host waits for that."""
+    """Rows that share a formula, and their β, as [·, 1] for the JSDs. Reads what beta holds: the
+    host waits for a GPU too old for the kernels, or that shares the vocabulary with others."""
     forward, reverse, below = beta == 0, beta == 1, (beta > 0) & (beta <= 0.5)
     above = ~(forward | reverse | below)
     for member, b in ((forward, 0.0), (reverse, 1.0), (below, None), (above, None)):

@@ -79,7 +79,9 @@ def find_shard(own_rows: int, h: Tensor, group: str) -> Shard:
 
 
 def _find_shard(h: Tensor, own_rows: int, group: str) -> Tensor:
-    rows_and_tokens = torch.tensor([own_rows, h.shape[:-1].numel()], device=h.device)
+    # Filled in on the device: to copy a number to a GPU the host would wait for it.
+    rows_and_tokens = h.new_full((2,), own_rows, dtype=torch.int64)
+    rows_and_tokens[1:].fill_(h.shape[:-1].numel())
     rows, tokens = gathered(rows_and_tokens, group).unbind(1)
     if h.device.type == "cpu" and not (tokens == tokens[0]).all():
         raise ValueError(
@@ -120,7 +122,7 @@ def begin_sum_(t: Tensor, group: str) -> Any:
 
 def smallest(number: int, group: str, device: torch.device) -> int:
     """The smallest of what each process has; the host waits for it."""
-    t = torch.tensor(number, device=device)
+    t = torch.full((), number, device=device)
     dist.all_reduce(t, op=dist.ReduceOp.MIN, group=_find(group))
     return int(t)
 

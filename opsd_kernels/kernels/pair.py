@@ -134,7 +134,8 @@ def pair_kernel(
             (s_ptrs, p_ptrs), zeros(FIELDS, BM, BV // tiling.PARTS), divergence, scored,
             tiling.PARTS,
         )  # fmt: skip
-        earlier = exists & (scored.begin > 0)
+        # A mask of a tensor and a number is one that Triton 3.9's interpreter refuses.
+        earlier = row < tl.where(scored.begin > 0, R, 0)
         for i in tl.static_range(FIELDS):
             if i != SCORE or scored.SCORES:
                 at = (i * scored.slots + slot) * stride + row
