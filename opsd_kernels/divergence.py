@@ -487,7 +487,7 @@ def _one_family(
             statistics[field] = (side.rest + total[f"entropy_{name}"]).squeeze(-1)
         if targets is not None:
             _log_probs(statistics, total["z_Sy"], total["z_Ty"], student, teacher)
-        statistics[CLIPPED_SHARE] = 0
+        statistics[CLIPPED_SHARE].zero_()
         if entry_clip is not None:
             # Of a KL by the form that is right where it is small, and its terms have both signs.
             taken, whole = total["removed"].squeeze(-1), (whole + total["removed"]).squeeze(-1)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.allocations import fake_device, tensors
+from benchmarks.lib.allocations import fake_device, tensors
 from opsd_kernels import (
     Divergence,
     LMHead,
@@ -24,7 +24,7 @@ from opsd_kernels import (
     vocabulary_parallel,
 )
 
-N, V, D = 300, 3000, 64
+N, V, D = 5, 3000, 64
 # The host reads a number of the device, or how many entries there are.
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "is_nonzero")
 # A tensor made of Python's numbers lies on the host, wherever it goes next.
