@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.lib import sources
+
 # What such cards have, as nvidia-smi tells it.
 GPU_GIB = {"24 GB": 24.0, "80 GB": 79.6, "141 GB": 140.4}
 PEERS = ("trl", "liger-kernel", "orda-kernel", "cut-cross-entropy")
@@ -41,10 +43,11 @@ def machine(device: torch.device) -> str:
 
 
 def write(path: Path, setting: str, rows: list[Any]) -> None:
-    """A csv of dataclasses, the setting as a comment on its first line."""
+    """A csv of dataclasses. Its first lines are comments: the setting, and which code the rows are
+    of."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        file.write(f"# {setting}\n")
+        file.write(f"# {setting}\n# {sources.line()}\n")
         writer = csv.DictWriter(file, [field.name for field in fields(rows[0])])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
@@ -58,13 +61,28 @@ class Results:
         setting: see `write`; it may grow.
         folder: of the files, or None to keep nothing.
         show: prints a row.
+        kind: of the rows, to go on with those that the csv holds already; None to begin anew.
     """
 
     def __init__(
-        self, name: str, setting: str, folder: Path | None, show: Callable[[Any], None]
+        self,
+        name: str,
+        setting: str,
+        folder: Path | None,
+        show: Callable[[Any], None],
+        kind: type | None = None,
     ) -> None:
         self.path = None if folder is None else folder / f"{name}.csv"
         self.setting, self.show, self.rows = setting, show, list[Any]()
+        if kind is not None and self.path is not None and self.path.exists():
+            self.setting = _read(self.path)[0][0]
+            self.rows = read(self.path, kind)[1]
+
+    def holds(self, **values: Any) -> bool:
+        """Whether there is a row with these values."""
+        return any(
+            all(getattr(row, name) == value for name, value in values.items()) for row in self.rows
+        )
 
     def add(self, row: Any) -> None:
         self.rows.append(row)
@@ -74,8 +92,8 @@ class Results:
 
     def finish(self, summary: Callable[[Path], str], plot: Callable[[Path, Path], None]) -> None:
         """Print what `summary` makes of the csv, and write it and the picture beside the csv;
-        nothing without a folder."""
-        if self.path is None:
+        nothing without a folder, or without rows."""
+        if self.path is None or not self.rows:
             return
         text = summary(self.path)
         self.path.with_suffix(".md").write_text(text + "\n")
@@ -84,15 +102,28 @@ class Results:
 
 
 def read(path: Path, kind: type) -> tuple[str, list[Any]]:
-    """The setting of what `write` wrote, and its rows."""
+    """The setting of what `write` wrote, with what `source` says, and its rows."""
     kinds: dict[str, Any] = {field.name: field.type for field in fields(kind)}
-    with path.open(newline="") as file:
-        setting = file.readline().removeprefix("# ").strip()
-        rows = [
-            kind(**{name: kinds[name](value) for name, value in line.items()})
-            for line in csv.DictReader(file)
-        ]
-    return setting, rows
+    comments, lines = _read(path)
+    rows = [
+        kind(**{name: kinds[name](value) for name, value in line.items()})
+        for line in csv.DictReader(lines)
+    ]
+    return "; ".join(filter(None, [comments[0], source(path)])), rows
+
+
+def source(path: Path) -> str:
+    """Which commit the rows of a csv are of, and whether the kernels have changed since; empty if
+    it does not say."""
+    comments, _ = _read(path)
+    return sources.described(comments[1]) if len(comments) > 1 else ""
+
+
+def _read(path: Path) -> tuple[list[str], list[str]]:
+    """The comments of a csv, and its other lines."""
+    lines = path.read_text().splitlines()
+    comments = [line for line in lines[:2] if line.startswith("# ")]
+    return [line.removeprefix("# ").strip() for line in comments], lines[len(comments) :]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -118,7 +118,7 @@ def _accuracy_on(gpu: Gpu) -> str:
     ]
     of = {name: ", ".join(errors) for name, *errors in cells}
     exact = next(name for name in of if name.startswith("the exact gradient"))
-    shape = setting.rpartition("; ")[2]
+    shape = setting.partition("; ")[2]
     return _wrapped(
         f"On {gpu.name}, whose products cut off what they do not hold ({shape}): ours, logit-free, "
         f"{of['ours, logit-free']}; {exact}, {of[exact]}."
@@ -158,17 +158,18 @@ def _memory_of_readme(path: Path, page: Path) -> str:
             "counted: bytes alive at once in tensors, each method run as on a GPU but on tensors "
             "without contents (a test holds such counts to those of real tensors, byte for byte):"
         )
-        source = _versions(setting, "torch", *report.PEERS)  # the machine is of no matter
+        versions = _versions(setting, "torch", *report.PEERS)  # the machine does not matter
+        source = "; ".join(filter(None, [versions, report.source(path)]))
     about = _wrapped(f"Above the inputs, forward and backward, {how}")
     names = "Memory over the number of tokens by method, counted and measured"
     return "\n\n".join([about, *_picture(path, names, page), table, f"({source})"])
 
 
 def _speed_of_readme(path: Path, page: Path) -> str:
-    setting, _ = report.read(path, speed.Row)
+    setting, rows = report.read(path, speed.Row)
     table = speed.table(report.complete(_measured(path, speed.Row)))
     names = "Bars: multiples of the floor by method and shape"
-    parts = [*_picture(path, names, page), table, f"({setting})"]
+    parts = [*_picture(path, names, page), table, f"({setting})", *_price_of_the_default(rows)]
     if ", driver" not in setting:  # that of a GPU is named
         about = (
             "A CPU has no product of bf16 into fp32: ours widens the head, tile by tile, and takes"
@@ -177,6 +178,25 @@ def _speed_of_readme(path: Path, page: Path) -> str:
             _wrapped(f"{about} about as long as for fp32 ([more](docs/benchmarks.md#time)).")
         )
     return "\n\n".join(parts)
+
+
+def _price_of_the_default(rows: list[speed.Row]) -> list[str]:
+    """What `workspace_mib=None` costs on a GPU, at the most tokens of one head; nothing where
+    either schedule has no result."""
+    free, workspace = (
+        {(row.D, row.N): row for row in rows if row.method == f"ours, {way}" and not row.failure}
+        for way in ("logit-free", "row workspace")
+    )
+    if not (both := free.keys() & workspace.keys()):
+        return []
+    D, N = max(both)
+    times = free[D, N].floors / workspace[D, N].floors
+    return [
+        _wrapped(
+            f"`workspace_mib=None` is logit-free on a GPU: with D = {D:,} and N = {N:,} it takes "
+            f"{times:.1f} times as long as `workspace_mib=320`, and allocates no workspace."
+        )
+    ]
 
 
 def _gpus_of_readme(measured: list[Gpu]) -> str:
@@ -200,9 +220,8 @@ def _trainers_of_readme(path: Path) -> str:
         f"trainers take it; one loss of `SDFTTrainer` and its gradient ({ours.device}, "
         f"{ours.dtype}, {N} tokens, a vocabulary of {QWEN3[ours.model]['vocab_size']:,}) takes "
         f"{ours.peak_mib:,.0f} MiB and {ours.seconds:.1f} s with it, "
-        f"{theirs.peak_mib:,.0f} MiB and {theirs.seconds:.1f} s without. Other trainers take a few "
-        "lines: "
-        "[examples/](examples/README.md)."
+        f"{theirs.peak_mib:,.0f} MiB and {theirs.seconds:.1f} s without{_source(path)}. Other "
+        "trainers take a few lines: [examples/](examples/README.md)."
     )
 
 
@@ -217,7 +236,8 @@ def _cross_entropy_of_readme(path: Path) -> str:
         f"A mean cross-entropy of {N} tokens and its gradient ({ours.device}, {ours.dtype}, a "
         f"frozen head, a vocabulary of {ours.V:,}) takes {ours.peak_mib:,.0f} MiB and "
         f"{ours.processor_s:.1f} s of the processor, eager {eager.peak_mib:,.0f} MiB and "
-        f"{eager.processor_s:.1f} s; [beside Liger and CCE](docs/benchmarks.md#cross-entropy)."
+        f"{eager.processor_s:.1f} s{_source(path)}; [beside Liger and "
+        "CCE](docs/benchmarks.md#cross-entropy)."
     )
 
 
@@ -233,8 +253,8 @@ def _layers_of_readme(path: Path) -> str:
     return _wrapped(
         f"With `--offload-checkpoints --mlp-tokens {step.MLP_TOKENS}` a step of {counted[0].model} "
         f"with a rollout of {N:,} tokens takes {less:.0f} GiB, weights included, in place of "
-        f"{kept:.0f}, counted as on a GPU; `--micro-batch-tokens` scores rollouts of like length "
-        "together."
+        f"{kept:.0f}, counted as on a GPU{_source(path)}; `--micro-batch-tokens` scores rollouts "
+        "of like length together."
     )
 
 
@@ -335,6 +355,12 @@ def _versions(setting: str, *packages: str) -> str:
     """Those of some packages, of a line that `report.machine` wrote."""
     known = re.findall(rf"\b({'|'.join(packages)}) ([^,;\s]+)", setting)
     return ", ".join(f"{package} {version}" for package, version in known)
+
+
+def _source(path: Path) -> str:
+    """Which commit the figures of a sentence are of, in brackets."""
+    source = report.source(path)
+    return f" ({source})" if source else ""
 
 
 def _wrapped(text: str) -> str:

@@ -80,7 +80,7 @@ On-policy self-distillation beside SFT, GRPO and on-policy distillation from a l
 world small enough for two cores: `python benchmarks/token_efficiency/run.py --output
 benchmarks/results/token_efficiency` ({minutes:.0f} minutes of one processor, so about
 {minutes / 2:.0f} on two cores; `--quick` takes three). It goes on where it was stopped.
-({facts["setting"]}; each worker has one thread.)
+({facts["setting"]}; each worker has one thread; {results.source}.)
 
 ## The world
 
@@ -576,7 +576,7 @@ def readme_section(results: Results, from_folder: str) -> str:
         f"SFT on the references, which leave out what the model has to write down, at "
         f"{ends['SFT']}, and on solutions in its own words, which nobody has of real problems, at "
         f"{ends['SFT, own words']} (SFT and GRPO after {of['GRPO'][0]['cell']['steps']} steps, the "
-        f"others after {results.plan['steps']})."
+        f"others after {results.plan['steps']}; {results.source})."
     )
     caveat = (
         f"It is a toy: its faults and its teacher were made, so orderings are what to look at, not "

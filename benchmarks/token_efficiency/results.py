@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lib import sources
 from benchmarks.token_efficiency.cells import LONGEST
 from benchmarks.token_efficiency.plan import SELF_DISTILLATION, Result
 from benchmarks.token_efficiency.rollouts import WrongRollout
@@ -18,6 +19,11 @@ class Results:
     @cached_property
     def setting(self) -> dict[str, Any]:
         return json.loads((self.folder / "setting.json").read_text())
+
+    @property
+    def source(self) -> str:
+        """Which commit this is of, and whether the kernels have changed since."""
+        return sources.described(self.setting["source"])
 
     @property
     def plan(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from benchmarks.lib import report
+from benchmarks.lib import report, sources
 from benchmarks.lib.options import Options
 from benchmarks.token_efficiency import cells, memory, rollouts, warm_start
 from benchmarks.token_efficiency.cells import Cell
@@ -92,6 +92,7 @@ def compare(
     made = [*models, *counted, *measured, *ran]
     facts = {
         "setting": setting,
+        "source": sources.line(),
         "workers": workers,
         "wall_s": round(time.perf_counter() - start),
         "processor_s": round(sum(one["processor_s"] for one in made)),
