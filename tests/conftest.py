@@ -1,4 +1,5 @@
 import os
+from collections import Counter
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -28,8 +29,9 @@ settings.register_profile("opsd", deadline=None, derandomize=True, print_blob=Tr
 settings.load_profile("opsd")
 
 # The tensors are small, and on a busy machine threads that wait for each other are far slower than
-# one; pytest-xdist uses the cores.
+# one; pytest-xdist uses the cores. The processes that tests start inherit the variable.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # With a GPU's tiles the interpreter takes its time.
 settings.register_profile("tiles", settings.get_profile("opsd"), max_examples=15)
@@ -55,6 +57,15 @@ def pytest_configure(config: pytest.Config) -> None:
         settings.load_profile("tiles")
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """One line: how many tests this machine cannot run, and what each of them needs."""
+    reasons = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", [])]
+    needs = Counter(reason.removeprefix("Skipped: ") for reason in reasons)
+    if needs:
+        told = ", ".join(f"{count} ({need})" for need, count in needs.most_common())
+        terminalreporter.write_line(f"Skipped on this machine: {told}")
+
+
 def poisoned(allocate: Callable[..., list[torch.Tensor]]) -> Callable[..., list[torch.Tensor]]:
     """With scratch that shows in every result if it is read before it is written."""
 
@@ -72,7 +83,7 @@ def poisoned(allocate: Callable[..., list[torch.Tensor]]) -> Callable[..., list[
 def op(request: pytest.FixtureRequest) -> Schedule:
     """`fused_jsd_loss` in each schedule, and on each device, that this machine can run."""
     if request.config.getoption("--tiles") and not request.param.logit_free:
-        pytest.skip("has no tiles")
+        pytest.skip("needs no tiles")
     return request.param
 
 

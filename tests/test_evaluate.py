@@ -6,12 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
-
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
 import tiny_qwen3
+import yaml
 from fake_vllm import FakeVllm
 from training_runs import (
     REPOSITORY,

@@ -25,7 +25,6 @@ def one_thread():
 
 
 def test_time_against_bare_products_and_against_trl():
-    pytest.importorskip("trl")
     inputs = make_inputs(256, 16384, 512, torch.float32, torch.device("cpu"))
     rows = {row.method: row for row in speed.measure(*inputs, 0.5, 5, [OURS, "TRL"])}
     assert not [row for row in rows.values() if row.failure]
@@ -72,8 +71,6 @@ def test_64k_tokens_fit_in_little_more_than_their_gradient():
 
 
 def test_less_memory_than_any_peer():
-    pytest.importorskip("trl")
-    pytest.importorskip("liger_kernel")
     D, V = memory.MODELS["qwen3-8b"]
     bounds = {"TRL": 0.25, "Liger, fused": 0.5, "Liger, chunked": 0.1, "eager": 0.01}
     for N in (1024, 16384):

@@ -12,12 +12,8 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-import torch
-
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
 import tiny_qwen3
+import torch
 import yaml
 from browser import Browser, find_chromium
 from training_runs import contents, metrics, run, shrunk

@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
 from opsd_train.command_line import parse, read_yaml
 from opsd_train.config import SECTIONS, Config, make_config
 from opsd_train.presets import find_preset, preset_names

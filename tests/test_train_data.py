@@ -4,10 +4,6 @@ import json
 
 import datasets
 import pytest
-
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
 import tiny_qwen3
 from tiny_qwen3 import config, prepared
 

@@ -11,9 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
 from opsd_train.data import hold_out, last_boxed, load_answered_problems
 from opsd_train.evaluation import (
     Accuracy,

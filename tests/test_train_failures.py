@@ -7,10 +7,6 @@ import signal
 from functools import partial
 
 import pytest
-
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
 from training_runs import (
     contents,
     have_no_room_for_the_model,

@@ -6,10 +6,6 @@ from unittest import mock
 
 import pytest
 import torch
-
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
 from tiny_qwen3 import config, prepared, with_adapter
 
 from benchmarks.lib.allocations import Allocations

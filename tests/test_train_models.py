@@ -7,12 +7,8 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-import torch
-
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
 import tiny_qwen3
+import torch
 from tiny_qwen3 import config, prepared, with_adapter
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 

@@ -3,14 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+import tiny_qwen3
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
-import tiny_qwen3
 from tiny_qwen3 import config, prepared, with_adapter
 
 from opsd_kernels.reference import reference_divergence_loss, reference_jsd_loss

@@ -11,13 +11,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
 import safetensors.torch
 import tiny_qwen3
+import torch
 from peft import PeftModel
 from training_runs import (
     contents,

@@ -3,12 +3,8 @@
 from dataclasses import replace
 
 import pytest
-import torch
-
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
 import tiny_qwen3
+import torch
 from tiny_qwen3 import prepared, with_adapter
 from transformers.generation.continuous_batching.requests import GenerationOutput
 

@@ -13,10 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
 from peft import PeftModel
 from training_runs import REPOSITORY, demo_config
 from transformers import AutoModelForCausalLM, AutoTokenizer

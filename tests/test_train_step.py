@@ -4,10 +4,6 @@ import itertools
 
 import pytest
 import torch
-
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
 from accelerate import Accelerator
 from tiny_qwen3 import config
 from training_runs import demo_config

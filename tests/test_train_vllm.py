@@ -11,12 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
 import tiny_qwen3
+import torch
 from fake_vllm import Answered, FakeVllm, said
 from tiny_qwen3 import prepared, with_adapter
 from training_runs import contents, die_at_change, metrics, run, run_distributed, shrunk

@@ -8,12 +8,8 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import torch
-
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
 import tiny_qwen3
+import torch
 from fake_vllm import FakeVllm
 from tiny_qwen3 import prepared, with_adapter
 from training_runs import metrics, run, shrunk, start, steps_done, wait_for
