@@ -185,7 +185,7 @@ def test_step(monkeypatch, capsys, tmp_path):
     assert (tmp_path / "step.png").stat().st_size > 10_000
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 def test_cross_entropy(monkeypatch, capsys, tmp_path):
     """Counts are those that are known, errors of ours roundings; and what cannot run says why."""
     monkeypatch.setattr(cross_entropy, "COUNTED", (32, 64, 1024))

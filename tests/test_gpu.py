@@ -312,7 +312,8 @@ def test_a_head_beyond_32_bits():
 )
 def test_memory_is_what_is_counted_without_a_gpu(method):
     """The allocator's high-water mark, against the bytes counted on tensors without contents."""
-    pytest.importorskip({"TRL": "trl", "Liger, fused": "liger_kernel"}.get(method, "torch"))
+    package = {"TRL": "trl", "Liger, fused": "liger_kernel"}.get(method, "torch")
+    pytest.importorskip(package, reason=f"needs {package}")
     N, D, V = 4096, 2048, 50_000
     measured = memory.measure_here("cuda", N, D, V, "bfloat16", method)["mib"]
     count = f"memory.count('', {N}, {D}, {V}, {method!r})"

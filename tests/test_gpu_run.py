@@ -353,7 +353,7 @@ def test_unknown_tiles_are_refused():
         launches.use_tiles("sm_12")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled kernels have no other tiles")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 def test_tiles_of_gpus_interpreted_with_poisoned_scratch():
     """A little of `make test-tiles`."""
     told = subprocess.run(

@@ -141,7 +141,7 @@ def approximated():
         yield
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="a GPU has the instructions themselves")
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 @pytest.mark.parametrize("distance", [1e-3, 0.03, 1.0])
 @pytest.mark.parametrize(
     ("beta", "entry_clip"), [(0.5, None), (0.8, None), (0.0, 0.05), (1.0, None)]

@@ -29,7 +29,7 @@ from opsd_kernels.kernels import finish, lse, pair, tiles
 from opsd_kernels.kernels.logits_tile import INTERPRETED
 
 MIB = 2**20
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter does")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 DIVERGENCES = [(0.5, None), (0.9, None), (0.0, None), (1.0, None), (0.5, 0.05), (0.0, 0.05)]
 
 

@@ -21,7 +21,8 @@ BETAS = [0.0, 0.3, 0.5, 1.0]
 @pytest.mark.parametrize("peer", ["eager", "TRL", "Liger, chunked"])
 def test_equal_to_the_peers_where_they_are_right(op, peer, beta, temperature):
     """fp32, student and teacher well apart: there the textbook forms hold."""
-    pytest.importorskip({"TRL": "trl", "Liger, chunked": "liger_kernel"}.get(peer, "torch"))
+    package = {"TRL": "trl", "Liger, chunked": "liger_kernel"}.get(peer, "torch")
+    pytest.importorskip(package, reason=f"needs {package}")
     h_S, h_T, W = random_inputs(20, 500, 16, distance=1.0)
     results = []
     theirs = {**peers.METHODS, "Liger, chunked": partial(peers.liger_chunked, compiled=False)}
@@ -39,7 +40,8 @@ def test_equal_to_the_peers_where_they_are_right(op, peer, beta, temperature):
 def test_cross_entropies_are_equal(op, peer):
     """fp32: values, and gradients of hidden states and head. Liger's kernel is interpreted."""
     needed = {"Liger": "liger_kernel", "CCE, torch.compile": "cut_cross_entropy"}
-    pytest.importorskip(needed.get(peer, "torch"))
+    package = needed.get(peer, "torch")
+    pytest.importorskip(package, reason=f"needs {package}")
     h, _, W = random_inputs(20, 500, 16)
     targets = 7 * torch.arange(20)
 

@@ -12,7 +12,7 @@ from benchmarks.lib.inputs import make_inputs
 from benchmarks.lib.peers import METHODS
 
 OURS = "ours, row workspace"
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 
 
 @pytest.fixture(autouse=True)

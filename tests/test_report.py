@@ -247,7 +247,7 @@ def test_a_long_run_makes_no_longer_page(undisturbed, tmp_path):
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     if find_chromium() is None:
-        pytest.skip("no chromium is installed: the page is not looked at")
+        pytest.skip("needs chromium")
     with Browser(tmp_path_factory.mktemp("browser")) as browser:
         yield browser
 

@@ -24,7 +24,7 @@ from opsd_kernels.kernels.logits_tile import INTERPRETED
 
 A100, H100 = ARCHITECTURES["sm_80"], ARCHITECTURES["sm_90"]
 CPU = torch.device("cpu")
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="patches the interpreter")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 
 
 def dot(a: list[float], b: list[float], c: float, core: TensorCore) -> float:

@@ -228,7 +228,7 @@ def test_bad_data_ends_before_anything_is_written(folder, tmp_path):
 
 def test_a_tracker_that_is_not_installed(folder, tmp_path):
     if importlib.util.find_spec("trackio"):
-        pytest.skip("trackio is installed")
+        pytest.skip("needs an environment without trackio")
     options = shrunk(folder, tmp_path / "run", "--tracker", "trackio")
     said = run(tmp_path / "log", *options, status=1)
     assert "install it with `pip install trackio`" in said

@@ -22,7 +22,7 @@ from opsd_train.sampling.server import VllmServer
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(not PYTHON.exists(), reason="make test-vllm sets vLLM up"),
+    pytest.mark.skipif(not PYTHON.exists(), reason="needs vLLM, which make test-vllm sets up"),
 ]
 
 

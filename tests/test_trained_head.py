@@ -35,7 +35,7 @@ from opsd_kernels.divergence import divergence_rows_
 from opsd_kernels.kernels import lse
 from opsd_kernels.problem import STATS
 
-interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="counts what the interpreter does")
+interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="needs Triton's interpreter")
 # Of errors in units, as in accuracy.py; those of dW and db are below 2.3 in thousands of cases.
 UNITS = 3.0
 # The ways: schedule, and a budget that holds dW or does not.
