@@ -3,7 +3,6 @@
 import os
 import re
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import torch
 import transformers_trainer
 from inputs import random_inputs
 from peft import LoraConfig, get_peft_model
+from ranks import on_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers_trainer import OPSDTrainer
 
@@ -319,28 +319,20 @@ def test_trainer_mistakes_would_show(of_one_batch, tmp_path, mistake):
     assert distance(weights, of_one_batch[0]) > 0.1
 
 
-def on_rank(rank: int, port: int, folder: str) -> None:
+def on_rank(rank: int, folder: Path) -> dict[str, Any]:
     """All that is done with two processes, which take their time to start."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    made = {
-        "trainer": trained_adapter(Path(folder), 1, 4),
-        "own mean": trained_adapter(Path(folder), 1, 4, average_tokens_across_devices=False),
+    return {
+        "trainer": trained_adapter(folder, 1, 4),
+        "own mean": trained_adapter(folder, 1, 4, average_tokens_across_devices=False),
         "accelerate": gradients_by_the_readme("accelerate", rank),
         "FSDP2": gradients_by_the_readme("FSDP2", rank),
     }
-    torch.save(made, Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def of_two_processes(tmp_path_factory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    torch.multiprocessing.spawn(on_rank, (port, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return on_ranks(on_rank, 2, folder, folder)
 
 
 def test_trainer_with_two_processes(of_one_batch, of_two_processes):

@@ -1,13 +1,10 @@
 """A head that FSDP2 has sharded, with real processes: what the messages say to do is right."""
 
-import os
-import socket
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
 from inputs import random_inputs
+from ranks import on_ranks
 from torch import Tensor
 
 from opsd_kernels import LMHead, fused_jsd_loss, reference_jsd_loss
@@ -15,13 +12,12 @@ from opsd_kernels import LMHead, fused_jsd_loss, reference_jsd_loss
 PROCESSES = 2
 
 
-def on_rank(rank: int, port: int, folder: str) -> None:
-    """Each rank has some of the tokens, and some rows of the head; gradients go to a file."""
+def on_rank(rank: int) -> list[Tensor]:
+    """Gradients, where each rank has some of the tokens, and some rows of the head."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Partial
 
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=PROCESSES)
+    dist.init_process_group("gloo")
     h_S, h_T, W = random_inputs(8, 41, 16)
     head = torch.nn.Linear(16, 41, bias=False)
     head.weight.data.copy_(W)
@@ -40,20 +36,15 @@ def on_rank(rank: int, port: int, folder: str) -> None:
         gradients(weight.full_tensor(grad_placements=placements))
         saved.append(weight.grad.full_tensor())
         weight.grad = None
-    torch.save(saved, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return saved
 
 
 def test_a_sharded_head(tmp_path):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    torch.multiprocessing.spawn(on_rank, (port, str(tmp_path)), nprocs=PROCESSES)
+    ranks = on_ranks(on_rank, PROCESSES, tmp_path)
     h_S, h_T, W = (t.double() for t in random_inputs(8, 41, 16))
     h_S.requires_grad_()
     W.requires_grad_()
     reference_jsd_loss(h_S, h_T, W).backward()
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(PROCESSES)]
     frozen = torch.cat([of_rank[0] for of_rank in ranks])
     torch.testing.assert_close(frozen.double(), h_S.grad, rtol=1e-4, atol=1e-8)
     for of_rank in ranks:

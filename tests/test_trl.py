@@ -3,7 +3,6 @@
 import importlib
 import logging
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 import trl
+from ranks import on_ranks
 from tiny_qwen3 import FAMILIES, save_model_and_tokenizer
-from trl_runs import LENGTH, TRAINERS, difference, load, make_trainer, run, run_of, save_models
+from trl_runs import LENGTH, TRAINERS, Run, difference, load, make_trainer, run, run_of, save_models
 
 from opsd_kernels import fused_jsd_loss, reference_jsd_loss
 from opsd_kernels.trl import apply_opsd_kernels_to_trl, distillation, heads, patches
@@ -135,17 +135,9 @@ def test_autocast_is_that_of_the_models_forward(folder):
         assert mine["grad_norm"] == pytest.approx(yours["grad_norm"], rel=0.05)
 
 
-def on_rank(rank: int, port: int, folder: Path) -> None:
-    """Runs of one of two processes; what the first logged, and its gradients, go to a file."""
-    torch.set_num_threads(1)
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(PROCESSES),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "ACCELERATE_USE_CPU": "true",
-    }
+def on_rank(rank: int, folder: Path) -> dict[str, tuple[Run, Run]]:
+    """Runs of one of two processes: ours and theirs."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     runs = {}
     for trainer in ("DistillationTrainer", "SDFTTrainer"):
         for lora in (False, True):
@@ -158,8 +150,7 @@ def on_rank(rank: int, port: int, folder: Path) -> None:
     for head_apart in (False, True):
         for own_teacher in (False, True):
             assert_sharded_as_averaged(rank, folder, head_apart, own_teacher)
-    torch.save(runs, folder / f"runs-{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return runs
 
 
 def assert_sharded_as_averaged(
@@ -236,13 +227,9 @@ def test_a_head_that_zero_3_takes_back(folder, monkeypatch):
     assert torch.equal(gradient(), true)
 
 
-def test_two_processes(folder):
+def test_two_processes(folder, tmp_path):
     """Under DistributedDataParallel, with as many tokens on each as come; and under FSDP2."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    torch.multiprocessing.spawn(on_rank, (port, folder), nprocs=PROCESSES)
-    ranks = [torch.load(folder / f"runs-{r}.pt", weights_only=False) for r in range(PROCESSES)]
+    ranks = on_ranks(on_rank, PROCESSES, tmp_path, folder)
     for name, (ours, theirs) in ranks[0].items():
         figures, gradients = difference(ours, theirs)
         print(f"{name}, {PROCESSES} processes: figures {figures:.1e}, gradients {gradients:.1e}")

@@ -2,13 +2,10 @@
 with the whole head, what goes over the wire, and what is refused."""
 
 import itertools
-import os
 import random
 import re
-import socket
 import warnings
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,6 +14,7 @@ import torch
 import torch.distributed as dist
 from heads import Extras
 from inputs import clip_is_clear, random_inputs
+from ranks import on_ranks
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -192,8 +190,9 @@ def is_clear(case: Case) -> bool:
 
 
 def cases(processes: int) -> list[Case]:
+    """Those of three processes are fewer, and there for the one between the first and the last."""
     even, _ragged, empty = CUTS[processes]
-    chosen = drawn(36, processes, processes)
+    chosen = drawn({2: 36, 3: 12}[processes], processes, processes)
     for workspace_mib in (0, None):
         here = Case(workspace_mib=workspace_mib, cuts=empty)
         chosen += [
@@ -246,13 +245,11 @@ class Wire:
             patch.stop()
 
 
-def on_rank(rank: int, processes: int, port: int, folder: str) -> None:
-    """Results of all cases, and what went over the wire, into a file."""
-    torch.set_num_threads(1)
+def on_rank(rank: int, processes: int) -> dict[str, Any]:
+    """Results of all cases, and what went over the wire."""
     # Infinities and NaN on purpose.
     warnings.filterwarnings("ignore", module="triton.runtime.interpreter")
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TRITON_INTERPRET": "1"}
-    dist.init_process_group("gloo", rank=rank, world_size=processes)
+    dist.init_process_group("gloo")
     results, wires = [], []
     for case in cases(processes):
         h_S, h_T, head, head_T, options = case.inputs()
@@ -265,8 +262,7 @@ def on_rank(rank: int, processes: int, port: int, folder: str) -> None:
     saved = {"results": results, "wires": wires}
     if processes == 2:
         saved |= {"refused": refused(rank), "compiled": compiled(rank), "DTensor": of_dtensor(rank)}
-    torch.save(saved, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return saved
 
 
 def refused(rank: int) -> list[str]:
@@ -331,13 +327,10 @@ def of_dtensor(rank: int) -> list[Tensor]:
 
 @pytest.fixture(scope="module", params=[2, 3], ids=lambda processes: f"{processes} processes")
 def ranks(request, tmp_path_factory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = (request.param, port, str(folder))
-    torch.multiprocessing.spawn(on_rank, arguments, nprocs=request.param)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+    return on_ranks(on_rank, request.param, tmp_path_factory.mktemp("ranks"), request.param)
+
+
+two_processes = pytest.mark.parametrize("ranks", [2], indirect=True, ids=["2 processes"])
 
 
 def test_as_one_process(ranks):
@@ -470,9 +463,8 @@ def row_bytes(sampled: bool, statistics: bool, kl: bool, clip: bool, sides: int)
     return of_loss + 8 + 8 + 8 + (4 if kl and not clip else 8) + 4 * clip
 
 
+@two_processes
 def test_what_is_refused(ranks):
-    if len(ranks) != 2:
-        pytest.skip("asked of two processes")
     for rank, of_rank in enumerate(ranks):
         said = of_rank["refused"]
         patterns = [
@@ -493,17 +485,15 @@ def test_what_is_refused(ranks):
         assert said[7].startswith("targets must lie in [0, 74)")
 
 
+@two_processes
 def test_compiled(ranks):
-    if len(ranks) != 2:
-        pytest.skip("asked of two processes")
     for of_rank in ranks:
         for t, traced in zip(*of_rank["compiled"], strict=True):
             assert t.equal(traced)
 
 
+@two_processes
 def test_a_sharded_dtensor(ranks):
-    if len(ranks) != 2:
-        pytest.skip("asked of two processes")
     h_S, h_T, W = (t.double().requires_grad_() for t in random_inputs(9, 37, 8, distance=0.5))
     reference_jsd_loss(h_S, h_T, W).backward()
     for of_rank in ranks:
