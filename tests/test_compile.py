@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from inputs import random_inputs
+from marks import slow
 from schedules import SCHEDULES
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
@@ -67,10 +68,19 @@ def module(h_S: Tensor, h_T: Tensor, W: Tensor, workspace_mib: float | None) -> 
     return FusedJSDLoss(beta=0.0, entry_clip=0.05, workspace_mib=workspace_mib)(h_S, h_T, W)
 
 
+FUNCTIONS = [jsd, everything, sampled, module]
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-@pytest.mark.parametrize("function", [jsd, everything, sampled, module])
 @pytest.mark.parametrize(
-    ("backend", "dynamic"), [("aot_eager", None), ("aot_eager", True), ("inductor", None)]
+    ("function", "backend", "dynamic"),
+    [
+        *((function, "aot_eager", None) for function in FUNCTIONS),
+        (everything, "aot_eager", True),
+        (jsd, "inductor", None),
+        *(slow(function, "aot_eager", True) for function in FUNCTIONS if function != everything),
+        *(slow(function, "inductor", None) for function in FUNCTIONS if function != jsd),
+    ],
 )
 def test_one_graph_and_the_same_numbers(function, backend, dynamic, schedule):
     """For several batch sizes: the second compiles once more, with N a symbol; the third not."""

@@ -12,6 +12,7 @@ import triton.language as tl
 from accuracy import exact
 from heads import as_head, logits
 from inputs import random_inputs
+from marks import slow
 from schedules import DEVICE, LOGIT_FREE, ROW_WORKSPACE
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -244,7 +245,7 @@ def test_autocast_rounds_the_bias_too(op, dtype):
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", slow("inductor")])
 def test_one_graph(op, backend):
     torch._dynamo.reset()
     h_S, h_T, W = (t.to(op.device) for t in random_inputs(12, 300, 16, distance=0.3))

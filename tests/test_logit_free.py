@@ -55,7 +55,7 @@ def interpreters_tiles() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("beta", "entry_clip"), DIVERGENCES)
 def test_no_tensor_has_a_vocabulary_sized_dimension(beta, entry_clip, dtype):
-    N, V, D = 70, 3001, 24
+    N, V, D = 40, 1101, 24
     h_S, h_T, W = inputs(N, V, D, dtype)
     h_S.requires_grad_()
     with Allocations() as allocations:
@@ -69,7 +69,7 @@ def test_no_tensor_has_a_vocabulary_sized_dimension(beta, entry_clip, dtype):
 @pytest.mark.usefixtures("interpreters_tiles")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_nor_with_statistics_a_beta_of_each_token_or_sampled_tokens(dtype):
-    N, V, D = 70, 3001, 24
+    N, V, D = 40, 1101, 24
     h_S, h_T, W = inputs(N, V, D, dtype)
     h_S.requires_grad_()
     targets = torch.arange(N, device=DEVICE)
@@ -90,18 +90,22 @@ def test_nor_with_statistics_a_beta_of_each_token_or_sampled_tokens(dtype):
 def test_scratch_is_bounded(dtype):
     """With the tiles of a GPU, at D = 4096: at most 64 MiB beside dh_S and the returned gradient,
     of which nothing grows with N or V."""
+
+    def nothing(*_: object, **options: object) -> None:
+        """In place of a product: the numbers do not matter here, and are what takes the time."""
+
     N, D = 1040, 4096
     row = tiles.TABLE["sm_90", str(dtype).removeprefix("torch.")]
     peaks = []
     for V in (9000, 18000):
         h_S, h_T, W = inputs(1, V, D, dtype)
         h_S, h_T = h_S.expand(N, D).contiguous().requires_grad_(), h_T.expand(N, D).contiguous()
-        # The numbers do not matter here, and are what takes the interpreter's time.
         with (
             tiles_of(row),
             mock.patch.object(logit_free, "launch_lse"),
             mock.patch.object(logit_free, "pair_launcher"),
             mock.patch.object(logit_free, "launch_finish"),
+            mock.patch.object(torch, "addmm", new=nothing),
             Allocations() as allocations,
         ):
             fused_jsd_loss(h_S, h_T, W, workspace_mib=0)
@@ -162,7 +166,7 @@ def test_what_products_read_is_aligned(D):
 def test_passes_over_the_head(beta, entry_clip, U, own_head):
     """6 U of products, 5 U for the unclipped KLs, 4 U without gradient: tiles multiplied by the
     kernels, and what the library multiplies."""
-    N, V, D = 64, 1024, 64  # whole tiles
+    N, V, D = 32, 512, 64  # whole tiles
     h_S, h_T, W = inputs(N, V, D)
     options = {"beta": beta, "entry_clip": entry_clip, "W_teacher": W.clone() if own_head else None}
     for needs_gradient, expected in ((True, U), (False, 4)):
@@ -179,7 +183,7 @@ def test_passes_over_the_head(beta, entry_clip, U, own_head):
 def test_passes_of_everything_else():
     """Statistics and targets ride in the same passes, and a β of each token; the log-probability of
     a sampled token needs the teacher's logits once and one tile: 4 U, 2 U without gradient."""
-    N, V, D = 64, 1024, 64
+    N, V, D = 32, 512, 64
     h_S, h_T, W = inputs(N, V, D)
     targets = torch.arange(N, device=DEVICE)
     betas = torch.linspace(0, 1, N, device=DEVICE)
@@ -238,7 +242,7 @@ def test_a_tokens_loss_does_not_depend_on_its_batch(dtype, told):
         return fused_jsd_loss(h_S[:N], h_T[:N], W, reduction="none", workspace_mib=0)
 
     whole = loss(150)
-    for N in (1, 2, 31, 32, 33, 64, 65, 149):
+    for N in (1, 31, 33, 65):
         assert torch.equal(loss(N), whole[:N])
 
 

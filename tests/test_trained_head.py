@@ -12,6 +12,7 @@ from heads import EXTRAS, as_head, logits_of_products
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from inputs import clip_is_clear, language_like_inputs, random_inputs
+from marks import slow
 from schedules import DEVICE, LOGIT_FREE, ROW_WORKSPACE, SCHEDULES
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -121,7 +122,7 @@ def test_the_ways_are_those_they_are_named_for():
 @pytest.mark.parametrize(
     "way",
     # Interpreted, they take their time.
-    [way if "PyTorch" in way else pytest.param(way, marks=pytest.mark.slow) for way in WAYS],
+    [way if "PyTorch" in way else slow(way) for way in WAYS],
 )
 @given(
     N=st.integers(1, 9),
@@ -351,7 +352,7 @@ def test_autocast_with_a_head_in_fp32(op, reduction):
     close(found, true, torch.bfloat16, 1e-3)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", slow("inductor")])
 @pytest.mark.parametrize("op", SCHEDULES, ids=str)
 def test_one_graph(op, backend):
     torch._dynamo.reset()
