@@ -4,6 +4,8 @@
 BASE_PYTHON ?= python3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+# Two processes, each of which takes what the other has not begun.
+PYTEST = $(PYTHON) -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-slow test-tiles test-vllm lint format gpu clean
 
@@ -11,18 +13,18 @@ demo: $(VENV)/.installed-train
 	$(PYTHON) -m opsd_train $(ARGS)
 
 test: lint
-	$(PYTHON) -m pytest -n 2 $(ARGS)
+	$(PYTEST) $(ARGS)
 
-# More random cases of kernels, interpreted.
+# The rest: what is represented in `make test` by its fastest cases.
 test-slow: $(VENV)/.installed-test
-	$(PYTHON) -m pytest -n 2 -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 # Every kernel's tests with the tiles of each GPU, interpreted, scratch poisoned. Takes long.
 TILES ?= sm_80 sm_89 sm_90 sm_100 gfx942
 KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,kernels logit_free loss token_divergence \
 	sampled_token log_probs family))
 test-tiles: $(VENV)/.installed-test
-	for arch in $(TILES); do TRITON_INTERPRET=1 $(PYTHON) -m pytest -n 2 --tiles $$arch \
+	for arch in $(TILES); do TRITON_INTERPRET=1 $(PYTEST) --tiles $$arch \
 		$(KERNEL_TESTS) $(ARGS) || exit 1; done
 
 # Rollouts from a real vLLM on a CPU, which wants an environment of its own (3.5 GB).
