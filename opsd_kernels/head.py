@@ -49,16 +49,19 @@ class LMHead(NamedTuple):
     @staticmethod
     def of(model: Any) -> "LMHead":
         """The head of a causal language model of transformers: weight and bias of its output
-        embeddings (as they are, not detached), and softcap, scale and vocabulary as its config says
-        of Qwen, Llama, Gemma, Granite, Cohere, Phi and all that scale their logits as these do.
+        embeddings (as they are, not detached), and softcap, scale and vocabulary where the forward
+        of its class reads them. docs/heads.md lists the classes that are known. No forward is run;
+        `opsd_kernels.head_check.check_head` runs a short one, and compares logits.
 
         What enters it is what enters the model's head: the last hidden states after the final norm,
         `model.model(...).last_hidden_state`.
 
         Raises:
             TypeError: no such model.
-            ValueError: a config that says of logits what is not known here; a head with an adapter,
-                quantized, sharded or not on this device. The message says what to do.
+            ValueError: a class that is not known; a forward that was replaced, or a hook, of the
+                model or its head, but by accelerate, FSDP2, DeepSpeed or transformers; a head with
+                an adapter, parametrized, quantized, sharded or not on this device. The message says
+                what to do.
         """
         from opsd_kernels.head_of_model import head_of_model
 

@@ -1,31 +1,119 @@
 """The head of a causal language model of transformers, which is not imported for it.
 
-What a model makes of its head's products is written in its `forward`, and told by its config under
-names that mean different things in different models. Those that are known are read here; what is
-set and not known is refused by name, since a loss that ignored it would be wrong in silence.
+No forward is run. What a model's forward makes of hidden states is known by its class: `KNOWN` are
+those whose logits were compared with what is read here (`python benchmarks/heads.py`). Any other
+class is refused by name, and so is a known one on which a hook or a replaced forward may change
+what it does.
 """
 
-import re
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from opsd_kernels.checks import is_dtensor
 from opsd_kernels.head import LMHead
+from opsd_kernels.known_models import KNOWN
 
-# What logits are multiplied by: a config's attribute to this power, by the beginning of
-# `model_type`. (Granite divides by what HyperCLOVA X multiplies with.)
-SCALES = {
-    "logit_scale": {"cohere": 1},
-    "logits_scaling": {"granite": -1, "hyperclovax": 1},
-}
-SOFTCAP = "final_logit_softcapping"
-# Other logits: of attention and of routers; and what a forward returns.
-OF_OTHERS = re.compile("attn|attention|router|num_logits|output_auxiliary")
-# Scales of models that are not known here, whose names do not say so.
-OTHER_SCALES = ("lm_head_multiplier", "output_multiplier", "dim_model_base")
+# What a forward multiplies its logits by: where in a model the number stands, its power, and the
+# classes. Logits of a class that is in no list here are h Wᵀ + b, whatever its config says: some
+# vision-language models have a text config with a cap or a scale, and never read it.
+SCALES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
+    (
+        "logit_scale",
+        1,
+        (
+            "Cohere2ForCausalLM",
+            "Cohere2MoeForCausalLM",
+            "CohereCompassForCausalLM",
+            "CohereCompassForConditionalGeneration",
+            "CohereForCausalLM",
+        ),
+    ),
+    (
+        "config.logits_scaling",
+        -1,
+        (
+            "GraniteForCausalLM",
+            "GraniteMoeForCausalLM",
+            "GraniteMoeHybridForCausalLM",
+            "GraniteMoeSWAForCausalLM",
+            "GraniteMoeSharedForCausalLM",
+            "GraniteSWAForCausalLM",
+            "MiniCPM3ForCausalLM",
+        ),
+    ),
+    (
+        "config.text_config.logits_scaling",
+        -1,
+        ("Granite4VisionForConditionalGeneration", "GraniteDoclingForConditionalGeneration"),
+    ),
+    ("config.logits_scaling", 1, ("HyperCLOVAXForCausalLM",)),
+    ("config.text_config.logits_scaling", 1, ("HyperCLOVAXVisionV2ForConditionalGeneration",)),
+    ("config.logits_mup_width_multiplier", -1, ("InklingForCausalLM",)),
+    ("model.lm_head_multiplier", 1, ("FalconH1ForCausalLM",)),
+    (
+        "config.text_config.output_multiplier",
+        1,
+        ("MuseGlimmerForConditionalGeneration", "MuseSparkForConditionalGeneration"),
+    ),
+)
+# What a forward caps its logits at, as above.
+SOFTCAPS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (
+        "config.final_logit_softcapping",
+        (
+            "BeamForCausalLM",
+            "Gemma2ForCausalLM",
+            "Gemma3ForCausalLM",
+            "Gemma3nForCausalLM",
+            "Gemma4ForCausalLM",
+            "Gemma4UnifiedForCausalLM",
+            "NanoChatForCausalLM",
+            "VaultGemmaForCausalLM",
+        ),
+    ),
+    (
+        "config.text_config.final_logit_softcapping",
+        (
+            "Gemma4ForConditionalGeneration",
+            "Gemma4UnifiedForConditionalGeneration",
+            "MuseGlimmerForConditionalGeneration",
+            "MuseSparkForConditionalGeneration",
+            "PaliGemmaForConditionalGeneration",
+        ),
+    ),
+    (
+        "logit_softcap.softcap",
+        ("Inkling2ForCausalLM", "Inkling2ForConditionalGeneration"),
+    ),
+    ("final_logit_softcapping", ("MistralLarge4ForConditionalGeneration",)),
+    ("config.logits_soft_cap", ("RecurrentGemmaForCausalLM",)),
+    ("config.output_logit_soft_cap", ("xLSTMForCausalLM",)),
+)
+# Where a forward drops the rows that a head is padded with; elsewhere those beyond the vocabulary
+# of the config are padding.
+VOCABULARIES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("config.unpadded_vocab_size", ("Inkling2ForCausalLM", "InklingForCausalLM")),
+    ("config.text_config.unpadded_vocab_size", ("Inkling2ForConditionalGeneration",)),
+)
+# Code that may stand around a forward, or hook into it: it moves, gathers or casts, and computes
+# nothing else. Not torch.nn.utils, which normalizes and prunes weights in hooks.
+TRUSTED = (
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "torch._dynamo",
+    "torch.amp",
+    "torch.distributed",
+    "torch.nn.modules",
+    "torch.utils",
+)
 
 
 def _as_it_is(t: Tensor) -> Tensor:
@@ -34,14 +122,61 @@ def _as_it_is(t: Tensor) -> Tensor:
 
 def head_of_model(model: Any, gather: Callable[[Tensor], Tensor] = _as_it_is) -> LMHead:
     """See `LMHead.of`. `gather` makes a weight or bias that is sharded whole."""
+    causal_lm, known = check_model(model)
+    if known not in KNOWN:
+        kinds = {kind.__name__ for kind in type(causal_lm).__mro__ if _is_trusted_class(kind)}
+        if kinds & KNOWN:
+            _refuse_forward(type(causal_lm).forward, f"this {type(causal_lm).__name__}")
+        raise ValueError(
+            f"LMHead.of does not know how a {type(causal_lm).__name__} makes its logits "
+            f"(docs/heads.md lists the models that it knows). {_BY_HAND}"
+        )
+    return read_head(causal_lm, known, gather)
+
+
+def check_model(model: Any) -> tuple[Any, str]:
+    """The model itself, out of what wraps it, and the class of transformers whose forward it has.
+
+    Raises:
+        TypeError: no causal language model of transformers.
+        ValueError: a hook or a replaced forward, of the model, a wrapper or its head, that may
+            change logits.
+    """
     if not callable(getattr(model, "get_output_embeddings", None)) or not hasattr(model, "config"):
         raise TypeError(
             "model must be a causal language model of transformers, with get_output_embeddings "
             f"and a config, got {type(model).__name__}"
         )
+    causal_lm = model
+    for causal_lm in _wrappers(model):
+        name = f"this {type(causal_lm).__name__}"
+        _check_hooks(causal_lm, name)
+        if _compiled(causal_lm) is None:
+            _check_forward(causal_lm, name)
+    forward = _layers(type(causal_lm).forward)[-1]
+    known = forward.__qualname__.partition(".")[0]
+    if causal_lm.get_output_embeddings() is None:
+        raise ValueError(f"model has no LM head: {type(causal_lm).__name__} returns no logits")
+    for module in _around_backbone(causal_lm):
+        of = f"a {type(module).__name__} of {type(causal_lm).__name__}"
+        _check_hooks(module, of)
+        _check_forward(module, of)
+        if not _is_trusted(function := _layers(type(module).forward)[-1]):
+            _refuse_forward(function, of)
+    return causal_lm, known if _module_of(forward).startswith("transformers.models.") else ""
+
+
+def backbone_of(model: Any) -> Any:
+    """The part of a model that makes its last hidden states, or None."""
+    for backbone in (getattr(model, name, None) for name in ("base_model", "model")):
+        if isinstance(backbone, torch.nn.Module) and backbone is not model:
+            return backbone
+    return None
+
+
+def read_head(model: Any, known: str, gather: Callable[[Tensor], Tensor] = _as_it_is) -> LMHead:
+    """The head of a model whose forward is that of the class `known` of transformers."""
     module = model.get_output_embeddings()
-    if module is None:
-        raise ValueError(f"model has no LM head: {type(model).__name__} returns no logits")
     _check_module(module)
     weight = gather(module.weight)
     bias = None if module.bias is None else gather(module.bias)
@@ -55,13 +190,137 @@ def head_of_model(model: Any, gather: Callable[[Tensor], Tensor] = _as_it_is) ->
             f"the LM head has {rows} rows, fewer than the vocabulary's {vocab_size}: "
             "a head that is sharded over processes must be gathered first"
         )
-    return LMHead(
-        weight,
-        bias,
-        getattr(config, SOFTCAP, None),
-        _scale(config),
-        None if vocab_size == rows else vocab_size,
+    unpadded = _number(model, known, VOCABULARIES)
+    vocab_size = vocab_size if unpadded is None else min(unpadded, rows)
+    scale, softcap = 1.0, _number(model, known, SOFTCAPS)
+    for path, power, classes in SCALES:
+        number = _number(model, known, ((path, classes),))
+        if number is not None:
+            scale *= float(number) ** power
+    return LMHead(weight, bias, softcap, scale, None if vocab_size == rows else vocab_size)
+
+
+def _number(model: Any, known: str, places: Iterable[tuple[str, tuple[str, ...]]]) -> Any:
+    """What stands at the place that a class reads, or None."""
+    for path, classes in places:
+        if known in classes:
+            return operator.attrgetter(path)(model)
+    return None
+
+
+_BY_HAND = (
+    "Or pass an LMHead made by hand, LMHead(weight, bias, softcap, scale), of what the model does; "
+    "opsd_kernels.head_check.check_head compares its logits with the model's own"
+)
+
+
+def _wrappers(model: Any) -> Iterator[Any]:
+    """The model in what wraps it (PEFT, torch.compile), from the outside to the model itself."""
+    yield model
+    if callable(inner := getattr(model, "get_base_model", None)):
+        yield from _wrappers(inner())
+    elif (inner := _compiled(model)) is not None:
+        yield from _wrappers(inner)
+
+
+def _compiled(model: Any) -> Any:
+    """The model that torch.compile wrapped, or None."""
+    return vars(model).get("_modules", {}).get("_orig_mod")
+
+
+def _around_backbone(model: Any) -> list[Any]:
+    """The modules that may stand between hidden states and logits, but for the LM head."""
+    backbone = backbone_of(model)
+    if backbone is None:
+        return []
+    head = model.get_output_embeddings()
+    head_modules = head.modules() if isinstance(head, torch.nn.Module) else ()
+    others = {id(module) for module in (model, *backbone.modules(), *head_modules)}
+    return [module for module in model.modules() if id(module) not in others]
+
+
+def _check_forward(module: Any, name: str) -> None:
+    """Refuse a forward that is not that of the module's class, but for what may stand around it."""
+    kind = type(module)
+    if kind.__call__ is not torch.nn.Module.__call__:
+        raise ValueError(f"{name} has a __call__ of its own, whose logits LMHead.of would not have")
+    own = _layers(kind.forward)
+    replaced = vars(module).get("forward")
+    layers = own if replaced is None else _layers(replaced)
+    if layers[-1] is not own[-1]:
+        _refuse_forward(layers[-1], name)
+    for layer in (*own[:-1], *layers[:-1]):
+        if not _is_trusted(layer):
+            _refuse_forward(layer, name)
+
+
+def _refuse_forward(function: Any, name: str) -> None:
+    raise ValueError(
+        f"the forward of {name} was replaced by {_name_of(function)}, and what that makes of "
+        f"logits is not known. Put the forward back. {_BY_HAND}"
     )
+
+
+def _check_hooks(module: Any, name: str) -> None:
+    """Refuse a hook that may change what a module is given, what it returns or its gradients."""
+    hooks = (
+        *vars(module).get("_forward_pre_hooks", {}).values(),
+        *vars(module).get("_forward_hooks", {}).values(),
+        *vars(module).get("_backward_pre_hooks", {}).values(),
+        *vars(module).get("_backward_hooks", {}).values(),
+        *torch_module._global_forward_pre_hooks.values(),
+        *torch_module._global_forward_hooks.values(),
+        *_of_accelerate(vars(module).get("_hf_hook")),
+    )
+    for hook in hooks:
+        if not _is_trusted(hook):
+            raise ValueError(
+                f"{name} has a hook, {_name_of(hook)}, and what that makes of logits is not known: "
+                f"a loss calls neither the LM head nor its hooks. Remove the hook. {_BY_HAND}"
+            )
+
+
+def _of_accelerate(hook: Any) -> Iterable[Any]:
+    """The hooks that a hook of accelerate is made of."""
+    if hook is None:
+        return ()
+    return getattr(hook, "hooks", (hook,))
+
+
+def _layers(function: Any) -> list[Any]:
+    """A function, and what it says that it wraps, from the outside to the inside."""
+    layers = []
+    while function is not None:
+        wrapped = getattr(function, "__wrapped__", None)
+        while isinstance(function, functools.partial):
+            function = function.func
+        layers.append(getattr(function, "__func__", function))
+        function = wrapped
+    return layers
+
+
+def _is_trusted(function: Any) -> bool:
+    module = _module_of(function)
+    return any(module == name or module.startswith(f"{name}.") for name in TRUSTED)
+
+
+def _is_trusted_class(kind: type) -> bool:
+    return kind.__module__.startswith("transformers.models.")
+
+
+def _module_of(function: Any) -> str:
+    """The module whose code a function, or a callable object, runs; `functools.wraps` copies its
+    `__module__` from another."""
+    function = _layers(function)[0]
+    if (names := getattr(function, "__globals__", None)) is not None:
+        return str(names.get("__name__", ""))
+    return type(function).__module__
+
+
+def _name_of(function: Any) -> str:
+    function = _layers(function)[0]
+    code = getattr(function, "__code__", None)
+    return f"{_module_of(function)}.{type(function).__name__ if code is None else code.co_name}"
 
 
 def _check_module(module: Any) -> None:
@@ -74,16 +333,38 @@ def _check_module(module: Any) -> None:
         )
     if weight is None:
         raise ValueError(f"the LM head, a {name}, has no weight")
-    if not weight.is_floating_point():
+    if not isinstance(weight, Tensor) or _is_packed(weight):
+        of = "" if not isinstance(weight, Tensor) else f", {_kind_of(weight)}"
         raise ValueError(
-            f"the LM head is quantized ({name}, {weight.dtype}): load the model without, in "
+            f"the LM head is quantized ({name}{of}): load the model without, in "
             'bitsandbytes with llm_int8_skip_modules=["lm_head"]'
         )
-    if type(module).forward is not torch.nn.Linear.forward:
+    if hasattr(module, "parametrizations"):
+        raise ValueError(
+            f"the LM head is parametrized ({', '.join(module.parametrizations)}): make an LMHead "
+            "of its weight as it is now, LMHead(model.get_output_embeddings().weight)"
+        )
+    linear = _layers(torch.nn.Linear.forward)[-1]
+    if _layers(type(module).forward)[-1] is not linear:
         raise ValueError(
             f"the LM head is a {name}, which may do more than torch.nn.Linear: "
             "make an LMHead of what it does"
         )
+    if _module_of(linear) != "torch.nn.modules.linear":
+        _refuse_forward(linear, "torch.nn.Linear")
+    _check_hooks(module, f"the LM head, a {name},")
+    _check_forward(module, f"the LM head, a {name},")
+
+
+def _is_packed(weight: Tensor) -> bool:
+    """Whether a weight is not the numbers that are multiplied by."""
+    if not weight.is_floating_point():
+        return True
+    return not is_dtensor(weight) and is_traceable_wrapper_subclass(weight.data)
+
+
+def _kind_of(weight: Tensor) -> str:
+    return type(weight.data).__name__ if weight.is_floating_point() else str(weight.dtype)
 
 
 def _check_weight(weight: Tensor) -> None:
@@ -101,23 +382,3 @@ def _check_weight(weight: Tensor) -> None:
         )
     if weight.is_meta:
         raise ValueError("the LM head's weight is on the meta device, offloaded: load it first")
-
-
-def _scale(config: Any) -> float:
-    """σ; refuses whatever else a config says of logits."""
-    scale, model_type = 1.0, config.model_type
-    for name, value in config.to_dict().items():
-        is_scale = ("logit" in name and not OF_OTHERS.search(name)) or name in OTHER_SCALES
-        if name == SOFTCAP or not is_scale or value is None or value is False or value == 1:
-            continue
-        powers = [
-            power for prefix, power in SCALES.get(name, {}).items() if model_type.startswith(prefix)
-        ]
-        if not powers:
-            raise ValueError(
-                f"the config of this {model_type} model sets {name}={value!r}, which LMHead.of "
-                "does not know and will not ignore: make the LMHead yourself, of what "
-                f"{model_type} does with it"
-            )
-        scale *= float(value) ** powers[0]
-    return scale

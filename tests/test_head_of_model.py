@@ -11,7 +11,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from opsd_kernels import LMHead, fused_jsd_loss, reference_jsd_loss
-from opsd_kernels.head_of_model import OTHER_SCALES
 
 SIZES = {
     "vocab_size": 99,
@@ -112,17 +111,16 @@ def test_a_trainable_head_is_not_frozen_in_silence():
 @pytest.mark.parametrize(
     ("family", "name"),
     [("Llama", "logit_scale"), ("Qwen3", "logits_scaling"), ("Gemma2", "logits_soft_cap"),
-     *(("Llama", name) for name in OTHER_SCALES)],
+     ("Llama", "lm_head_multiplier")],
 )  # fmt: skip
-def test_what_a_config_says_of_logits_is_known_or_refused(family, name):
+def test_what_a_config_says_and_the_forward_does_not_read_is_not_the_heads(family, name):
     model = model_of(family)
+    ids = torch.arange(3, 12)[None]
     before = LMHead.of(model)
+    logits = model(ids).logits
     setattr(model.config, name, 0.7)
-    with pytest.raises(ValueError, match=rf"{name}=0\.7, which LMHead\.of does not know"):
-        LMHead.of(model)
-    for harmless in (None, False, 1.0):
-        setattr(model.config, name, harmless)
-        assert LMHead.of(model)[1:] == before[1:]
+    assert LMHead.of(model)[1:] == before[1:]
+    assert torch.equal(model(ids).logits, logits)
 
 
 def test_other_logits_are_no_concern_of_the_head():

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 # As its message says; the trainers of the tests are experimental.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -16,6 +17,7 @@ from peft import LoraConfig
 from tiny_qwen3 import CHAT_TEMPLATE, SPECIAL_TOKENS, save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from torch.nn.functional import linear
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -160,15 +162,22 @@ def run_of(made: Any) -> Run:
                 }
             )
 
-    def watch(module: Any, inputs: Any, logits: Tensor) -> None:
-        name = "longest" if made.model.training else "longest_evaluated"
-        setattr(told, name, max(getattr(told, name), logits.shape[1]))
+    # Not by a hook, with which a head is not taken for what it is.
+    heads = [
+        made.accelerator.unwrap_model(model).get_output_embeddings()
+        for model in (made.model, made.teacher_model)
+    ]
+
+    def watched(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if any(weight is head.weight for head in heads):
+            name = "longest" if made.model.training else "longest_evaluated"
+            setattr(told, name, max(getattr(told, name), h.shape[1]))
+        return linear(h, weight, bias)
 
     made.add_callback(Gradients())
-    for model in (made.model, made.teacher_model):
-        made.accelerator.unwrap_model(model).get_output_embeddings().register_forward_hook(watch)
-    made.train()
-    made.evaluate()
+    with patch("torch.nn.functional.linear", watched):
+        made.train()
+        made.evaluate()
     told.logs = [
         {name: x for name, x in log.items() if not any(part in name for part in OF_TIME)}
         for log in made.state.log_history
