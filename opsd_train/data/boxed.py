@@ -6,19 +6,22 @@ from dataclasses import replace
 
 from opsd_train.records import Problem
 
-BOX = re.compile(r"\\f?boxed\s*\{|\\fbox\s*\{")
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \{ and \} are matched whole, and count for nothing
+# A box that opens, or any brace. \{ and \} are matched whole, and count for nothing.
+BRACE = re.compile(r"(?P<box>\\f?boxed\s*\{|\\fbox\s*\{)|\\.|[{}]", re.DOTALL)
 
 
 def last_boxed(text: str) -> str | None:
     """What stands in the last \\boxed{} (or \\fbox{}) whose braces are closed, or None."""
-    for opening in reversed(list(BOX.finditer(text))):
-        depth = 1
-        for brace in BRACE.finditer(text, opening.end()):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0:
-                return text[opening.end() : brace.start()]
-    return None
+    last: tuple[int, int] | None = None
+    opened: list[int | None] = []  # where the contents of a box begin, None for another brace
+    for brace in BRACE.finditer(text):
+        if brace["box"] or brace[0] == "{":
+            opened.append(brace.end() if brace["box"] else None)
+        elif brace[0] == "}" and opened:
+            start = opened.pop()
+            if start is not None and (last is None or start > last[0]):
+                last = start, brace.start()
+    return text[slice(*last)] if last else None
 
 
 def hold_out(
