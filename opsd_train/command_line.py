@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import re
 import shutil
+import sys
 import textwrap
 import warnings
 from pathlib import Path
@@ -12,7 +14,14 @@ import datasets
 import transformers
 import yaml
 
-from opsd_train.config import SECTIONS, Config, field_choices, field_types, make_config
+from opsd_train.config import (
+    SECTIONS,
+    Config,
+    field_choices,
+    field_types,
+    make_config,
+    options,
+)
 from opsd_train.errors import did_you_mean
 from opsd_train.presets import DEFAULT_PRESET, find_preset, preset_names, preset_summary
 from opsd_train.worlds import find_world
@@ -28,20 +37,54 @@ def parse(arguments: list[str] | None = None) -> Config:
     """Config from the command line: a preset or a YAML file, by default the demo's preset, under
     what the options say. What does not fit ends the program with a message."""
     parser = _parser()
-    known, unknown = parser.parse_known_args(arguments)
+    known, unknown = parser.parse_known_args(with_hyphens(arguments))
     overrides = vars(known)
     given = overrides.pop("config")
     if unknown:
         named = unknown[0].partition("=")[0]
-        hint = did_you_mean(named, [_flag(f.name) for f in dataclasses.fields(Config)])
+        hint = did_you_mean(named, [_flag(f.name) for f in options()])
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    values: dict[str, Any] = {}
     try:
-        values = read_yaml(find_preset(DEFAULT_PRESET if given is None else given))
-        config = make_config({**values, **overrides})
+        name = DEFAULT_PRESET if given is None else given
+        values = read_yaml(find_preset(name))
+        is_preset = name in preset_names()
+        config = (
+            make_config(overrides, preset=values)
+            if is_preset
+            else make_config({**values, **overrides})
+        )
         find_world(config)  # refuses what its world cannot be asked for
         return config
     except (ValueError, OSError) as error:
-        parser.error(f"{given}: {error}" if given else str(error))
+        parser.error(said_where(str(error), given, values, overrides))
+
+
+def with_hyphens(arguments: list[str] | None) -> list[str]:
+    """Arguments with --learning_rate as --learning-rate."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    hyphened = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            name = name.replace("_", "-")
+        hyphened.append(name + equals + value)
+    return hyphened
+
+
+def said_where(
+    error: str, file: str | None, values: dict[str, Any], overrides: dict[str, Any]
+) -> str:
+    """A message about options, behind what asked for them: --option, or the file."""
+    names = {f.name for f in options()}
+    words = re.split(r"(\w+)", error)
+    # A name of one word is an option's only where the message begins with it.
+    named = [w for i, w in enumerate(words) if w in names and ("_" in w or i == 1)]
+    sources = [_flag(name) for name in dict.fromkeys(named) if name in overrides]
+    is_from_file = any(name in values and name not in overrides for name in named)
+    if file and (is_from_file or not sources):
+        sources.append(file)
+    return f"{', '.join(sources)}: {error}" if sources else error
 
 
 def quiet_libraries() -> None:
@@ -59,12 +102,29 @@ def read_yaml(path: Path) -> dict[str, Any]:
         OSError: it cannot be read. ValueError: it is not a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"not YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"must be text in UTF-8: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"must hold `key: value` lines, got {type(values).__name__}")
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML's own loader takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key, _ in node.value:
+            name, line = key.value, key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if name in seen:
+                raise ValueError(f"{name} is there twice, in lines {seen[name]} and {line}")
+            seen[name] = line
+        return super().construct_mapping(node, deep)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     groups = {section: parser.add_argument_group(section) for section in SECTIONS}
     section = ""
-    for f in dataclasses.fields(Config):
+    for f in options():
         section = f.metadata["section"] or section
         groups[section].add_argument(_flag(f.name), default=argparse.SUPPRESS, **_presentation(f))
     return parser

@@ -9,6 +9,7 @@ and `--no-` no switch, and it names no nearest key; most of what follows would s
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -46,7 +47,8 @@ class Config:
     )
     data: str = option(
         section="data",
-        help="data set: hub name, .jsonl or .parquet file, or the world of the model",
+        help="data set: hub name or folder; or files, with commas between them: .jsonl, .json, "
+        ".csv, .tsv or .parquet; or the world of the model",
     )
 
     dtype: Literal["bfloat16", "float16", "float32"] = option(
@@ -65,7 +67,9 @@ class Config:
     )
     lora_rank: int = option(64, help="rank of the adapter")
     lora_alpha: int = option(128, help="the adapter's scale is alpha / rank")
-    lora_targets: tuple[str, ...] = option(LORA_TARGETS, help="layers with an adapter")
+    lora_targets: tuple[str, ...] = option(
+        LORA_TARGETS, help="layers with an adapter; all-linear: every linear layer but the LM head"
+    )
 
     teacher: Literal["initial", "live", "ema"] = option(
         "initial",
@@ -87,7 +91,14 @@ class Config:
         help="problems to keep from training and evaluate on, of those whose solution has its "
         "answer in \\boxed{}",
     )
-    max_prompt_tokens: int = option(8192, help="a problem with a longer prompt is dropped")
+    skip_bad_rows: bool = option(
+        False, help="go on without rows that cannot be read (default: list them, and stop)"
+    )
+    max_prompt_tokens: int = option(
+        8192,
+        help="a problem with a longer prompt is dropped; less by default where the model has fewer "
+        "positions",
+    )
 
     student_template: str = option(STUDENT_TEMPLATE, help="{problem} stands for the problem")
     teacher_template: str = option(TEACHER_TEMPLATE, help="{solution} for its reference solution")
@@ -114,7 +125,9 @@ class Config:
     temperature: float = option(1.2, help="of sampling and of the loss")
     top_p: float = option(1.0, help="sample from the likeliest tokens that together have this mass")
     top_k: int = option(0, help="sample from this many of the likeliest tokens; 0 for all")
-    max_new_tokens: int = option(2048, help="longest rollout")
+    max_new_tokens: int = option(
+        2048, help="longest rollout; less by default where the model has fewer positions"
+    )
     rollout_batch_size: int | None = option(
         None, help="rollouts a process samples at once (none: its whole share of the batch)"
     )
@@ -181,6 +194,10 @@ class Config:
         512, help="held-out problems to evaluate before and after, where the world has them"
     )
 
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    """The options that were asked for, not those of a preset: only what nobody asked for may be
+    fitted to a model, or be left without effect."""
+
     def __post_init__(self) -> None:
         for name in (
             *("lora_rank", "lora_alpha", "max_problems", "max_prompt_tokens", "max_new_tokens"),
@@ -221,6 +238,10 @@ class Config:
             )
         if self.overwrite and self.resume:
             raise ValueError("overwrite and resume contradict each other; give one of them")
+        if not self.lora_targets:
+            raise ValueError("lora_targets must name at least one layer")
+        check_templates(self)
+        check_effect(self)
 
     @property
     def divergence(self) -> Divergence:
@@ -228,14 +249,77 @@ class Config:
         return Divergence(self.beta, self.forward_weight, self.reverse_weight, self.entry_clip)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for YAML and JSON."""
-        values = dataclasses.asdict(self)
+        """Plain values, for YAML and JSON: of the options that have an effect."""
+        idle = without_effect(self)
+        names = [f.name for f in options() if f.name not in idle]
+        values = {name: getattr(self, name) for name in names}
         for name, value in values.items():
             if isinstance(value, Path):
                 values[name] = str(value)
             elif isinstance(value, tuple):
                 values[name] = list(value)
         return values
+
+
+def options() -> list[dataclasses.Field]:
+    """Every field of `Config` that is an option."""
+    return [f for f in dataclasses.fields(Config) if "help" in f.metadata]
+
+
+def without_effect(config: Config) -> dict[str, str]:
+    """Options that others leave without effect, and what gives them one."""
+    idle: dict[str, str] = {}
+    if config.objective == "sampled_token":
+        of_divergence = ("beta", "entry_clip", "forward_weight", "reverse_weight")
+        idle |= dict.fromkeys(of_divergence, "objective divergence; it is sampled_token")
+    else:
+        idle["advantage_clip"] = "objective sampled_token; it is divergence"
+    if config.teacher != "ema":
+        idle["ema_decay"] = f"teacher ema; it is {config.teacher}"
+    if config.micro_batch_tokens is not None:
+        idle["micro_batch_size"] = "micro_batch_tokens none; give one of the two"
+    if config.engine != "vllm":
+        of_servers = ("engine_folder", "engine_timeout")
+        idle |= dict.fromkeys(of_servers, f"engine vllm; it is {config.engine}")
+    if not config.record_rollouts:
+        idle["record_every"] = "record_rollouts; it is 0"
+    return idle
+
+
+def check_effect(config: Config) -> None:
+    """Raises:
+    ValueError: an option was asked for that has no effect beside another.
+    """
+    for name, needs in without_effect(config).items():
+        if name in config.given and getattr(config, name) is not None:
+            raise ValueError(f"{name} has an effect only with {needs}")
+
+
+PLACEHOLDER = re.compile(r"(?<![\\\w}^_])\{(\w+)\}")  # not what LaTeX has in braces: \boxed{x}
+
+
+def check_templates(config: Config) -> None:
+    """Raises:
+    ValueError: a template without what it is to show, or with a name that stands for nothing.
+    """
+    for name in ("student_template", "teacher_template"):
+        template = getattr(config, name)
+        for word in PLACEHOLDER.findall(template):
+            if word not in ("problem", "solution"):
+                hint = did_you_mean(word, ["problem", "solution"])
+                raise ValueError(
+                    f"{name} has {{{word}}}, which stands for nothing; {{problem}} and {{solution}}"
+                    f" do{hint}"
+                )
+        if "{problem}" not in template:
+            raise ValueError(f"{name} must contain {{problem}}, got {template!r}")
+    if "{solution}" in config.student_template:
+        raise ValueError("student_template contains {solution}, which only the teacher may see")
+    if "{solution}" not in config.teacher_template and config.teacher_model is None:
+        raise ValueError(
+            "teacher_template must contain {solution}, without which the teacher knows no more than"
+            " the student; only a teacher_model may do without"
+        )
 
 
 def check_engine(config: Config) -> None:
@@ -263,20 +347,29 @@ def check_engine(config: Config) -> None:
         raise ValueError(f"ahead needs an engine outside the run, vllm; got {config.engine}")
 
 
-def make_config(values: dict[str, Any]) -> Config:
+def make_config(values: dict[str, Any], preset: dict[str, Any] | None = None) -> Config:
     """Config of plain values, as YAML or the command line give them.
+
+    Args:
+        values: what is asked for. An option among them that has no effect beside the others is
+            refused.
+        preset: values for what is not among these; they may be left without effect.
 
     Raises:
         ValueError: an unknown key, a missing one, or a value that does not fit.
     """
-    fields = {f.name: f for f in dataclasses.fields(Config)}
-    for name in values:
+    fields = {f.name: f for f in options()}
+    every = {**(preset or {}), **values}
+    for name in every:
         if name not in fields:
             raise ValueError(f"unknown key {name}{did_you_mean(str(name), fields)}")
     for name, f in fields.items():
-        if f.default is dataclasses.MISSING and name not in values:
+        if f.default is dataclasses.MISSING and name not in every:
             raise ValueError(f"{name} must be given: {f.metadata['help']}")
-    return Config(**{name: _convert(name, value) for name, value in values.items()})
+    if isinstance(every.get("data"), list):
+        every["data"] = ",".join(map(str, every["data"]))
+    made = {name: _convert(name, value) for name, value in every.items()}
+    return Config(**made, given=frozenset(values))
 
 
 def field_types(name: str) -> tuple[Any, ...]:

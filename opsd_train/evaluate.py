@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from peft import PeftModelForCausalLM
 
-from opsd_train.command_line import quiet_libraries, read_yaml
+from opsd_train.command_line import quiet_libraries, read_yaml, with_hyphens
 from opsd_train.config import Config, field_choices, make_config
 from opsd_train.data import Context
 from opsd_train.errors import RunFailed, did_you_mean
@@ -25,6 +25,7 @@ from opsd_train.evaluation import (
     Attempt,
     Attempts,
     Grader,
+    MathGrader,
     Sample,
     SampleFile,
     attempt,
@@ -63,7 +64,7 @@ class ProblemSet:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
+    options = parser().parse_args(with_hyphens(arguments))
     quiet_libraries()
     accelerator = Accelerator(mixed_precision="no")
     if not accelerator.is_main_process:
@@ -99,14 +100,21 @@ def evaluate_run(options: argparse.Namespace, accelerator: Accelerator) -> None:
     sets = []
     for name in options.on or [HELD_OUT]:
         sampling = world.held_out_sampling() if name == HELD_OUT else OF_BENCHMARKS
-        problems = materials.held_out if name == HELD_OUT else load_set(name, options)
+        problems = materials.held_out
+        if name != HELD_OUT:
+            problems = load_set(name, options)
+            if isinstance(grader := world.answer_grader(), MathGrader):
+                with grader:
+                    problems = grader.gradable(problems, report=say)
+            if not problems:
+                raise ValueError(f"no answer of {name} can be compared")
         if not problems:
             raise ValueError(
                 f"the run has no {HELD_OUT} problems; name others, such as --on aime24, or train "
                 "with --held-out"
             )
-        sets.append(ProblemSet(name, problems, overridden(sampling, options)))
-    check_lengths(sets, context, materials.model)
+        sampling = overridden(sampling, options)
+        sets.append(fitted(ProblemSet(name, problems, sampling), options, context, materials.model))
 
     torch.nn.Module.to(materials.model, accelerator.device)
     adapter = options.adapter or (folder / "adapter" if folder else None)
@@ -218,7 +226,7 @@ def find_config(options: argparse.Namespace) -> tuple[Path | None, Config]:
         values = read_yaml(path / "config.yaml" if folder else find_preset(options.run))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{options.run}: {error}") from None
-    config = make_config(values)
+    config = make_config({}, preset=values)
     return folder, replace(config, **engine_of(options, config), shard=False, ahead=0)
 
 
@@ -235,10 +243,16 @@ def load_set(name: str, options: argparse.Namespace) -> list[Problem]:
         hint = did_you_mean(name, benchmark_names())
         raise ValueError(
             f"there is no benchmark {name}{hint or '.'} Known are {', '.join(benchmark_names())}, "
-            f"{HELD_OUT}, .jsonl and .parquet files, and data sets on the hub by owner/name"
+            f"{HELD_OUT}, .jsonl, .json, .csv and .parquet files, and data sets on the hub by "
+            "owner/name"
         )
     columns = ("problem_column", "answer_column", "split")
-    return load_benchmark(name, **{c: v for c in columns if (v := getattr(options, c)) is not None})
+    return load_benchmark(
+        name,
+        skip_bad_rows=options.skip_bad_rows,
+        report=say,
+        **{c: v for c in columns if (v := getattr(options, c)) is not None},
+    )
 
 
 def overridden(sampling: Sampling, options: argparse.Namespace) -> Sampling:
@@ -246,20 +260,33 @@ def overridden(sampling: Sampling, options: argparse.Namespace) -> Sampling:
     return replace(sampling, **{n: v for n in names if (v := getattr(options, n)) is not None})
 
 
-def check_lengths(sets: list[ProblemSet], context: Context, model: torch.nn.Module) -> None:
-    """Raises:
-    ValueError: a prompt and as long a completion as is allowed exceed the model's positions.
+def fitted(
+    of: ProblemSet, options: argparse.Namespace, context: Context, model: torch.nn.Module
+) -> ProblemSet:
+    """With shorter completions, unless asked otherwise, where the longest prompt and completion
+    would exceed the model's positions; which is said.
+
+    Raises:
+        ValueError: what was asked for does not fit.
     """
     text_config: Any = model.config
     positions = getattr(text_config.get_text_config(), "max_position_embeddings", None)
-    for of in sets:
-        longest = max(map(len, context.token_ids(of.problems)))
-        if positions is not None and longest + of.sampling.max_new_tokens > positions:
-            raise ValueError(
-                f"max_new_tokens={of.sampling.max_new_tokens} after the longest prompt of {of.name}"
-                f", {longest} tokens, exceeds the model's {positions} positions; ask for "
-                f"--max-new-tokens {positions - longest} or less"
-            )
+    longest = max(map(len, context.token_ids(of.problems)))
+    if positions is None or longest + of.sampling.max_new_tokens <= positions:
+        return of
+    if longest >= positions:
+        raise ValueError(
+            f"the longest prompt of {of.name}, {longest} tokens, leaves no room in the model's "
+            f"{positions} positions"
+        )
+    if options.max_new_tokens is not None:
+        raise ValueError(
+            f"max_new_tokens={of.sampling.max_new_tokens} after the longest prompt of {of.name}, "
+            f"{longest} tokens, exceeds the model's {positions} positions; ask for "
+            f"--max-new-tokens {positions - longest} or less"
+        )
+    say(f"The model has {positions:,} positions, and a prompt of {of.name} takes {longest:,}.")
+    return replace(of, sampling=replace(of.sampling, max_new_tokens=positions - longest))
 
 
 def check_base(folder: Path, model: PeftModelForCausalLM) -> None:
@@ -329,8 +356,8 @@ def parser() -> argparse.ArgumentParser:
         "--on",
         nargs="+",
         metavar="SET",
-        help=f"{', '.join(benchmark_names())}; .jsonl or .parquet; a data set on the hub; or "
-        f"{HELD_OUT}, what the run kept from training (the default)",
+        help=f"{', '.join(benchmark_names())}; a .jsonl, .json, .csv or .parquet file; a data set "
+        f"on the hub; or {HELD_OUT}, what the run kept from training (the default)",
     )
     add(
         "--adapter", type=Path, help="folder of an adapter, a checkpoint's say (default: the run's)"
@@ -352,6 +379,7 @@ def parser() -> argparse.ArgumentParser:
     add("--problem-column", help="of files and data sets (default: problem)")
     add("--answer-column", help="of files and data sets (default: answer)")
     add("--split", help="of data sets on the hub (default: train)")
+    add("--skip-bad-rows", action="store_true", help="go on without rows that cannot be read")
     add("--output-dir", type=Path, help="default: evaluation/ in the run folder")
     return parser
 

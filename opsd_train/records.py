@@ -2,7 +2,7 @@
 decoded and encoded again."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ class Problem:
     question: str
     solution: str  # the reference solution, worked out
     answer: str = ""  # what a right solution ends with, where it is known
+    place: str = field(default="", compare=False)  # file and line, for messages
 
 
 @dataclass(frozen=True)

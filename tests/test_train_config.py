@@ -1,13 +1,12 @@
 """Configs: presets and files, options over them, what is refused, what `--help` says."""
 
-import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
 from opsd_train.command_line import parse, read_yaml
-from opsd_train.config import SECTIONS, Config, make_config
+from opsd_train.config import SECTIONS, Config, make_config, options
 from opsd_train.presets import find_preset, preset_names
 
 
@@ -188,7 +187,7 @@ def test_help_has_sections_and_presets(capsys, monkeypatch):
         ("--output-dir", "run"),
     ]:
         assert option in sections[section]
-    for field in dataclasses.fields(Config):
+    for field in options():
         assert f"--{field.name.replace('_', '-')}" in text
     lines = dict(line.split(maxsplit=1) for line in sections["presets"].splitlines())
     assert list(lines) == preset_names()

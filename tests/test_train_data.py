@@ -69,7 +69,7 @@ def test_columns_and_chat_messages(folder, tmp_path):
         ("[1]", "line 2: must be an object, got list"),
         ('{"problem": "x"}', "line 2: no column solution; it has problem. Set solution_column"),
         ('{"problem": null, "solution": "s"}', "line 2: column problem must hold text"),
-        ('{"problem": "x", "solution": " "}', "Mend or remove the row"),
+        ('{"problem": "x", "solution": " "}', "Mend or remove the rows, or go on without them"),
         ('{"problem": [{"role": "assistant"}], "solution": "s"}', "one of the user"),
     ],
 )

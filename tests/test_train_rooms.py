@@ -15,7 +15,7 @@ ARROWS: dict[str, set[str]] = {
     "records": set(),
     "config": {"errors"},
     "presets": {"errors"},
-    "data": {"config", "records"},
+    "data": {"config", "errors", "records"},
     "models": {"config"},
     "sampling": {"config", "data", "errors", "models", "records"},
     "opsd": {"config", "data", "models", "records", "sampling"},

@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 from opsd_train.records import Problem
@@ -25,24 +26,39 @@ def last_boxed(text: str) -> str | None:
 
 
 def hold_out(
-    problems: list[Problem], number: int, seed: int
+    problems: list[Problem],
+    number: int,
+    seed: int,
+    can_grade: Callable[[Problem], bool] = lambda problem: True,
 ) -> tuple[list[Problem], list[Problem]]:
-    """Problems to train on, and `number` others whose solutions have a \\boxed{} answer. A problem
-    that the data hold twice is in one of the two.
+    """Problems to train on, and `number` others whose solutions have a \\boxed{} answer that can be
+    graded. A problem that the data hold twice is in one of the two.
 
     Raises:
-        ValueError: there are too few with an answer, or none to train on is left.
+        ValueError: there are too few with such an answer, or none to train on is left.
     """
+    solutions = {p.question: p for p in problems}
     answers = {p.question: answer for p in problems if (answer := last_boxed(p.solution))}
     if number > len(answers):
         raise ValueError(
             f"held_out={number} asks for so many problems whose solution has its answer in "
             f"\\boxed{{}}; the data have {len(answers)}"
         )
-    chosen = random.Random(f"held out, {seed}").sample(sorted(answers), number)
-    held_out = {question: answers[question] for question in chosen}
+    draw = random.Random(f"held out, {seed}")
+    left = sorted(answers)
+    held_out: dict[str, Problem] = {}
+    while len(held_out) < number and len(left) >= number - len(held_out):
+        for question in draw.sample(left, number - len(held_out)):
+            left.remove(question)
+            problem = replace(solutions[question], answer=answers[question])
+            if can_grade(problem):
+                held_out[question] = problem
+    if len(held_out) < number:
+        raise ValueError(
+            f"held_out={number} asks for so many problems whose answer can be graded; of the "
+            f"{len(answers)} with an answer in \\boxed{{}} fewer can"
+        )
     kept = [p for p in problems if p.question not in held_out]
     if not kept:
         raise ValueError(f"held_out={number} leaves no problem to train on")
-    solutions = {p.question: p for p in problems}
-    return kept, [replace(solutions[q], answer=a) for q, a in held_out.items()]
+    return kept, list(held_out.values())

@@ -1,42 +1,48 @@
 """Problems with reference solutions, from the hub or from a file."""
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
-
-import datasets
 
 from opsd_train.config import Config
 from opsd_train.data.prompts import Contexts
+from opsd_train.data.rows import is_data_set, rows
+from opsd_train.errors import did_you_mean
 from opsd_train.records import Problem
 
 ENCODED_AT_ONCE = 1000
+SHOWN = 10  # bad rows, in a message
+
+Report = Callable[[str], None]
+"""What is said of rows that are left out."""
 
 
-def load_problems(config: Config) -> list[Problem]:
+def load_problems(config: Config, report: Report = lambda text: None) -> list[Problem]:
     """Every problem that `where` and `max_problems` keep.
 
     Raises:
         OSError: a file or data set that cannot be read.
-        ValueError: a row that is malformed, a column that is not there, or no row left; the message
-            says which row, and what it should hold.
+        ValueError: rows that are malformed, a column that is not there, or no row left; the message
+            says which rows, and what they should hold. With `skip_bad_rows` only if no row is left.
     """
-    problems = []
-    for place, row in _rows(config.data, config.split):
-        try:
-            if not _is_kept(row, config.where or {}):
-                continue
-            problem = _text(row, config.problem_column, "user")
-            solution = _text(row, config.solution_column, "assistant")
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-        problems.append(Problem(problem, solution))
-        if len(problems) == config.max_problems:
-            break
-    if not problems:
-        raise ValueError(f"{config.data} has no row with where={config.where}")
-    return problems
+    if "split" in config.given and not is_data_set(config.data):
+        raise ValueError(f"split has an effect only on data sets; {config.data} is a file")
+
+    def problem_of(place: str, row: dict[str, Any]) -> Problem:
+        return Problem(
+            _text(row, config.problem_column, "user"),
+            _text(row, config.solution_column, "assistant"),
+            place=place,
+        )
+
+    return _load(
+        config.data,
+        config.split,
+        config.where,
+        problem_of,
+        config.skip_bad_rows,
+        config.max_problems,
+        report,
+    )
 
 
 def load_answered_problems(
@@ -45,29 +51,72 @@ def load_answered_problems(
     problem_column: str,
     answer_column: str,
     where: dict[str, Any] | None = None,
+    skip_bad_rows: bool = False,
+    report: Report = lambda text: None,
 ) -> list[Problem]:
     """Problems with answers and without solutions, to evaluate on; an answer is text or a number.
 
     Raises:
         OSError, ValueError: as `load_problems`.
     """
-    problems = []
-    for place, row in _rows(data, split):
+
+    def problem_of(place: str, row: dict[str, Any]) -> Problem:
+        problem = _text(row, problem_column, "user")
+        answer = _cell(row, answer_column, "answer_column")
+        is_number = isinstance(answer, int | float) and not isinstance(answer, bool)
+        if not is_number and not (isinstance(answer, str) and answer.strip()):
+            raise ValueError(f"column {answer_column} must hold text or a number, got {answer!r}")
+        return Problem(problem, solution="", answer=str(answer), place=place)
+
+    return _load(data, split, where, problem_of, skip_bad_rows, None, report)
+
+
+def _load(
+    data: str,
+    split: str,
+    where: dict[str, Any] | None,
+    problem_of: Callable[[str, dict[str, Any]], Problem],
+    skip_bad_rows: bool,
+    most: int | None,
+    report: Report,
+) -> list[Problem]:
+    problems: list[Problem] = []
+    bad: list[tuple[str, str]] = []
+    total = 0
+    for place, row in rows(data, split):
+        total += 1
         try:
-            if not _is_kept(row, where or {}):
-                continue
-            problem = _text(row, problem_column, "user")
-            answer = _cell(row, answer_column, "answer_column")
-            if isinstance(answer, bool) or not str(answer if answer is not None else "").strip():
-                raise ValueError(
-                    f"column {answer_column} must hold text or a number, got {answer!r}"
-                )
+            if isinstance(row, ValueError):
+                raise row
+            if _is_kept(row, where or {}):
+                problems.append(problem_of(place, row))
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-        problems.append(Problem(problem, solution="", answer=str(answer)))
+            bad.append((place, str(error)))
+        if len(problems) == most:
+            break
+    if bad and not (skip_bad_rows and problems):
+        remedy = ", or go on without them: --skip-bad-rows" if problems else ""
+        raise ValueError(f"{_listed(bad, total)}\nMend or remove the rows{remedy}")
+    if bad:
+        report(f"Left out: {_listed(bad, total)}")
     if not problems:
-        raise ValueError(f"{data} has no row" + (f" with where={where}" if where else ""))
+        raise ValueError(
+            f"{data} has no row" + (f" with where={where}" if where is not None else "")
+        )
     return problems
+
+
+def _listed(bad: list[tuple[str, str]], total: int) -> str:
+    """The first bad rows, one a line; what is wrong with all rows alike once."""
+    place, reason = bad[0]
+    if len(bad) == 1:
+        return f"{place}: {reason}"
+    if len(bad) == total and {other for _, other in bad} == {reason}:
+        return f"{place}: {reason} (so it is in all {total:,} rows)"
+    counted = f"{len(bad):,} of {total:,} rows cannot be used"
+    lines = [f"  {place}: {reason}" for place, reason in bad[:SHOWN]]
+    more = [f"  and {len(bad) - SHOWN:,} more"] if len(bad) > SHOWN else []
+    return "\n".join([f"{counted}:", *lines, *more])
 
 
 def those_that_fit(
@@ -91,38 +140,6 @@ def those_that_fit(
     return fit
 
 
-def _rows(data: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows, each with the place to look for it."""
-    if data.endswith(".jsonl"):
-        yield from _json_lines(Path(data))
-        return
-    try:
-        if data.endswith(".parquet"):
-            rows = datasets.load_dataset("parquet", data_files=data, split="train")
-        else:
-            rows = datasets.load_dataset(data, split=split)
-    except (ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{data} cannot be read: {error.__cause__ or error}") from error
-    for i, row in enumerate(rows):
-        yield f"{data}, row {i}", row
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    # By hand, so that a broken line is known by its number.
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place}: not JSON ({error}); mend or remove the line") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{place}: must be an object, got {type(row).__name__}")
-            yield place, row
-
-
 def _is_kept(row: dict[str, Any], where: dict[str, Any]) -> bool:
     for column, wanted in where.items():
         value = _cell(row, column, "where")
@@ -141,12 +158,17 @@ def _text(row: dict[str, Any], column: str, role: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(
             f"column {column} must hold text, or chat messages with one of the {role}; "
-            f"got {row[column]!r:.80}. Mend or remove the row, or leave it out with `where`"
+            f"got {row[column]!r:.80}"
         )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"column {column} is no text that UTF-8 can hold: {error}") from None
     return value
 
 
 def _cell(row: dict[str, Any], column: str, option: str) -> Any:
     if column not in row:
-        raise ValueError(f"no column {column}; it has {', '.join(row)}. Set {option}")
+        hint = did_you_mean(column, row)
+        raise ValueError(f"no column {column}; it has {', '.join(row)}. Set {option}{hint}")
     return row[column]

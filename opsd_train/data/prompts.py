@@ -18,13 +18,31 @@ def fill(template: str, problem: Problem) -> str:
     return re.sub(r"\{problem\}|\{solution\}", lambda match: values[match[0]], template)
 
 
+def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template; of several by name the one that is called default.
+
+    Raises:
+        ValueError: there are several, and none is the default.
+    """
+    template: str | dict[str, str] | None = tokenizer.chat_template
+    if not isinstance(template, dict):
+        return template
+    if "default" not in template:
+        raise ValueError(
+            f"the tokenizer has chat templates named {', '.join(template)}, and none named default;"
+            " set tokenizer.chat_template to one of them and save it"
+        )
+    return template["default"]
+
+
 @dataclass(frozen=True)
 class Context:
     """What one of the two sees of a problem: a template, as a user's message where the tokenizer
     has a chat template, as the whole prompt where it has none.
 
     Raises:
-        ValueError: the template lacks its problem, or the tokenizer knows no switch for thinking.
+        ValueError: the template lacks its problem, or the tokenizer knows no switch for thinking,
+            or has several chat templates without a default.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -34,7 +52,7 @@ class Context:
     def __post_init__(self) -> None:
         if "{problem}" not in self.template:
             raise ValueError(f"a template must contain {{problem}}, got {self.template!r}")
-        knows_thinking = "enable_thinking" in (self.tokenizer.chat_template or "")
+        knows_thinking = "enable_thinking" in (chat_template_of(self.tokenizer) or "")
         if self.thinking is not None and not knows_thinking:
             raise ValueError(
                 f"thinking is asked to be {'on' if self.thinking else 'off'}, but the tokenizer's "
@@ -43,26 +61,71 @@ class Context:
             )
 
     def text(self, problem: Problem) -> str:
-        """The prompt, special tokens and all."""
+        """The prompt, special tokens and all.
+
+        Raises:
+            ValueError: the chat template fails, changes the text, or closes the prompt.
+        """
         content = fill(self.template, problem)
-        if self.tokenizer.chat_template is None:
-            return content
+        template = chat_template_of(self.tokenizer)
+        text = content if template is None else self._in_chat(template, content)
+        end = self.tokenizer.eos_token
+        if end and text.rstrip().endswith(end):
+            what = "student_template or teacher_template" if template is None else "chat template"
+            raise ValueError(
+                f"a prompt must not end in the end token, {end}, after which a model says nothing; "
+                f"the {what} makes it so"
+            )
+        return text
+
+    def _in_chat(self, template: str, content: str) -> str:
         switch: dict[str, Any] = {} if self.thinking is None else {"enable_thinking": self.thinking}
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            tokenize=False,
-            add_generation_prompt=True,
-            **switch,
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}],
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=True,
+                **switch,
+            )
+        except Exception as error:  # a template is a program: it may raise anything
+            raise ValueError(f"the tokenizer's chat template fails: {error}") from error
         assert isinstance(text, str)  # what tokenize=False asks for
+        if content.strip() not in text:
+            raise ValueError(
+                "the tokenizer's chat template leaves out the text of the problem, or changes it: "
+                f"of {content[:80]!r} it makes {text[:200]!r}"
+            )
         return text
 
     def token_ids(self, problems: list[Problem]) -> list[list[int]]:
-        # A chat template writes the special tokens itself.
-        return self.tokenizer(
-            [self.text(p) for p in problems],
-            add_special_tokens=self.tokenizer.chat_template is None,
-        )["input_ids"]
+        if not problems:
+            return []
+        texts = [self.text(p) for p in problems]
+        bare: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        if chat_template_of(self.tokenizer) is not None:
+            return bare  # with the special tokens that the chat template writes
+        opening = opening_ids(self.tokenizer, texts[0])
+        # A template may begin with them itself.
+        return [ids if ids[: len(opening)] == opening else opening + ids for ids in bare]
+
+
+def opening_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """What the tokenizer puts before a text. What it puts behind it, such as the end token, is no
+    part of a text that is to go on.
+
+    Raises:
+        ValueError: it changes the text itself when it adds its special tokens.
+    """
+    whole: list[int] = tokenizer(text)["input_ids"]
+    bare: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for i in range(len(whole) - len(bare) + 1):
+        if whole[i : i + len(bare)] == bare:
+            return whole[:i]
+    raise ValueError(
+        f"the tokenizer makes other tokens of a text, {whole[:20]}, when it adds its special "
+        f"tokens, than of the text alone, {bare[:20]}"
+    )
 
 
 @dataclass(frozen=True)
@@ -80,8 +143,10 @@ class Contexts:
         return [max(len(x), len(y)) for x, y in zip(*both, strict=True)]
 
 
-def left_pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, [B, longest] int64, padded on the left."""
+def left_pad(sequences: list[list[int]], pad_id: int | None) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, [B, longest] int64, padded on the left: by any token, without a
+    pad_id by the first, since the mask hides it."""
+    pad_id = pad_id or 0
     longest = max(map(len, sequences))
     ids = torch.tensor([[pad_id] * (longest - len(s)) + s for s in sequences])
     mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences])
@@ -110,7 +175,7 @@ def pack(
 
 
 def join(
-    prompts: list[list[int]], completions: list[list[int]], pad_id: int
+    prompts: list[list[int]], completions: list[list[int]], pad_id: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sequences of a prompt and its completion, prompts padded on the left and completions on the
     right.
@@ -121,7 +186,7 @@ def join(
     """
     prompt_ids, prompt_mask = left_pad(prompts, pad_id)
     longest = max(map(len, completions))
-    completion_ids = torch.tensor([c + [pad_id] * (longest - len(c)) for c in completions])
+    completion_ids = torch.tensor([c + [pad_id or 0] * (longest - len(c)) for c in completions])
     completion_mask = torch.tensor([[1] * len(c) + [0] * (longest - len(c)) for c in completions])
     is_completion = torch.cat([torch.zeros_like(prompt_mask), completion_mask], dim=1).bool()
     return (

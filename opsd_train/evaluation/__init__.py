@@ -9,7 +9,7 @@ from opsd_train.evaluation.benchmarks import benchmark_names, load_benchmark
 from opsd_train.evaluation.comparison import Attempts, compare, comparison_table
 from opsd_train.evaluation.graders import Attempt, Completion, Grader, Verdict, grade
 from opsd_train.evaluation.held_out import attempt, evaluate
-from opsd_train.evaluation.math_answers import MathGrader
+from opsd_train.evaluation.math_answers import MathGrader, said_dropped
 from opsd_train.evaluation.metrics import Accuracy, accuracy, accuracy_record
 from opsd_train.evaluation.sample_file import Sample, SampleFile
 
@@ -32,4 +32,5 @@ __all__ = [
     "evaluate",
     "grade",
     "load_benchmark",
+    "said_dropped",
 ]

@@ -1,5 +1,6 @@
 """Problems with known answers: benchmarks by name, data sets and files."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from opsd_train.records import Problem
 class Benchmark:
     """Where problems and their answers are, as `load_answered_problems` reads them."""
 
-    data: str  # data set on the hub, .jsonl or .parquet file
+    data: str  # data set on the hub, or a file
     split: str = "train"
     problem_column: str = "problem"
     answer_column: str = "answer"
@@ -36,10 +37,18 @@ def benchmark_names() -> list[str]:
     return list(BENCHMARKS)
 
 
-def load_benchmark(name: str, **columns: Any) -> list[Problem]:
+def load_benchmark(
+    name: str,
+    *,
+    skip_bad_rows: bool = False,
+    report: Callable[[str], None] = lambda text: None,
+    **columns: Any,
+) -> list[Problem]:
     """The problems of a benchmark by name, or of a data set or file by its own.
 
     Args:
+        skip_bad_rows, report: whether rows that cannot be read are left out, and what is called
+            with a text on them.
         columns: `problem_column` and `answer_column`, `split` too, where they are not the defaults.
 
     Raises:
@@ -53,4 +62,6 @@ def load_benchmark(name: str, **columns: Any) -> list[Problem]:
         benchmark.problem_column,
         benchmark.answer_column,
         benchmark.where,
+        skip_bad_rows,
+        report,
     )

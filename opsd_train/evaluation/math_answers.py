@@ -4,6 +4,7 @@ import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from opsd_train.evaluation.graders import Verdict
 from opsd_train.records import Problem
 
 PROGRAM = Path(__file__).with_name("math_process.py")
+SHOWN = 5  # problems that cannot be graded, in a message
 MOST_WORDS = 5  # of an answer that is compared as words; more are a description
 
 
@@ -60,6 +62,16 @@ class MathGrader:
         if reference.words or reference.choice:
             return True
         return self._compare(pairs_to_compare(reference, reference), reference.vote)[0]
+
+    def gradable(self, problems: list[Problem], report: Callable[[str], None]) -> list[Problem]:
+        """The problems whose answer accepts itself; of the others is said how many, and which."""
+        kept: list[Problem] = []
+        dropped: list[Problem] = []
+        for problem in problems:
+            (kept if self.can_grade(problem) else dropped).append(problem)
+        if dropped:
+            report(said_dropped(dropped))
+        return kept
 
     def __enter__(self) -> "MathGrader":
         return self
@@ -129,3 +141,12 @@ class MathGrader:
         except BrokenPipeError:
             return b""
         return process.stdout.readline()
+
+
+def said_dropped(problems: list[Problem]) -> str:
+    """How many problems cannot be graded, and the first of them."""
+    lines = [f"  {p.place or p.question[:60]}: {p.answer!r:.80}" for p in problems[:SHOWN]]
+    more = [f"  and {len(problems) - SHOWN:,} more"] if len(problems) > SHOWN else []
+    return "\n".join(
+        [f"Not graded: {len(problems):,} problems whose answer cannot be compared:", *lines, *more]
+    )

@@ -24,7 +24,8 @@ def add_adapter(model: PreTrainedModel, config: Config) -> PeftModelForCausalLM:
     """
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head.weight is embeddings.weight
-    unknown = list(config.lora_targets)
+    is_all = config.lora_targets == ("all-linear",)  # which PEFT knows, the LM head left out
+    unknown = [] if is_all else list(config.lora_targets)
     for name, module in model.named_modules():
         targets = [t for t in config.lora_targets if f".{name}".endswith(f".{t}")]
         unknown = [t for t in unknown if t not in targets]
@@ -47,7 +48,7 @@ def add_adapter(model: PreTrainedModel, config: Config) -> PeftModelForCausalLM:
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=0.0,
-        target_modules=list(config.lora_targets),
+        target_modules="all-linear" if is_all else list(config.lora_targets),
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, lora)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from opsd_train.config import Config
+from opsd_train.config import options
 
 STEPS_SHOWN = 12  # of which rollouts are in a page, as many before the last as between the others
 
@@ -44,7 +44,7 @@ def read_run(folder: Path, name: str) -> dict[str, Any]:
 
 def defaults() -> dict[str, Any]:
     """Of the options that have one, as config.yaml would hold them."""
-    values = {f.name: f.default for f in dataclasses.fields(Config)}
+    values = {f.name: f.default for f in options()}
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in values.items()

@@ -21,7 +21,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ import torch
 import yaml
 from accelerate.tracking import GeneralTracker
 
-from opsd_train.config import Config
+from opsd_train.config import options
 from opsd_train.evaluation import Completion
 from opsd_train.run.checkpoint import (
     FOLDER,
@@ -216,7 +216,7 @@ class RunFolder:
         if config.get("engine") == "continuous":
             free.remove("rollout_batch_size")
         # A run of an earlier version was not asked for what there was not.
-        was = {f.name: f.default for f in fields(Config) if f.name not in was} | was
+        was = {f.name: f.default for f in options() if f.name not in was} | was
         for name, value in config.items():
             if name not in free and was.get(name) != value:
                 raise ValueError(

@@ -17,9 +17,10 @@ from opsd_train.report import write_report
 from opsd_train.run.console import say
 from opsd_train.run.dry_run import dry_run
 from opsd_train.run.folder import REPORT, RunFolder
+from opsd_train.run.lengths import check_batch, fit_lengths
 from opsd_train.run.loop import train
 from opsd_train.run.memory_plan import peak_on_gpu, plan_memory
-from opsd_train.run.setup import set_up
+from opsd_train.run.setup import make_contexts, set_up
 from opsd_train.run.world import World
 
 
@@ -33,7 +34,10 @@ def run_in(world: World, accelerator: Accelerator) -> None:
     config = world.config
     run = None if config.dry_run else open_run_folder(config, accelerator)
     materials = world.load(accelerator, run.phase if run is not None else None)
+    contexts = make_contexts(config, materials.tokenizer)
+    config = world.config = fit_lengths(config, materials.model, contexts, materials.problems)
     setup = set_up(config, accelerator, materials.model, materials.tokenizer, materials.problems)
+    check_batch(config, setup.problems)
     if run is None:
         dry_run(config, setup)
         return

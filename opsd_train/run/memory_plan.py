@@ -135,7 +135,7 @@ def largest_micro_batch(config: Config, setup: Setup) -> Shape:
 
 def probe(config: Config, setup: Setup, shape: Shape) -> None:
     """Take made-up tokens through a micro-batch's scores, loss and backward; nothing is kept."""
-    token = setup.tokenizer.pad_token_id
+    token = setup.tokenizer.pad_token_id or 0
     prompts, teacher_prompts, completions = (
         [[token] * length] * shape.rollouts
         for length in (shape.prompt, shape.teacher_prompt, shape.completion)

@@ -23,6 +23,7 @@ from opsd_train.models import (
 )
 from opsd_train.opsd import EmaTeacher, InitialTeacher, Setup, Teacher
 from opsd_train.records import Problem
+from opsd_train.run.lengths import check_batch, fit_lengths
 from opsd_train.sampling import Ahead, Sampling, make_sampler
 
 
@@ -39,12 +40,11 @@ def set_up(
         OSError: teacher_model cannot be loaded.
         ValueError: what does not fit together, by name.
     """
-    contexts = Contexts(
-        Context(tokenizer, config.student_template, config.student_thinking),
-        Context(tokenizer, config.teacher_template, config.teacher_thinking),
-    )
-    check_lengths(config, model)
+    contexts = make_contexts(config, tokenizer)
+    config = fit_lengths(config, model, contexts, problems)
     problems = those_that_fit(problems, contexts, config.max_prompt_tokens)
+    if "batch_size" in config.given:
+        check_batch(config, problems)
 
     set_seed(config.seed)  # of the adapter; all other draws have seeds of their own
     torch.nn.Module.to(model, accelerator.device)
@@ -71,6 +71,13 @@ def set_up(
         teacher,
         sampler,
         Ahead(accelerator, sampler) if config.ahead else None,
+    )
+
+
+def make_contexts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Contexts:
+    return Contexts(
+        Context(tokenizer, config.student_template, config.student_thinking),
+        Context(tokenizer, config.teacher_template, config.teacher_thinking),
     )
 
 
@@ -111,15 +118,4 @@ def check_distribution(config: Config, accelerator: Accelerator) -> None:
         raise ValueError(
             f"batch_size must be a multiple of the {accelerator.num_processes} processes, "
             f"got {config.batch_size}"
-        )
-
-
-def check_lengths(config: Config, model: PreTrainedModel) -> None:
-    longest = config.max_prompt_tokens + config.max_new_tokens
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        raise ValueError(
-            f"max_prompt_tokens={config.max_prompt_tokens} and "
-            f"max_new_tokens={config.max_new_tokens} together exceed the model's {positions} "
-            "positions; lower one of them"
         )

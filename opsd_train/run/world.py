@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_train.config import Config
 from opsd_train.data import hold_out, load_problems
-from opsd_train.evaluation import Grader, MathGrader
+from opsd_train.evaluation import Grader, MathGrader, said_dropped
 from opsd_train.models import load_model, load_tokenizer
 from opsd_train.opsd import Phase, Setup
 from opsd_train.records import Problem
@@ -42,6 +42,18 @@ class World:
         ValueError: the config asks for what this world does not have.
         """
         self.config = config
+        self.check()
+
+    def check(self) -> None:
+        """Raises:
+        ValueError: the config asks for what this world does not have.
+        """
+        if self.config.held_out is None and "eval_every" in self.config.given:
+            raise ValueError("eval_every has an effect only with held_out")
+        if "eval_problems" in self.config.given:
+            raise ValueError(
+                "eval_problems has no effect here; held_out is the number of problems to evaluate"
+            )
 
     def load(self, accelerator: Accelerator, phase: Phase | None) -> Materials:
         """Model, tokenizer and problems.
@@ -54,10 +66,10 @@ class World:
         """
         config = self.config
         say(f"Loading {config.data} and {config.model} ...")
-        problems = load_problems(config)
+        problems = load_problems(config, report=say)
         held_out: list[Problem] = []
         if config.held_out is not None:
-            problems, held_out = hold_out(problems, config.held_out, config.seed)
+            problems, held_out = hold_out_gradable(problems, config.held_out, config.seed)
         model, tokenizer = load_model(config.model, config), load_tokenizer(config.model)
         return Materials(model, tokenizer, problems, held_out)
 
@@ -92,3 +104,23 @@ class World:
     def conclude(self, materials: Materials, run: RunFolder) -> dict[str, Any]:
         """Show what training has changed, and return it for the summary."""
         return say_change(run)
+
+
+def hold_out_gradable(
+    problems: list[Problem], number: int, seed: int
+) -> tuple[list[Problem], list[Problem]]:
+    """`hold_out` of problems whose answer accepts itself; of others that were drawn is said how
+    many, and which. They are trained on."""
+    passed_over: list[Problem] = []
+    with MathGrader() as grader:
+
+        def can_grade(problem: Problem) -> bool:
+            if grader.can_grade(problem):
+                return True
+            passed_over.append(problem)
+            return False
+
+        found = hold_out(problems, number, seed, can_grade)
+    if passed_over:
+        say(said_dropped(passed_over))
+    return found

@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from opsd_train.config import Config
 from opsd_train.errors import RunFailed
 from opsd_train.evaluation import Grader
 from opsd_train.opsd import Phase, Setup
@@ -43,8 +42,8 @@ class SmallWorld(World):
 
     is_fast = True
 
-    def __init__(self, config: Config):
-        super().__init__(config)
+    def check(self) -> None:
+        config = self.config
         if config.eval_problems > HELD_OUT:
             raise ValueError(
                 f"eval_problems must be at most {HELD_OUT}, got {config.eval_problems}"
