@@ -281,6 +281,10 @@ def without_effect(config: Config) -> dict[str, str]:
     if config.engine != "vllm":
         of_servers = ("engine_folder", "engine_timeout")
         idle |= dict.fromkeys(of_servers, f"engine vllm; it is {config.engine}")
+    if config.model != config.data:  # as they are in a world that holds out problems of its own
+        idle["eval_problems"] = "a world that has such problems; held_out says how many to keep"
+        if config.held_out is None:
+            idle["eval_every"] = "held_out problems to evaluate"
     if not config.record_rollouts:
         idle["record_every"] = "record_rollouts; it is 0"
     return idle

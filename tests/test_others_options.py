@@ -19,6 +19,7 @@ from opsd_train.config import make_config, without_effect
 from opsd_train.data import load_problems
 from opsd_train.models import load_model, load_tokenizer
 from opsd_train.presets import preset_names
+from opsd_train.run import run_in
 from opsd_train.run.lengths import check_batch, fit_lengths
 from opsd_train.run.setup import make_contexts
 from opsd_train.worlds import find_world
@@ -46,8 +47,8 @@ REFUSED = [
     ({"student_template": "{problems}"}, "did you mean problem?"),
     ({"teacher_template": "{problem} {solution} {answer}"}, "teacher_template has {answer}"),
     ({"lora_targets": []}, "lora_targets must name at least one layer"),
-    ({"eval_every": 5}, "eval_every has an effect only with held_out"),
-    ({"eval_problems": 5}, "eval_problems has no effect here; held_out is"),
+    ({"eval_every": 5}, "eval_every has an effect only with held_out problems"),
+    ({"eval_problems": 5}, "eval_problems has an effect only with a world that"),
 ]
 ACCEPTED = [
     {"entry_clip": None, **SAMPLED},
@@ -240,11 +241,8 @@ def test_a_teacher_with_fewer_positions(short, folder):
 
 
 def test_a_batch_larger_than_the_data(short):
-    asked = asked_for(short, batch_size=21)
-    model, tokenizer = load_model(asked.model, asked), load_tokenizer(asked.model)
-    from opsd_train.run import set_up
-
+    asked = asked_for(short, batch_size=21, dry_run=True)
     with pytest.raises(ValueError, match="batch_size must be at most the number of problems, 20"):
-        set_up(asked, Accelerator(cpu=True), model, tokenizer, load_problems(asked))
+        run_in(find_world(asked), Accelerator(cpu=True))
     with pytest.raises(ValueError, match="got 32"):
         check_batch(asked_for(short), load_problems(asked))

@@ -24,7 +24,7 @@ def load_problems(config: Config, report: Report = lambda text: None) -> list[Pr
         ValueError: rows that are malformed, a column that is not there, or no row left; the message
             says which rows, and what they should hold. With `skip_bad_rows` only if no row is left.
     """
-    if "split" in config.given and not is_data_set(config.data):
+    if config.split != "train" and not is_data_set(config.data):
         raise ValueError(f"split has an effect only on data sets; {config.data} is a file")
 
     def problem_of(place: str, row: dict[str, Any]) -> Problem:

@@ -23,7 +23,7 @@ from opsd_train.models import (
 )
 from opsd_train.opsd import EmaTeacher, InitialTeacher, Setup, Teacher
 from opsd_train.records import Problem
-from opsd_train.run.lengths import check_batch, fit_lengths
+from opsd_train.run.lengths import fit_lengths
 from opsd_train.sampling import Ahead, Sampling, make_sampler
 
 
@@ -43,8 +43,6 @@ def set_up(
     contexts = make_contexts(config, tokenizer)
     config = fit_lengths(config, model, contexts, problems)
     problems = those_that_fit(problems, contexts, config.max_prompt_tokens)
-    if "batch_size" in config.given:
-        check_batch(config, problems)
 
     set_seed(config.seed)  # of the adapter; all other draws have seeds of their own
     torch.nn.Module.to(model, accelerator.device)

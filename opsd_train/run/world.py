@@ -42,18 +42,6 @@ class World:
         ValueError: the config asks for what this world does not have.
         """
         self.config = config
-        self.check()
-
-    def check(self) -> None:
-        """Raises:
-        ValueError: the config asks for what this world does not have.
-        """
-        if self.config.held_out is None and "eval_every" in self.config.given:
-            raise ValueError("eval_every has an effect only with held_out")
-        if "eval_problems" in self.config.given:
-            raise ValueError(
-                "eval_problems has no effect here; held_out is the number of problems to evaluate"
-            )
 
     def load(self, accelerator: Accelerator, phase: Phase | None) -> Materials:
         """Model, tokenizer and problems.

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from opsd_train.config import Config
 from opsd_train.errors import RunFailed
 from opsd_train.evaluation import Grader
 from opsd_train.opsd import Phase, Setup
@@ -42,8 +43,8 @@ class SmallWorld(World):
 
     is_fast = True
 
-    def check(self) -> None:
-        config = self.config
+    def __init__(self, config: Config):
+        super().__init__(config)
         if config.eval_problems > HELD_OUT:
             raise ValueError(
                 f"eval_problems must be at most {HELD_OUT}, got {config.eval_problems}"
