@@ -1,20 +1,15 @@
 """The tile table, compiled for every architecture without a GPU: what it takes of each, and what
-must not be in the code. In processes of their own: what is decorated under the interpreter cannot
-be compiled."""
+must not be in the code. In a process of its own (see compiler.py)."""
 
 import csv
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from compiler import ROOT, outside_the_interpreter
 
 from benchmarks.gpu.candidates import SHARED
 from opsd_kernels.kernels import tiles
 
-ROOT = Path(__file__).parents[1]
 RECORDED = ROOT / "benchmarks" / "results" / "resources.csv"
 # Compiling all of the table takes 20 minutes; of the rest the recorded figures must hold.
 COMPILED = {
@@ -31,30 +26,11 @@ COMPILED = {
     ("float32", "pair", "JSD"),
 }
 MULTIPLY = ("lse", "pair", "gradient")
-SCRIPT = """
-import json, sys
-from dataclasses import asdict
-from benchmarks.gpu.resources import Variant, compile_variant
-for arguments in json.loads(sys.argv[1]):
-    print(json.dumps(asdict(compile_variant(Variant(*arguments)))), flush=True)
-"""
 
 
 def recorded() -> list[dict[str, str]]:
     with RECORDED.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def outside_the_interpreter(*arguments: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
 
 
 @pytest.mark.parametrize("arch", SHARED)
@@ -66,7 +42,14 @@ def test_compiled_as_recorded(arch):
     ]
     assert len(rows) == len(COMPILED)
     variants = [[row[k] for k in ("arch", "dtype", "kernel", "divergence")] for row in rows]
-    lines = outside_the_interpreter("-c", SCRIPT, json.dumps(variants)).splitlines()
+    code = f"""
+import json
+from dataclasses import asdict
+from benchmarks.gpu.resources import Variant, compile_variant
+for arguments in {variants}:
+    print(json.dumps(asdict(compile_variant(Variant(*arguments)))))
+"""
+    lines = outside_the_interpreter(code).splitlines()
     for row, line in zip(rows, lines, strict=True):
         usage = json.loads(line)
         assert usage["spilled"] <= int(row["spilled"]), row
@@ -97,7 +80,7 @@ for name, n in step.items():
         made += n * 16 * 8 * 16 * tile.num_warps
 print(made, 2 * tile.BM * tile.BV * tile.BK)
 """
-    made, asked = outside_the_interpreter("-c", code).split()
+    made, asked = outside_the_interpreter(code).split()
     assert made == asked
 
 
@@ -117,7 +100,7 @@ assert not any(fits(replace(t, num_stages=99), variant) for t in others)
 assert not any(fits(replace(t, BM=128, BV=256), variant) for t in others)
 print(sum(a != b for a, b in zip(astuple(others[0]), astuple(start))))
 """
-    assert outside_the_interpreter("-c", code).split() == ["1"]
+    assert outside_the_interpreter(code).split() == ["1"]
 
 
 def test_nothing_in_the_table_spills_much_or_does_not_fit():
@@ -149,10 +132,8 @@ def tile_of(row: dict[str, str]) -> tiles.Tile:
 
 
 def test_the_benchmarks_page_shows_what_is_recorded():
-    code = "from benchmarks.gpu import resources; from pathlib import Path; import sys\n"
-    table = outside_the_interpreter(
-        "-c", code + "print(resources.summary(Path(sys.argv[1])))", str(RECORDED)
-    )
+    code = "from benchmarks.gpu import resources; from pathlib import Path\n"
+    table = outside_the_interpreter(f"{code}print(resources.summary(Path({str(RECORDED)!r})))")
     assert table in (ROOT / "docs" / "benchmarks.md").read_text()
 
 
@@ -166,7 +147,7 @@ compiled = [compiled(Variant("sm_90", "bfloat16", kernel, "JSD")) for kernel in 
 atomics = [re.findall(r"\\b(?:atom|red)\\.", c.asm["ptx"]) for c in compiled]
 print(len(compiled), sum(map(len, atomics)), sum("st.global" in c.asm["ptx"] for c in compiled))
 """
-    assert outside_the_interpreter("-c", code).split() == ["5", "0", "5"]
+    assert outside_the_interpreter(code).split() == ["5", "0", "5"]
 
 
 @pytest.mark.parametrize("arch", SHARED)
@@ -177,7 +158,7 @@ from benchmarks.gpu.resources import Variant, compile_variant
 for kernel in ("lse", "pair"):
     print(compile_variant(Variant("{arch}", "bfloat16", kernel, "JSD"), stored="float32").shared)
 """
-    shared = [int(n) for n in outside_the_interpreter("-c", code).split()]
+    shared = [int(n) for n in outside_the_interpreter(code).split()]
     assert len(shared) == 2
     assert max(shared) <= SHARED[arch]
 
@@ -190,7 +171,7 @@ from benchmarks.gpu.resources import Variant, compiled
 kernel = compiled(Variant("sm_90", "float32", "rows", "{divergence}"))
 print(kernel.metadata.shared, kernel.asm["ptx"].count("ld.global.v4"))
 """
-    shared, loads = map(int, outside_the_interpreter("-c", code).split())
+    shared, loads = map(int, outside_the_interpreter(code).split())
     assert loads > 10
     assert shared <= 256
 
@@ -220,7 +201,7 @@ def uses(*operations):
     )
 print(len(logits), uses("sub."), uses("mul.", "fma.", "mad."))
 """
-    logits, subtracted, multiplied = map(int, outside_the_interpreter("-c", code).split())
+    logits, subtracted, multiplied = map(int, outside_the_interpreter(code).split())
     assert logits > 10
     assert subtracted > 10
     assert multiplied == 0

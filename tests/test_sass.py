@@ -1,11 +1,11 @@
 """Instructions counted where they run: in text whose counts are known, and in kernels compiled for
-GPUs that need not be there (in a process of their own, see test_resources.py)."""
+GPUs that need not be there (in a process of their own, see compiler.py)."""
 
 import json
 from collections import Counter
 
 import pytest
-from test_resources import outside_the_interpreter
+from compiler import outside_the_interpreter
 
 from benchmarks.gpu import sass
 
@@ -126,7 +126,8 @@ def test_width(name, bytes):
 
 
 def test_compiled_kernels():
-    found = json.loads(outside_the_interpreter("tests/small_kernels.py"))
+    code = "from runpy import run_path; run_path('tests/small_kernels.py', run_name='__main__')"
+    found = json.loads(outside_the_interpreter(code))
     step, tile, _ = (Counter(part) for part in found["exponentials"])
     assert not step
     # Four entries a thread; how many turns of the loop are made one is the assembler's choice.

@@ -8,14 +8,24 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
-from training_runs import REPOSITORY, demo_config
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from pictures import saved_figures
+from training_runs import (
+    REPOSITORY,
+    demo_config,
+    do_not_warm_start,
+    metrics,
+    run,
+    start,
+    steps_done,
+    wait_for,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from opsd_train.command_line import parse
 from opsd_train.data import Context
@@ -23,6 +33,7 @@ from opsd_train.evaluation import grade
 from opsd_train.run.checkpoint import last_step
 from opsd_train.sampling import GenerateSampler, Sampling, roll_out
 from opsd_train.small_world import world
+from opsd_train.small_world.curves import plot_curves
 from opsd_train.small_world.multiplication import (
     STUDENT_TEMPLATE,
     TEACHER_TEMPLATE,
@@ -117,101 +128,132 @@ def test_the_preset_has_the_texts_of_the_warm_start():
     assert config.teacher_template == TEACHER_TEMPLATE
 
 
-def start_opsd_train(*arguments: str, cache: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "opsd_train", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"},
-        cwd=REPOSITORY,
-        # A suite started in the background of a shell would hand on that interrupts are ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def opsd_train(*arguments: str, cache: Path) -> subprocess.CompletedProcess:
-    process = start_opsd_train(*arguments, cache=cache)
-    stdout, stderr = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
 def test_dry_run_writes_nothing(tmp_path):
-    result = opsd_train("--dry-run", "--output-dir", str(tmp_path / "run"), cache=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "<reference>" in result.stdout
-    assert "One step: JSD(β=0.5 on the teacher)" in result.stdout
-    assert list(tmp_path.iterdir()) == []
+    log, cache = tmp_path / "log", tmp_path / "cache"
+    said = run(log, "--dry-run", "--output-dir", tmp_path / "run", XDG_CACHE_HOME=str(cache))
+    assert "<reference>" in said
+    assert "One step: JSD(β=0.5 on the teacher)" in said
+    assert list(tmp_path.iterdir()) == [log]
 
 
 def test_an_unwritable_cache_is_noticed_at_once(tmp_path):
     (tmp_path / "cache").write_text("a file")
-    result = opsd_train("--output-dir", str(tmp_path / "run"), cache=tmp_path / "cache")
-    assert result.returncode == 1
-    assert "set XDG_CACHE_HOME" in result.stderr
-    assert "Traceback" not in result.stderr
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    said = run(tmp_path / "log", "--output-dir", tmp_path / "run", status=1, **cache)
+    assert "set XDG_CACHE_HOME" in said
+    assert "Traceback" not in said
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_the_demo_learns(tmp_path):
-    """`python -m opsd_train` as a newcomer starts it, whole: what it shows, and what it leaves."""
-    run = tmp_path / "run"
-    result = opsd_train("--output-dir", str(run), cache=tmp_path / "cache")
-    assert result.returncode == 0, result.stderr
+def check_what_is_left(run: Path, **changed: object) -> dict:
+    """Files of a run of the demo with some changed options agree with one another; its summary."""
+    config = demo_config(output_dir=str(run), **changed)
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["student_before"]["accuracy"] <= 0.30
-    assert summary["student_after"]["accuracy"] >= 0.75
-    assert summary["teacher"]["accuracy"] >= 0.85
     low, high = summary["student_after"]["interval_95"]
-    assert low < summary["student_after"]["accuracy"] < high
+    assert low <= summary["student_after"]["accuracy"] < high
     assert set(summary["seconds"]) >= {"warm_start", "rollout", "score", "loss", "step", "total"}
-
     assert (run / "config.yaml").read_text().startswith("# JSD(β=0.5 on the teacher)\n")
-    assert parse([str(run / "config.yaml")]) == demo_config(output_dir=str(run))
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [m["step"] for m in metrics if "loss" in m] == list(range(1, 61))
-    rates = [m["learning_rate"] for m in metrics if "loss" in m]
-    assert rates[0] == pytest.approx(1e-4)
-    assert max(rates) == pytest.approx(5e-4)
-    assert 0 < rates[-1] < 2e-5
-    completions = [
-        json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()
-    ]
-    after = [c for c in completions if c["phase"] == "after"]
+    assert parse([str(run / "config.yaml")]) == config
+    assert [m["step"] for m in metrics(run) if "loss" in m] == list(range(1, config.steps + 1))
+    after = after_of(run)
     assert sum(c["correct"] for c in after) == summary["student_after"]["correct"]
     assert {"prompt", "completion", "correct"} <= set(after[0])
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    return summary
 
-    # The adapter, loaded as PEFT loads one, is the trained student.
-    (cached,) = (tmp_path / "cache" / "opsd_train").iterdir()
-    tokenizer = AutoTokenizer.from_pretrained(cached)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(cached), run / "adapter")
-    numbers = [re.findall(r"\d+", c["prompt"]) for c in after[:100]]
+
+def after_of(run: Path) -> list[dict]:
+    """Completions of held-out problems after the last step."""
+    lines = (run / "completions.jsonl").read_text().splitlines()
+    return [c for c in map(json.loads, lines) if c["phase"] == "after"]
+
+
+def model_of(run: Path, cache: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The adapter, loaded as PEFT loads one, and the tokenizer that is cached with the model."""
+    (cached,) = (cache / "opsd_train").iterdir()
+    model = AutoModelForCausalLM.from_pretrained(cached)
+    return PeftModel.from_pretrained(model, run / "adapter"), AutoTokenizer.from_pretrained(cached)
+
+
+def test_a_demo_in_little(tmp_path):
+    """Without the warm start, and few steps: what it leaves; and it is not overwritten."""
+    output, cache = tmp_path / "run", tmp_path / "cache"
+    arguments = ["--steps", 3, "--eval-problems", 4, "--output-dir", output]
+    environment = {"XDG_CACHE_HOME": str(cache)}
+    said = run(tmp_path / "log", *arguments, before=do_not_warm_start, **environment)
+    assert "Building the warm-started model" in said
+    summary = check_what_is_left(output, steps=3, eval_problems=4)
+    model, _ = model_of(output, cache)
+    assert any(weight.any() for name, weight in model.named_parameters() if "lora_B" in name)
+
+    said = run(tmp_path / "log", *arguments, status=1, **environment)
+    assert "holds a run already" in said
+    assert "Traceback" not in said
+    assert json.loads((output / "summary.json").read_text()) == summary
+
+
+def test_interrupted_a_run_keeps_what_it_has(tmp_path):
+    output = tmp_path / "run"
+    process = start(
+        tmp_path / "log",
+        *("--steps", 9999, "--eval-problems", 4, "--output-dir", output),
+        before=do_not_warm_start,
+        XDG_CACHE_HOME=str(tmp_path / "cache"),
+    )
+    wait_for(lambda: steps_done(output) >= 3)
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 130
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert last_step(output) == rows[-1]["step"]
+
+
+@pytest.mark.slow
+def test_the_demo_learns(tmp_path):
+    """`python -m opsd_train` as a newcomer starts it, whole."""
+    output, cache = tmp_path / "run", tmp_path / "cache"
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "opsd_train", "--output-dir", output]
+    subprocess.run(command, env=environment, cwd=REPOSITORY, check=True)
+    summary = check_what_is_left(output)
+    assert summary["student_before"]["accuracy"] <= 0.30
+    assert summary["student_after"]["accuracy"] >= 0.75
+    assert summary["teacher"]["accuracy"] >= 0.85
+
+    rates = [m["learning_rate"] for m in metrics(output) if "loss" in m]
+    assert rates[0] == pytest.approx(1e-4)
+    assert max(rates) == pytest.approx(5e-4)
+    assert 0 < rates[-1] < 2e-5
+
+    # The adapter is the trained student.
+    model, tokenizer = model_of(output, cache)
+    numbers = [re.findall(r"\d+", c["prompt"]) for c in after_of(output)[:100]]
     problems = [make_problem(int(a), int(b)) for a, b in numbers]
     sampler = GenerateSampler(model, tokenizer, Sampling(1.0, 56))
     context = Context(tokenizer, STUDENT_TEMPLATE)
     rollout = roll_out(sampler, context, problems, seeds=list(range(100)))
     assert sum(c.correct for c in grade(tokenizer, rollout, judge)) >= 75
 
-    # Interrupted, a run keeps what it has, and can go on.
-    long = tmp_path / "long"
-    process = start_opsd_train(
-        "--steps", "9999", "--output-dir", str(long), cache=tmp_path / "cache"
-    )
-    deadline = time.monotonic() + 60
-    while not (long / "metrics.jsonl").exists() or len((long / "metrics.jsonl").read_text()) < 500:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == 130
-    assert "Traceback" not in errors
-    rows = [json.loads(line) for line in (long / "metrics.jsonl").read_text().splitlines()]
-    assert last_step(long) == rows[-1]["step"]
 
-    # A second run in the same folder is refused, and loses nothing.
-    refused = opsd_train("--output-dir", str(run), cache=tmp_path / "cache")
-    assert refused.returncode == 1
-    assert "holds a run already" in refused.stderr
-    assert "Traceback" not in refused.stderr
-    assert json.loads((run / "summary.json").read_text()) == summary
+def test_curves(tmp_path):
+    """Losses of the steps that were taken, and accuracies with the teacher's beside them."""
+    rows = [
+        {"step": 0, "accuracy": 0.2, "interval_95": (0.1, 0.3), "teacher_accuracy": 0.9},
+        {"step": 1, "loss": 0.5, "skipped": False},
+        {"step": 2, "loss": None, "skipped": True},
+        {"step": 3, "loss": 0.25, "skipped": False},
+        {"step": 3, "accuracy": 0.6, "interval_95": (0.5, 0.7)},
+    ]
+    with saved_figures() as figures:
+        plot_curves(demo_config(), SimpleNamespace(is_main=True, metrics=rows, path=tmp_path))
+    left, right = figures["curves.png"].axes
+    assert [line.get_xydata().tolist() for line in left.get_lines()] == [[[1, 0.5], [3, 0.25]]]
+    assert left.get_title(loc="left") == "Loss: JSD(β=0.5 on the teacher)"
+    student, teacher = right.get_lines()
+    assert student.get_xydata().tolist() == [[0, 0.2], [3, 0.6]]
+    assert list(teacher.get_ydata()) == [0.9, 0.9]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == [
+        "student, alone",
+        "teacher, sees the solution",
+    ]

@@ -62,10 +62,14 @@ def start(
 
 
 def run(
-    log: Path, *arguments: object, status: int = 0, before: Callable[[], None] | None = None
+    log: Path,
+    *arguments: object,
+    status: int = 0,
+    before: Callable[[], None] | None = None,
+    **env: str,
 ) -> str:
     """Run to the end, which has to be with this status, and return what it said."""
-    process = start(log, *arguments, before=before)
+    process = start(log, *arguments, before=before, **env)
     process.join()
     assert process.exitcode == status, log.read_text()
     return log.read_text()
@@ -195,6 +199,13 @@ def run_out_of_memory(call: int) -> None:
         return score(*arguments)
 
     step.score = broken
+
+
+def do_not_warm_start() -> None:
+    """Leave the small world's model untrained, which saves a minute."""
+    from opsd_train.small_world import world
+
+    world.warm_start = lambda *_: None
 
 
 def have_no_room_for_the_model() -> None:
