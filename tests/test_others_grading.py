@@ -1,6 +1,7 @@
 """Answers and references as other people write them: right, wrong, and which vote together."""
 
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -8,10 +9,11 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 pytest.importorskip("math_verify")
 
-from opsd_train.data import last_boxed
+from opsd_train.data import hold_out, last_boxed
 from opsd_train.evaluation import Attempt, MathGrader
 from opsd_train.evaluation.metrics import maj_at
 from opsd_train.records import Problem
+from opsd_train.run.world import hold_out_gradable
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +193,13 @@ MARKED = {
         ("1010_{2}", r"1010_{\text{two}}"),
         (r"7 \pmod{10}", "7"),
         ("21st", "21"),
+        ("5:30 p.m.", "5:30"),
+        (r"2\pi", "2pi"),
+        (r"2\sqrt{3}", "2sqrt(3)"),
+        (r"P(A) = \frac{1}{2}", "0.5"),
+        (r"\frac{1}{2}", "P(A)=1/2"),
+        (r"\$1,000", "1000 dollars"),
+        ("3/4 cup", "0.75"),
         ("5:30", r"5:30\text{ p.m.}"),
         (r"\textbf{(A)}\ 5", "5"),
         (r"\textbf{(A)}\ 5", "A"),
@@ -199,6 +208,20 @@ MARKED = {
         (r"x \in (1,2)", "1<x<2"),
         ("x>1", r"(1,\infty)"),
         ("100,200", "100, 200"),
+        (r"33\frac13\%", r"\frac{1}{3}"),
+        ("2:3", r"\frac{2}{3}"),
+        ("2:3:4", "4:6:8"),
+        (r"\langle 1,2\rangle", "(1,2)"),
+        ("five", "5"),
+        ("3 million", "3,000,000"),
+        (r"\underline{5}", "5"),
+        (r"\color{red}{5}", "5"),
+        (r"16\pi \text{ cm}^3", r"16\pi"),
+        (r"12x \text{ dollars}", "12x"),
+        (r"\frac{-1\pm\sqrt{17}}{2}", r"\frac{-1-\sqrt{17}}{2}, \frac{-1+\sqrt{17}}{2}"),
+        (r"(1,\pm2)", "(1,2),(1,-2)"),
+        (r"\{(1,2),(2,1)\}", "(2,1), (1,2)"),
+        (r"\left|-3\right|", "3"),
     ],
     False: [
         ("0.72", "72"),
@@ -212,12 +235,16 @@ MARKED = {
         ("2 or more", "2"),
         ("(A) 5", "(B) 5"),
         ("5m", "5"),  # 5 times m
+        ("P(A)", "P(B)"),
         (r"50\%", r"5\%"),
         (r"\sin 30^\circ", r"\sin 60^\circ"),
         ("17", r"17 or \undefined{18}"),
         (r"\frac{1}{0}", "5"),
         ("5", ""),
         ("2.3", "2,3"),
+        (r"33.3\%", r"\frac{1}{3}"),
+        ("2:3:4", "2:3:5"),
+        ("3", "3,5"),
         (r"5 \text{ apples and } 3 \text{ pears}", "5"),
     ],
 }
@@ -268,3 +295,31 @@ def test_boxes_that_are_never_closed_take_no_time():
 )
 def test_a_reference_that_does_not_accept_itself(grader, answer, is_gradable):
     assert grader.can_grade(Problem("q", "", answer)) == is_gradable
+
+
+def test_references_that_cannot_be_graded_are_said_and_dropped(grader):
+    problems = [Problem(f"{i}?", "", str(i), place=f"a.csv, line {i}") for i in range(20)]
+    bad = [replace(p, answer=rf"\undefined{{{p.answer}}}_^") for p in problems[:8]]
+    said = []
+    assert grader.gradable([*bad, *problems[8:]], said.append) == problems[8:]
+    (text,) = said
+    assert text.startswith("Not graded: 8 problems whose answer cannot be compared:\n")
+    assert text.count("\n  a.csv, line ") == 5
+    assert text.endswith("and 3 more")
+    assert grader.gradable(problems, said.append) == problems
+    assert len(said) == 1
+
+
+def test_held_out_problems_have_answers_that_can_be_graded(capsys):
+    good = [Problem(f"{i}?", rf"\boxed{{{i}}}") for i in range(6)]
+    bad = [Problem(f"{i}!", rf"\boxed{{\undefined{{{i}}}_^}}") for i in range(6)]
+    train, held_out = hold_out_gradable(good + bad, 4, seed=0)
+    assert len(held_out) == 4
+    assert {p.question[-1] for p in held_out} == {"?"}
+    assert len(train) == 8
+    said = capsys.readouterr().out
+    assert "Not graded: " in said
+    assert "_^" in said
+    assert hold_out_gradable(good, 4, seed=0)[1] == hold_out(good, 4, seed=0)[1]
+    with pytest.raises(ValueError, match="whose answer can be graded; of the 12 .* fewer can"):
+        hold_out_gradable(good + bad, 7, seed=0)

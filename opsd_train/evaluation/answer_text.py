@@ -11,6 +11,7 @@ says not which number it is: it equals what is written alike. A period over or b
 0.\overline{3} is 1/3.
 """
 
+import math
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -58,7 +59,13 @@ def pairs_to_compare(a: Answer, b: Answer) -> list[tuple[str, str]]:
 
 
 def _brackets(text: str) -> str:
+    """The brackets around the whole text, if there are any."""
     text = re.sub(r"\\(?:left|right|[bB]igg?[lr]?)\b|[\\ ]", "", text)
+    depth = 0
+    for i, character in enumerate(text):
+        depth += (character in "({[") - (character in ")}]")
+        if depth == 0 and i < len(text) - 1:
+            return ""
     return text[:1] + text[-1:]
 
 
@@ -112,7 +119,8 @@ WRAPPERS = [
         r"\\\(((?:(?!\\\().)*)\\\)",
         r"\*\*(.*)\*\*",
         r"`([^`]*)`",
-        r"\\boxed\s*\{([^{}]*)\}",
+        r"\\(?:boxed|underline|boldsymbol|bm)\s*\{([^{}]*)\}",
+        r"\\(?:text)?color\s*\{\w+\}\s*\{?([^{}]*)\}?",
         r"\\(?:displaystyle|textstyle|approx)\b(.*)",
         TEXT + r"\s*\{([^{}]*\d[^{}]*)\}",
         r"(?i:(?:the )?(?:final )?answer(?: is)?\s*[:=]?\s)(.*)",
@@ -183,12 +191,13 @@ SHORT_UNITS = "|".join(sorted((u for u in UNITS if u.isalpha() and len(u) > 1), 
 LETTER_UNITS = "(?<= )[mgshlL]"
 
 NUMBER = (
-    r"[-+]?\s*(?:\\pm\s*)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+|\s+\d+/\d+|\s*\\[dt]?frac\b.*)?"
+    r"\d{1,2}:\d{2}|[-+]?\s*(?:\\pm\s*)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+|\s+\d+/\d+|\s*\\[dt]?frac\b.*)?"
     r"|[-+]?\s*\\[dt]?frac\b.*|[-+]?\d*\s*\\sqrt\b.*"
 )
 POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?"
 SIGN = re.compile(
-    r"(-?)\s*(?:\\?\$|\\text\{\\?\$\}|\\pounds\b|£|€|\\euro\b|¥|(?:US|A|C)\\?\$|USD|EUR|GBP|Rs\.?)\s*(?=[-\d.\\])"
+    r"(-?)\s*(?:(?:US|A|C)?\\?\$|\\text\{\\?\$\}|\\pounds\b|£|€|\\euro\b|¥|USD|EUR|GBP|Rs\.?)"
+    r"\s*(?=[-\d.\\])"
 )
 SIGNS = {r"\pounds": "£", "GBP": "£", r"\euro": "€", "EUR": "€", "USD": "$", r"\$": "$"}
 SIGNS |= {r"US\$": "$", r"\text{$}": "$", r"\text{\$}": "$"}
@@ -206,12 +215,25 @@ AT_THE_END = [
         (rf"({NUMBER})\s*([€£¥¢]|\\?\$)", "unit"),
     )
 ]
-BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7"}
-BASES |= {"eight": "8", "nine": "9", "ten": "10", "twelve": "12", "sixteen": "16"}
 # With these, words after a number are no unit.
 PROSE = {
     *("or", "and", "more", "less", "than", "least", "most", "to", "if", "not", "no", "is", "are"),
-    *("plus", "minus", "times", "over", "mod", "for", "when", "where", "any", "all", "solutions"),
+    *(
+        "thousand",
+        "million",
+        "billion",
+        "plus",
+        "minus",
+        "times",
+        "over",
+        "mod",
+        "for",
+        "when",
+        "where",
+        "any",
+        "all",
+        "solutions",
+    ),
 }
 
 
@@ -230,16 +252,18 @@ def _marked(text: str) -> tuple[str, str | None]:
         if kind == "°C":
             return match[1], f"°{match[2]}"
         if kind == "base":
-            base = BASES.get(match[2], match[2])
+            word = match[2]
+            base = str(NUMBER_WORDS.index(word)) if word in NUMBER_WORDS else word
             if re.fullmatch(r"[2-9]|[12]\d|3[0-6]", base) and match[1][0].isdigit():
                 return match[1], f"base {base}"
             continue
         if kind == "mod":
             return match[1].replace(r"\equiv", "="), f"mod {match[2]}"
         unit = " ".join(re.findall(r"[^\W\d_]+|[$€£¥¢%/]", re.sub(TEXT, "", match[2])))
-        if not unit or PROSE & set(unit.lower().split()) or "'" in text.split(match[2])[0]:
+        if not unit or PROSE & set(unit.lower().split()):
             continue
-        if kind == "text" and not re.search(r"[\d})!]\s*$|[a-z\])]\s+$|[^\\]\b[a-zA-Z]$", match[1]):
+        has_number = re.search(r"\d|\\pi|\\[dt]?frac|\\sqrt", match[1])
+        if kind == "text" and not (has_number and re.search(TEXT, match[2])):
             continue
         power = re.search(r"\^\D*(-?\d)", match[2])
         return match[1].strip(), _unit_name(unit) + (f"^{power[1]}" if power else "")
@@ -273,12 +297,18 @@ REWRITTEN = [
         (r"(\d)\s*[xX*]\s*10\s*\^", r"\1\\cdot 10^"),
         (r"\^\s*(-?\d{2,}|-\d)", r"^{\1}"),
         (r"(?<![\w./}])(\d+)\s+(\d+)/(\d+)(?![\w./])", r"\1\\frac{\2}{\3}"),
-        (r"(?<!\\)\bsqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"(?<!\\)\bpi\b", r"\\pi "),
+        (r"\\?(?<![A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi "),
+        (r"\\langle", "("),
+        (r"\\rangle", ")"),
+        # Words that are a part of a number.
+        (r"(\d)\s+thousand\b", r"\1\\cdot 10^{3}"),
+        (r"(\d)\s+million\b", r"\1\\cdot 10^{6}"),
+        (r"(\d)\s+billion\b", r"\1\\cdot 10^{9}"),
         (r"\\varnothing|\\O\b|\\\{\s*\\\}", r"\\emptyset "),
     )
 ]
+RATIO = re.compile(r"\d+(?:\s*:\s*\d+){2,}")  # of two numbers it is a fraction
 THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?:\.\d+)?")
 
 
@@ -296,6 +326,14 @@ def _readings(text: str) -> tuple[str, ...]:
     text = REPEATING.sub(_repeating, text.strip())
     for pattern, replacement in REWRITTEN:
         text = pattern.sub(replacement, text)
+    if RATIO.fullmatch(text):
+        parts = [int(part) for part in text.split(":")]
+        divisor = math.gcd(*parts) or 1
+        return (f"({', '.join(str(part // divisor) for part in parts)})",)
+    if r"\pm" in text and r"\{" not in text:
+        upper = text.replace(r"\pm", "+").replace(r"\mp", "-")
+        lower = text.replace(r"\pm", "-").replace(r"\mp", "+")
+        return (f"{upper}, {lower}",)
     if THOUSANDS.fullmatch(text):
         # As a number first; as a list it is one as well.
         return re.sub("[ ,]", "", text), re.sub(",", ", ", text)
@@ -305,25 +343,19 @@ def _readings(text: str) -> tuple[str, ...]:
 # Words
 
 FUNCTIONS = {
-    *(
-        "sqrt",
-        "frac",
-        "log",
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "arcsin",
-        "arccos",
-        "arctan",
-    ),
-    *("exp", "max", "min", "gcd", "lcm", "mod", "det", "and", "inf", "infty", "infinity", "sinh"),
-    *("cosh", "tanh", "deg", "dim", "ker", "lim"),
+    *("sqrt", "frac", "log", "exp", "max", "min", "gcd", "lcm", "mod", "det", "deg", "dim", "ker"),
+    *("sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh"),
+    *("tanh", "lim", "inf", "infty", "infinity", "and"),
 }
 WORDS = {"yes", "no", "true", "false", "none", "odd", "even"}
+NUMBER_WORDS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
+    *("nineteen", "twenty"),
+)
 CHOICE = re.compile(r"\(?\s*([A-Z])\s*(?:[.):]|\)\s*[.:]?)?\s*(.*)", re.DOTALL)
+POWERS_OF_TEN = r"\b(?:thousand|million|billion)\b"
+CHOICE_MARK = re.compile(r"\(?\s*[A-Z]\s*[.):]")  # of (A) 5 and A: 5, not of P(A) = 5
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+")
 
 
@@ -333,7 +365,7 @@ def _is_prose(text: str) -> bool:
     words = [w.lower() for w in WORD.findall(inside) if w.lower() not in ("or", "and")]
     if any(len(w) > 1 for w in words):
         return True
-    plain = WORD.findall(re.sub(TEXT + r"\s*\{[^{}]*\}", "", text))
+    plain = WORD.findall(re.sub(TEXT + r"\s*\{[^{}]*\}|" + POWERS_OF_TEN, "", text))
     if text.lower() in WORDS:
         return True
     return any(
@@ -362,13 +394,16 @@ def read_answer(text: str) -> Answer:
     text = _without_wrapping(_as_latex(text))
     if not text:
         return Answer("")
+    if text.lower() in NUMBER_WORDS:
+        return Answer(text, values=(str(NUMBER_WORDS.index(text.lower())),))
     if ALL_REALS.fullmatch(text):
         text = r"(-\infty, \infty)"
     if re.search(r"\d" + DOTS.pattern + "$", text):
         return Answer(text, words=DOTS.sub("...", text))
-    if choice := CHOICE.fullmatch(re.sub(TEXT + r"\s*\{([^{}]*)\}", r"\1 ", text).strip()):
+    plain = re.sub(TEXT + r"\s*\{([^{}]*)\}", r"\1 ", text).strip()
+    if choice := CHOICE.fullmatch(plain):
         letter, rest = choice[1], choice[2].strip()
-        is_enclosed = re.search(r"[A-Z]\s*[.):]", text) is not None
+        is_enclosed = CHOICE_MARK.match(plain) is not None
         if not rest:
             return Answer(text, values=(letter,), choice=letter)
         if is_enclosed and rest[0] not in "=^_":
@@ -385,7 +420,8 @@ def read_answer(text: str) -> Answer:
     if _is_prose(bare):
         return Answer(text, words=_as_words(text))
     if mark == "%":
-        values = _readings(PERCENT.sub(r"\\%", _unwrapped(text)))
+        within = _readings(PERCENT.sub(r"\\%", _unwrapped(text)))
+        values = (rf"\frac{{1}}{{100}}\cdot({readings[0]})",) if bare != text else within
         readings = _readings(PERCENT.sub("", _unwrapped(text)))
     elif mark == "°":
         values = _readings(DEGREES.sub(r"(\\frac{\1\\pi}{180})", _unwrapped(text)))
