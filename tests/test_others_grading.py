@@ -321,5 +321,5 @@ def test_held_out_problems_have_answers_that_can_be_graded(capsys):
     assert "Not graded: " in said
     assert "_^" in said
     assert hold_out_gradable(good, 4, seed=0)[1] == hold_out(good, 4, seed=0)[1]
-    with pytest.raises(ValueError, match="whose answer can be graded; of the 12 .* fewer can"):
+    with pytest.raises(ValueError, match=r"whose answer can be graded; of the 12 .* fewer can"):
         hold_out_gradable(good + bad, 7, seed=0)
