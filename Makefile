@@ -7,7 +7,7 @@ PYTHON := $(VENV)/bin/python
 # Two processes, each of which takes what the other has not begun.
 PYTEST = $(PYTHON) -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow test-tiles test-vllm lint format gpu clean
+.PHONY: demo test test-slow test-power test-tiles test-vllm lint format gpu clean
 
 demo: $(VENV)/.installed-train
 	$(PYTHON) -m opsd_train $(ARGS)
@@ -18,6 +18,10 @@ test: lint
 # The rest: what is represented in `make test` by its fastest cases.
 test-slow: $(VENV)/.installed-test
 	$(PYTEST) -m slow $(ARGS)
+
+# Faults, one after the other, and whether `make test` finds what both together find. Takes hours.
+test-power: $(VENV)/.installed-test
+	$(PYTHON) tests/power.py $(ARGS)
 
 # Every kernel's tests with the tiles of each GPU, interpreted, scratch poisoned. Takes long.
 TILES ?= sm_80 sm_89 sm_90 sm_100 gfx942

@@ -1,0 +1,396 @@
+"""Faults for power.py to plant: what a change may get wrong, one line at a time."""
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    file: str
+    old: str  # which is there once
+    new: str
+    tests: str  # the files of tests/ that reach it, without test_ and .py, the quickest first
+
+
+OP = "loss divergence token_divergence family kernels logit_free trained_head head log_probs peers"
+KERNELS = f"kernels {OP.replace(' kernels', '')} resources"
+RUNS = "train_step train_opsd train_run train_failures evaluate train_small_world"
+
+FAULTS = [
+    # The maths, in PyTorch.
+    Fault(
+        "opsd_kernels/divergence.py",
+        "x.clamp_(-HUGE, HUGE).sub_(teacher.top - student.top).sub_(teacher.rest - student.rest)",
+        "x.clamp_(-HUGE, HUGE).sub_(teacher.top + teacher.rest - (student.top + student.rest))",
+        f"divergence {OP}",
+    ),
+    Fault(
+        "opsd_kernels/divergence.py",
+        "scale = torch.maximum(P, Q * math.exp(-SATURATED))",
+        "scale = P",
+        f"divergence {OP}",
+    ),
+    Fault(
+        "opsd_kernels/divergence.py",
+        "share = torch.where(whole.isinf(), 1, taken / whole)",
+        "share = taken / whole",
+        f"token_divergence {OP}",
+    ),
+    Fault(
+        "opsd_kernels/divergence.py",
+        "z_S.sub_(advantages[:, None] * sampled)",
+        "z_S.add_(advantages[:, None] * sampled)",
+        f"family {OP}",
+    ),
+    Fault(
+        "opsd_kernels/divergence.py",
+        "kappa = w_p - w_q if beta is None else w_p * beta - w_q * (1 - beta)",
+        "kappa = w_p - w_q if beta is None else w_p * (1 - beta) - w_q * beta",
+        f"family {OP}",
+    ),
+    # The maths, in Triton.
+    Fault(
+        "opsd_kernels/kernels/pointwise.py",
+        "f = tl.where(near, p * (x * (x + e) - e), q * x - q_minus_p)",
+        "f = q * x - q_minus_p",
+        KERNELS,
+    ),
+    Fault(
+        "opsd_kernels/kernels/pointwise.py",
+        "clipped_score = (w_q - w_p) * p",
+        "clipped_score = (w_p - w_q) * p",
+        f"family {KERNELS}",
+    ),
+    Fault(
+        "opsd_kernels/kernels/pointwise.py",
+        "return (d - (top_T - top_S)) * inverse_temperature - log_sums",
+        "return d * inverse_temperature - ((top_T - top_S) * inverse_temperature + log_sums)",
+        KERNELS,
+    ),
+    # Kernels.
+    Fault(
+        "opsd_kernels/kernels/lse.py",
+        "index = tl.min(tl.where(highest, indices, LAST), AXIS)",
+        "index = tl.max(tl.where(highest, indices, -1), AXIS)",
+        KERNELS,
+    ),
+    Fault(
+        "opsd_kernels/kernels/lse.py",
+        "E = tl.sum(scale * (Es + sum_Ss * moved), AXIS)",
+        "E = tl.sum(scale * Es, AXIS)",
+        KERNELS,
+    ),
+    Fault(
+        "opsd_kernels/kernels/lse.py",
+        "c, s_top = c - advantage, s_top + advantage * p_max",
+        "c, s_top = c - advantage, s_top",
+        f"family {KERNELS}",
+    ),
+    Fault(
+        "opsd_kernels/kernels/pair.py",
+        "s = terms[1] * scored.SCALE * slope",
+        "s = terms[1] * scored.SCALE",
+        f"head {KERNELS}",
+    ),
+    Fault(
+        "opsd_kernels/kernels/pair.py",
+        "f = tl.where((w_q != 0) & (d >= HUGE), limit, f)",
+        "f = tl.where(d >= HUGE, limit, f)",
+        f"family {KERNELS}",
+    ),
+    Fault(
+        "opsd_kernels/kernels/finish.py",
+        "g_top = s_top * (1.0 - p_top) - p_top * others",
+        "g_top = s_top - p_top * others",
+        KERNELS,
+    ),
+    Fault(
+        "opsd_kernels/kernels/finish.py",
+        "tl.store(at_dh, tl.where(used, dh * inverse_temperature, 0.0), mask=inside)",
+        "tl.store(at_dh, tl.where(used, dh, 0.0), mask=inside)",
+        KERNELS,
+    ),
+    Fault(
+        "opsd_kernels/kernels/finish.py",
+        "nothing = (removed == 0) & (loss == loss)  # not of NaN",
+        "nothing = removed == 0",
+        f"token_divergence {KERNELS}",
+    ),
+    Fault(
+        "opsd_kernels/kernels/rows.py",
+        "product = tl.where(factor == 0, 0.0, product)",
+        "product = product * 1.0",
+        f"trained_head {KERNELS}",
+    ),
+    Fault(
+        "opsd_kernels/kernels/gradient.py",
+        "g = tl.where(weight == 0, 0.0, g) * weighed.SCALE",
+        "g = g * weighed.SCALE",
+        f"trained_head {KERNELS}",
+    ),
+    Fault(
+        "opsd_kernels/kernels/head.py",
+        'u = tl.where(u == float("-inf"), u, t * softcap)  # banned, cap or not',
+        "u = t * softcap",
+        f"head {KERNELS}",
+    ),
+    Fault(
+        "opsd_kernels/kernels/tiles.py",
+        "lse=Tile(64, 128, 64, 16, 4, 3),",
+        "lse=Tile(64, 128, 64, 4, 4, 5),",
+        "resources gpu_run logit_free",
+    ),
+    Fault(
+        "opsd_kernels/kernels/tiles.py",
+        "pair_wide=Tile(128, 64, 32, 8, 8, 3),",
+        "pair_wide=Tile(128, 96, 32, 8, 8, 3),",
+        "resources gpu_run logit_free",
+    ),
+    # Schedules.
+    Fault(
+        "opsd_kernels/products.py",
+        "if operand_dtype == torch.float16 and not bounded:",
+        "if operand_dtype == torch.float64 and not bounded:",
+        OP,
+    ),
+    Fault(
+        "opsd_kernels/row_workspace.py",
+        "return budget - 4 * problem.W.numel() - 4 * problem.W.shape[0]",
+        "return budget - 2 * problem.W.numel() - 4 * problem.W.shape[0]",
+        f"memory trained_head {OP}",
+    ),
+    Fault(
+        "opsd_kernels/row_workspace.py",
+        "h = h.masked_fill(~chunk.keep[:, None], 0)  # what does not count may be NaN",
+        "h = h * 1",
+        f"trained_head {OP}",
+    ),
+    Fault(
+        "opsd_kernels/head_gradient.py",
+        "taken = exact - exact.to(dtype).float()",
+        "taken = 0 * exact",
+        f"trained_head {OP}",
+    ),
+    Fault(
+        "opsd_kernels/vocabulary_parallel.py",
+        "here = (all_tops[:, i] == top).int().argmax(0) == _rank(self.group)",
+        "here = all_tops[_rank(self.group), i] == top",
+        "vocabulary_parallel",
+    ),
+    Fault(
+        "opsd_kernels/vocabulary_parallel.py",
+        "return local.masked_fill((local < 0) | (local >= own_rows), -1)",
+        "return local.masked_fill(local < 0, -1)",
+        "vocabulary_parallel",
+    ),
+    # The face and autograd.
+    Fault(
+        "opsd_kernels/autograd.py",
+        "torch.mul(dh_S, grad_loss[:, None], out=grad)",
+        "grad = dh_S.mul_(grad_loss[:, None]).to(ctx.dtype)",
+        f"peers {OP}",
+    ),
+    Fault(
+        "opsd_kernels/autograd.py",
+        "weights = grad_loss.masked_fill(loss.isinf(), 0)",
+        "weights = grad_loss.clone()",
+        f"trained_head {OP}",
+    ),
+    Fault(
+        "opsd_kernels/loss.py",
+        "return total / torch.where(weight > 0, weight, 1)",
+        "return total / weight",
+        OP,
+    ),
+    Fault(
+        "opsd_kernels/loss.py",
+        "advantage = advantage.clamp(-advantage_clip, advantage_clip)",
+        "advantage = advantage.clamp(max=advantage_clip)",
+        f"sampled_token {OP}",
+    ),
+    Fault(
+        "opsd_kernels/checks.py",
+        "if h.shape[:-1] != h_S.shape[:-1]:",
+        "if h.shape[0] != h_S.shape[0]:",
+        f"arguments {OP}",
+    ),
+    # Heads.
+    Fault(
+        "opsd_kernels/head.py",
+        "slope = torch.cosh(v).square_().reciprocal_() if needs_slope else None",
+        "slope = 1 - torch.tanh(v).square_() if needs_slope else None",
+        f"head {OP}",
+    ),
+    Fault(
+        "opsd_kernels/head_of_model.py",
+        "scale *= float(number) ** power",
+        "scale *= float(number)",
+        "head_of_model head_check heads_of_others train_models trl",
+    ),
+    # TRL.
+    Fault(
+        "opsd_kernels/trl/hidden_states.py",
+        "return pad(mask != 0, (length - 1 - mask.shape[1], 1))",
+        "return pad(mask != 0, (length - mask.shape[1], 0))",
+        "trl",
+    ),
+    Fault(
+        "opsd_kernels/trl/heads.py",
+        "full.register_hook(lambda gradient: gradient / mesh.size())",
+        "full.register_hook(lambda gradient: gradient * 1)",
+        "trl",
+    ),
+    Fault(
+        "opsd_kernels/trl/self_distillation.py",
+        "return mask * (torch.arange(mask.shape[1], device=mask.device) >= skipped)",
+        "return mask * (torch.arange(mask.shape[1], device=mask.device) > skipped)",
+        "trl",
+    ),
+    Fault(
+        "opsd_kernels/trl/distillation.py",
+        'temperature=given["temperature"],',
+        "temperature=1.0,",
+        "trl",
+    ),
+    # The harness: data, models, sampling.
+    Fault(
+        "opsd_train/data/prompts.py",
+        "return [ids if ids[: len(opening)] == opening else opening + ids for ids in bare]",
+        "return [opening + ids for ids in bare]",
+        "train_data train_opsd",
+    ),
+    Fault(
+        "opsd_train/data/problems.py",
+        "if n <= max_prompt_tokens]",
+        "if n < max_prompt_tokens]",
+        "train_data train_run",
+    ),
+    Fault(
+        "opsd_train/models/backbone.py",
+        "positions = (mask.cumsum(1) - 1).clamp(min=0)  # counted over real tokens",
+        "positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)",
+        "train_models train_opsd train_step",
+    ),
+    Fault(
+        "opsd_train/models/adapter.py",
+        "lora_alpha=config.lora_alpha,",
+        "lora_alpha=config.lora_rank,",
+        "train_models train_step train_run train_memory",
+    ),
+    Fault(
+        "opsd_train/sampling/generate.py",
+        "torch.Generator(device).manual_seed(seed) for seed in seeds",
+        "torch.Generator(device).manual_seed(seeds[0]) for _ in seeds",
+        "train_sampling train_opsd train_run",
+    ),
+    Fault(
+        "opsd_train/sampling/batch_sampler.py",
+        "next((i + 1 for i, token in enumerate(row) if token in ends), len(row))",
+        "next((i for i, token in enumerate(row) if token in ends), len(row))",
+        "train_sampling train_opsd",
+    ),
+    # The algorithm.
+    Fault(
+        "opsd_train/opsd/objective.py",
+        'each = 1 / (rollouts * lengths) if mean == "rollout"',
+        'each = 1 / (len(lengths) * lengths) if mean == "rollout"',
+        f"train_opsd {RUNS}",
+    ),
+    Fault(
+        "opsd_train/opsd/step.py",
+        "(loss * accelerator.num_processes).backward()",
+        "loss.backward()",
+        RUNS,
+    ),
+    Fault(
+        "opsd_train/opsd/step.py",
+        "done = (step - rising) / (config.steps - rising + 1)",
+        "done = (step - rising) / (config.steps - rising)",
+        RUNS,
+    ),
+    Fault(
+        "opsd_train/opsd/teachers.py",
+        "self.average[name].lerp_(w.detach(), 1 - self.decay)",
+        "self.average[name].lerp_(w.detach(), self.decay)",
+        f"train_opsd {RUNS}",
+    ),
+    Fault(
+        "opsd_train/opsd/micro_batches.py",
+        "return sum(prompts[i] + completions[i] for i in group)",
+        "return sum(completions[i] for i in group)",
+        f"train_opsd {RUNS}",
+    ),
+    # Runs.
+    Fault(
+        "opsd_train/run/checkpoint.py",
+        "for old in _paths(run)[:-keep_last]:",
+        "for old in _paths(run)[: -keep_last - 1]:",
+        "train_run train_failures",
+    ),
+    Fault(
+        "opsd_train/run/checkpoint.py",
+        'all((path / name).stat().st_size == n for name, n in state["bytes"].items())',
+        'all((path / name).exists() for name, n in state["bytes"].items())',
+        "train_run train_failures",
+    ),
+    Fault(
+        "opsd_train/run/folder.py",
+        'if not line.endswith("\\n") or (row := json.loads(line))["step"] > up_to:',
+        'if not line.endswith("\\n") or (row := json.loads(line))["step"] >= up_to:',
+        "train_run train_failures",
+    ),
+    Fault(
+        "opsd_train/run/loop.py",
+        "return fmean(losses[-patience:]) >= fmean(losses[-2 * patience : -patience])",
+        "return fmean(losses[-patience:]) >= fmean(losses[:-patience])",
+        "train_run",
+    ),
+    # Evaluation and report.
+    Fault(
+        "opsd_train/evaluation/metrics.py",
+        "return 1 - math.comb(n - c, k) / math.comb(n, k)",
+        "return 1 - (1 - c / n) ** k",
+        "train_evaluation evaluate",
+    ),
+    Fault(
+        "opsd_train/evaluation/metrics.py",
+        'return most.count(("right", "")) / len(most) if most else 0.0',
+        'return float(most[0] == ("right", "")) if most else 0.0',
+        "train_evaluation evaluate",
+    ),
+    Fault(
+        "opsd_train/report/page.py",
+        '.replace("<", "\\\\u003c")',
+        '.replace("</script", "\\\\u003c/script")',
+        "report",
+    ),
+    Fault(
+        "opsd_train/report/reading.py",
+        "steps = [steps[i * last // (STEPS_SHOWN - 1)] for i in range(STEPS_SHOWN)]",
+        "steps = steps[:STEPS_SHOWN]",
+        "report",
+    ),
+    # Benchmarks.
+    Fault(
+        "benchmarks/lib/allocations.py",
+        "self.peak = max(self.peak, sum(size for _, size in self._alive))",
+        "self.peak = sum(size for _, size in self._alive)",
+        "benchmarks regression memory",
+    ),
+    Fault(
+        "benchmarks/lib/report.py",
+        "return [row for row in rows if results[row.method] == most > 0]",
+        "return [row for row in rows if results[row.method] > 0]",
+        "benchmarks",
+    ),
+    Fault(
+        "benchmarks/token_efficiency/verdicts.py",
+        "half = STUDENT[n - 1] * stdev(values) / math.sqrt(n)",
+        "half = STUDENT[n] * stdev(values) / math.sqrt(n)",
+        "token_efficiency",
+    ),
+    Fault(
+        "benchmarks/gpu/sass.py",
+        "k_loops = [a for a in with_matrix if not any(b < a for b in with_matrix)]",
+        "k_loops = with_matrix",
+        "sass resources",
+    ),
+]
