@@ -8,6 +8,7 @@ and `--no-` no switch, and it names no nearest key; most of what follows would s
 """
 
 import dataclasses
+import json
 import math
 import re
 import types
@@ -70,11 +71,15 @@ class Config:
     lora_targets: tuple[str, ...] = option(
         LORA_TARGETS, help="layers with an adapter; all-linear: every linear layer but the LM head"
     )
+    adapter: Path | None = option(
+        None, help="folder of a LoRA adapter to start from, whose rank, alpha and targets it has"
+    )
 
-    teacher: Literal["initial", "live", "ema"] = option(
+    teacher: Literal["initial", "base", "live", "ema"] = option(
         "initial",
         section="teacher",
-        help="adapter of the teacher: none, the student's, or the student's average",
+        help="adapter of the teacher: the one that training began with, none, the student's, or "
+        "the student's average",
     )
     ema_decay: float = option(0.99, help="decay of the ema teacher's average")
     teacher_model: str | None = option(None, help="another model, same vocabulary, as the teacher")
@@ -373,7 +378,34 @@ def make_config(values: dict[str, Any], preset: dict[str, Any] | None = None) ->
     if isinstance(every.get("data"), list):
         every["data"] = ",".join(map(str, every["data"]))
     made = {name: _convert(name, value) for name, value in every.items()}
+    if made.get("adapter") is not None:
+        for name, has in adapter_options(made["adapter"]).items():
+            if name in values and made[name] != has:
+                raise ValueError(
+                    f"{name} {values[name]} contradicts adapter {made['adapter']}, which has {has}:"
+                    " leave it out"
+                )
+            made[name] = has
     return Config(**made, given=frozenset(values))
+
+
+def adapter_options(path: Path) -> dict[str, Any]:
+    """The options that describe the adapter in a folder, as its adapter_config.json says.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        said = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        targets = said["target_modules"]
+        rank, alpha = said["r"], said["lora_alpha"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"adapter must be a folder with PEFT's adapter_config.json and "
+            f"adapter_model.safetensors of LoRA, got {path} ({type(error).__name__}: {error})"
+        ) from None
+    names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
+    return {"lora_rank": rank, "lora_alpha": alpha, "lora_targets": names}
 
 
 def field_types(name: str) -> tuple[Any, ...]:

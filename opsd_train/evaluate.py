@@ -34,7 +34,13 @@ from opsd_train.evaluation import (
     comparison_table,
     load_benchmark,
 )
-from opsd_train.models import add_adapter, base_weights_sha256, load_adapter
+from opsd_train.models import (
+    add_adapter,
+    base_weights_sha256,
+    check_ids,
+    load_adapter,
+    settle_padding,
+)
 from opsd_train.presets import find_preset
 from opsd_train.records import Problem
 from opsd_train.report import write_report
@@ -115,9 +121,12 @@ def evaluate_run(options: argparse.Namespace, accelerator: Accelerator) -> None:
             )
         sampling = overridden(sampling, options)
         sets.append(fitted(ProblemSet(name, problems, sampling), options, context, materials.model))
+    settle_padding(materials.model, materials.tokenizer)
+    prompts = (ids for of in sets for ids in context.token_ids(of.problems))
+    check_ids(materials.model, materials.tokenizer, prompts)
 
     torch.nn.Module.to(materials.model, accelerator.device)
-    adapter = options.adapter or (folder / "adapter" if folder else None)
+    adapter = options.adapter or (folder / "adapter" if folder else config.adapter)
     if adapter is None:
         model, names = add_adapter(materials.model, config), ["base"]
     else:
@@ -226,6 +235,8 @@ def find_config(options: argparse.Namespace) -> tuple[Path | None, Config]:
         values = read_yaml(path / "config.yaml" if folder else find_preset(options.run))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{options.run}: {error}") from None
+    if folder:  # whose own adapter is the one that counts
+        values.pop("adapter", None)
     config = make_config({}, preset=values)
     return folder, replace(config, **engine_of(options, config), shard=False, ahead=0)
 
@@ -351,7 +362,11 @@ def parser() -> argparse.ArgumentParser:
         description="Scores of the base and of a run's adapter, side by side.",
     )
     add = parser.add_argument
-    add("run", help="run folder; or a preset or config file, of which the base alone is evaluated")
+    add(
+        "run",
+        help="run folder; or a preset or config file, of which the base is evaluated, and the "
+        "adapter that it starts from",
+    )
     add(
         "--on",
         nargs="+",

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerFast
 
@@ -86,6 +87,19 @@ def save_model_and_tokenizer(path: Path, **options: object) -> Path:
 def adapter_options(family: str) -> dict[str, object]:
     """Phi's layers have names of their own."""
     return {"lora_targets": ("q_proj", "dense", "fc1")} if family == "Phi" else {}
+
+
+def save_adapter(model: Path, path: Path, std: float = 0.3, **options: object) -> Path:
+    """PEFT's own LoRA of a model, which does something."""
+    torch.manual_seed(3)
+    values = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"]} | options
+    base = transformers.AutoModelForCausalLM.from_pretrained(model)
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **values))
+    for name, w in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(w, std=std)
+    adapted.save_pretrained(path)
+    return path
 
 
 def save_problems(path: Path, total: int = 20) -> Path:

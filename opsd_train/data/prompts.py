@@ -1,6 +1,7 @@
 """The two contexts of one model: the student sees the problem, the teacher its solution as well."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +137,12 @@ class Contexts:
     def __post_init__(self) -> None:
         if "{solution}" in self.student.template:
             raise ValueError("student_template contains {solution}, which only the teacher may see")
+
+    def prompts(self, problems: list[Problem]) -> Iterator[list[int]]:
+        """All prompts of both sides, as token ids."""
+        for context in (self.student, self.teacher):
+            for problem in problems:
+                yield from context.token_ids([problem])
 
     def lengths(self, problems: list[Problem]) -> list[int]:
         """Tokens of the longer of the two prompts of each problem."""

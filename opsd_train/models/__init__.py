@@ -6,6 +6,7 @@ from is in sampling/, and who is teacher and who is student in opsd/.
 
 from opsd_train.models.adapter import (
     adapter_config,
+    adapter_sha256,
     adapter_weights,
     add_adapter,
     base_model,
@@ -13,24 +14,37 @@ from opsd_train.models.adapter import (
     check_not_merged,
     load_adapter,
     peft_name,
+    read_lora_config,
+    sha256,
 )
 from opsd_train.models.backbone import Backbone
-from opsd_train.models.head import check_same_vocabulary, lm_head, logits, vocab_size
+from opsd_train.models.head import (
+    check_logits,
+    check_same_vocabulary,
+    lm_head,
+    logits,
+    vocab_size,
+)
 from opsd_train.models.layers import save_memory, tile_mlps
 from opsd_train.models.loading import load_model, load_tokenizer
 from opsd_train.models.sharding import call_with_full_parameters, copy_full, full_tensor, shard
+from opsd_train.models.special_tokens import check_ids, end_ids, settle_padding
 
 __all__ = [
     "Backbone",
     "adapter_config",
+    "adapter_sha256",
     "adapter_weights",
     "add_adapter",
     "base_model",
     "base_weights_sha256",
     "call_with_full_parameters",
+    "check_ids",
+    "check_logits",
     "check_not_merged",
     "check_same_vocabulary",
     "copy_full",
+    "end_ids",
     "full_tensor",
     "lm_head",
     "load_adapter",
@@ -38,7 +52,10 @@ __all__ = [
     "load_tokenizer",
     "logits",
     "peft_name",
+    "read_lora_config",
     "save_memory",
+    "settle_padding",
+    "sha256",
     "shard",
     "tile_mlps",
     "vocab_size",

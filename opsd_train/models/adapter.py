@@ -2,26 +2,49 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
+import safetensors.torch
 import torch
-from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
+from peft import LoraConfig, PeftModelForCausalLM, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from opsd_train.config import Config
-from opsd_train.models.sharding import full_tensor
+from opsd_train.models.loading import check_finite, check_keys, in_a_line
+from opsd_train.models.sharding import copy_full, full_tensor
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Of a LoraConfig: what plain LoRA is made by, and what is of no matter once there are weights.
+MADE_BY = (
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("base_model_name_or_path", "revision"),
+)
+OF_NO_MATTER = (
+    *("task_type", "auto_mapping", "peft_version", "inference_mode", "runtime_config"),
+    *("init_lora_weights", "lora_dropout", "eva_config", "megatron_core", "qalora_group_size"),
+)
+HARMLESS_BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")  # others change the base
 
 
 def add_adapter(model: PreTrainedModel, config: Config) -> PeftModelForCausalLM:
-    """LoRA on the layers that `lora_targets` names, by default every projection of attention and
-    MLP; in fp32, whatever the model's dtype.
+    """The adapter of the folder that `adapter` names; or else LoRA on the layers that
+    `lora_targets` names, by default every projection of attention and MLP. In fp32, whatever the
+    model's dtype.
 
     Raises:
+        OSError, ValueError: the folder holds no adapter of this model.
         ValueError: a target is the LM head (or shares its weight), or none of the model's layers.
     """
+    if config.adapter is not None:
+        return load_adapter(model, config.adapter, is_trainable=True)
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head.weight is embeddings.weight
     is_all = config.lora_targets == ("all-linear",)  # which PEFT knows, the LM head left out
@@ -56,22 +79,87 @@ def add_adapter(model: PreTrainedModel, config: Config) -> PeftModelForCausalLM:
     return adapted
 
 
-def load_adapter(model: PreTrainedModel, path: Path) -> PeftModelForCausalLM:
-    """The model with an adapter that a run has saved, frozen.
+def load_adapter(
+    model: PreTrainedModel, path: Path, *, is_trainable: bool = False
+) -> PeftModelForCausalLM:
+    """The model with an adapter from a folder: plain LoRA, with the weights of the file, in fp32.
+
+    PEFT itself only warns of weights that are missing, which are then random, and says nothing of
+    those that it ignores.
 
     Raises:
         OSError: there is none.
-        ValueError: it is not one of this model.
+        ValueError: it is not one of this model, or does more than LoRA.
     """
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    lora = read_lora_config(path)
+    lora.task_type, lora.inference_mode = "CAUSAL_LM", not is_trainable
+    lora.base_model_name_or_path = None  # of this model, wherever it has been
+    head = model.get_output_embeddings()
+    try:
+        adapted = get_peft_model(model, lora)
+    except ValueError as error:
+        raise ValueError(f"{path} is no adapter of this model: {in_a_line(error)}") from error
+    assert isinstance(adapted, PeftModelForCausalLM)  # what task_type asks for
+    for name, module in adapted.named_modules():
+        if isinstance(module, BaseTunerLayer) and module.get_base_layer().weight is head.weight:
+            raise ValueError(
+                f"{path} has weights for {name}: the loss reads the LM head's weight directly, and "
+                "would ignore an adapter on it"
+            )
+    try:
+        saved = safetensors.torch.load_file(path / ADAPTER_WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{path / ADAPTER_WEIGHTS} cannot be read: {error}") from error
+    wanted = {peft_name(name): w for name, w in adapter_weights(adapted).items()}
+    check_keys(
+        str(path),
+        f"an adapter of this {type(model).__name__}",
+        missing=wanted.keys() - saved.keys(),
+        unexpected=saved.keys() - wanted.keys(),
+        mismatched=[
+            (name, saved[name].shape, w.shape)
+            for name, w in wanted.items()
+            if name in saved and saved[name].shape != w.shape
+        ],
+    )
+    check_finite(str(path), saved.items())
+    for name, w in wanted.items():
+        copy_full(w, saved[name])
+    return adapted if is_trainable else adapted.eval()
+
+
+def read_lora_config(path: Path) -> LoraConfig:
+    """What a folder's adapter_config.json says, of plain LoRA.
+
+    Raises:
+        OSError: there is no adapter.
+        ValueError: it is of another kind, or has what would not be trained, saved or sampled from
+            as it is.
+    """
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} is no adapter: it has no {name}")
+    file = path / ADAPTER_CONFIG
     try:
-        adapted = PeftModel.from_pretrained(model, str(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path} is no adapter of this model: {error}") from None
-    assert isinstance(adapted, PeftModelForCausalLM)  # what adapter_config.json says
-    return adapted
+        said = json.loads(file.read_text(encoding="utf-8"))
+        kind = said.pop("peft_type")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not PEFT's: {in_a_line(error)}") from error
+    default = LoraConfig().to_dict()
+    more = [
+        f"{name}={value}"
+        for name, value in said.items()
+        if name not in (*MADE_BY, *OF_NO_MATTER) and value and value != default.get(name)
+    ]
+    if said.get("init_lora_weights") not in (None, *HARMLESS_BEGINNINGS):
+        more.append(f"init_lora_weights={said['init_lora_weights']}, which changes the base")
+    if kind != "LORA" or more:
+        what = f"{kind}, {', '.join(more)}" if more else kind
+        raise ValueError(
+            f"{path} is more than plain LoRA, which is all that is trained and sampled from here: "
+            f"its adapter_config.json has {what}"
+        )
+    return LoraConfig(**{name: said[name] for name in MADE_BY if name in said})
 
 
 def base_model(model: PeftModelForCausalLM) -> PreTrainedModel:
@@ -111,11 +199,27 @@ def check_not_merged(model: torch.nn.Module) -> None:
 
 
 def base_weights_sha256(model: PeftModelForCausalLM) -> str:
-    """Hash of every weight that is not the adapter's: the teacher, bit by bit."""
+    """Hash of every weight that is not the adapter's, bit by bit; called by all processes where
+    each holds a share."""
+    weights = base_model(model).state_dict().items()
+    return sha256((name, full_tensor(w)) for name, w in sorted(weights) if "lora_" not in name)
+
+
+def adapter_sha256(model: PeftModelForCausalLM) -> str:
+    """Hash of the adapter's weights and scales; called likewise."""
+    weights = [(name, full_tensor(w)) for name, w in adapter_weights(model).items()]
+    scales = [
+        (f"{name}.scaling", torch.tensor(list(module.scaling.values())))
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    ]
+    return sha256([*weights, *scales])
+
+
+def sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash of tensors and their names, one after the other."""
     digest = hashlib.sha256()
-    for name, weight in sorted(base_model(model).state_dict().items()):
-        if "lora_" not in name:
-            weight = full_tensor(weight.detach()).cpu().contiguous()
-            digest.update(name.encode())
-            digest.update(weight.flatten().view(torch.uint8).numpy().data)
+    for name, t in tensors:
+        digest.update(name.encode())
+        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

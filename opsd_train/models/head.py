@@ -1,12 +1,13 @@
 """The LM head, which the loss reads directly, and what must be true of it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_kernels import LMHead
-from opsd_kernels.head import LogitMap
+from opsd_kernels.head_check import check_head, head_logits
 from opsd_train.models.backbone import Backbone
 
 
@@ -29,11 +30,25 @@ def vocab_size(head: LMHead) -> int:
 
 def logits(head: LMHead, h: Tensor) -> Tensor:
     """[N, V] logits of a few hidden states [N, D], in fp32. The loss has no need of them."""
-    V = vocab_size(head)
-    z = linear(h, head.weight[:V]).float()
-    bias = None if head.bias is None else head.bias[:V]
-    LogitMap(bias, head.softcap, head.scale).apply_(z)
-    return z
+    return head_logits(head, h).float()
+
+
+def check_logits(model: Any, base: PreTrainedModel, head: LMHead, ids: list[int]) -> None:
+    """Compare the logits that the loss makes of a text with the model's own, in whatever it is
+    wrapped.
+
+    Args:
+        model: the model as it is sampled from; `base` without its wrapper.
+
+    Raises:
+        ValueError: they differ by more than rounding.
+    """
+
+    def make_logits(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        h = Backbone(base)(input_ids, attention_mask, torch.ones_like(input_ids).bool())
+        return head_logits(head, h)
+
+    check_head(model, make_logits, torch.tensor([ids], device=head.weight.device))
 
 
 def check_same_vocabulary(
@@ -85,7 +100,7 @@ def _check_logits(model: PreTrainedModel, head: LMHead) -> None:
     z = logits(head, h)
     expected = torch.cat(rows)[:, :V].float()
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.1
-    if (z - expected).norm() > tolerance * expected.norm():
+    if not (z - expected).norm() <= tolerance * expected.norm():  # nor NaN
         raise ValueError(
             f"the loss would not have the logits of this {type(model).__name__}: the model must be "
             "a causal language model that makes logits of its decoder's last hidden states as its "

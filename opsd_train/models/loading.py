@@ -1,8 +1,15 @@
-"""A model and its tokenizer, from a folder or the hub."""
+"""A model and its tokenizer, from a folder or the hub: with the weights of the file, or refused."""
 
 import importlib
+import json
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -12,7 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import find_adapter_config_file, is_flash_attn_2_available
 
 from opsd_train.config import Config
 
@@ -22,9 +29,16 @@ def load_model(name: str, config: Config) -> PreTrainedModel:
 
     Raises:
         OSError: there is none.
-        ValueError: it is another kind of model, or the kernels asked for are not installed.
+        ValueError: it is another kind of model, its files hold other weights than it has, weights
+            that are not finite, or an adapter; or a package that it needs is not installed.
     """
-    model_config = AutoConfig.from_pretrained(name)
+    _check_no_adapter(name)
+    try:
+        model_config = AutoConfig.from_pretrained(name)
+    except StrictDataclassError as error:
+        raise ValueError(
+            f"{name} cannot be loaded, for its config.json: {in_a_line(error)}"
+        ) from error
     kind = model_config.model_type
     if model_config.is_encoder_decoder or type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
@@ -32,6 +46,7 @@ def load_model(name: str, config: Config) -> PreTrainedModel:
             "without an encoder"
         )
     _turn_off_dropout(model_config.get_text_config())
+    _forget_padding_outside(model_config.get_text_config())
     if config.liger:
         _patch_layers(kind)
     attention: str | None = config.attention
@@ -41,17 +56,119 @@ def load_model(name: str, config: Config) -> PreTrainedModel:
         # By default transformers takes sdpa, or eager where sdpa lacks what the model does.
         attention = "flash_attention_2" if flash else None
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=model_config,
             dtype=getattr(torch, config.dtype),
             attn_implementation=attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below with the other keys
         )
-    except ImportError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise _explained(error, name, model_config, attention) from error
+    model, found = loaded
+    check_keys(
+        name,
+        f"a {type(model).__name__}",
+        missing=found["missing_keys"],
+        unexpected=found["unexpected_keys"],
+        mismatched=found["mismatched_keys"],
+    )
+    check_finite(name, model.named_parameters())
+    return model
+
+
+def check_keys(
+    source: str,
+    kind: str,
+    *,
+    missing: Collection[str],
+    unexpected: Collection[str],
+    mismatched: Iterable[tuple[str, Iterable[int], Iterable[int]]] = (),
+) -> None:
+    """Weights that a file lacks are random, and weights that it has too much are ignored, in
+    silence.
+
+    Args:
+        source: the model's or adapter's name.
+        kind: what it should be, "a Qwen3ForCausalLM" say.
+        mismatched: names, with the file's shape and the one that is wanted.
+
+    Raises:
+        ValueError: there are such weights; the message counts them and names some.
+    """
+    shapes = [f"{name} {list(was)} for {list(wanted)}" for name, was, wanted in mismatched]
+    faults = [
+        f"{len(names)} {fault} ({some(names)})"
+        for fault, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", shapes),
+        )
+        if names
+    ]
+    if not faults:
+        return
+    prefix = next((p for p in PREFIXES if unexpected and all(p in n for n in unexpected)), None)
+    hint = f"; save it again without {prefix} in its keys" if prefix else ""
+    raise ValueError(f"the weights of {source} are not those of {kind}: {'; '.join(faults)}{hint}")
+
+
+# What wrappers put before a model's keys: torch.compile, data parallelism, PEFT.
+PREFIXES = ("_orig_mod.", "module.", "base_model.model.")
+
+
+def check_finite(source: str, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises:
+    ValueError: a weight is NaN or infinite.
+    """
+    spoiled = [name for name, w in weights if w.is_floating_point() and not torch.isfinite(w).all()]
+    if spoiled:
         raise ValueError(
-            f"attention {attention} cannot be used: {error} Install it with "
+            f"{source} has weights that are not finite, in {len(spoiled)} tensors "
+            f"({some(spoiled)}): its file is damaged, or its training failed"
+        )
+
+
+def some(names: Collection[str]) -> str:
+    """A few of the names, for a message."""
+    shown = ", ".join(sorted(names)[:3])
+    return f"{shown}, ..." if len(names) > 3 else shown
+
+
+def _check_no_adapter(name: str) -> None:
+    """transformers would load an adapter beside a model, or an adapter's base, in silence."""
+    path = find_adapter_config_file(name)
+    if path is None:
+        return
+    base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    raise ValueError(
+        f"{name} holds an adapter (adapter_config.json), which a model's folder must not: name "
+        f"the model without it{f', {base} say,' if base else ''} and start from the adapter with "
+        f"--adapter {name}; as a teacher_model, merge the two first"
+    )
+
+
+def _explained(
+    error: Exception, name: str, model_config: PreTrainedConfig, attention: str | None
+) -> ValueError:
+    """What transformers says of a model that it cannot load, in a line."""
+    said = in_a_line(error)
+    quantization: Any = getattr(model_config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method", "an unknown method")
+        return ValueError(
+            f"{name} is quantized ({method}), and cannot be loaded: {said}; install what "
+            f"{method} needs, or take the model without quantization"
+        )
+    if isinstance(error, ImportError):
+        return ValueError(
+            f"attention {attention} cannot be used: {said} Install it with "
             "`pip install -e '.[flash]'`, or ask for --attention sdpa"
-        ) from error
+        )
+    return ValueError(f"{name} cannot be loaded: {said}")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -59,6 +176,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def _forget_padding_outside(model_config: PreTrainedConfig) -> None:
+    """An embedding cannot be made with a padding row that it does not have; the row is of no use
+    here, since padding is masked."""
+    pad, rows = model_config.pad_token_id, getattr(model_config, "vocab_size", None)
+    if pad is not None and rows is not None and not -rows <= pad < rows:
+        model_config.pad_token_id = None
 
 
 def _turn_off_dropout(model_config: PreTrainedConfig) -> None:

@@ -10,11 +10,12 @@ from opsd_train.opsd.observation import Observe, observe_tokens
 from opsd_train.opsd.scoring import score, score_sequences
 from opsd_train.opsd.setup import Setup
 from opsd_train.opsd.step import Phase, can_pack, take_step
-from opsd_train.opsd.teachers import EmaTeacher, InitialTeacher, Teacher
+from opsd_train.opsd.teachers import AdapterTeacher, BaseTeacher, EmaTeacher, Teacher
 
 __all__ = [
+    "AdapterTeacher",
+    "BaseTeacher",
     "EmaTeacher",
-    "InitialTeacher",
     "Observe",
     "Phase",
     "Setup",

@@ -1,6 +1,7 @@
 """Who scores what the student sampled: a backbone, and the adapter that is on it meanwhile.
 
-initial         the model with its adapter off: the policy that training began with
+base            the model with its adapter off
+initial         the policy that training began with: the same, or with --adapter that adapter
 live            the student itself, as it is now
 ema             an exponential moving average of the student's adapter
 another model   with an LM head of its own, for on-policy distillation
@@ -36,7 +37,7 @@ class Teacher:
         return {}
 
 
-class InitialTeacher(Teacher):
+class BaseTeacher(Teacher):
     """The student's backbone without its adapter."""
 
     def __init__(self, backbone: torch.nn.Module, model: PeftModelForCausalLM):
@@ -47,20 +48,19 @@ class InitialTeacher(Teacher):
         return self.model.disable_adapter()
 
 
-class EmaTeacher(Teacher):
-    """The student's backbone with the average of its adapter: ā ← decay · ā + (1 − decay) · a after
-    each step."""
+class AdapterTeacher(Teacher):
+    """The student's backbone with adapter weights of the teacher's own: those that the student has
+    when this is made."""
 
-    def __init__(self, backbone: torch.nn.Module, model: PeftModelForCausalLM, decay: float):
+    def __init__(self, backbone: torch.nn.Module, model: PeftModelForCausalLM):
         super().__init__(backbone)
-        self.decay = decay
         self.student = adapter_weights(model)
-        self.average = {name: w.detach().clone() for name, w in self.student.items()}
+        self.adapter = {name: w.detach().clone() for name, w in self.student.items()}
 
     @contextmanager
     def active(self) -> Iterator[None]:
         live = {name: w.detach().clone() for name, w in self.student.items()}
-        self._set(self.average)
+        self._set(self.adapter)
         try:
             yield
         finally:
@@ -71,9 +71,18 @@ class EmaTeacher(Teacher):
         for name, w in self.student.items():
             w.copy_(weights[name])
 
+
+class EmaTeacher(AdapterTeacher):
+    """With the average of the student's adapter: ā ← decay · ā + (1 − decay) · a after each
+    step."""
+
+    def __init__(self, backbone: torch.nn.Module, model: PeftModelForCausalLM, decay: float):
+        super().__init__(backbone, model)
+        self.decay = decay
+
     def follow(self) -> None:
         for name, w in self.student.items():
-            self.average[name].lerp_(w.detach(), 1 - self.decay)
+            self.adapter[name].lerp_(w.detach(), 1 - self.decay)
 
     def state(self) -> dict[str, Tensor]:
-        return self.average
+        return self.adapter

@@ -7,6 +7,7 @@ from typing import Any
 from opsd_train.config import Config
 from opsd_train.data import those_that_fit
 from opsd_train.evaluation import Attempt, Grader, accuracy, accuracy_record, evaluate
+from opsd_train.models import base_model, check_ids
 from opsd_train.opsd import Setup
 from opsd_train.records import Problem
 from opsd_train.run.console import say
@@ -24,6 +25,7 @@ def measure_held_out(
     """Accuracy of one sample a problem, drawn as rollouts are, before the first step, every
     `eval_every` steps, and after the last."""
     fit = those_that_fit(problems, setup.contexts, config.max_prompt_tokens)
+    check_ids(base_model(setup.model), setup.tokenizer, setup.contexts.prompts(fit))
 
     def measure_after(step: int, is_last: bool) -> dict[str, Any]:
         if step % config.eval_every and not is_last:

@@ -13,15 +13,18 @@ from opsd_train.models import (
     Backbone,
     add_adapter,
     base_model,
+    check_ids,
+    check_logits,
     check_not_merged,
     check_same_vocabulary,
     lm_head,
     load_model,
     load_tokenizer,
     save_memory,
+    settle_padding,
     shard,
 )
-from opsd_train.opsd import EmaTeacher, InitialTeacher, Setup, Teacher
+from opsd_train.opsd import AdapterTeacher, BaseTeacher, EmaTeacher, Setup, Teacher
 from opsd_train.records import Problem
 from opsd_train.run.lengths import fit_lengths
 from opsd_train.sampling import Ahead, Sampling, make_sampler
@@ -37,12 +40,14 @@ def set_up(
     """Put the adapter on the model, and everything around it.
 
     Raises:
-        OSError: teacher_model cannot be loaded.
+        OSError: teacher_model or adapter cannot be loaded.
         ValueError: what does not fit together, by name.
     """
+    settle_padding(model, tokenizer)
     contexts = make_contexts(config, tokenizer)
     config = fit_lengths(config, model, contexts, problems)
     problems = those_that_fit(problems, contexts, config.max_prompt_tokens)
+    check_ids(model, tokenizer, contexts.prompts(problems))
 
     set_seed(config.seed)  # of the adapter; all other draws have seeds of their own
     torch.nn.Module.to(model, accelerator.device)
@@ -50,6 +55,8 @@ def set_up(
     check_not_merged(student)
     save_memory(base_model(student), config)
     head = lm_head(base_model(student))
+    (prompt,) = contexts.student.token_ids(problems[:1])
+    check_logits(student, base_model(student), head, prompt)
     backbone = Backbone(base_model(student))
     if config.shard:
         shard(backbone, accelerator)
@@ -97,7 +104,9 @@ def make_teacher(
         return Teacher(backbone)
     if config.teacher == "ema":
         return EmaTeacher(backbone, student, config.ema_decay)
-    return InitialTeacher(backbone, student)
+    if config.teacher == "initial" and config.adapter is not None:
+        return AdapterTeacher(backbone, student)
+    return BaseTeacher(backbone, student)
 
 
 def check_distribution(config: Config, accelerator: Accelerator) -> None:

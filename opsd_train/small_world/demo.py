@@ -37,7 +37,7 @@ def measure_held_out(
 
     def measure_after(step: int, is_last: bool) -> dict[str, Any]:
         if step == 0:
-            with setup.model.disable_adapter():
+            with setup.teacher.active():
                 teacher = measure("teacher", step, len(held_out))
             before = measure("before", step, len(held_out))
             say_accuracy(run, "teacher", "before")
