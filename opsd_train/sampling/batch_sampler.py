@@ -1,17 +1,47 @@
 """What the engines that run the model in this process have in common."""
 
-from peft import PeftModelForCausalLM
-from transformers import PreTrainedTokenizerBase
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from opsd_train.models import base_model
+from peft import PeftModelForCausalLM
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+
+from opsd_train.models import base_model, end_ids
 from opsd_train.sampling.sampler import Sampling
 
+# What transformers samples by, and must be its own.
+OF_TRANSFORMERS = (
+    *("generate", "generate_batch", "_sample", "_prepare_generation_config"),
+    *("_get_logits_processor", "_get_stopping_criteria"),
+)
 
-def end_ids(model: PeftModelForCausalLM, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens at which a model stops: those of its generation config, and the tokenizer's."""
-    named = base_model(model).generation_config.eos_token_id
-    ids = named if isinstance(named, list) else [named]
-    return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+
+@contextmanager
+def nothing_inherited(model: PreTrainedModel) -> Iterator[Any]:
+    """The model, without a generation config of its own within: transformers fills in what a call
+    leaves unset from there, penalties and stop strings say, and rollouts would come from another
+    policy than the loss's softmax(z / T)."""
+    its_own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield model
+    finally:
+        model.generation_config = its_own
+
+
+def check_generates(model: PreTrainedModel) -> None:
+    """Raises:
+    ValueError: the model has code of its own for sampling, which might draw from another policy.
+    """
+    for name in OF_TRANSFORMERS:
+        is_own = getattr(type(model), name, None) is not getattr(GenerationMixin, name)
+        if is_own or name in vars(model):
+            raise ValueError(
+                f"this {type(model).__name__} has a {name} of its own, which may sample otherwise "
+                "than from softmax(z / T), the policy of the loss; sample from it with vLLM "
+                "(--engine vllm)"
+            )
 
 
 class BatchSampler:
@@ -27,7 +57,8 @@ class BatchSampler:
     ):
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.batch_size = batch_size
-        self.ends = end_ids(model, tokenizer)
+        check_generates(base_model(model))
+        self.ends = end_ids(base_model(model), tokenizer)
 
     def sample(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
         self.model.eval()  # without activation checkpointing, which knows no cache

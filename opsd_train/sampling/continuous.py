@@ -8,7 +8,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from opsd_train.errors import RunFailed
 from opsd_train.models import base_model
-from opsd_train.sampling.batch_sampler import BatchSampler
+from opsd_train.sampling.batch_sampler import BatchSampler, nothing_inherited
 from opsd_train.sampling.sampler import draw_seed
 
 PAGE = 256  # tokens whose keys and values are stored together
@@ -37,22 +37,22 @@ class ContinuousSampler(BatchSampler):
         sampling = self.sampling
         # Room for these rollouts and no more: by default it takes most of the memory there is.
         pages = sum(-(-(len(p) + sampling.max_new_tokens) // PAGE) + 1 for p in prompts)
-        model: Any = base_model(self.model)
-        results = model.generate_batch(
-            prompts,
-            generation_config=GenerationConfig(
-                do_sample=True,
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=sorted(self.ends),
-                pad_token_id=self.tokenizer.pad_token_id,
-            ),
-            continuous_batching_config=ContinuousBatchingConfig(
-                page_size=PAGE, num_blocks=pages, seed=abs(draw_seed(*seeds)) % 2**31
-            ),
-        )
+        with nothing_inherited(base_model(self.model)) as model:
+            results = model.generate_batch(
+                prompts,
+                generation_config=GenerationConfig(
+                    do_sample=True,
+                    temperature=sampling.temperature,
+                    top_k=sampling.top_k,
+                    top_p=sampling.top_p,
+                    max_new_tokens=sampling.max_new_tokens,
+                    eos_token_id=sorted(self.ends),
+                    pad_token_id=self.tokenizer.pad_token_id,
+                ),
+                continuous_batching_config=ContinuousBatchingConfig(
+                    page_size=PAGE, num_blocks=pages, seed=abs(draw_seed(*seeds)) % 2**31
+                ),
+            )
         return completed(list(results.values()), len(prompts))
 
 

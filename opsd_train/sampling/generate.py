@@ -12,7 +12,8 @@ from transformers import (
 )
 
 from opsd_train.data import left_pad
-from opsd_train.sampling.batch_sampler import BatchSampler
+from opsd_train.models import base_model
+from opsd_train.sampling.batch_sampler import BatchSampler, nothing_inherited
 
 
 class GenerateSampler(BatchSampler):
@@ -26,8 +27,8 @@ class GenerateSampler(BatchSampler):
         if self.sampling.top_p < 1:
             processors.append(TopPLogitsWarper(self.sampling.top_p))
         processors.append(SeededDraws(seeds, self.model.device))
-        with torch.no_grad():
-            out = self.model.generate(
+        with torch.no_grad(), nothing_inherited(base_model(self.model)) as model:
+            out = model.generate(
                 input_ids=ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
                 logits_processor=processors,

@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd_train.config import Config
 from opsd_train.errors import RunFailed
-from opsd_train.models import adapter_config, base_model, call_with_full_parameters
-from opsd_train.sampling.batch_sampler import end_ids
+from opsd_train.models import adapter_config, base_model, call_with_full_parameters, end_ids
 from opsd_train.sampling.fleet import Batch, Fleet
 from opsd_train.sampling.published import Published, is_on, noise, whole_adapter
 from opsd_train.sampling.sampler import Samples, Sampling
@@ -56,7 +55,7 @@ class VllmSampler:
         self.accelerator, self.model, self.sampling = accelerator, model, sampling
         self.backbone = backbone if config.shard else None
         self.at_once = config.rollout_batch_size
-        self.ends = end_ids(model, tokenizer)
+        self.ends = end_ids(base_model(model), tokenizer)
         self.fleet = Fleet(config.engine_urls or (), config.engine_timeout)
         self.under_way: Batch | None = None
         longest = config.max_prompt_tokens + config.max_new_tokens
@@ -111,11 +110,14 @@ class VllmSampler:
     def _request(
         self, adapter: Path | None, prompt: list[int], seed: int, sampling: Sampling
     ) -> dict[str, Any]:
-        """For /v1/completions. What is left out the model's generation config fills in."""
+        """For /v1/completions: all that decides which tokens are drawn, and how many. What is left
+        out the server fills in, from the model's generation config or its own."""
         return {
             "model": self.base if adapter is None else adapter.name,
             "prompt": prompt,
+            "n": 1,
             "max_tokens": sampling.max_new_tokens,
+            "min_tokens": 0,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
@@ -123,6 +125,7 @@ class VllmSampler:
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "repetition_penalty": 1.0,
+            "stop": [],
             "seed": 0 if seed == -1 else seed,  # which stands for none
             "ignore_eos": True,
             "stop_token_ids": sorted(self.ends) if sampling is not CHECK else [],
