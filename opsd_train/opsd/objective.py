@@ -10,6 +10,10 @@ from opsd_kernels import LMHead, divergence_name, fused_sampled_token_loss, toke
 from opsd_train.config import Config
 from opsd_train.records import Scores
 
+# What a token's p, as it is trained over as it was sampled, may weigh it by: truncated importance
+# sampling, with the bound that is usual for engines that differ from the trainer.
+MOST_IMPORTANCE = 2.0
+
 
 def loss_name(config: Config) -> str:
     if config.objective == "sampled_token":
@@ -61,19 +65,6 @@ def opsd_loss(
             targets=scores.tokens,
             **common,
         )
-    loss = divergence.loss.sum()
-    if is_sampled:
-        sampled = fused_sampled_token_loss(
-            scores.h_student,
-            scores.h_teacher,
-            head,
-            scores.tokens,
-            advantage_clip=config.advantage_clip,
-            reduction="sum",
-            **common,
-        )
-        assert isinstance(sampled, Tensor)  # without return_log_probs
-        loss = sampled
     assert divergence.logp_student is not None  # there are targets
     assert divergence.logp_teacher is not None
     statistics = {
@@ -87,4 +78,21 @@ def opsd_loss(
     if scores.logp_sampler is not None:
         off = divergence.logp_student.detach() - scores.logp_sampler
         statistics |= {"sampler_log_ratio": off, "sampler_log_ratio_size": off.abs()}
+    loss = divergence.loss.sum()
+    if is_sampled:
+        if scores.logp_sampler is not None:
+            # A policy gradient of tokens that another policy drew; a divergence is no expectation
+            # of that kind: each of its tokens counts as it comes.
+            common["token_weights"] = weights * off.exp().clamp(max=MOST_IMPORTANCE)
+        sampled = fused_sampled_token_loss(
+            scores.h_student,
+            scores.h_teacher,
+            head,
+            scores.tokens,
+            advantage_clip=config.advantage_clip,
+            reduction="sum",
+            **common,
+        )
+        assert isinstance(sampled, Tensor)  # without return_log_probs
+        loss = sampled
     return loss, {name: (weights * s).sum() for name, s in statistics.items()}
