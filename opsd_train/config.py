@@ -380,7 +380,10 @@ def make_config(values: dict[str, Any], preset: dict[str, Any] | None = None) ->
     made = {name: _convert(name, value) for name, value in every.items()}
     if made.get("adapter") is not None:
         for name, has in adapter_options(made["adapter"]).items():
-            if name in values and made[name] != has:
+            asked = made.get(name)
+            if name == "lora_targets" and asked is not None:
+                asked = tuple(sorted(asked))
+            if name in values and asked != has:
                 raise ValueError(
                     f"{name} {values[name]} contradicts adapter {made['adapter']}, which has {has}:"
                     " leave it out"

@@ -1,6 +1,7 @@
 """The run folder, and the seconds of a run by phase.
 
 config.yaml         what was asked for, as a config file; the divergence by name above it
+fingerprint.json    hashes of what the run is made of: weights, data, tokenizer; see fingerprint.py
 metrics.jsonl       a line a step
 tokens.jsonl        some rollouts token by token: divergences, and what both sides would have said
 completions.jsonl   every solution sampled: phase, step, prompt, completion, and whether it is right
@@ -19,7 +20,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -38,12 +39,21 @@ from opsd_train.run.checkpoint import (
     remove_unfinished,
     write_through,
 )
+from opsd_train.run.console import say
 from opsd_train.run.trackers import numbers_by_name, start_tracker
 
 REPORT = "report.html"
+FINGERPRINT = "fingerprint.json"
 FILES = [
-    *("config.yaml", "metrics.jsonl", "completions.jsonl", "summary.json", "curves.png"),
-    *("tokens.jsonl", REPORT, "failed_batch.json", "evaluation"),
+    *(
+        "config.yaml",
+        FINGERPRINT,
+        "metrics.jsonl",
+        "completions.jsonl",
+        "summary.json",
+        "curves.png",
+    ),
+    *("tokens.jsonl", REPORT, "failed_batch.json", "evaluation", FINGERPRINT),
 ]
 LINES = ("metrics.jsonl", "completions.jsonl", "tokens.jsonl")  # added to after every step
 ADAPTER = "adapter"
@@ -113,17 +123,24 @@ class RunFolder:
         lap, self.lap_seconds = self.lap_seconds, {}
         return lap
 
-    def begin(self, config: dict[str, Any], comment: str) -> None:
+    def begin(
+        self, config: dict[str, Any], comment: str, contents: Mapping[str, str] | None = None
+    ) -> None:
         """Go on with the run in the folder, or remove it and write config.yaml, a comment above.
         Until then the folder is as it was: a run that fails before it begins costs nothing.
 
+        Args:
+            contents: hashes of what the run is made of, for fingerprint.json.
+
         Raises:
             ValueError: the run to go on with was asked for something else, whether or not it came
-                to a checkpoint.
+                to a checkpoint; or is made of something else.
         """
+        contents = contents or {}
         resumed = last_step(self.path) if self.resume else None
         if resumed is not None:
-            self._check_same(config)
+            self._check_same(config, resumed)
+            self._check_contents(contents)
             self.metrics = self._lines("metrics.jsonl", up_to=resumed)
         if not self.is_main:
             return
@@ -131,17 +148,21 @@ class RunFolder:
             # What the run did after its last checkpoint will be done again.
             for name in LINES:
                 self._replace(name, to_lines(self._lines(name, up_to=resumed)))
+            was = self._was_asked_for()
+            if config.get("steps") != was.get("steps"):  # which can be raised
+                self._write_config(was | {"steps": config["steps"]}, comment)
+            self._write_contents(contents)
             remove_unfinished(self.path)
             return
         if self.resume and (self.path / "config.yaml").exists():
-            self._check_same(config)
+            self._check_same(config, 0)
         for name in self.replaced:
             if (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)
             else:
                 (self.path / name).unlink(missing_ok=True)
-        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        self._replace("config.yaml", f"# {comment}\n{text}")
+        self._write_config(config, comment)
+        self._write_contents(contents)
 
     def track(self, name: str, config: dict[str, Any]) -> None:
         """Send metrics to a tracker as well, if any is named."""
@@ -205,24 +226,73 @@ class RunFolder:
                 "--output-dir, or replace the run with --overwrite"
             )
 
-    def _check_same(self, config: dict[str, Any]) -> None:
+    def _check_same(self, config: dict[str, Any], done: int) -> None:
+        """Whether as much is asked for as was, after so many steps."""
+        # A run of an earlier version was not asked for what there was not.
+        was: dict[str, Any] = {f.name: f.default for f in options()} | self._was_asked_for()
+        free = set(MAY_DIFFER_WHEN_RESUMED)
+        if config.get("engine") == "continuous":
+            free.remove("rollout_batch_size")
+        for name, value in config.items():
+            if name == "steps" and value > was["steps"]:
+                self._check_can_go_on(was["steps"], config, done)
+            elif name not in free and was.get(name) != value:
+                raise ValueError(
+                    f"{name} was {was.get(name)} in the run to resume, and is {value} now; ask for "
+                    "the same, or name another folder with --output-dir"
+                )
+
+    def _check_can_go_on(self, was: int, config: dict[str, Any], done: int) -> None:
+        """Raises:
+        ValueError: a run of more steps would have had other learning rates until now.
+        """
+        steps, rising = config["steps"], round(config["warmup"] * config["steps"])
+        if config["schedule"] == "constant" and done >= rising:
+            return
+        why = f"the warm-up would be {rising} steps, and {done} are taken"
+        if config["schedule"] != "constant":
+            why = f"the {config['schedule']} schedule, which ends with the last step, another"
+        raise ValueError(
+            f"steps was {was} in the run to resume, and is {steps} now: {why}. Ask for {was}, or "
+            f"start a run from this one's adapter, with --adapter {self.path / ADAPTER}"
+        )
+
+    def _check_contents(self, contents: Mapping[str, str]) -> None:
+        """Raises:
+        ValueError: what the run is made of has changed.
+        """
+        path = self.path / FINGERPRINT
+        if not path.exists():
+            say(
+                f"{self.path} is of an earlier version, without {FINGERPRINT}: that model and data "
+                "are those that it began with cannot be checked, but from now on."
+            )
+            return
+        was = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name, value in contents.items() if was.get(name, value) != value]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)}: changed since the run to resume began, though the names "
+                f"are the same ({path}); put back what was there, or name another folder with "
+                "--output-dir"
+            )
+
+    def _write_contents(self, contents: Mapping[str, str]) -> None:
+        if contents and not (self.path / FINGERPRINT).exists():
+            self.write_json(FINGERPRINT, contents)
+
+    def _was_asked_for(self) -> dict[str, Any]:
         was = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
         if not isinstance(was, dict):
             raise ValueError(
                 f"{self.path / 'config.yaml'} does not say what the run to resume was asked for; "
                 "replace the run with --overwrite, or name another folder with --output-dir"
             )
-        free = set(MAY_DIFFER_WHEN_RESUMED)
-        if config.get("engine") == "continuous":
-            free.remove("rollout_batch_size")
-        # A run of an earlier version was not asked for what there was not.
-        was = {f.name: f.default for f in options() if f.name not in was} | was
-        for name, value in config.items():
-            if name not in free and was.get(name) != value:
-                raise ValueError(
-                    f"{name} was {was.get(name)} in the run to resume, and is {value} now; ask for "
-                    "the same, or name another folder with --output-dir"
-                )
+        return was
+
+    def _write_config(self, config: dict[str, Any], comment: str) -> None:
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        self._replace("config.yaml", f"# {comment}\n{text}")
 
     def _append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         if self.is_main:

@@ -9,13 +9,20 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel
 
 from opsd_train.config import Config
-from opsd_train.models import base_model, base_weights_sha256
-from opsd_train.opsd import Setup, loss_name
+from opsd_train.models import (
+    adapter_weights,
+    base_model,
+    base_weights_sha256,
+    read_lora_config,
+)
+from opsd_train.opsd import BaseTeacher, Setup, loss_name
 from opsd_train.report import write_report
 from opsd_train.run.console import say
 from opsd_train.run.dry_run import dry_run
+from opsd_train.run.fingerprint import fingerprint
 from opsd_train.run.folder import REPORT, RunFolder
 from opsd_train.run.lengths import check_batch, fit_lengths
 from opsd_train.run.loop import train
@@ -44,10 +51,10 @@ def run_in(world: World, accelerator: Accelerator) -> None:
     say(world.describe(materials, setup))
     say_plan(config, setup)
     say_memory(config, setup)
-    begin(config, run)
     if not world.is_fast:
         say("Hashing the base weights, to see at the end that they did not move ...")
     before = hash_base_weights(config, setup)
+    begin(config, run, fingerprint(config, setup, materials, before))
     train(world, setup, run, world.evaluation(materials, setup, run))
     finish(config, setup, run, before, **world.conclude(materials, run))
 
@@ -72,11 +79,11 @@ def open_run_folder(config: Config, accelerator: Accelerator) -> RunFolder:
     )
 
 
-def begin(config: Config, run: RunFolder) -> None:
+def begin(config: Config, run: RunFolder, contents: dict[str, str]) -> None:
     values = {**config.as_dict(), "output_dir": str(run.path)}
     # How a run is started is asked each time: its config.yaml alone must not replace the run.
     values |= {"overwrite": False, "resume": False, "dry_run": False}
-    run.begin(values, comment=loss_name(config))
+    run.begin(values, comment=loss_name(config), contents=contents)
     run.track(config.tracker, values)
 
 
@@ -89,7 +96,7 @@ def hash_base_weights(config: Config, setup: Setup) -> str:
 
 def finish(config: Config, setup: Setup, run: RunFolder, sha256: str, **summary: object) -> None:
     if hash_base_weights(config, setup) != sha256:
-        raise RuntimeError("the base weights, which are the teacher, changed during training")
+        raise RuntimeError(f"the {base_weights(setup)} changed during training")
     run.save_adapter()
     run.write_summary(
         divergence=loss_name(config),
@@ -102,8 +109,13 @@ def finish(config: Config, setup: Setup, run: RunFolder, sha256: str, **summary:
     )
     if run.is_main:
         write_report([run.path], run.path / REPORT)
-    say(f"\nThe base weights, which are the teacher, did not move. Run folder: {run.path}")
+    say(f"\nThe {base_weights(setup)} did not move. Run folder: {run.path}")
     say(f"Report: {run.path / REPORT}")
+
+
+def base_weights(setup: Setup) -> str:
+    is_teacher = isinstance(setup.teacher, BaseTeacher)
+    return "base weights, which are the teacher," if is_teacher else "base weights"
 
 
 def say_plan(config: Config, setup: Setup) -> None:
@@ -121,14 +133,15 @@ def say_plan(config: Config, setup: Setup) -> None:
             f"processes × micro-batches × at most so many rollouts: {processes} × {micro_batches} "
             f"× {config.micro_batch_size}"
         )
-    adapter = sum(w.numel() for w in model.parameters() if w.requires_grad)
-    parameters = sum(w.numel() for w in model.parameters()) - adapter
+    adapter = sum(w.numel() for w in adapter_weights(model).values())
+    parameters = count_parameters(base_model(model)) - adapter
     kind = type(base_model(model)).__name__.removesuffix("ForCausalLM")
     rising = round(config.warmup * config.steps)
     say(
         f"Model: {kind} with {parameters:,} parameters in {setup.head.weight.dtype}, "
         f"{model.config._attn_implementation} attention, on {setup.accelerator.device}; "
         f"adapter of {adapter:,}, rank {config.lora_rank}.\n"
+        f"{describe_start(config)}"
         f"Teacher: {config.teacher_model or config.teacher}.\n"
         f"Loss: {loss_name(config)}, temperature {config.temperature}, mean over "
         f"{'each rollout, then the batch' if config.mean == 'rollout' else 'all tokens'}.\n"
@@ -137,3 +150,18 @@ def say_plan(config: Config, setup: Setup) -> None:
         f"rate up to {config.learning_rate:.3g} over {rising} steps, then "
         f"{config.schedule}."
     )
+
+
+def describe_start(config: Config) -> str:
+    """Which adapter training starts from, if it is not a new one."""
+    if config.adapter is None:
+        return ""
+    base = read_lora_config(config.adapter).base_model_name_or_path
+    elsewhere = f", made for {base}" if base and base != config.model else ""
+    return f"Adapter to start from: {config.adapter}{elsewhere}.\n"
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Of the model, a weight with two names once: sharded, they are two tensors."""
+    tied = model.all_tied_weights_keys if model.config.get_text_config().tie_word_embeddings else ()
+    return sum(w.numel() for name, w in model.named_parameters() if name not in tied)

@@ -1,0 +1,83 @@
+"""What a run is made of, by content: a folder, a file or a hub's model can change under its name.
+
+fingerprint.json holds the hashes, from the beginning of a run on. A run that is resumed has to have
+the same: else its held-out problems could be trained on, or its base weights be others than at the
+start. What was loaded is hashed and not the files, so that a copy elsewhere is the same.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from opsd_train.config import Config
+from opsd_train.models import adapter_sha256, base_model, end_ids, sha256
+from opsd_train.opsd import Setup
+from opsd_train.records import Problem
+from opsd_train.run.world import Materials
+
+# Of a model's config: where it was loaded from, by what and how.
+OF_LOADING = ("transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
+
+
+def fingerprint(
+    config: Config, setup: Setup, materials: Materials, base_sha256: str
+) -> dict[str, str]:
+    """Hashes by what they are of, in words: those of the main process, in all of
+    them; taken before the adapter of a checkpoint takes the place
+    of the one that training began with.
+
+    Args:
+        base_sha256: hash of the base weights.
+    """
+    base, tokenizer = base_model(setup.model), setup.tokenizer
+    hashes = {
+        "problems": of_json(texts(materials.problems)),
+        "held-out problems": of_json(texts(materials.held_out)),
+        "tokenizer and chat template": of_tokenizer(tokenizer),
+        "end tokens": of_json(sorted(end_ids(base, tokenizer))),
+        "model's config": of_config(base.config),
+        "base weights": base_sha256,
+    }
+    if config.adapter is not None:
+        hashes["adapter to start from"] = adapter_sha256(setup.model)
+    if setup.teacher.head is not None and setup.accelerator.is_main_process:
+        teacher: Any = setup.teacher.backbone
+        head = setup.teacher.head
+        weights = [*sorted(teacher.state_dict().items()), ("head", head.weight)]
+        if head.bias is not None:
+            weights.append(("bias", head.bias))
+        hashes["teacher_model's config"] = of_config(teacher.model.config)
+        hashes["teacher_model's weights"] = sha256(weights)
+    (hashes,) = broadcast_object_list([hashes])
+    return hashes
+
+
+def texts(problems: list[Problem]) -> list[list[str]]:
+    return [[p.question, p.solution, p.answer] for p in problems]
+
+
+def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        model = json.loads(backend.to_str())
+        of_a_call = ("padding", "truncation")
+        model = {name: value for name, value in model.items() if name not in of_a_call}
+    else:
+        model = [tokenizer.get_vocab(), tokenizer.init_kwargs]
+    return of_json([model, tokenizer.special_tokens_map, tokenizer.chat_template])
+
+
+def of_config(config: PreTrainedConfig) -> str:
+    """Of what differs from the defaults: versions of transformers add to those."""
+    values = config.to_diff_dict()
+    return of_json(
+        {k: v for k, v in values.items() if k not in OF_LOADING and not k.startswith("_")}
+    )
+
+
+def of_json(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
