@@ -295,12 +295,22 @@ def test_plain_lora_as_it_comes(folder, tmp_path, options):
 
 
 def test_its_rank_and_targets_are_the_configs(adapter, folder):
-    asked = config(folder, adapter=str(adapter), lora_rank=7)
+    given = {"model": str(folder / "model"), "data": "x.jsonl", "adapter": str(adapter)}
+    asked = make_config(given, preset={"lora_rank": 64, "lora_alpha": 128})
     assert (asked.lora_rank, asked.lora_alpha) == (2, 6)
     assert asked.lora_targets == ("q_proj", "up_proj")
-    assert make_config(asked.as_dict()) == asked
+    assert make_config(asked.as_dict()).as_dict() == asked.as_dict()
+    assert make_config(given | {"lora_targets": "up_proj,q_proj"}).lora_targets == (
+        "q_proj",
+        "up_proj",
+    )
+    for name, value in (("lora_rank", 7), ("lora_alpha", 7), ("lora_targets", "q_proj")):
+        with pytest.raises(
+            ValueError, match=f"{name} {value} contradicts adapter .*: leave it out"
+        ):
+            make_config(given | {name: value})
     with pytest.raises(ValueError, match="adapter must be a folder with PEFT's"):
-        config(folder, adapter=str(folder))
+        make_config(given | {"adapter": str(folder)})
 
 
 def test_the_teacher_of_a_run_from_an_adapter(folder, adapter):

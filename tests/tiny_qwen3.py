@@ -120,11 +120,10 @@ def config(folder: Path, **options: object) -> Config:
         "model": str(folder / "model"),
         "data": str(folder / "problems.jsonl"),
         "dtype": "float32",
-        "lora_rank": 4,
         "max_prompt_tokens": 512,
         "max_new_tokens": 12,
     }
-    return make_config(values | options)
+    return make_config(values | options, preset={"lora_rank": 4})
 
 
 def prepared(folder: Path, **options: object) -> Setup:
