@@ -6,7 +6,7 @@ arrive. To the gradient of a head, dW = Σ_n g_n (∂ℓ_n/∂z_n)ᵀ h_n, all t
 three ways:
 
     frozen     forward makes dh_S, backward scales its rows
-    trained    forward keeps 40 bytes a token, backward makes all gradients (`head_gradient`)
+    trained    forward keeps 37 bytes a token, backward makes all gradients (`head_gradient`)
     weighed    the weights are known but for one factor, which is that of a sum: forward makes all
                gradients, backward scales them (where the budget holds dW in fp32)
 """
@@ -123,8 +123,11 @@ class _OfHead(torch.autograd.Function):
         N = problem.h_S.shape[0]
         stats, top = _zeros(problem, STATS, N), problem.h_S.new_zeros(N, dtype=torch.int32)
         outputs = _filled(problem, needs_statistics, workspace_bytes, stats=stats, top=top)
-        ctx.save_for_backward(weight, bias, outputs.loss, stats, top, *_tensors(values))
-        ctx.others, ctx.workspace_bytes = _others(values), workspace_bytes
+        # Not the loss itself, which may be weighed in place.
+        infinite = outputs.loss.isinf()
+        given = (weight, bias, *values)
+        ctx.save_for_backward(infinite, stats, top, *_tensors(given))
+        ctx.others, ctx.workspace_bytes = _others(given), workspace_bytes
         if outputs.statistics is None:
             return outputs.loss  # PyTorch's compiler takes no None beside it
         ctx.mark_non_differentiable(outputs.statistics)
@@ -133,13 +136,14 @@ class _OfHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        weight, bias, loss, stats, top, *tensors = ctx.saved_tensors
-        problem = Problem(*_joined(ctx.others, tensors))
+        infinite, stats, top, *tensors = _saved(ctx)
+        weight, bias, *values = _joined(ctx.others, tensors)
+        problem = Problem(*values)
         h_S, V = problem.h_S, problem.W.shape[0]
         needs_weight, needs_bias = ctx.needs_input_grad[:2]
         needs_h = ctx.needs_input_grad[4 + FIELDS.index("h_S")]
         # Where ℓ is infinite it has no gradient.
-        weights = grad_loss.masked_fill(loss.isinf(), 0)
+        weights = grad_loss.masked_fill(infinite, 0)
         largest = _largest(weights)
         # What does not count may be NaN, which a product would spread. Its place is that of the
         # gradient, until that is known.
@@ -161,7 +165,7 @@ class _OfHead(torch.autograd.Function):
             grad.copy_(gradients.dh_S)
         return (
             dW,
-            _padded(db, bias),
+            None if bias is None or db is None else _padded(db, bias.shape[0], bias.dtype),
             None,
             None,
             *_gradients(grad if needs_h else None),
@@ -182,36 +186,50 @@ class _WeighedSum(torch.autograd.Function):
     ) -> Tensor:
         problem = Problem(*values)
         V, D = problem.W.shape
+        needs_h = ctx.needs_input_grad[4 + FIELDS.index("h_S")]
         outputs = _filled(
             problem,
             False,
             workspace_bytes,
-            dh_S=_zeros(problem, *problem.h_S.shape),
+            dh_S=_zeros(problem, *problem.h_S.shape) if needs_h else None,
             dW=_zeros(problem, V, D),
             db=None if bias is None else _zeros(problem, V),
         )
         weights = problem.weights
         assert weights is not None
-        ctx.save_for_backward(weight, bias, largest, outputs.dh_S, outputs.dW, outputs.db)
-        ctx.dtype = problem.h_S.dtype
+        # Not the head, which may be changed before backward, and is not read there.
+        ctx.save_for_backward(weights, largest, outputs.dh_S, outputs.dW, outputs.db)
+        ctx.dtype, ctx.rows, ctx.dtypes = (
+            problem.h_S.dtype,
+            weight.shape[0],
+            (weight.dtype, None if bias is None else bias.dtype),
+        )
         # Selected, not multiplied: a dropped token's loss may be anything.
         return torch.where(weights != 0, weights * largest * outputs.loss, 0).sum()
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        weight, bias, largest, dh_S, dW, db = ctx.saved_tensors
+        weights, largest, dh_S, dW, db = ctx.saved_tensors
         needs_weight, needs_bias = ctx.needs_input_grad[:2]
-        # New tensors: what is saved may be wanted again. Rounded once.
-        factor, V = grad_sum * largest, dW.shape[0]
-        grad = torch.empty_like(dh_S, dtype=ctx.dtype)
-        torch.mul(dh_S, factor, out=grad)
-        grad_weight = None
+        # New tensors: what is saved may be wanted again. Rounded once. Selected, not multiplied:
+        # what does not count may be NaN.
+        factor = grad_sum * largest
+        no_part = factor == 0
+        grad = None
+        if dh_S is not None:
+            grad = torch.empty_like(dh_S, dtype=ctx.dtype)
+            torch.mul(dh_S, factor, out=grad)
+            grad.masked_fill_(((weights == 0) | no_part)[:, None], 0)
+        weight_dtype, bias_dtype = ctx.dtypes
+        grad_weight = grad_bias = None
         if needs_weight:
-            grad_weight = torch.empty_like(weight)
-            torch.mul(dW, factor, out=grad_weight[:V])
-            grad_weight[V:].zero_()
-        grad_bias = _padded(db * factor, bias) if needs_bias else None
+            grad_weight = dW.new_empty(ctx.rows, dW.shape[1], dtype=weight_dtype)
+            torch.mul(dW, factor, out=grad_weight[: dW.shape[0]])
+            grad_weight[dW.shape[0] :].zero_()
+            grad_weight.masked_fill_(no_part, 0)
+        if needs_bias:
+            grad_bias = _padded((db * factor).masked_fill(no_part, 0), ctx.rows, bias_dtype)
         return grad_weight, grad_bias, None, None, *_gradients(grad)
 
 
@@ -239,18 +257,17 @@ def _zeros(problem: Problem, *shape: int) -> Tensor:
 
 
 def _largest(weights: Tensor) -> Tensor:
-    """Their largest size, [] fp32, or 1 if there is none."""
+    """Their largest finite size, [] fp32, or 1 if there is none. One that is not finite is left to
+    spoil its own token."""
     if weights.shape[0] == 0:
         return weights.new_ones(())
-    largest = weights.abs().amax()
+    largest = weights.abs().nan_to_num(nan=0.0, posinf=0.0).amax()
     return torch.where(largest == 0, 1, largest)
 
 
-def _padded(db: Tensor | None, bias: Tensor | None) -> Tensor | None:
+def _padded(db: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """db [V] as the gradient of a bias [rows]."""
-    if db is None or bias is None:
-        return None
-    return torch.nn.functional.pad(db, (0, bias.shape[0] - db.shape[0])).to(bias.dtype)
+    return torch.nn.functional.pad(db, (0, rows - db.shape[0])).to(dtype)
 
 
 def _gradients(grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -258,15 +275,37 @@ def _gradients(grad: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple((dict.fromkeys(FIELDS) | {"h_S": grad}).values())
 
 
+def _is_saved(value: Any) -> bool:
+    """Whether a value is one for save_for_backward, which takes no tensor of inference mode: such a
+    one has no gradient and no version, and may be kept as it is."""
+    return isinstance(value, Tensor) and (torch.compiler.is_compiling() or not value.is_inference())
+
+
 def _tensors(values: tuple[Any, ...]) -> list[Tensor]:
-    return [value for value in values if isinstance(value, Tensor)]
+    return [value for value in values if _is_saved(value)]
 
 
 def _others(values: tuple[Any, ...]) -> list[Any]:
-    """What is no tensor, and an empty place for each that is."""
-    return [Tensor if isinstance(value, Tensor) else value for value in values]
+    """What is not saved, and an empty place for each that is."""
+    return [Tensor if _is_saved(value) else value for value in values]
 
 
 def _joined(others: list[Any], tensors: list[Tensor]) -> list[Any]:
     remaining = iter(tensors)
     return [next(remaining) if value is Tensor else value for value in others]
+
+
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    """What was saved for backward, unless a tensor that it reads was changed since."""
+    if torch.compiler.is_compiling():
+        return tuple(ctx.saved_tensors)
+    try:
+        return tuple(ctx.saved_tensors)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "the LM head, or hidden states, were changed in place between forward and backward, "
+            "which reads them once more where the head is trained: call backward before the "
+            "optimizer's step, or give the loss a clone"
+        ) from error

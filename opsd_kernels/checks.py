@@ -70,6 +70,8 @@ def check_arguments(
     entry_clip = check_clip("entry_clip", entry_clip)
     student = check_head("W", W)
     teacher = student if W_teacher is None else check_head("W_teacher", W_teacher)
+    for head in (student, teacher):
+        check_temperature(temperature, head.scale)
     if teacher.group != student.group:
         raise ValueError(
             "W and W_teacher must have the same group: every process holds the same rows of both"
@@ -191,6 +193,12 @@ class Head:
 
 def check_head(name: str, W: Tensor | LMHead) -> Head:
     """Check what of a head is no tensor."""
+    if isinstance(W, torch.nn.Module):
+        raise TypeError(
+            f"{name} must be a torch.Tensor [V, D] or an LMHead, got the module "
+            f"{type(W).__name__}: of a linear layer pass its .weight, or LMHead(layer.weight, "
+            "layer.bias), of a model LMHead.of(model)"
+        )
     if not isinstance(W, LMHead):
         return Head(name, name, W, None, None, 1.0, None, None)
     softcap, vocab_size = W.softcap, W.vocab_size
@@ -220,7 +228,8 @@ def check_tensors(
         tensors |= head.tensors()
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+            or_head = " or an LMHead" if name in ("W", "W_teacher") else ""
+            raise TypeError(f"{name} must be a torch.Tensor{or_head}, got {type(t).__name__}")
         if is_dtensor(t):
             raise TypeError(
                 f"{name} is a DTensor, sharded by FSDP2: pass {name}.full_tensor(); a head that is "

@@ -46,6 +46,11 @@ class LMHead(NamedTuple):
     process passes all tokens and the same arguments, and gets the whole loss and the whole gradient
     of its hidden states: neither is to be summed over the group once more."""
 
+    def __repr__(self) -> str:
+        """Shapes, dtypes and devices in place of the numbers of a matrix."""
+        fields = (f"{name}={_in_short(value)}" for name, value in self._asdict().items())
+        return f"LMHead({', '.join(fields)})"
+
     @staticmethod
     def of(model: Any) -> "LMHead":
         """The head of a causal language model of transformers: weight and bias of its output
@@ -71,6 +76,13 @@ class LMHead(NamedTuple):
         """The same head, without gradients."""
         bias = None if self.bias is None else self.bias.detach()
         return self._replace(weight=self.weight.detach(), bias=bias)
+
+
+def _in_short(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    dtype, grad = str(value.dtype).removeprefix("torch."), ", trained" * value.requires_grad
+    return f"<{list(value.shape)} {dtype} on {value.device}{grad}>"
 
 
 class LogitMap(NamedTuple):

@@ -23,10 +23,21 @@ def check_beta(beta: float) -> float:
     return beta
 
 
-def check_temperature(temperature: float) -> float:
+# Beyond these a logit over the temperature, or the reverse, is beyond fp32.
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-8, 1e30
+
+
+def check_temperature(temperature: float, scale: float = 1.0) -> float:
+    """Check T, by which logits that a head's scale has multiplied are divided, and return it."""
     temperature = number("temperature", temperature)
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if not LOWEST_TEMPERATURE <= temperature / scale <= HIGHEST_TEMPERATURE:
+        of_scale = "" if scale == 1 else f" over a head's scale of {scale}"
+        raise ValueError(
+            f"temperature must lie in [{LOWEST_TEMPERATURE:g}, {HIGHEST_TEMPERATURE:g}], got "
+            f"{temperature}{of_scale}"
+        )
     return temperature
 
 

@@ -52,7 +52,11 @@ H_S, H_T, HEAD = random_inputs(6, 20, 5)
         ),
         (ValueError, "reduction .* got None", {"reduction": None}),
         (TypeError, "h_student must be a torch.Tensor, got list", {"h_student": [[1.0]]}),
-        (TypeError, "W must be a torch.Tensor, got Linear", {"W": torch.nn.Linear(5, 20)}),
+        (
+            TypeError,
+            r"W must be .*Tensor \[V, D\] or an LMHead, got the module Linear: .* its \.weight",
+            {"W": torch.nn.Linear(5, 20)},
+        ),
         (TypeError, "h_student must be one of .*, got torch.int64", {"h_student": H_S.long()}),
         (TypeError, "h_teacher is torch.bfloat16, h_student", {"h_teacher": H_T.bfloat16()}),
         (TypeError, "W is torch.float16, h_student torch.float32", {"W": HEAD.half()}),

@@ -367,7 +367,7 @@ def test_a_workspace_row_is_one_side():
 @interpreted
 @pytest.mark.parametrize("trained", [False, True])
 def test_logit_free_has_nothing_vocabulary_sized(trained):
-    """Beside dW, which is returned; and from forward to backward 40 bytes a token are kept."""
+    """Beside dW, which is returned; and from forward to backward 37 bytes a token are kept."""
     V, D = 1200, 16
     kept = []
     for N in (70, 140):

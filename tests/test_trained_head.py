@@ -2,6 +2,7 @@
 in which they are made: in forward, where the weights of the tokens are known and the budget holds
 dW, and otherwise in backward."""
 
+import gc
 from typing import Any
 from unittest import mock
 
@@ -393,13 +394,14 @@ def test_passes(beta, entry_clip):
 @pytest.mark.parametrize("way", ["logit-free", "PyTorch, backward"])
 def test_there_is_no_second_head_in_fp32(way):
     """Beside what is returned: where the weight has 16 bits nothing of its size is allocated; and
-    from forward to backward 40 bytes a token are kept."""
+    from forward to backward 37 bytes a token are kept."""
     V, D = 6000, 64
     kept = []
     for N in (100, 200):
         h_S, h_T, W = (t.bfloat16().requires_grad_() for t in random_inputs(N, V, D))
         with Allocations() as in_forward:
             loss = fused_jsd_loss(h_S, h_T, W, workspace_mib=0 if way == "logit-free" else 0.8)
+        gc.collect()  # what the interpreter of kernels still holds
         kept.append(in_forward.alive)
         with Allocations(smallest=4 * N) as in_backward:
             loss.backward()
@@ -407,7 +409,7 @@ def test_there_is_no_second_head_in_fp32(way):
         # A second head in fp32 would be 4 V D.
         assert in_backward.peak < returned + dh_S + 2 * V * D
         assert [tuple(shape) for shape in in_backward.shapes].count((V, D)) == 1
-    assert kept[1] - kept[0] == 40 * 100
+    assert kept[1] - kept[0] == 37 * 100
 
 
 def test_the_kernels_keep_as_many_numbers():
