@@ -223,8 +223,8 @@ class Config:
         check_engine(self)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        for name in ("top_k", "record_rollouts"):
-            if getattr(self, name) < 0:
+        for name in ("top_k", "record_rollouts", "workspace_mib"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.offload_checkpoints and not self.activation_checkpointing:
             raise ValueError(

@@ -14,11 +14,11 @@ import tiny_qwen3
 from accelerate import Accelerator
 from tiny_qwen3 import config, prepared
 
-from opsd_train.command_line import parse
+from opsd_train.command_line import parse, read_yaml
 from opsd_train.config import make_config, without_effect
 from opsd_train.data import load_problems
 from opsd_train.models import load_model, load_tokenizer
-from opsd_train.presets import preset_names
+from opsd_train.presets import find_preset, preset_names
 from opsd_train.run import run_in
 from opsd_train.run.lengths import check_batch, fit_lengths
 from opsd_train.run.setup import make_contexts
@@ -46,6 +46,7 @@ REFUSED = [
     ({"student_template": "{question}"}, "student_template has {question}, which stands for"),
     ({"student_template": "{problems}"}, "did you mean problem?"),
     ({"teacher_template": "{problem} {solution} {answer}"}, "teacher_template has {answer}"),
+    ({"workspace_mib": -1}, "workspace_mib must not be negative"),
     ({"lora_targets": []}, "lora_targets must name at least one layer"),
     ({"eval_every": 5}, "eval_every has an effect only with held_out problems"),
     ({"eval_problems": 5}, "eval_problems has an effect only with a world that"),
@@ -85,6 +86,11 @@ def test_a_preset_gives_way(name):
     assert again.as_dict() == config.as_dict()
     with pytest.raises(SystemExit):
         parse([name, "--objective", "sampled_token", "--beta", "0.5"])
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_has_no_option_without_effect(name):
+    make_config(read_yaml(find_preset(name)))
 
 
 @pytest.mark.parametrize("values", [{}, SAMPLED, {"micro_batch_tokens": 9}, VLLM, *ACCEPTED])

@@ -142,7 +142,8 @@ def same_numbers(a: sympy.Expr, b: sympy.Expr) -> bool:
         return p == q or (are_decimals and abs(p - q) <= DECIMAL_TOLERANCE * max(abs(p), abs(q)))
     if x == y:
         return True
-    if not (x.is_finite and y.is_finite):
+    undefined = (sympy.nan, sympy.zoo, sympy.oo, -sympy.oo)
+    if x.has(*undefined) or y.has(*undefined):
         return False
     if are_decimals:
         places = 30
