@@ -11,6 +11,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import tiny_qwen3
+from fake_vllm import FakeVllm
 from peft import IA3Config, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_qwen3 import config, prepared, save_adapter
@@ -25,6 +26,7 @@ from opsd_train.models import (
     load_adapter,
     load_model,
 )
+from opsd_train.models.loading import is_finite
 from opsd_train.opsd import AdapterTeacher, BaseTeacher
 
 IDS = torch.arange(3, 10)[None]
@@ -106,6 +108,18 @@ def test_weights_that_are_not_finite(folder, saved, value):
     rewrite(saved / "model.safetensors", spoil)
     with pytest.raises(ValueError, match=rf"not finite, in 1 tensors \({name}\): its file is dam"):
         loaded(folder, saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_number_that_is_not_finite_is_found_anywhere(dtype):
+    w = torch.randn(7, 301).to(dtype)
+    assert is_finite(w)
+    assert is_finite(w[:0])
+    for value in (torch.nan, torch.inf, -torch.inf):
+        for at in (0, 150, 300):
+            spoiled = w.clone()
+            spoiled[3, at] = value
+            assert not is_finite(spoiled)
 
 
 def test_files_that_are_damaged_or_absent(folder, saved):
@@ -338,6 +352,22 @@ def test_the_teacher_of_a_run_from_an_adapter(folder, adapter):
     assert type(prepared(folder, adapter=str(adapter)).teacher) is AdapterTeacher
     assert type(prepared(folder, teacher="base").teacher) is BaseTeacher
     assert type(prepared(folder).teacher) is BaseTeacher
+
+
+def test_vllm_samples_from_the_adapter_that_a_run_starts_from(folder, adapter, tmp_path):
+    setup = prepared(folder, adapter=str(adapter))
+    prompts = setup.contexts.student.token_ids(setup.problems[:2])
+    with FakeVllm(folder / "model") as server:
+        options = {"engine": "vllm", "engine_urls": [server.url], "engine_folder": str(tmp_path)}
+        other = prepared(folder, adapter=str(adapter), **options)
+        drawn = other.sampler.sample(prompts, [1, 2])
+        assert drawn == setup.sampler.sample(prompts, [1, 2])
+        assert other.sampler.sample(prompts, [1, 2]) == drawn
+        with other.model.disable_adapter():
+            assert other.sampler.sample(prompts, [1, 2]) != drawn
+    never_omitted = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens"}
+    for request in server.requests:
+        assert never_omitted <= request.keys(), "or the server takes it from generation_config.json"
 
 
 def test_a_model_whose_wrapper_does_more_is_refused(folder, monkeypatch):

@@ -247,11 +247,17 @@ def copy_and_die(folder: Path, number: int) -> None:
     [
         (["--mean", "rollout"], {}),
         (["--mean", "token", "--teacher", "ema"], {}),
-        (["--shard", "--mean", "rollout"], {"tie_word_embeddings": True}),
+        (["--shard", "--mean", "rollout", "--adapter"], {"tie_word_embeddings": True}),
         (["--shard", "--mean", "token", "--teacher", "ema"], {}),
         (["--shard", "--lora-targets", "q_proj,dense,fc1"], {"family": "Phi"}),
     ],
-    ids=["data parallel", "data parallel, ema", "sharded, tied", "sharded, ema", "sharded, Phi"],
+    ids=[
+        "data parallel",
+        "data parallel, ema",
+        "sharded, tied, adapter",
+        "sharded, ema",
+        "sharded, Phi",
+    ],
 )
 def test_two_processes_are_one(folder, tmp_path, options, model):
     """1 process x 8 at once, and 2 processes x 2 micro-batches x 2: the same rollouts, losses,
@@ -259,13 +265,19 @@ def test_two_processes_are_one(folder, tmp_path, options, model):
     one, two = tmp_path / "one", tmp_path / "two"
     options = [*options, "--batch-size", 8, "--steps", 4]
     if model:
-        options += ["--model", tiny_qwen3.save_model_and_tokenizer(tmp_path / "model", **model)]
+        path = tiny_qwen3.save_model_and_tokenizer(tmp_path / "model", **model)
+        if "--adapter" in options:  # of the rank that `shrunk` asks for
+            adapter = tiny_qwen3.save_adapter(path, tmp_path / "adapter", r=4, lora_alpha=8)
+            options.insert(options.index("--adapter") + 1, adapter)
+        options += ["--model", path]
     alone = [option for option in options if option != "--shard"]
-    run(tmp_path / "log", *shrunk(folder, one, *alone, "--micro-batch-size", 8))
+    said = run(tmp_path / "log", *shrunk(folder, one, *alone, "--micro-batch-size", 8))
     distributed = shrunk(folder, two, *options, "--micro-batch-size", 2)
     run_distributed(tmp_path / "log", *distributed)
     assert "so many rollouts: 2 × 2 × 2)" in (tmp_path / "log.0").read_text()
     assert (tmp_path / "log.1").read_text() == ""
+    (parameters,) = re.findall(r"with [\d,]+ parameters", said)
+    assert parameters in (tmp_path / "log.0").read_text()
     assert (one / "completions.jsonl").read_text() == (two / "completions.jsonl").read_text()
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert a.keys() == b.keys()

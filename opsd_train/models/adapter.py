@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import cast
 
@@ -207,13 +208,13 @@ def base_weights_sha256(model: PeftModelForCausalLM) -> str:
 
 def adapter_sha256(model: PeftModelForCausalLM) -> str:
     """Hash of the adapter's weights and scales; called likewise."""
-    weights = [(name, full_tensor(w)) for name, w in adapter_weights(model).items()]
-    scales = [
+    weights = ((name, full_tensor(w)) for name, w in adapter_weights(model).items())
+    scales = (
         (f"{name}.scaling", torch.tensor(list(module.scaling.values())))
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
-    ]
-    return sha256([*weights, *scales])
+    )
+    return sha256(chain(weights, scales))
 
 
 def sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
