@@ -136,6 +136,16 @@ def test_all_bad_rows_at_once_or_without_them(tmp_path):
     assert len(kept) == 4
 
 
+@pytest.mark.parametrize("answer", ["NaN", "null", "true", '" "', "[]", "Infinity"])
+def test_what_is_no_answer(tmp_path, answer):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"problem": "x", "answer": {answer}}}\n')
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl, line 1: column answer must hold text or a num"
+    ):
+        load_benchmark(str(path))
+
+
 def test_a_column_that_no_row_has_is_named_once(tmp_path):
     with pytest.raises(ValueError, match="no column answer") as error:
         load(tmp_path, "a.jsonl", LINES * 50, solution_column="answer", skip_bad_rows=True)

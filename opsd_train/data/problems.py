@@ -1,5 +1,6 @@
 """Problems with reference solutions, from the hub or from a file."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,7 @@ def load_answered_problems(
         problem = _text(row, problem_column, "user")
         answer = _cell(row, answer_column, "answer_column")
         is_number = isinstance(answer, int | float) and not isinstance(answer, bool)
+        is_number = is_number and math.isfinite(answer)  # NaN is how tables have nothing
         if not is_number and not (isinstance(answer, str) and answer.strip()):
             raise ValueError(f"column {answer_column} must hold text or a number, got {answer!r}")
         return Problem(problem, solution="", answer=str(answer), place=place)
