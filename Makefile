@@ -45,10 +45,10 @@ format: $(VENV)/.installed-test
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 
-# On a machine with a GPU, in an environment that is there: make gpu PYTHON=python3 [OUT=folder];
-# without OUT its results lie in benchmarks/results/<gpu>.
+# On a machine with a GPU, in an environment that is there: make gpu PYTHON=python3 [OUT=folder]. It
+# ends within six minutes, and a second call with the same OUT goes on.
 gpu:
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu/run.py $(if $(OUT),--output "$(OUT)")
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu/run.py $(if $(OUT),--output "$(OUT)") $(ARGS)
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)

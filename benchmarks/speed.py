@@ -18,7 +18,7 @@ have, and the files are trained.csv and so on.
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from benchmarks.lib import report
 from benchmarks.lib.inputs import describe, make_inputs
 from benchmarks.lib.measure import limit_memory
 from benchmarks.lib.options import Options
-from benchmarks.lib.peers import COLORS, METHODS, Loss, why
+from benchmarks.lib.peers import METHODS, Loss, color, why
 from benchmarks.lib.shapes import MODELS
 
 # N, D, V
@@ -99,7 +99,8 @@ def main() -> None:
             print(f"\nN = {N}, D = {D}, V = {V}, {dtype}; {described}")
             print(f"{'method':<20}{'forward':>9}{'backward':>9}{'both':>9} s   x {FLOOR}")
             W.requires_grad_(args.trained)
-            for row in measure(h_S, h_T, W, args.beta, args.repeats, args.methods):
+            methods = {name: METHODS[name] for name in args.methods}
+            for row in measure(h_S, h_T, W, args.beta, args.repeats, methods):
                 results.add(row)
     results.finish(summary, plot)
 
@@ -139,7 +140,7 @@ def measure(
     W: Tensor,
     beta: float,
     repeats: int,
-    methods: Iterable[str] = tuple(METHODS),
+    methods: Mapping[str, Loss] = METHODS,
 ) -> list[Row]:
     """A row for each method, the floor first."""
     (N, D), V, device = h_S.shape, W.shape[0], h_S.device
@@ -159,11 +160,7 @@ def measure(
 
     z, dh = h_T.new_empty(N, V), h_T.new_empty(N, D)
     runs: dict[str, Callable[[], tuple[float, float]]] = {FLOOR: partial(products, z, dh)}
-    runs |= {
-        name: partial(forward_and_backward, loss)
-        for name, loss in METHODS.items()
-        if name in methods
-    }
+    runs |= {name: partial(forward_and_backward, loss) for name, loss in methods.items()}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     failures: dict[str, str] = {}
     for repeat in range(repeats + 1):
@@ -260,7 +257,7 @@ def plot(path: Path, to: Path) -> None:
         of_it = [row for row in rows if column(row) == name][::-1]
         values = [0.0 if row.failure else row.floors for row in of_it]
         names = [row.method for row in of_it]
-        bars = axis.barh(names, values, color=[COLORS[row.method] for row in of_it])
+        bars = axis.barh(names, values, color=[color(row.method) for row in of_it])
         labels = [row.failure or f"{row.floors:.2f}" for row in of_it]
         axis.bar_label(bars, labels, padding=3, fontsize=8)
         axis.axvline(1, color="#333333", linewidth=0.9, linestyle=":")

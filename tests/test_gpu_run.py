@@ -9,15 +9,18 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import poisoned
 
 from benchmarks.gpu import compile as compiling
-from benchmarks.gpu import launches, tune
+from benchmarks.gpu import launches, training, tune
 from benchmarks.gpu import run as gpu
 from benchmarks.lib import report
+from benchmarks.lib.records import OperationError
+from benchmarks.pages import readme
 from opsd_kernels.kernels import tiles
 from opsd_kernels.kernels.tiles import Sweep
 
@@ -155,13 +158,16 @@ def test_what_is_needed_first_goes_first_and_of_that_the_longest(monkeypatch):
 # --- the steps
 
 
-def test_steps_fit_their_nine_minutes():
-    assert sum(step.seconds for step in gpu.STEPS) <= gpu.LIMIT < 9 * 60
+def test_steps_fit_two_calls_of_six_minutes():
+    assert sum(step.seconds for step in gpu.STEPS) <= 2 * gpu.LIMIT
+    assert gpu.LIMIT < 6 * 60
+    known = {"{seconds}": "7", "{output}": "/folder"}
     for step in gpu.STEPS:
         for command in [*step.processes.values(), *step.recorded.values()]:
             scripts = [part for part in command if part.endswith(".py")]
             assert scripts
             assert all((ROOT / script).exists() for script in scripts)
+            assert "{" not in " ".join(gpu._command(command, known))
 
 
 def test_a_step_keeps_what_it_has(tmp_path):
@@ -173,26 +179,23 @@ def test_a_step_keeps_what_it_has(tmp_path):
         "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "try: time.sleep(60)\nexcept KeyboardInterrupt: print('asked to end')"
     )
-    step = gpu.Step(
-        "step",
-        60,
-        {
-            "fine": ["-c", "import sys; print(sys.argv)", "{output}", "{seconds}"],
-            "broken": ["-c", "raise SystemExit(3)"],
-            "slow": ["-c", slow],
-            "asked": ["-c", asked],
-        },
-    )
-    start = time.monotonic()
-    outcomes = gpu.run(step, 10, tmp_path, "some GPU")
+    commands = {
+        "fine": ["-c", "import sys; print(sys.argv)", "{output}", "{seconds}"],
+        "broken": ["-c", "raise SystemExit(3)"],
+        "slow": ["-c", slow],
+        "asked": ["-c", asked],
+    }
+    start, turns = time.monotonic(), []
+    outcomes = gpu.run(commands, 4, tmp_path, "some GPU", meanwhile=lambda: turns.append(1))
     assert time.monotonic() - start < 30
     assert outcomes == {
         "fine": "ok",
         "broken": "exit status 3",
-        "slow": "stopped after 10 s",
-        "asked": "stopped after 10 s",
+        "slow": "stopped after 4 s",
+        "asked": "stopped after 4 s",
     }
-    assert (tmp_path / "fine.txt").read_text() == f"some GPU\n['-c', '{tmp_path}', '5']\n"
+    assert turns
+    assert (tmp_path / "fine.txt").read_text() == f"some GPU\n['-c', '{tmp_path}', '2']\n"
     assert (tmp_path / "slow.txt").read_text().startswith("some GPU\nso far\n")
     assert "asked to end" in (tmp_path / "asked.txt").read_text()
 
@@ -211,28 +214,184 @@ def test_processes_are_ended_with_what_they_have_started():
     assert not status.exists() or status.read_text().split()[2] == "Z"
 
 
+# --- two calls
+
+
+# Takes up items of which there is no row yet; {repeats} is whether it forgets that.
+ITEMS = """
+import sys
+from pathlib import Path
+path = Path(sys.argv[1]) / "items.csv"
+most = int(sys.argv[3]) if "--items" in sys.argv else 9
+rows = path.read_text().splitlines() if path.exists() else ["# a setting", "item,seconds"]
+held = [] if {repeats} else [row[0] for row in rows]
+rows += [f"{{item}},0.5" for item in [item for item in "abc" if item not in held][:most]]
+path.write_text(chr(10).join(rows))
+"""
+ONCE = "import sys; open(sys.argv[1] + '/once.csv', 'a').write('x\\n1')"
+
+
+def steps(items=ITEMS, once=ONCE, repeats=False) -> list[gpu.Step]:
+    script = ["-c", items.format(repeats=repeats), "{output}"]
+    return [
+        gpu.Step("once", 9, {}, rehearsal={"once": ["-c", once, "{output}"]},
+                 results=("once.csv",)),
+        gpu.Step("items", 9, {}, rehearsal={"items": script}, results=("items.csv",),
+                 goes_on=True),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Without what is listed of packages, which takes its time to look up."""
+    monkeypatch.setattr(gpu, "absent", set)
+    monkeypatch.setattr(gpu, "unlisted", set)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_second_call_goes_on_where_the_first_stopped(tmp_path, capsys):
+    assert gpu.rehearse(tmp_path, steps()) == 0
+    files = gpu.contents(tmp_path / gpu.ARCHIVE)
+    assert files["items.csv"].splitlines()[2:] == ["a,0.5", "b,0.5", "c,0.5"]
+    assert files["once.csv"] == "x\n1"
+    assert re.findall(r"^  (\w+) +(.*)$", files["summary.txt"], re.MULTILINE) == [
+        ("once", "ok"),
+        ("items", "ok"),
+    ]
+    assert "items         stopped after 1 items" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"once": "raise SystemExit(5)"}, "once: {'once': 'exit status 5'}"),
+        ({"once": "pass"}, "once left no once.csv"),
+        ({"repeats": True}, "items.csv says something twice"),
+        (
+            {"items": ITEMS.replace("path.exists()", "False").replace("0.5", "{{most}}.5")},
+            "items.csv does not go on",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("quick")
+def test_the_rehearsal_fails(wrong, told, tmp_path, capsys):
+    assert gpu.rehearse(tmp_path, steps(**wrong)) == 1
+    assert f"WRONG: {told}" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_results_of_other_code_are_not_gone_on_with(tmp_path, monkeypatch):
+    def call(hardware: str) -> gpu.Call:
+        made = gpu.Call(tmp_path, "some-gpu", hardware, rehearsed=True)
+        made.run(steps()[:1], limit=60)
+        return made
+
+    assert call("one GPU").taken == ["once"]
+    assert call("one GPU").taken == []
+    with pytest.raises(ValueError, match="is of one GPU, and this is another: move it away"):
+        call("another")
+    monkeypatch.setattr(gpu.sources, "line", lambda: "commit abc, kernels def")
+    with pytest.raises(ValueError, match="and this is commit abc, kernels def"):
+        call("one GPU")
+
+
+def test_a_step_without_time_is_left_for_the_next_call(tmp_path):
+    step = gpu.Step("long", 60, {"long": ["-c", "pass"]}, least=30)
+    call = gpu.Call(tmp_path, "some-gpu", "one GPU")
+    call.run([step], limit=20)
+    assert call.taken == []
+    assert not call.is_done(step)
+    assert "no time left" in gpu.contents(tmp_path / gpu.ARCHIVE)["summary.txt"]
+    call.run([step], limit=60)
+    assert call.is_done(step)
+
+
+def test_wheels_are_listed():
+    """With what they need, few bytes, and as the versions that are tested."""
+    assert gpu.unlisted() == set()
+    wheels = gpu.listed("wheels.txt")
+    pins = dict(rest.split() for rest in wheels.values())
+    assert sum(map(int, pins.values())) < 32 * 2**20
+    constraints = (ROOT / "constraints.txt").read_text()
+    for name in ("trl", "liger-kernel", "datasets"):
+        assert wheels[name].split()[0] in constraints.split()
+
+
+def test_what_a_call_leaves_becomes_a_page(tmp_path):
+    folder = tmp_path / "nvidia-x1"
+    hardware = "1 x NVIDIA X1, driver 999.1, torch 9.9.0, triton 8.8.0"
+    folder.mkdir()
+    (folder / "hardware.txt").write_text(hardware)
+    errors = [("loss", 0.5), ("gradient", 1.5)]
+    known = ("JSD", 320, 1100, 4096, "bfloat16", 0.3)
+    rows = [OperationError(*known, what, error, 2.0) for what, error in errors]
+    report.write(folder / "operations.csv", hardware, rows)
+    times = {"seconds": 9.0, "loss_s": 1.5, "peak_mib": 2048.0, "planned_mib": 1024.0}
+    of_training = [
+        training.Row("qwen3-8b", "first loss", 16384, "ours, logit-free", seconds=7.0, kernels=4),
+        training.Row("qwen3-8b", "rollout", 512, seconds=4.0),
+        training.Row("qwen3-8b", "step", 16384, "ours, logit-free", **times),
+        training.Row("qwen3-8b", "step", 65536, "TRL", failure="out of memory"),
+    ]
+    report.write(folder / "training.csv", hardware, of_training)
+    section = readme._section(readme.Gpu(folder), readme.BENCHMARKS)
+    for line in (
+        "| JSD | D = 4096, bfloat16, distance 0.3 | – | 0.75 |",
+        "The first loss, with nothing compiled, takes 7.0 s and compiles 4 kernels.",
+        "A rollout of 8 × 64 tokens: 128 a second.",
+        "| **ours, logit-free** | **16,384** | **2.0 GiB** | **1.0 GiB** | **nan s** | **1.50 s** "
+        "| **nan s** | **nan s** | **9.00 s** |",
+        "| TRL | 65,536 | out of memory | – | – | – | – | – | – |",
+    ):
+        assert line in section.splitlines(), section
+
+
+@pytest.mark.slow
 def test_rehearsal(tmp_path):
-    """The same steps without a GPU, as far as they go: a few kernels are compiled, and what needs a
-    GPU says so."""
     told = subprocess.run(
-        [sys.executable, "benchmarks/gpu/run.py", "--rehearse", "--output", tmp_path,
-         "--only", "compile", "tune"],
+        [sys.executable, "benchmarks/gpu/run.py", "--rehearse", "--output", tmp_path],
         cwd=ROOT,
         env=environment(TRITON_CACHE_DIR=tmp_path / "cache"),
         capture_output=True,
         text=True,
-    )  # fmt: skip
-    assert told.returncode == 0, told.stderr
-    summary = (tmp_path / "summary.txt").read_text()
-    assert re.findall(r"^  (\w+) +(.*)$", summary, re.MULTILINE) == [
-        ("compile", "ok"),
-        ("tune", "needs a GPU"),
-    ], summary
-    assert "\n2 of 2 kernels compiled" in (tmp_path / "compile.txt").read_text()
-    kernels = {row.kernel for row in report.read(tmp_path / "compile.csv", compiling.Compiled)[1]}
-    assert any(kernel.startswith("test_kernels:") for kernel in kernels)
-    assert (tmp_path / "compile.csv").exists()
-    assert (tmp_path / "hardware.txt").read_text() == summary.partition("\n")[0] + "\n"
+    )
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [gpu.ARCHIVE]
+    files = gpu.contents(tmp_path / gpu.ARCHIVE)
+    assert "\n2 of 2 kernels compiled" in files["compile.txt"]
+    assert files["hardware.txt"] == files["summary.txt"].partition("\n")[0] + "\n"
+
+
+def test_tests_that_have_ended_are_not_run_again(tmp_path, monkeypatch):
+    ended = tmp_path / "some-ended.txt"
+    monkeypatch.setenv("OPSD_ENDED", str(ended))
+    reports = [("setup", "passed"), ("call", "passed"), ("teardown", "passed")]
+    for when, outcome in reports:
+        launches.pytest_runtest_logreport(
+            SimpleNamespace(when=when, outcome=outcome, nodeid="a", failed=False)
+        )
+    launches.pytest_runtest_logreport(
+        SimpleNamespace(when="setup", outcome="skipped", nodeid="b", failed=False)
+    )
+    assert ended.read_text() == "passed a\nskipped b\n"
+    assert gpu.notes(tmp_path, "some") == ("1 passed, 1 skipped", "")
+    left_out = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
+    items = [SimpleNamespace(nodeid=name) for name in "abc"]
+    launches.pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)
+    assert ("".join(i.nodeid for i in items), len(left_out)) == ("c", 2)
+    # All that there were have ended: nothing is wrong.
+    session = SimpleNamespace(exitstatus=launches.NO_TESTS)
+    launches.pytest_sessionfinish(session, launches.NO_TESTS)
+    assert session.exitstatus == 0
+
+
+def test_a_module_that_is_not_listed_is_not_found(monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.delitem(sys.modules, "this", raising=False)
+    launches.hide({"this"})
+    with pytest.raises(ModuleNotFoundError):
+        import this  # noqa: F401
 
 
 def test_a_gpu_names_its_folder():
@@ -251,10 +410,9 @@ def test_what_was_not_compiled_beforehand_is_told(tmp_path):
 
 @pytest.fixture
 def tuning(monkeypatch):
-    monkeypatch.setattr(tune, "VOCABULARY", 1000)
     monkeypatch.setattr(tune, "ROWS", 4)
     row = tiles.INTERPRETER
-    return row, tune.chunk(8, 16, torch.bfloat16, torch.device("cpu"), torch.randn)
+    return row, tune.chunk(8, 16, torch.bfloat16, torch.device("cpu"), torch.randn, 1000)
 
 
 @pytest.mark.parametrize("kernel", ["lse", "pair", "rows"])
@@ -366,13 +524,3 @@ def test_tiles_of_gpus_interpreted_with_poisoned_scratch():
     )  # fmt: skip
     assert told.returncode == 0, told.stdout
     assert "6 passed" in told.stdout
-
-
-def test_what_is_known_stands_everywhere():
-    """Also where it is a part of an argument, as in an expression of pytest's -k."""
-    known = {"{seconds}": "7", "{output}": "/folder", "{cuda}": "cuda"}
-    for step in gpu.STEPS:
-        for arguments in [*step.processes.values(), *step.recorded.values()]:
-            command = " ".join(gpu._command(arguments, known))
-            assert "{" not in command
-    assert "cuda and logit-free" in gpu._command(gpu.STEPS[1].processes["loss"], known)

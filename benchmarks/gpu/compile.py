@@ -199,7 +199,7 @@ def compile_launches(
     seconds: float,
     arch: str | None = None,
     most: int | None = None,
-) -> float:
+) -> tuple[float, list[str]]:
     """Run commands without launching what they ask for, and compile that, for some seconds at most.
 
     Args:
@@ -210,7 +210,7 @@ def compile_launches(
         most: kernels at most.
 
     Returns:
-        The seconds until all commands had ended.
+        The seconds until all commands had ended, and which of them could not be run.
     """
     start = time.monotonic()
     setting = f"{arch or 'this GPU'}, {pool.jobs} processes on {os.cpu_count()} cores"
@@ -240,17 +240,23 @@ def compile_launches(
                 if recording:
                     recorded = time.monotonic() - start
                 pool.add(follow(), most)
-                if pool.idle and (not recording or len(pool.known) == most):
+                if pool.idle and not recording:
                     break
                 if pool.step():
                     report.write(folder / "compile.csv", setting, pool.done)
         finally:
             pool.stop()
+            statuses = [recorder.poll() for recorder in recorders]
             gpu.end(*recorders, grace=1.0)
-    return recorded
+    return recorded, [
+        f"{name}: exit status {status}, see record-{name}.txt"
+        for (name, (_, command)), status in zip(commands.items(), statuses, strict=True)
+        # Tests fail in a record: what they compare was never computed.
+        if status not in (None, 0) and not (status == 1 and "pytest" in command)
+    ]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="for compile.csv, and what is printed meanwhile")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 1))
@@ -271,8 +277,11 @@ def main() -> None:
     if args.script:
         commands = {"script": (0, [sys.executable, "-m", "benchmarks.gpu.launches", *args.script])}
     pool, start = Pool(args.jobs, args.each, expected_seconds(RECORDED)), time.monotonic()
-    recorded = compile_launches(commands, args.folder, pool, args.seconds, args.arch, args.sample)
-    print(summary(pool, recorded, time.monotonic() - start))
+    recorded, failed = compile_launches(
+        commands, args.folder, pool, args.seconds, args.arch, args.sample
+    )
+    print("\n".join([summary(pool, recorded, time.monotonic() - start), *failed]))
+    return int(bool(failed))
 
 
 def summary(pool: Pool, recorded: float, elapsed: float) -> str:
@@ -290,4 +299,4 @@ def summary(pool: Pool, recorded: float, elapsed: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,6 +7,8 @@ Nothing is compiled or launched: outputs keep whatever they hold, and `python -O
 --assert=plain lets a test go on to its next launch though the numbers are wrong. Each
 specialization is a line of the file, written when it is first asked for. With OPSD_MISSES=FILE
 instead kernels run as usual, and each that was not in Triton's cache is a line of the file.
+OPSD_ENDED=FILE has pytest write how each test ended, and leave out what a file says already;
+OPSD_ABSENT=a,b takes modules for not installed.
 
 With OPSD_ARCH=sm_90 (any architecture of the tile table) no GPU is needed: kernels are recorded as
 for that one, on CPU tensors.
@@ -26,6 +28,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -243,16 +246,60 @@ def start() -> None:
         record(Path(path))
     if path := os.environ.get("OPSD_MISSES"):
         write_misses(Path(path))
+    if names := os.environ.get("OPSD_ABSENT"):
+        hide(set(names.split(",")))
+
+
+def hide(names: set[str]) -> None:
+    """From here on these modules cannot be found, unless they are imported already."""
+
+    class Finder(PathFinder):
+        @classmethod
+        def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+            return None if name in names else PathFinder.find_spec(name, path, target)
+
+    sys.meta_path[:] = [Finder if finder is PathFinder else finder for finder in sys.meta_path]
 
 
 def pytest_configure() -> None:
     start()
 
 
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Tests that have ended in an earlier call are not run again."""
+    ended = outcomes()
+    left_out = [item for item in items if item.nodeid in ended]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.nodeid not in ended]
+
+
+def pytest_sessionfinish(session: Any, exitstatus: int) -> None:
+    if exitstatus == NO_TESTS and outcomes():
+        session.exitstatus = 0  # there were some, and all have ended
+
+
+NO_TESTS = 5
+
+
 def pytest_runtest_logreport(report: Any) -> None:
     """A failure is told at once: should the run be ended, pytest does not come to its summary."""
-    if report.failed and "OPSD_RECORD" not in os.environ:
+    if "OPSD_RECORD" in os.environ:
+        return
+    if report.failed:
         print(f"\n{report.longreprtext}", flush=True)
+    path = os.environ.get("OPSD_ENDED")
+    if path and (report.when == "call" or report.outcome != "passed"):
+        with open(path, "a") as file:
+            file.write(f"{report.outcome} {report.nodeid}\n")
+
+
+def outcomes() -> dict[str, str]:
+    """How tests have ended, by their ids."""
+    path = Path(os.environ.get("OPSD_ENDED", ""))
+    lines = path.read_text().splitlines() if path.is_file() else []
+    pairs = (line.partition(" ") for line in lines)
+    return {name: outcome for outcome, _, name in pairs}
 
 
 if __name__ == "__main__":

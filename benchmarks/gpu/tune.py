@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=4096)
     parser.add_argument("--seconds", type=float, default=300, help="for all of it")
     parser.add_argument("--output", type=Path, help="folder for tune.json")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--dry", action="store_true", help="launch once, time nothing")
     args = parser.parse_args()
     if not torch.cuda.is_available() and not args.dry:
@@ -97,7 +98,7 @@ def main() -> None:
     row = tiles.lookup(device, dtype)
     arch = os.environ.get("OPSD_ARCH") or tiles.architecture(device)
     if args.dry:
-        problem = chunk(row.chunk, args.features, dtype, device, torch.zeros)
+        problem = chunk(row.chunk, args.features, dtype, device, torch.zeros, args.vocabulary)
         # In turns: however many there is time for, some are of each kernel.
         kernels = ("lse", "pair", "rows")
         for turn in itertools.zip_longest(*(asked_of(row, k, arch, args.dtype) for k in kernels)):
@@ -107,7 +108,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         compiled = compile_first(args, Path(temporary), SHARES["compile"] * args.seconds)
-    problem = chunk(row.chunk, args.features, dtype, device, torch.randn)
+    problem = chunk(row.chunk, args.features, dtype, device, torch.randn, args.vocabulary)
     found = Report(
         torch.cuda.get_device_name(),
         arch,
@@ -134,14 +135,18 @@ def main() -> None:
 
 
 def chunk(
-    N: int, D: int, dtype: torch.dtype, device: torch.device, make: Callable[..., torch.Tensor]
+    N: int,
+    D: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    make: Callable[..., torch.Tensor],
+    V: int = VOCABULARY,
 ) -> Problem:
-    """A chunk of tokens over a real vocabulary; `make` is torch.randn, or torch.zeros where the
-    numbers do not matter."""
+    """A chunk of tokens; `make` is torch.randn, or torch.zeros where the numbers do not matter."""
     torch.manual_seed(0)
     h_S = make(N, D, device=device)
     h_T = h_S + 0.1 * make(N, D, device=device)
-    W = make(VOCABULARY, D, device=device, dtype=dtype).div_(D**0.5)
+    W = make(V, D, device=device, dtype=dtype).div_(D**0.5)
     return Problem(h_S.to(dtype), h_T.to(dtype), W, None, dtype, 0.5)
 
 
@@ -175,6 +180,7 @@ def compile_first(args: argparse.Namespace, folder: Path, seconds: float) -> dic
     here = Path(__file__).resolve()
     command = [str(here.with_name("compile.py")), str(folder), "--seconds", f"{seconds:.0f}"]
     dry = [str(here), "--dry", "--dtype", args.dtype, "--features", str(args.features)]
+    dry += ["--vocabulary", str(args.vocabulary)]
     subprocess.run([sys.executable, *command, "--script", *dry], env=gpu.environment(), check=False)
     path = folder / "compile.csv"
     rows = report.read(path, Compiled)[1] if path.exists() else []
@@ -248,7 +254,7 @@ def measure(kernel: str, candidate: Any, row: Row, problem: Problem, timer: Time
                 logit_free.launch_lse(scratch, case)
                 return
             launch = logit_free.pair_launcher(scratch, case)
-            for v in range(0, VOCABULARY, scratch.columns):
+            for v in range(0, len(problem.W), scratch.columns):
                 launch(v)
 
         times.append(timer(sweep))
@@ -259,7 +265,7 @@ ROWS = 256  # what a workspace of 320 MiB holds
 
 
 def measure_rows(row: Row, problem: Problem, timer: Timer) -> float:
-    z = torch.randn(2 * ROWS, VOCABULARY, device=problem.W.device)
+    z = torch.randn(2 * ROWS, len(problem.W), device=problem.W.device)
     loss = torch.empty(ROWS, device=z.device)
     problem = problem.tokens(slice(ROWS))
 
@@ -276,10 +282,10 @@ def _score_dtype(problem: Problem) -> torch.dtype:
 
 def rows_bound(problem: Problem) -> float:
     """Seconds for the bytes of `rows` at the bandwidth of a copy."""
-    z = torch.randn(2 * ROWS, VOCABULARY, device=problem.W.device)
+    z = torch.randn(2 * ROWS, len(problem.W), device=problem.W.device)
     copied = torch.empty_like(z)
     bandwidth = 2 * z.nbytes / seconds_of(lambda: copied.copy_(z))
-    written = ROWS * VOCABULARY * _score_dtype(problem).itemsize
+    written = ROWS * len(problem.W) * _score_dtype(problem).itemsize
     return (3 * z.nbytes + written) / bandwidth  # read in three sweeps
 
 

@@ -40,5 +40,13 @@ class Options(argparse.ArgumentParser):
     def add_quick(self, what: str) -> None:
         self.add_argument("--quick", action="store_true", help=what)
 
+    def add_items(self) -> None:
+        """Of a benchmark that goes on with what its csv holds."""
+        self.add_argument("--items", type=int, help="new ones to measure at most (default: all)")
+
+    def add_tiny(self) -> None:
+        """Of a benchmark for GPUs: what a CPU can do in seconds, to see that it runs."""
+        self.add_argument("--tiny", action="store_true", help="sizes for a CPU; no results")
+
     def add_output(self, *files: str) -> None:
         self.add_argument("--output", type=Path, help=f"folder for {', '.join(files)}")

@@ -5,7 +5,10 @@ the mean cross-entropy of N tokens, differentiable with respect to h and W.
 Peers are imported when called: none of them is needed to use the package.
 """
 
+import os
+from collections.abc import Mapping
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -168,6 +171,18 @@ def orda_divergence(beta: float) -> dict[str, Any]:
     return {"kl_divergence": "skew_js", "kl_beta": 1 - beta}
 
 
+def unsloth(
+    h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: float = 1.0
+) -> Tensor:
+    """Unsloth's `fused_linear_jsd`: of the same β, and called alone, since it is under the AGPL."""
+    if h_S.device.type == "cpu":
+        raise NotImplementedError("needs a GPU")
+    os.environ.setdefault("UNSLOTH_IS_PRESENT", "1")  # or it wants to be imported by unsloth
+    from unsloth_zoo.fused_losses.fused_linear import fused_linear_jsd
+
+    return fused_linear_jsd(h_S, W, h_T, W, beta=beta, temperature=temperature)
+
+
 METHODS: dict[str, Loss] = {
     "ours, logit-free": logit_free,
     "ours, row workspace": row_workspace,
@@ -186,6 +201,29 @@ COLORS = dict(
         strict=True,
     )
 )
+
+PACKAGES = {
+    "TRL": "trl",
+    "Liger, fused": "liger_kernel",
+    "Liger, chunked": "liger_kernel",
+    "ORDA": "orda_kernel",
+    "Unsloth": "unsloth_zoo",
+}
+
+
+def installed(methods: Mapping[str, Loss]) -> dict[str, Loss]:
+    """Those of the methods whose packages are there."""
+    return {
+        name: loss
+        for name, loss in methods.items()
+        if name not in PACKAGES or find_spec(PACKAGES[name]) is not None
+    }
+
+
+def color(method: str) -> str:
+    """Of a method in pictures; ours with other workspaces look like that of 320 MiB."""
+    other = "ours, row workspace" if method.startswith("ours") else "ORDA"
+    return COLORS.get(method, COLORS[other])
 
 
 class CrossEntropy(Protocol):

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import accuracy, memory, speed, step, trl_trainers
 from benchmarks.gpu import resources
 from benchmarks.lib import report
+from benchmarks.lib.records import OperationError
 from benchmarks.lib.shapes import QWEN3
 from benchmarks.more import cross_entropy
 from benchmarks.token_efficiency import figures
@@ -336,6 +337,8 @@ def _section(gpu: Gpu, page: Path) -> str:
         ("Memory", "memory", memory.summary),
         ("Accuracy", "accuracy", accuracy.summary),
         ("Cross-entropy", "cross_entropy", cross_entropy.summary),
+        ("A whole training step", "training", _training),
+        ("Every operation at a real size", "operations", _operations),
     ):
         if path := gpu.csv(name):
             parts += [f"#### {title}", *_picture(path, f"{title} on {gpu.name}", page)]
@@ -343,6 +346,29 @@ def _section(gpu: Gpu, page: Path) -> str:
     if gpu.ended:
         parts += ["#### How each step of `make gpu` ended", f"```\n{gpu.ended}\n```"]
     return "\n\n".join(parts)
+
+
+def _training(path: Path) -> str:
+    from benchmarks.gpu import training  # which imports all that trains
+
+    return training.summary(path)
+
+
+def _operations(path: Path) -> str:
+    """Of each operation the largest error in either schedule, as a share of what is allowed."""
+    setting, rows = report.read(path, OperationError)
+    worst: dict[tuple[str, str], dict[int, float]] = {}
+    for row in rows:
+        of_case = f"D = {row.D}, {row.dtype}, distance {row.distance:g}"
+        shares = worst.setdefault((row.operation, of_case), {})
+        shares[row.workspace_mib] = max(shares.get(row.workspace_mib, 0), row.error / row.bound)
+    body = [
+        [*case, *(f"{shares[mib]:.2f}" if mib in shares else "–" for mib in (0, 320))]
+        for case, shares in worst.items()
+    ]
+    about = "Largest error against float64 on a few rows, as a share of its bound:"
+    table = report.table(["operation", "case", "logit-free", "row workspace"], body)
+    return f"{about}\n\n{table}\n\n({setting})"
 
 
 def _picture(path: Path, text: str, page: Path) -> list[str]:
