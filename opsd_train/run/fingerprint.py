@@ -25,9 +25,8 @@ OF_LOADING = ("transformers_version", "dtype", "torch_dtype", "architectures", "
 def fingerprint(
     config: Config, setup: Setup, materials: Materials, base_sha256: str
 ) -> dict[str, str]:
-    """Hashes by what they are of, in words: those of the main process, in all of
-    them; taken before the adapter of a checkpoint takes the place
-    of the one that training began with.
+    """Hashes, each under the name of what it is a hash of: the main process's, in all processes.
+    To be called while the adapter is the one that training began with, not yet a checkpoint's.
 
     Args:
         base_sha256: hash of the base weights.
