@@ -264,7 +264,11 @@ def test_what_is_far_too_large_is_not_evaluated(grader):
 
 
 @pytest.mark.parametrize(
-    "answer", ["(" * 3000, "9" * 50_000, r"\frac{" * 500, "1 " * 4000, r"\text{a}" * 300, "{" * 999]
+    "answer",
+    [
+        *("(" * 3000, "9" * 50_000, r"\frac{" * 500, "1 " * 4000, r"\text{a}" * 285, "{" * 999),
+        *("A." * 999, r"\$" * 999, "(A) " * 499, r"\pm" * 600),
+    ],
 )
 def test_what_is_far_too_long_takes_no_time(grader, answer):
     start = time.process_time()
@@ -320,6 +324,5 @@ def test_held_out_problems_have_answers_that_can_be_graded(capsys):
     said = capsys.readouterr().out
     assert "Not graded: " in said
     assert "_^" in said
-    assert hold_out_gradable(good, 4, seed=0)[1] == hold_out(good, 4, seed=0)[1]
     with pytest.raises(ValueError, match=r"whose answer can be graded; of the 12 .* fewer can"):
-        hold_out_gradable(good + bad, 7, seed=0)
+        hold_out(good + bad, 7, 0, can_grade=lambda problem: problem.question[-1] == "?")

@@ -14,7 +14,7 @@ says not which number it is: it equals what is written alike. A period over or b
 import math
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 MAX_LENGTH = 2_000  # characters; a longer answer is compared as text
@@ -242,7 +242,12 @@ def _marked(text: str) -> tuple[str, str | None]:
     if sign := SIGN.match(text):
         rest = sign[1] + text[sign.end() :]
         name = sign[0].strip().lstrip("-").strip()
-        return _marked(rest)[0], SIGNS.get(name, name)
+        return _marked_behind(rest)[0], SIGNS.get(name, name)
+    return _marked_behind(text)
+
+
+def _marked_behind(text: str) -> tuple[str, str | None]:
+    """The same, but for a currency before the number."""
     for pattern, kind in AT_THE_END:
         match = pattern.fullmatch(text)
         if match is None:
@@ -403,12 +408,15 @@ def read_answer(text: str) -> Answer:
     plain = re.sub(TEXT + r"\s*\{([^{}]*)\}", r"\1 ", text).strip()
     if choice := CHOICE.fullmatch(plain):
         letter, rest = choice[1], choice[2].strip()
-        is_enclosed = CHOICE_MARK.match(plain) is not None
         if not rest:
             return Answer(text, values=(letter,), choice=letter)
-        if is_enclosed and rest[0] not in "=^_":
-            value = read_answer(rest)
-            return Answer(text, value.values, value.bare, value.mark, value.words, letter)
+        if CHOICE_MARK.match(plain) and rest[0] not in "=^_":
+            return replace(_read_value(rest), text=text, choice=letter)
+    return _read_value(text)
+
+
+def _read_value(text: str) -> Answer:
+    """Of what is no letter of multiple choice."""
     bare, mark = _marked(text)
     if mark is None and (found := PERCENT.search(text) or DEGREES.search(text)):
         mark = "%" if found.re is PERCENT else "°"  # within, as in (50%, 25%) and sin 30°
