@@ -343,8 +343,8 @@ It refuses, with what to do instead:
 
 - a class that is not in the table below, models with code of their own among them;
 - a forward that was replaced, of the model, of its head or of what stands between, by anything but
-  accelerate, FSDP2, DeepSpeed and transformers; a subclass is taken while its forward is that of a
-  class in the table;
+  accelerate, FSDP2, DeepSpeed, TRL and transformers; a subclass is taken while its forward is that
+  of a class in the table;
 - a hook on any of these, forward or backward, by anybody else: the loss calls neither the head nor
   its hooks;
 - a head with an adapter, parametrized, quantized, sharded, or on no device.

@@ -64,9 +64,9 @@ class LMHead(NamedTuple):
         Raises:
             TypeError: no such model.
             ValueError: a class that is not known; a forward that was replaced, or a hook, of the
-                model or its head, but by accelerate, FSDP2, DeepSpeed or transformers; a head with
-                an adapter, parametrized, quantized, sharded or not on this device. The message says
-                what to do.
+                model or its head, but by accelerate, FSDP2, DeepSpeed, TRL or transformers; a head
+                with an adapter, parametrized, quantized, sharded or not on this device. The message
+                says what to do.
         """
         from opsd_kernels.head_of_model import head_of_model
 

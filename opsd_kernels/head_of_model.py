@@ -113,6 +113,7 @@ TRUSTED = (
     "torch.distributed",
     "torch.nn.modules",
     "torch.utils",
+    "trl",
 )
 
 

@@ -111,6 +111,10 @@ def test_few_tokens_without_padding_and_modes_as_they_were():
         assert kwargs["input_ids"].tolist() == [list(range(50, 50 + TOKENS))]
         assert kwargs["attention_mask"].all()
         assert not training
+    # What follows the tokens is left out too.
+    mask[1, 14:] = 0
+    check(model, LMHead.of(model), model.model, input_ids=ids, attention_mask=mask)
+    assert seen[-1][0]["input_ids"].tolist() == [list(range(50, 54))]
     assert model.training
     assert model.lm_head.training
     assert not model.model.layers[0].mlp.training

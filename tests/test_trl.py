@@ -105,9 +105,12 @@ def test_a_run_is_the_same(trainer, options, folder, monkeypatch, caplog):
     assert ours.longest <= 1  # what sampling needs
     if trainer == "DistillationTrainer":
         assert theirs.longest <= 1
+        assert ours.compared == 0
         assert len(calls) == 3 * 2 + 1  # two micro-batches a step, and one to evaluate
     else:
         assert theirs.longest > 1
+        # The logits of each model, once; those of a trainer's teacher may be the student's.
+        assert ours.compared in (1, 2)
 
 
 def test_sequences_without_a_token_that_counts(folder):

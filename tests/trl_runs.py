@@ -30,6 +30,8 @@ from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
+from opsd_kernels.head_check import check_head
+
 LENGTH = 6  # of completions, at most
 OF_TIME = ("time", "per_second")  # in the names of figures that depend on the clock
 
@@ -142,6 +144,7 @@ class Run:
     gradients: list[dict[str, Tensor]] = field(default_factory=list)  # of every step
     longest: int = 0  # sequence that a head was called on, while training
     longest_evaluated: int = 0
+    compared: int = 0  # models whose logits were compared with ours, which is not counted above
 
 
 def run(trainer: str, folder: Path, **options: Any) -> Run:
@@ -169,13 +172,26 @@ def run_of(made: Any) -> Run:
     ]
 
     def watched(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if any(weight is head.weight for head in heads):
+        if not comparing and any(weight is head.weight for head in heads):
             name = "longest" if made.model.training else "longest_evaluated"
             setattr(told, name, max(getattr(told, name), h.shape[1]))
         return linear(h, weight, bias)
 
+    comparing: list[Any] = []
+
+    def compared(model: Any, *given: Any) -> None:
+        told.compared += 1
+        comparing.append(model)
+        try:
+            check_head(model, *given)
+        finally:
+            comparing.pop()
+
     made.add_callback(Gradients())
-    with patch("torch.nn.functional.linear", watched):
+    with (
+        patch("torch.nn.functional.linear", watched),
+        patch("opsd_kernels.trl.hidden_states.check_head", compared),
+    ):
         made.train()
         made.evaluate()
     told.logs = [

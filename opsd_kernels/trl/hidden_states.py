@@ -5,7 +5,7 @@ gradients, in its own forward. So that is what is called; in it the model's back
 of the model, and the loss is computed before it ends.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from trl.models.utils import _ForwardRedirection
 
 from opsd_kernels.head import LMHead
+from opsd_kernels.head_check import check_head, head_logits
 from opsd_kernels.trl.heads import heads_of_models, in_one_dtype, why_no_head
 
 T = TypeVar("T")
@@ -106,11 +107,63 @@ def why_no_hidden_states(trainer: Any, *models: Any) -> str | None:
         if is_compiled_module(model):
             return "the model is compiled by torch.compile"
         unwrapped = trainer.accelerator.unwrap_model(model)
-        if is_peft_model(unwrapped) and unwrapped.active_peft_config.is_prompt_learning:
-            return "an adapter that learns a prompt works in the forward of the whole model"
+        if is_peft_model(unwrapped) and (reason := _why_wrapped(unwrapped)):
+            return reason
         causal_lm = _causal_lm(unwrapped)
         if getattr(causal_lm, "base_model", causal_lm) is causal_lm:
             return f"{type(causal_lm).__name__} has no base_model without an LM head"
         if reason := why_no_head(causal_lm):
             return reason
     return None
+
+
+def _why_wrapped(model: Any) -> str | None:
+    """Why an adapter's layers do not do its work without the forward of its wrapper, if so."""
+    from peft import AdaLoraModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    for name in model.active_adapters:
+        config = model.peft_config[name]
+        if config.is_prompt_learning:
+            return "an adapter that learns a prompt works in the forward of the whole model"
+        if getattr(config, "alora_invocation_tokens", None) is not None:
+            return "the wrapper of an activated LoRA says in its forward where it is active"
+    # AdaLoRA's adds a term to a loss of the model's own, which no trainer here asks for.
+    if type(model.base_model).forward not in (BaseTuner.forward, AdaLoraModel.forward):
+        return f"the adapter's wrapper, {type(model.base_model).__name__}, has a forward of its own"
+    return None
+
+
+def why_other_logits(
+    trainer: Any, models: Iterable[Any], input_ids: Tensor, attention_mask: Tensor
+) -> str | None:
+    """Why a loss would not have the logits of models, if so: compared once for each model, on a few
+    tokens of the first batch. The same on every process."""
+    known = vars(trainer).setdefault("_opsd_kernels_compared", {})
+    for model in models:
+        causal_lm = _causal_lm(trainer.accelerator.unwrap_model(model))
+        if id(causal_lm) not in known:
+            known[id(causal_lm)] = _compare(trainer, model, input_ids, attention_mask)
+        if reason := known[id(causal_lm)]:
+            return str(reason)
+    return None
+
+
+def _compare(trainer: Any, model: Any, input_ids: Tensor, attention_mask: Tensor) -> str | None:
+    def logits(h: Tensor, causal_lm: Any) -> Tensor:
+        with heads_of_models(causal_lm, causal_lm) as (W, _):
+            h, W, _h, _W = in_one_dtype(h, W, h, None)
+            return head_logits(W, h)
+
+    def make_logits(**inputs: Any) -> Tensor:
+        return run_backbone(trainer, model, inputs["attention_mask"] != 0, logits, **inputs)
+
+    reason = None
+    try:
+        check_head(model, make_logits, input_ids, attention_mask)
+    except ValueError as error:
+        reason = str(error)
+    found = torch.tensor([reason is not None], device=input_ids.device)
+    if trainer.accelerator.gather(found).any() and reason is None:
+        reason = "on another process it would not have the model's logits"
+    return reason

@@ -35,11 +35,13 @@ def compute_loss_or_theirs(
     theirs: Callable[..., Any],
     why_theirs: Callable[[Any, Any], str | None],
     ours: Callable[[Any, Any, dict[str, Any], Tensor | int | None], Tensor],
+    why_other_logits: Callable[[Any, Any, dict[str, Any]], str | None],
 ) -> Callable[..., Any]:
     """A trainer's `compute_loss`.
 
     Args:
         why_theirs: of trainer and model, a reason for which ours cannot compute the loss, if any.
+        why_other_logits: of trainer, model and inputs, a reason that only a forward shows.
         ours: of trainer, model, inputs and `num_items_in_batch`, the loss.
     """
 
@@ -54,6 +56,8 @@ def compute_loss_or_theirs(
         reason = why_theirs(self, model)
         if return_outputs:
             reason = "the model's outputs are asked for, logits among them"
+        if reason is None:
+            reason = why_other_logits(self, model, inputs)
         if reason is None:
             return ours(self, model, inputs, num_items_in_batch)
         notice(self, reason)

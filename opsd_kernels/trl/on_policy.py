@@ -18,6 +18,7 @@ from opsd_kernels.trl.hidden_states import (
     predicting,
     teacher_hidden_states,
     why_no_hidden_states,
+    why_other_logits,
 )
 from opsd_kernels.trl.hooks import COMPUTE_LOSS, Hook, compute_loss_or_theirs, why_overridden
 
@@ -31,7 +32,7 @@ def _gkd(theirs: Callable[..., Any], GKDTrainer: type) -> Callable[..., Any]:
     def ours(self: Any, model: Any, inputs: dict[str, Any], items: Tensor | int | None) -> Tensor:
         return _loss(self, model, inputs["labels"][:, 1:], _text(inputs), 1.0, items)
 
-    return compute_loss_or_theirs(theirs, why_theirs, ours)
+    return compute_loss_or_theirs(theirs, why_theirs, ours, _why_other_logits)
 
 
 def _gold(theirs: Callable[..., Any], GOLDTrainer: type) -> Callable[..., Any]:
@@ -46,7 +47,7 @@ def _gold(theirs: Callable[..., Any], GOLDTrainer: type) -> Callable[..., Any]:
         both = _text(inputs) | self._get_model_forward_kwargs(inputs)
         return _loss(self, model, inputs["labels"][:, 1:], both, self.temperature, items)
 
-    return compute_loss_or_theirs(theirs, why_theirs, ours)
+    return compute_loss_or_theirs(theirs, why_theirs, ours, _why_other_logits)
 
 
 def _iw_opd(theirs: Callable[..., Any], IWOPDTrainer: type) -> Callable[..., Any]:
@@ -66,7 +67,7 @@ def _iw_opd(theirs: Callable[..., Any], IWOPDTrainer: type) -> Callable[..., Any
         labels = inputs["labels"][:, self._compute_prompt_length(inputs) :]
         return _loss(self, model, labels, _text(inputs), self.temperature, items)
 
-    return compute_loss_or_theirs(theirs, why_theirs, ours)
+    return compute_loss_or_theirs(theirs, why_theirs, ours, _why_other_logits)
 
 
 def _loss(
@@ -105,6 +106,10 @@ def _loss(
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(loss.device)
     return loss / num_items_in_batch
+
+
+def _why_other_logits(trainer: Any, model: Any, inputs: dict[str, Any]) -> str | None:
+    return why_other_logits(trainer, (model, trainer.teacher_model), **_text(inputs))
 
 
 def _text(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,13 @@ import torch
 from torch import Tensor
 
 from opsd_kernels.head import LMHead
-from opsd_kernels.loss import fused_jsd_loss, fused_sampled_token_loss, token_divergence
-from opsd_kernels.trl.heads import heads_of_models
+from opsd_kernels.loss import (
+    fused_jsd_loss,
+    fused_log_probs,
+    fused_sampled_token_loss,
+    token_divergence,
+)
+from opsd_kernels.trl.heads import heads_of_models, in_one_dtype
 from opsd_kernels.trl.hidden_states import (
     SIGNATURES,
     loss_of_student,
@@ -24,6 +29,7 @@ from opsd_kernels.trl.hidden_states import (
     run_backbone,
     teacher_hidden_states,
     why_no_hidden_states,
+    why_other_logits,
 )
 from opsd_kernels.trl.hooks import COMPUTE_LOSS, Hook, compute_loss_or_theirs, why_overridden
 
@@ -43,7 +49,10 @@ def _compute_loss(theirs: Callable[..., Any], base: type) -> Callable[..., Any]:
         loss = _loss(self, model, inputs)
         return loss / (self.current_gradient_accumulation_steps if self.model.training else 1)
 
-    return compute_loss_or_theirs(theirs, why_theirs, ours)
+    def other_logits(self: Any, model: Any, inputs: dict[str, Any]) -> str | None:
+        return why_other_logits(self, (model, self.teacher_model), **_text(inputs))
+
+    return compute_loss_or_theirs(theirs, why_theirs, ours, other_logits)
 
 
 def _compute_rollout_logps(theirs: Callable[..., Any], base: type) -> Callable[..., Any]:
@@ -55,12 +64,24 @@ def _compute_rollout_logps(theirs: Callable[..., Any], base: type) -> Callable[.
         completion_ids: Tensor,
         completion_mask: Tensor,
     ) -> Tensor | None:
-        if _why_theirs(self, base) or why_no_hidden_states(self, self.model):
+        text = _text(
+            {
+                "prompt_ids": prompt_ids,
+                "prompt_mask": prompt_mask,
+                "completion_ids": completion_ids,
+                "completion_mask": completion_mask,
+            }
+        )
+        if (
+            _why_theirs(self, base)
+            or why_no_hidden_states(self, self.model)
+            or why_other_logits(self, (self.model,), **text)
+        ):
             return theirs(self, prompt_ids, prompt_mask, completion_ids, completion_mask)
         generate_every = self.args.steps_per_generation * self.num_iterations
         if self.args.gradient_accumulation_steps % generate_every == 0:
             return None  # The student has not moved since.
-        return _log_p_of_student(self, prompt_ids, prompt_mask, completion_ids, completion_mask)
+        return _log_p_of_student(self, completion_ids, completion_mask, text)
 
     return log_p
 
@@ -81,9 +102,8 @@ def _why_theirs(trainer: Any, base: type) -> str | None:
 
 def _loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     """The mean over sequences of their means over tokens; logs the mean over tokens."""
-    prompt_ids, completion_ids = inputs["prompt_ids"], inputs["completion_ids"]
     mask = _mask(trainer, inputs)  # [B, K]
-    teacher, student_ids = trainer.teacher_model, torch.cat([prompt_ids, completion_ids], dim=1)
+    teacher, text = trainer.teacher_model, _text(inputs)
 
     with trainer._get_teacher_context_for_self_distillation():
         h_T = teacher_hidden_states(
@@ -102,9 +122,8 @@ def _loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         loss_of_tokens,
         h_T,
         teacher,
-        predicting(mask, student_ids.shape[1]),
-        input_ids=student_ids,
-        attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+        predicting(mask, text["input_ids"].shape[1]),
+        **text,
     )
     mask = mask.to(of_tokens.device)
     # Without tokens the sum is 0, and still has the student's graph.
@@ -115,6 +134,14 @@ def _loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         "train" if model.training else "eval", trainer.accelerator.gather(mean).mean().item()
     )
     return (of_tokens * share.expand_as(mask)[mask != 0]).sum()
+
+
+def _text(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """What the student reads, [B, L]."""
+    return {
+        "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+        "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+    }
 
 
 def _mask(trainer: Any, inputs: dict[str, Any]) -> Tensor:
@@ -188,33 +215,18 @@ def _loss_of_tokens(
     )
 
 
-def _log_p_of_student(
-    trainer: Any, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor
-) -> Tensor:
+def _log_p_of_student(trainer: Any, ids: Tensor, mask: Tensor, text: dict[str, Tensor]) -> Tensor:
     """[B, K] log p of the sampled tokens; 0 where they do not count."""
 
     def log_p(h: Tensor, student: Any) -> Tensor:
         with heads_of_models(student, student) as (W, _):
-            _, log_p_S, _ = fused_sampled_token_loss(
-                h,
-                h,
-                W,
-                ids[mask != 0].to(h.device),
-                temperature=trainer.temperature,
-                reduction="none",
-                return_log_probs=True,
-            )
-        return log_p_S
+            h, W, _h, _W = in_one_dtype(h, W, h, None)
+            targets = ids[mask != 0].to(h.device)
+            return fused_log_probs(h, W, targets, temperature=trainer.temperature)
 
-    text = torch.cat([prompt_ids, ids], dim=1)
     with torch.no_grad():
         of_tokens = run_backbone(
-            trainer,
-            trainer.model,
-            predicting(mask, text.shape[1]),
-            log_p,
-            input_ids=text,
-            attention_mask=torch.cat([prompt_mask, mask], dim=1),
+            trainer, trainer.model, predicting(mask, text["input_ids"].shape[1]), log_p, **text
         )
     of_tokens = of_tokens.to(mask.device)
     return of_tokens.new_zeros(mask.shape).masked_scatter(mask != 0, of_tokens)
