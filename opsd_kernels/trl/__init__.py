@@ -7,8 +7,8 @@
 `DistillationTrainer`, `SDFTTrainer`, `SDPOTrainer`, `GKDTrainer`, `GOLDTrainer` and `IWOPDTrainer`
 then compute their full-vocabulary losses, and the losses of sampled tokens of SDFT and SDPO, from
 hidden states. What a config asks for and this package does not compute stays TRL's, and is said
-once; so does the loss of a model whose own logits, on a few tokens of the first batch, are not those
-that its head gives. examples/README.md lists what is whose.
+once; and so does the loss of a model whose own logits, on a few tokens of the first batch, are not
+those that its head gives. examples/README.md lists what is whose.
 
 What lives here: patches.py replaces functions of TRL's and puts them back; distillation.py,
 self_distillation.py and on_policy.py hold the losses of the trainers; hidden_states.py gets what
