@@ -1,4 +1,4 @@
-"""What a picture shows: the figures that matplotlib saves, and their lines by label."""
+"""What a picture shows: the figures that matplotlib saves, their numbers and their words."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +8,7 @@ from unittest import mock
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 
 @contextmanager
@@ -24,13 +25,18 @@ def saved_figures() -> Iterator[dict[str, Figure]]:
         yield figures
 
 
-def heights(figure: Figure) -> dict[str, list[float]]:
-    """By label, the heights of all points and bars that are drawn, over all axes."""
-    found: dict[str, list[float]] = {}
+def drawn(figure: Figure) -> set[float]:
+    """The heights of all points of its lines, and the lengths of all its bars."""
+    found: set[float] = set()
     for axes in figure.axes:
         for line in axes.get_lines():
-            found.setdefault(str(line.get_label()), []).extend(np.ravel(line.get_ydata()).tolist())
+            found.update(np.ravel(line.get_ydata()).tolist())
         for bars in axes.containers:
-            heights = [bar.get_height() for bar in getattr(bars, "patches", [])]
-            found.setdefault(str(bars.get_label()), []).extend(heights)
+            for bar in getattr(bars, "patches", []):
+                found.update((bar.get_width(), bar.get_height()))
     return found
+
+
+def words(figure: Figure) -> set[str]:
+    """All its texts: titles, labels, names of a legend."""
+    return {text.get_text() for text in figure.findobj(Text)}

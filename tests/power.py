@@ -103,7 +103,8 @@ def copy_tree(to: Path) -> Path:
 def plant(fault: Fault, copies: "Queue[Path]") -> Found:
     """Plant a fault in a free copy, see which tests find it, and mend it again."""
     copy, start = copies.get(), time.monotonic()
-    path, text = copy / fault.file, (ROOT / fault.file).read_text()
+    path = copy / fault.file
+    text = path.read_text()
     found = Found(fault, None, "", 0)
     try:
         for suite, marked in (("fast", "not slow"), ("slow", "slow")):

@@ -14,6 +14,8 @@ import pytest
 import torch
 from accuracy import TILED_GRAD_UNITS
 from inputs import random_inputs
+from marks import slow
+from pictures import drawn, saved_figures, words
 
 from benchmarks import accuracy as accuracy_benchmark
 from benchmarks import memory, speed, step, trl_trainers
@@ -25,13 +27,15 @@ from benchmarks.pages import readme
 from opsd_kernels import divergence_name
 
 
-def test_speed(monkeypatch, capsys, tmp_path):
-    """Every method gives a row, and one that cannot run says why."""
+@pytest.mark.parametrize("stance", ["force_eager", slow("default")])
+def test_speed(monkeypatch, capsys, tmp_path, stance):
+    """Every method gives a row, whether or not it is compiled; one that cannot run says why."""
     monkeypatch.setitem(speed.SHAPES, "cpu", [(8, 16, 100), (9, 16, 100)])
     monkeypatch.setitem(sys.modules, "trl.kernels.chunked_divergence", None)
     small = ["--device", "cpu", "--repeats", "2", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["speed.py", *small])
-    speed.main()
+    with saved_figures() as figures, torch.compiler.set_stance(stance):
+        speed.main()
     setting, rows = report.read(tmp_path / "speed.csv", speed.Row)
     assert "mean teacher entropy" in setting
     for dtype in ("float32", "bfloat16"):
@@ -44,7 +48,8 @@ def test_speed(monkeypatch, capsys, tmp_path):
             assert 0 < row.backward_s < row.both_s
             assert 0 < row.floors_low <= row.floors <= row.floors_high
     assert "| TRL | not installed | not installed |" in speed.summary(tmp_path / "speed.csv")
-    assert (tmp_path / "speed.png").stat().st_size > 10_000
+    assert {row.floors for row in rows if not row.failure} - {1} <= drawn(figures["speed.png"])
+    assert {"eager", "N = 8, D = 16, V = 100, float32"} <= words(figures["speed.png"])
     assert (tmp_path / "speed.md").read_text().startswith("|  | N = 8, D = 16, V = 100, float32")
 
 
@@ -74,7 +79,8 @@ def test_memory(monkeypatch, capsys, tmp_path):
     small = ["--device", "cpu", "--quick", "--output", str(tmp_path), "--methods"]
     methods = ["ours, row workspace", "ours, logit-free", "eager"]
     monkeypatch.setattr(sys, "argv", ["memory.py", *small, *methods])
-    memory.main()
+    with saved_figures() as figures:
+        memory.main()
     setting, rows = report.read(tmp_path / "memory.csv", memory.Row)
     assert "torch" in setting
     ours, logit_free, eager = [row for row in rows if row.device == "CPU"]
@@ -86,7 +92,9 @@ def test_memory(monkeypatch, capsys, tmp_path):
     counted = {(row.method, row.N): row.counted_mib for row in rows if row.device == "counted"}
     assert counted["ours, logit-free", 65536] < 60 < counted["ours, row workspace", 65536] < 400
     assert counted["eager", 65536] == pytest.approx(64 * counted["eager", 1024], rel=1e-3)
-    assert (tmp_path / "memory.png").stat().st_size > 10_000
+    shown = {ours.measured_mib / 1024, *(mib / 1024 for mib in counted.values())}
+    assert shown <= drawn(figures["memory.png"])
+    assert set(methods) <= words(figures["memory.png"])
     assert "| N = 65536 |" in (tmp_path / "memory.md").read_text()
 
 
@@ -147,10 +155,12 @@ def test_accuracy(monkeypatch, capsys, tmp_path):
     small = ["--device", "cpu", "--tokens", "8", "--vocabulary", "500", "--features", "32"]
     monkeypatch.setattr(sys, "argv", ["accuracy.py", *small, "--output", str(tmp_path)])
     monkeypatch.setattr(accuracy_benchmark, "summary", lambda path: "")  # which is of all methods
-    accuracy_benchmark.main()
-    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+    with saved_figures() as figures:
+        accuracy_benchmark.main()
     setting, rows = report.read(tmp_path / "accuracy.csv", accuracy_benchmark.Row)
     assert "V = 500" in setting
+    assert {row.grad_error for row in rows} <= drawn(figures["accuracy.png"])
+    assert {"ours, logit-free", "eager, bf16 logits"} <= words(figures["accuracy.png"])
     assert "TRL" not in {row.method for row in rows}
     assert {row.divergence for row in rows if row.method == "eager, bf16 logits"} == {
         divergence_name(divergence) for divergence in accuracy_benchmark.DIVERGENCES
@@ -171,7 +181,8 @@ def test_step(monkeypatch, capsys, tmp_path):
     methods = ["ours, row workspace", "eager"]
     monkeypatch.setattr(sys, "argv", ["step.py", *small, *methods])
     monkeypatch.setattr(report, "GPU_GIB", {"2 GiB": 2.0})
-    step.main()
+    with saved_figures() as figures:
+        step.main()
     _, rows = report.read(tmp_path / "step.csv", step.Row)
     measured = {row.method: row for row in rows if row.device == "CPU"}
     assert 0 < measured["ours, row workspace"].peak_mib < measured["eager"].peak_mib
@@ -182,7 +193,9 @@ def test_step(monkeypatch, capsys, tmp_path):
     sampled = step.count("tiny", 1024, "ours, sampled token")
     assert sampled.peak_mib < counted["ours, row workspace", 1024]
     assert "fits in 2 GiB" in (tmp_path / "step.md").read_text()
-    assert (tmp_path / "step.png").stat().st_size > 10_000
+    shown = {step.total_gib(row) for row in rows if row.device == "counted"}
+    assert shown <= drawn(figures["step.png"])
+    assert set(methods) <= words(figures["step.png"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
@@ -202,7 +215,8 @@ def test_cross_entropy(monkeypatch, capsys, tmp_path):
     methods = [name for name in peers.CROSS_ENTROPIES if name != "CCE, torch.compile"]
     arguments = [*small, "--output", str(tmp_path), "--methods", *methods]
     monkeypatch.setattr(sys, "argv", ["cross_entropy.py", *arguments])
-    cross_entropy.main()
+    with saved_figures() as figures:
+        cross_entropy.main()
     _, rows = report.read(tmp_path / "cross_entropy.csv", cross_entropy.Row)
     compared, measured = (
         {(row.method, row.head): row for row in rows if row.what == what}
@@ -228,7 +242,9 @@ def test_cross_entropy(monkeypatch, capsys, tmp_path):
     text = (tmp_path / "cross_entropy.md").read_text()
     assert "| **ours, row workspace** | **2** | **4** | " in text
     assert "| CCE | needs a GPU | needs a GPU |" in text
-    assert (tmp_path / "cross_entropy.png").stat().st_size > 10_000
+    shown = {row.peak_mib for row in measured.values() if not row.failure}
+    assert shown <= drawn(figures["cross_entropy.png"])
+    assert {"ours, row workspace", "eager", "trained head"} <= words(figures["cross_entropy.png"])
 
 
 def test_cross_entropy_in_a_process_of_its_own():
@@ -275,8 +291,12 @@ def test_trl_trainers_as_a_table(tmp_path):
     assert "| 900 MiB → **100 MiB** | 2.00 s → **1.00 s** |" in text
     assert "| out of memory → **100 MiB** |" in text
     assert "| 1e-05, 0e+00 |" in text
-    trl_trainers.plot(tmp_path / "trl_trainers.csv", tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    with saved_figures() as figures:
+        trl_trainers.plot(tmp_path / "trl_trainers.csv", tmp_path / "picture.png")
+    most = max(row.N for row in rows)
+    shown = {row.peak_mib for row in rows if most == row.N and not row.failure}
+    assert shown <= drawn(figures["picture.png"])
+    assert {"TRL's own", "with ours"} <= words(figures["picture.png"])
 
 
 def test_rollouts(monkeypatch, capsys, folder, tmp_path):
