@@ -69,9 +69,9 @@ def gradient(loss, h_S, h_T, W, **options):
 
 def test_logits_are_not_rounded_to_bf16(op):
     """Mistake 1. Eager bf16 logits at JSD near 1e-5: gradient and loss are mostly noise."""
-    h_S, h_T, W = language_like_inputs(64, 8192, 128, torch.bfloat16, distance=0.01)
+    h_S, h_T, W = language_like_inputs(32, 8192, 128, torch.bfloat16, distance=0.01)
     loss, grad = exact(h_S, h_T, W)
-    loss, grad = loss.mean(), grad / 64
+    loss, grad = loss.mean(), grad / 32
 
     def error(other):
         return float((gradient(other, h_S, h_T, W) - grad).norm() / grad.norm())
@@ -84,7 +84,7 @@ def test_logits_are_not_rounded_to_bf16(op):
 
 def test_small_kl_is_not_lost(op):
     """Mistake 2. Σ q x in fp32 at KL near 1e-7: zero, negative or anything."""
-    h_S, h_T, W = random_inputs(64, 32768, 128, distance=5e-4)
+    h_S, h_T, W = random_inputs(32, 16384, 128, distance=5e-4)
     expected, _ = exact(h_S, h_T, W, beta=0)
     naive = textbook.divergence(h_S @ W.T, h_T @ W.T, beta=0)
     ours = op(h_S, h_T, W, beta=0, reduction="none")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import CUT_UNITS, exact, noise
+from marks import slow
 from tensor_cores import (
     ARCHITECTURES,
     FP32_BITS,
@@ -136,7 +137,9 @@ def aligned_products(along: float, D: int, dtype: torch.dtype) -> tuple[Tensor, 
 
 @pytest.mark.parametrize("core", [A100, H100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("along", "D"), [(0, 1024), (0, 4096), (8, 2048), (25, 1024), (25, 4096)])
+@pytest.mark.parametrize(
+    ("along", "D"), [(0, 1024), slow(0, 4096), slow(8, 2048), (25, 1024), slow(25, 4096)]
+)
 def test_what_a_logit_loses_is_predicted(along, D, dtype, core):
     h, W = aligned_products(along, D, dtype)
     # The diagonal of h Wᵀ alone, in blocks.
@@ -155,7 +158,7 @@ def test_what_a_logit_loses_is_predicted(along, D, dtype, core):
 
 @interpreted
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("distance", [1e-3, 1e-2, 0.1, 1.0, 3.0])
+@pytest.mark.parametrize("distance", [1e-3, slow(1e-2), slow(0.1), 1.0, slow(3.0)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_truncation_does_to_loss_and_gradient_is_predicted(dtype, distance, arch):
     """A bound, and one that is not far off: the logits' part of it."""
