@@ -83,6 +83,7 @@ def test_the_parts_of_a_mean(sizes, averaged):
     torch.testing.assert_close(h.grad.double(), true_h.grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_opsd_in_one_file_learns():
     printed = run_example(EXAMPLES / "opsd_in_one_file.py", "--tiny", "--steps", "30")
     before, in_view, after = (int(share) for share in re.findall(r"(\d+)% solved", printed))

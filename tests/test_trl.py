@@ -249,7 +249,7 @@ def test_two_processes(folder, tmp_path):
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "Qwen3"])
-@pytest.mark.parametrize("trainer", ["DistillationTrainer", "SDFTTrainer"])
+@pytest.mark.parametrize("trainer", ["DistillationTrainer", slow("SDFTTrainer")])
 def test_heads_with_a_cap_a_scale_or_a_bias(trainer, family, tmp_path, monkeypatch):
     """Of other families, tied embeddings among them; of Phi's the bias is trained too."""
     for side, seed in (("student", 0), ("teacher", 1)):
