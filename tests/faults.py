@@ -190,7 +190,7 @@ FAULTS = [
     ),
     Fault(
         "opsd_kernels/autograd.py",
-        "weights = grad_loss.masked_fill(loss.isinf(), 0)",
+        "weights = grad_loss.masked_fill(infinite, 0)",
         "weights = grad_loss.clone()",
         f"trained_head {OP}",
     ),
@@ -308,8 +308,8 @@ FAULTS = [
     ),
     Fault(
         "opsd_train/opsd/teachers.py",
-        "self.average[name].lerp_(w.detach(), 1 - self.decay)",
-        "self.average[name].lerp_(w.detach(), self.decay)",
+        "self.adapter[name].lerp_(w.detach(), 1 - self.decay)",
+        "self.adapter[name].lerp_(w.detach(), self.decay)",
         f"train_opsd {RUNS}",
     ),
     Fault(
