@@ -8,17 +8,19 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import poisoned
+from inputs import random_inputs
 
 from benchmarks.gpu import compile as compiling
 from benchmarks.gpu import launches, training, tune
 from benchmarks.gpu import run as gpu
-from benchmarks.lib import report
+from benchmarks.lib import peers, report
 from benchmarks.lib.records import OperationError
 from benchmarks.pages import readme
 from opsd_kernels.kernels import tiles
@@ -524,3 +526,15 @@ def test_tiles_of_gpus_interpreted_with_poisoned_scratch():
     )  # fmt: skip
     assert told.returncode == 0, told.stdout
     assert "6 passed" in told.stdout
+
+
+@pytest.mark.skipif(
+    find_spec("unsloth_zoo") is None, reason="needs unsloth-zoo, of benchmarks/gpu/wheels.txt"
+)
+def test_unsloth_computes_the_same():
+    h_S, h_T, W = random_inputs(20, 300, 16)
+    for beta in (0.0, 0.3, 0.5, 1.0):
+        h = h_S.clone().requires_grad_()
+        theirs, ours = (loss(h, h_T, W, beta, 1.5) for loss in (peers.unsloth, peers.eager))
+        torch.testing.assert_close(theirs, ours)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, h)[0] for loss in (theirs, ours)))

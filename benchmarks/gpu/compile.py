@@ -281,7 +281,8 @@ def main() -> int:
         commands, args.folder, pool, args.seconds, args.arch, args.sample
     )
     print("\n".join([summary(pool, recorded, time.monotonic() - start), *failed]))
-    return int(bool(failed))
+    nothing = bool(pool.done) and all(c.failure for c in pool.done)
+    return int(nothing or bool(failed))
 
 
 def summary(pool: Pool, recorded: float, elapsed: float) -> str:

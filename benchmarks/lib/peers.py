@@ -6,10 +6,15 @@ Peers are imported when called: none of them is needed to use the package.
 """
 
 import os
+import sys
+import tempfile
 from collections.abc import Mapping
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -174,13 +179,25 @@ def orda_divergence(beta: float) -> dict[str, Any]:
 def unsloth(
     h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: float = 1.0
 ) -> Tensor:
-    """Unsloth's `fused_linear_jsd`: of the same β, and called alone, since it is under the AGPL."""
-    if h_S.device.type == "cpu":
-        raise NotImplementedError("needs a GPU")
-    os.environ.setdefault("UNSLOTH_IS_PRESENT", "1")  # or it wants to be imported by unsloth
-    from unsloth_zoo.fused_losses.fused_linear import fused_linear_jsd
+    """Unsloth's `fused_linear_jsd`, of the same β. It is called, and nothing else: its licence is
+    the AGPL."""
+    return _unsloth_module().fused_linear_jsd(h_S, W, h_T, W, beta=beta, temperature=temperature)
 
-    return fused_linear_jsd(h_S, W, h_T, W, beta=beta, temperature=temperature)
+
+@cache
+def _unsloth_module() -> Any:
+    """Without its package's __init__, which wants all of Unsloth and changes PyTorch."""
+    found = find_spec("unsloth_zoo")
+    if found is None:
+        raise ModuleNotFoundError("No module named 'unsloth_zoo'")
+    package = ModuleType("unsloth_zoo")
+    package.__path__ = list(found.submodule_search_locations or [])
+    with (
+        tempfile.TemporaryDirectory() as cache,  # for what it generates, else in this folder
+        mock.patch.dict(os.environ, {"UNSLOTH_COMPILE_LOCATION": cache}),
+        mock.patch.dict(sys.modules, {"unsloth_zoo": package}),
+    ):
+        return import_module("unsloth_zoo.fused_losses.fused_linear")
 
 
 METHODS: dict[str, Loss] = {
