@@ -206,11 +206,15 @@ def compare(operation: Operation, inputs: Inputs, workspace_mib: float) -> list[
     chain = None if workspace_mib else tiles.lookup(h.device, h.dtype).columns
     parts: dict[str, list[Tensor]] = {name: [] for name in got}
     for n in rows:
-        for name, row in of_row(operation, inputs.of(slice(n, n + 1)), chain).items():
-            exact = row.exact.double()
+        row = of_row(operation, inputs, n)
+        for name, exact in row.exact.items():
+            noise = row.noise[name]
+            if name == "gradient":
+                noise = noise + lost_by_the_last_product(row, inputs, chain)
+            exact = exact.double()
             rounding = (exact.to(got[name].dtype).double() - exact).norm()
             error = (got[name][n : n + 1].double() - exact).norm()
-            parts[name].append(torch.stack([error, rounding, row.noise]))
+            parts[name].append(torch.stack([error, rounding, noise]))
     units = LOSS_UNITS if core_of(h.dtype) is None else CUT_UNITS
     grad_units = max(units, GRAD_UNITS[h.dtype])
     errors = []
@@ -231,16 +235,16 @@ def core_of(dtype: torch.dtype) -> TensorCore | None:
 
 
 class OfRow(NamedTuple):
-    exact: Tensor  # [1], or the gradient [1, D]
-    noise: Tensor  # norm of what moved logits, and a truncated last product, do
+    """What the oracle says of one row."""
+
+    exact: dict[str, Tensor]  # [1] each; the gradient is [1, D]
+    noise: dict[str, Tensor]  # norms of what moved logits do
+    dz: Tensor  # [V] gradient with respect to products
 
 
-def of_row(operation: Operation, inputs: Inputs, chain: int | None) -> dict[str, OfRow]:
-    """What the oracle says of one row, exactly and with its logits moved, by name.
-
-    Args:
-        chain: entries of the vocabulary that the last product adds one after the other; None: all.
-    """
+@lru_cache(maxsize=ROWS)  # both schedules are compared with the same
+def of_row(operation: Operation, inputs: Inputs, n: int) -> OfRow:
+    inputs = inputs.of(slice(n, n + 1))
     dtype, core = inputs.h_S.dtype, core_of(inputs.h_S.dtype)
     student = _double(inputs.W)
     heads = [student, student if inputs.W_T is None else _double(inputs.W_T)]
@@ -276,14 +280,25 @@ def of_row(operation: Operation, inputs: Inputs, chain: int | None) -> dict[str,
         for name, value in solved(moves())[0].items():
             changes[name].append((value - exact[name]).norm())
     noise = {name: torch.stack(of_it).square().mean().sqrt() for name, of_it in changes.items()}
-    if core is not None:
-        length = min(chain or len(W), len(W))
-        chains = len(W) / length
-        size = (dz.square() @ W.square() / chains).sqrt()
-        cut = truncation(exact["gradient"][0] / chains, size, length, core, dtype)
-        spread = chains * (cut.common.square() + cut.own.square())
-        noise["gradient"] += ((chains * cut.mean).square() + spread).sum().sqrt()
-    return {name: OfRow(value, noise[name]) for name, value in exact.items()}
+    return OfRow(exact, noise, dz)
+
+
+def lost_by_the_last_product(row: OfRow, inputs: Inputs, chain: int | None) -> Tensor:
+    """What tensor cores cut off the gradient: a norm.
+
+    Args:
+        chain: entries of the vocabulary that are added one after the other; None: all.
+    """
+    core, grad = core_of(inputs.h_S.dtype), row.exact["gradient"][0]
+    if core is None:
+        return grad.new_zeros(())
+    W = _in_float64(inputs.W.weight)
+    length = min(chain or len(W), len(W))
+    chains = len(W) / length
+    size = (row.dz.square() @ _squares(W) / chains).sqrt()
+    cut = truncation(grad / chains, size, length, core, inputs.h_S.dtype)
+    spread = chains * (cut.common.square() + cut.own.square())
+    return ((chains * cut.mean).square() + spread).sum().sqrt()
 
 
 def _moves(
@@ -300,13 +315,13 @@ def _moves(
         # Of the sum of products, of the logit, and of its log-sum-exp.
         size = u.abs() if core else h.norm() * head.weight.norm(dim=1)
         moved.append(2.0**-24 * (size + u.abs() + 1 + math.log(len(u))) * randn())
-        terms.append((h.square() @ head.weight.square().t()).sqrt())
+        terms.append((h.square() @ _squares(head.weight).t()).sqrt())
     if core is None:
         return moved
     common = [randn(), randn()]
     if heads[0] is heads[1]:
         (h_S,), (h_T,) = sides
-        apart = ((h_T - h_S).square() @ heads[0].weight.square().t()).sqrt() / terms[0]
+        apart = ((h_T - h_S).square() @ _squares(heads[0].weight).t()).sqrt() / terms[0]
         common[1] = common[0] + apart.clamp(max=1) * common[1]
     for i, (u, size) in enumerate(zip(products, terms, strict=True)):
         cut = truncation(u, size, sides[i].shape[1], core, dtype)
@@ -323,3 +338,8 @@ def _double(head: LMHead) -> LMHead:
 def _in_float64(W: Tensor) -> Tensor:
     """Of the last heads that were asked for: at a real size they are copied once."""
     return W.double()
+
+
+@lru_cache(maxsize=2)
+def _squares(W: Tensor) -> Tensor:
+    return W.square()
