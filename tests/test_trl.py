@@ -21,7 +21,12 @@ from trl_runs import LENGTH, TRAINERS, Run, difference, load, make_trainer, run,
 
 from opsd_kernels import fused_jsd_loss, reference_jsd_loss
 from opsd_kernels.trl import apply_opsd_kernels_to_trl, distillation, heads, patches
-from opsd_kernels.trl.hidden_states import loss_of_student, predicting, teacher_hidden_states
+from opsd_kernels.trl.hidden_states import (
+    loss_of_student,
+    predicting,
+    teacher_hidden_states,
+    why_other_logits,
+)
 
 TOLERANCE = 1e-4
 PROCESSES = 2
@@ -170,7 +175,9 @@ def assert_sharded_as_averaged(
     text = torch.arange(3, 27).reshape(2, 12)
     at = predicting(torch.tensor([[1, 1, 0, 1], [0, 0, 0, 1 - rank]]), 12)
     inputs = {"input_ids": text + 5 * rank, "attention_mask": torch.ones_like(text)}
-    accelerator = SimpleNamespace(unwrap_model=lambda model: model, autocast=nullcontext)
+    accelerator = SimpleNamespace(
+        unwrap_model=lambda model: model, autocast=nullcontext, gather=lambda t: t
+    )
     trainer = SimpleNamespace(accelerator=accelerator)
 
     def gradients(model: Any, teacher: Any) -> dict[str, torch.Tensor]:
@@ -196,6 +203,7 @@ def assert_sharded_as_averaged(
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    assert why_other_logits(trainer, sharded_models, **inputs) is None
     sharded = gradients(*sharded_models)
     assert sharded.keys() == mine.keys()
     for name, gradient in sharded.items():
