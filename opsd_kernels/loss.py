@@ -58,7 +58,7 @@ def fused_jsd_loss(
         beta: in [0, 1], the teacher's weight in the mixture: a number, or a float tensor [...] that
             gives each token its own divergence, 0 and 1 included. A constant. (Under
             `torch.compile` a number is compiled in; to anneal β make it a 0-dimensional tensor.)
-        temperature: T from 1e-8 to 1e30, divides both logits. The loss carries no factor T².
+        temperature: T from 1e-8 to 1e36, divides both logits. The loss carries no factor T².
         entry_clip: τ > 0: each vocabulary entry's value is min(f, τ) before the sum, and a clipped
             entry has no gradient of its own. A clipped KL can be negative.
         token_weights: [...] float, int or bool, finite; constants. 0 drops the token: its loss and

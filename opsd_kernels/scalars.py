@@ -24,7 +24,7 @@ def check_beta(beta: float) -> float:
 
 
 # Beyond these a logit over the temperature, or the reverse, is beyond fp32.
-LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-8, 1e30
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-8, 1e36
 
 
 def check_temperature(temperature: float, scale: float = 1.0) -> float:
