@@ -75,11 +75,14 @@ class Case:
     temperature: float = 1.0
     weighed: bool = False
     nan_row: bool = False
+    twice: bool = False  # is every row of the student's head, and so the largest logit
 
     def inputs(self) -> tuple[Tensor, Tensor, LMHead, LMHead | None, dict[str, Any]]:
         """h_S, h_T, both heads, and options."""
         N, V, D, seed = self.N, self.V, self.D, self.seed
         h_S, h_T, W = random_inputs(N, V, D, self.dtype, distance=self.distance, seed=seed)
+        if self.twice:
+            W[V // 2 :] = W[: V - V // 2]
         W_T = random_inputs(1, V, D, self.dtype, seed=seed + 1)[2] if self.own_head else None
         if W_T is not None:
             W_T = (0.9 * W.float() + 0.1 * W_T.float()).to(self.dtype)
@@ -200,6 +203,8 @@ def cases(processes: int) -> list[Case]:
             replace(here, nan_row=True, cuts=even, function=token_divergence),
             # Every entry the same: the first has the most mass.
             replace(here, D=8, distance=0, extras=Extras(scale=1e-30), trained=True),
+            # The largest logit in two shards, of which the first has it.
+            replace(here, twice=True, own_head=True, cuts=even, trained=True),
             # An entry with mass on one side alone.
             replace(here, beta=0.0, own_head=True, extras=Extras("with bans"), V=37),
             replace(here, function=fused_log_probs, weighed=True),
