@@ -8,13 +8,14 @@ hidden states are placed at such a distance from the student's that the mean JSD
 mean loss, and of the gradient in norm. What rounding the exact gradient to bf16 costs is the floor.
 
 Writes accuracy.csv, accuracy.md and accuracy.png to the folder.
-Without a GPU the logit-free kernels run in Triton's interpreter, their tiles rounded as on a GPU.
+Without a GPU the logit-free kernels run in Triton's interpreter, their tiles rounded as on a GPU;
+so does Liger's fused loss, with the fp32 logits that it makes on a GPU.
 """
 
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -59,12 +60,35 @@ def of_a_beta(peer: peers.Loss) -> Method:
     return loss
 
 
+def liger_fused(
+    h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: float = 1.0
+) -> Tensor:
+    on_cpu = h_S.device.type == "cpu"
+    loss = peers.liger_fused_interpreted if on_cpu else peers.liger_fused
+    return loss(h_S, h_T, W, beta, temperature)
+
+
 METHODS: dict[str, Method] = {
     "ours, logit-free": partial(fused_divergence_loss, workspace_mib=0),
     "ours, row workspace": partial(fused_divergence_loss, workspace_mib=320),
     "eager, bf16 logits": peers.eager_described,
+    "eager, compiled": peers.eager_described_compiled,
     "TRL": of_a_beta(peers.trl),
-    "Liger": of_a_beta(partial(peers.liger_chunked, compiled=False)),
+    "Liger, fused": of_a_beta(liger_fused),
+    "Liger, chunked": of_a_beta(peers.liger_chunked),
+    "ORDA": of_a_beta(peers.orda),
+}
+
+
+STYLES: dict[str, dict[str, Any]] = {
+    "ours, logit-free": {"color": "#1f6fb4", "linewidth": 2.2},
+    "ours, row workspace": {"color": "#1f6fb4", "linewidth": 1.4, "linestyle": "--"},
+    "eager, bf16 logits": {"color": "#c7502b"},
+    "eager, compiled": {"color": "#e09f3e", "linestyle": "--"},
+    "TRL": {"color": "#6b8e23"},
+    "Liger, fused": {"color": "#8a6bb1"},
+    "Liger, chunked": {"color": "#c39bd3"},
+    "ORDA": {"color": "#7f7f7f", "linestyle": "--"},
 }
 
 
@@ -97,7 +121,9 @@ def at_mean_jsd(
     return make_inputs(N, V, D, torch.bfloat16, device, distance=math.exp(high))
 
 
-def measure(N: int, V: int, D: int, device: torch.device) -> Iterator[Row]:
+def measure(
+    N: int, V: int, D: int, device: torch.device, methods: Iterable[str] = tuple(METHODS)
+) -> Iterator[Row]:
     for target in MEAN_JSD:
         h_S, h_T, W = at_mean_jsd(target, N, V, D, device)
         jsd = float(reference_jsd_loss(h_S, h_T, W))
@@ -106,10 +132,10 @@ def measure(N: int, V: int, D: int, device: torch.device) -> Iterator[Row]:
             exact = reference_divergence_loss(h, h_T.double(), W.double(), divergence)
             (exact_grad,) = torch.autograd.grad(exact, h)
             rounding = relative(exact_grad.to(h_S.dtype), exact_grad)
-            for name, method in METHODS.items():
+            for name in methods:
                 h = h_S.clone().requires_grad_()
                 try:
-                    loss = method(h, h_T, W, divergence)
+                    loss = METHODS[name](h, h_T, W, divergence)
                 except (ImportError, NotImplementedError):
                     continue
                 (grad,) = torch.autograd.grad(loss, h)
@@ -131,6 +157,7 @@ def main() -> None:
     options = Options(__doc__)
     options.add_device()
     options.add_sizes(tokens=64, vocabulary=16384, features=128)
+    options.add_methods(METHODS)
     options.add_output("accuracy.csv", "accuracy.md", "accuracy.png")
     args = options.parse_args()
     device = torch.device(args.device)
@@ -138,7 +165,7 @@ def main() -> None:
     setting = f"{report.machine(device)}; bf16, N = {N}, V = {V}, D = {D}"
     print(setting)
     results = report.Results("accuracy", setting, args.output, show)
-    for row in measure(N, V, D, device):
+    for row in measure(N, V, D, device, args.methods):
         results.add(row)
     results.finish(summary, plot)
 
@@ -153,9 +180,40 @@ def show(row: Row) -> None:
 
 
 def summary(path: Path) -> str:
-    """Errors of gradient and loss of the JSD, as Markdown."""
+    """Errors of gradient and loss of the JSD, and the largest of all divergences, as Markdown."""
     setting, rows = report.read(path, Row)
-    return f"{gradient_table(rows)}\n\n{loss_table(rows)}\n\n({setting})"
+    parts = [gradient_table(rows), loss_table(rows), f"({setting})", f"{largest(rows)}."]
+    parts += report.not_recorded(rows, METHODS)
+    return "\n\n".join(parts)
+
+
+def largest(rows: list[Row], methods: Iterable[str] = tuple(METHODS)) -> str:
+    """In words: the largest error of each method's gradient, over all divergences and distances."""
+    found = dict[str, float]()
+    for row in rows:
+        found[row.method] = max(found.get(row.method, 0), row.grad_error / row.rounding)
+    listed = [f"{method} {units(found[method])}" for method in methods if method in found]
+    return (
+        f"Largest error of the gradient over {divergences(rows)} divergences and all distances, in "
+        f"units of the rounding of the exact one to bf16: {'; '.join(listed)}"
+    )
+
+
+def units(error: float) -> str:
+    return f"{error:.2f}" if error < 10 else f"{error:,.0f}"
+
+
+def divergences(rows: list[Row]) -> int:
+    return len({row.divergence for row in rows})
+
+
+def caption(path: Path) -> str:
+    """What the picture shows."""
+    _, rows = report.read(path, Row)
+    return (
+        f"Error of gradient and loss over the divergence: {divergences(rows)} divergences, "
+        f"{len({row.method for row in rows})} methods"
+    )
 
 
 def gradient_table(rows: list[Row]) -> str:
@@ -199,18 +257,11 @@ def plot(path: Path, to: Path) -> None:
 
     setting, rows = report.read(path, Row)
     names = list(dict.fromkeys(row.divergence for row in rows))
-    styles: dict[str, dict[str, Any]] = {
-        "ours, logit-free": {"color": "#1f6fb4", "linewidth": 2.2},
-        "ours, row workspace": {"color": "#1f6fb4", "linewidth": 1.4, "linestyle": "--"},
-        "eager, bf16 logits": {"color": "#c7502b"},
-        "TRL": {"color": "#6b8e23"},
-        "Liger": {"color": "#8a6bb1"},
-    }
     figure = Figure(figsize=(3.1 * len(names), 5.6), layout="constrained")
     axes = figure.subplots(2, len(names), sharex=True, sharey="row")
     for column, name in zip(axes.T, names, strict=True):
         of_it = [row for row in rows if row.divergence == name]
-        for method, style in styles.items():
+        for method, style in STYLES.items():
             points = [row for row in of_it if row.method == method]
             if not points:
                 continue

@@ -2,13 +2,16 @@
 
     python benchmarks/memory.py [--model qwen3-8b --tokens 1024 16384] [--quick] [--output FOLDER]
 
-Measured on this machine, each figure in a process of its own: on a GPU the allocator's high-water
-mark, on a CPU that of the process's resident memory, both above what the inputs take and in a
-second run. A method that cannot run is a row that says why; running out of memory is a result.
+First the answer, in seconds: what the loss saves beside eager and beside the best peer.
 
 Counted as on a GPU, for any size and without one: the bytes alive at once in the tensors that a
 method allocates, its operations run on tensors that have no contents (`allocations.fake_device`).
 What is measured above that is an allocator's rounding and libraries' workspaces.
+
+Then measured on this machine, each figure in a process of its own: on a GPU the allocator's
+high-water mark, on a CPU that of the process's resident memory, both above what the inputs take and
+in a second run. A method that cannot run is a row that says why; running out of memory is a result,
+and what certainly takes more memory than there is is not tried.
 
 The returned gradient, 2 N D bytes in bf16, is part of every figure. With --output it writes
 memory.csv, memory.md and memory.png to the folder.
@@ -17,6 +20,7 @@ memory.csv, memory.md and memory.png to the folder.
 import math
 import sys
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -25,7 +29,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.lib import report
 from benchmarks.lib.allocations import Allocations, fake_device
-from benchmarks.lib.measure import MIB, high_water, in_a_process, start_counting, tell
+from benchmarks.lib.measure import (
+    MIB,
+    available_mib,
+    high_water,
+    in_a_process,
+    start_counting,
+    tell,
+)
 from benchmarks.lib.options import Options
 from benchmarks.lib.peers import COLORS, METHODS, Loss, why
 from benchmarks.lib.shapes import MODELS
@@ -76,19 +87,44 @@ def main() -> None:
     dtype = args.dtype or DTYPES[kind]
     setting = f"{report.machine(torch.device(args.device))}, {dtype}"
     results = report.Results("memory", setting, args.output, show)
+    counted_models = [args.model or SHOWN] if args.model or args.quick else list(MODELS)
+    counted_tokens = args.tokens or (COUNTED[::3] if args.quick else COUNTED)
+    for name in sorted(counted_models, key=lambda name: name != SHOWN):
+        rows = [
+            [count(name, N, *MODELS[name], method) for method in args.methods]
+            for N in counted_tokens
+        ]
+        for of_tokens in rows:
+            print(answer(of_tokens), flush=True)
+        print("\nMiB above the inputs, counted as on a GPU, bfloat16")
+        for row in chain(*rows):
+            results.add(row)
     D, V = MODELS[model]
-    print(f"{setting}\nMiB above the inputs: measured, counted")
+    print(f"\n{setting}\nMiB above the inputs: measured, counted")
     for N in tokens:
         for method in args.methods:
             results.add(measure(args.device, model, N, D, V, dtype, method, args.seconds))
-    counted_models = [args.model or SHOWN] if args.model or args.quick else list(MODELS)
-    counted_tokens = args.tokens or (COUNTED[::3] if args.quick else COUNTED)
-    print("\nMiB above the inputs, counted as on a GPU, bfloat16")
-    for model in counted_models:
-        for N in counted_tokens:
-            for method in args.methods:
-                results.add(count(model, N, *MODELS[model], method))
     results.finish(summary, plot)
+
+
+def answer(counted: list[Row]) -> str:
+    """What ours saves, in a sentence; of one number of tokens, by what is counted."""
+    of = {row.method: row.counted_mib for row in counted if not row.failure}
+    ours = [mib for method, mib in of.items() if method.startswith("ours")]
+    peers = [method for method in of if not method.startswith(("ours", "eager"))]
+    first = counted[0]
+    told = f"{first.N:,} tokens, the head of {first.model}, bf16"
+    if not ours:
+        return f"{told}: ours was not counted"
+    best = min(peers, key=of.__getitem__, default=None)
+    others = [("eager", "eager")] if "eager" in of else []
+    others += [(best, f"the best peer, {best}")] if best else []
+    told += f": ours takes {amount(min(ours))}"
+    for method, name in others:
+        apart = of[method] - min(ours)
+        told += f", {amount(abs(apart))} {'less' if apart >= 0 else 'more'} than {name} "
+        told += f"({amount(of[method])})"
+    return told
 
 
 def show(row: Row) -> None:
@@ -101,12 +137,33 @@ def measure(
     device: str, model: str, N: int, D: int, V: int, dtype: str, method: str, seconds: float
 ) -> Row:
     """One figure, from a fresh process; or why there is none."""
-    task = {"device": device, "N": N, "D": D, "V": V, "dtype": dtype, "method": method}
-    failure, figures = in_a_process(__file__, task, seconds)
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
-    counted = count(model, N, D, V, method, device=torch.device(device).type, dtype=dtype)
+    at = torch.device(device)
+    name = torch.cuda.get_device_name(at) if at.type == "cuda" else "CPU"
+    counted = count(model, N, D, V, method, device=at.type, dtype=dtype)
+    figures: dict[str, float] = {}
+    if counted.failure in ("needs a GPU", report.NOT_INSTALLED):
+        failure = counted.failure
+    elif inputs_mib(counted) + at_least_mib(counted) > available_mib(at):
+        failure = report.DOES_NOT_FIT
+    else:
+        task = {"device": device, "N": N, "D": D, "V": V, "dtype": dtype, "method": method}
+        failure, figures = in_a_process(__file__, task, seconds)
     mib = figures.get("mib", NAN)
     return Row(name, model, N, D, V, dtype, method, failure, mib, counted.counted_mib)
+
+
+def inputs_mib(row: Row) -> float:
+    """Hidden states of both sides, and the head."""
+    return (2 * row.N + row.V) * row.D * getattr(torch, row.dtype).itemsize / MIB
+
+
+def at_least_mib(counted: Row) -> float:
+    """What its method allocates at the least: what is counted; of what is compiled, which takes
+    less than is counted, the logits of both sides."""
+    rows = {"eager, compiled": counted.N, "Liger, chunked": min(counted.N, 1024)}
+    if (n := rows.get(counted.method)) is not None:
+        return 2 * n * counted.V * getattr(torch, counted.dtype).itemsize / MIB
+    return 0 if counted.failure else counted.counted_mib
 
 
 def measure_here(device: str, N: int, D: int, V: int, dtype: str, method: str) -> dict[str, float]:
@@ -135,18 +192,15 @@ def count(
 ) -> Row:
     """Bytes alive at once, without running it."""
     failure, mib = "", NAN
-    if method == "eager, compiled":
-        failure = "not to be counted"  # generated code allocates out of sight
-    else:
-        try:
-            with fake_device(device):
-                h_S = torch.empty(N, D, dtype=getattr(torch, dtype))
-                h_T, W = torch.empty_like(h_S), torch.empty(V, D, dtype=h_S.dtype)
-                with Allocations() as allocations:
-                    forward_and_backward(METHODS[method], h_S, h_T, W)
-            mib = allocations.peak / MIB
-        except Exception as error:
-            failure = why(error)
+    try:
+        with fake_device(device):
+            h_S = torch.empty(N, D, dtype=getattr(torch, dtype))
+            h_T, W = torch.empty_like(h_S), torch.empty(V, D, dtype=h_S.dtype)
+            with Allocations() as allocations:
+                forward_and_backward(METHODS[method], h_S, h_T, W)
+        mib = allocations.peak / MIB
+    except Exception as error:
+        failure = why(error)
     return Row("counted", model, N, D, V, dtype, method, failure, NAN, mib)
 
 
@@ -159,6 +213,9 @@ def summary(path: Path) -> str:
     """What is counted for one head, then what was measured, as Markdown."""
     setting, rows = report.read(path, Row)
     parts = [counted_table(shown(rows)), measured_table(rows), f"({setting})"]
+    measured = [row for row in rows if row.device != "counted"]
+    if measured:
+        parts += report.not_recorded(measured, METHODS)
     return "\n\n".join(part for part in parts if part)
 
 

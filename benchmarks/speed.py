@@ -7,7 +7,7 @@ The floor of a frozen head is 3 U of matrix products (U = 2 N D V): both logits 
 the student's. It is measured in turns with the losses, in one process, so that a slow moment of the
 machine hits all of them; a multiple is that of the floor of the same round, and the median of all
 rounds is given with the lowest and highest. Ours makes its gradient in forward. A method that
-cannot run is a row that says why.
+cannot run is a row that says why; one that is not installed is left out.
 
 Without a model: on a CPU two shapes that it can hold, on a GPU the head of Qwen3-8B. With --output
 it writes speed.csv, speed.md and speed.png to the folder. --profile says instead where our time
@@ -86,7 +86,7 @@ def main() -> None:
         return
     if device.type == "cpu":
         limit_memory()
-    setting = f"{report.machine(device)}; beta {args.beta}"
+    setting = f"{report.machine(device)}; beta {args.beta}; medians of {args.repeats} rounds"
     print(setting)
     name = "trained" if args.trained else "speed"
     results = report.Results(name, setting, args.output, show)
@@ -217,7 +217,7 @@ def now(device: torch.device) -> float:
 
 def summary(path: Path) -> str:
     setting, rows = report.read(path, Row)
-    return f"{table(rows)}\n\n({setting})"
+    return "\n\n".join([table(rows), f"({setting})", *report.not_recorded(rows, METHODS)])
 
 
 def table(rows: list[Row]) -> str:

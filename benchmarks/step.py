@@ -74,10 +74,7 @@ def eager_sampled_token(h_S: Tensor, h_T: Tensor, W: Tensor, targets: Tensor) ->
 
 
 LOSSES: dict[str, StepLoss] = {
-    "ours, logit-free": whole(peers.logit_free),
-    "ours, row workspace": whole(peers.row_workspace),
-    "eager": whole(peers.eager),
-    "TRL": whole(peers.trl),
+    **{name: whole(loss) for name, loss in peers.METHODS.items()},
     "ours, sampled token": sampled_token,
     "eager, sampled token": eager_sampled_token,
     "ours, offloaded, tiled": whole(peers.logit_free),
@@ -300,13 +297,15 @@ def summary(path: Path) -> str:
         body.append([method, *cells, *(fits(points, gib) for gib in report.GPU_GIB.values())])
     fits_heads = [f"fits in {name}" for name in report.GPU_GIB]
     of_counted = report.table([head, *(f"N = {N}" for N in tokens), *fits_heads], body)
+    first = measured[0]
     of_measured = report.by_method(
-        f"measured, {measured[0].device}, {measured[0].model}, {measured[0].dtype}: the step",
+        f"measured, {first.device}, {first.model}, {first.dtype}: the step, by the clock",
         measured,
         lambda row: f"N = {row.N}",
         lambda row: row.failure or f"{row.peak_mib:,.0f} MiB, {row.seconds:.1f} s",
     )
-    return f"{of_counted}\n\n{of_measured}\n\n({setting})"
+    parts = [of_counted, of_measured, f"({setting})", *report.not_recorded(measured, LOSSES)]
+    return "\n\n".join(parts)
 
 
 def total_gib(row: Row) -> float:

@@ -255,7 +255,8 @@ def summary(path: Path) -> str:
     setting, rows = report.read(path, Row)
     both = pairs(rows)
     tokens = list(dict.fromkeys(row.N for row in rows))
-    heads = [f"N = {N}: {what}" for N in tokens for what in ("memory", "time")]
+    clock = "processor time" if rows[0].device == "CPU" else "time"
+    heads = [f"N = {N}: {what}" for N in tokens for what in ("memory", clock)]
     body = []
     for trainer in dict.fromkeys(row.trainer for row in rows):
         cells = []

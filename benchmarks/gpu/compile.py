@@ -38,6 +38,7 @@ from benchmarks.gpu import launches
 from benchmarks.gpu import run as gpu
 from benchmarks.gpu.launches import Launch
 from benchmarks.lib import report
+from benchmarks.lib.hashes import settle_hashes
 
 # Kernels of tests are compiled too; before this folder, whose modules have names of theirs.
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
@@ -144,7 +145,7 @@ def _compile(launch: Launch, told: Connection) -> None:
         from benchmarks.gpu.resources import registers_of
 
         knobs.compilation.listener = None  # what is compiled here was missed by nobody
-        launches.settle_hashes()
+        settle_hashes()
         runtime.driver.set_active(launches.NoDriver(GPUTarget(*launch.target)))
         kernel, args, kwargs = launch.loads()
         compiled = kernel.warmup(*args, grid=(1,), **kwargs)

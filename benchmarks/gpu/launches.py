@@ -21,7 +21,6 @@ import io
 import json
 import os
 import pickle
-import pkgutil
 import runpy
 import sys
 import threading
@@ -37,6 +36,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+
+from benchmarks.lib.hashes import settle_hashes
 
 
 @dataclass(frozen=True)
@@ -146,21 +147,6 @@ def use_tiles(arch: str) -> None:
         return tiles.TABLE[arch, str(dtype).removeprefix("torch.")]
 
     tiles.lookup = lookup
-
-
-def settle_hashes() -> None:
-    """Give every kernel of the package the hash that all processes find.
-
-    A hash of Triton's depends on which functions were hashed before it in the process: a callee's
-    global values count in its caller's only if the callee came first. In one order, each in turn,
-    all processes agree, and find in the cache what another has compiled.
-    """
-    from opsd_kernels import kernels
-
-    for found in pkgutil.iter_modules(kernels.__path__):  # by name
-        module = importlib.import_module(f"{kernels.__name__}.{found.name}")
-        for function in vars(module).values():
-            getattr(function, "cache_key", None)
 
 
 def name_of(kernel: JITFunction) -> str:

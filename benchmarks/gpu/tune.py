@@ -38,6 +38,7 @@ from benchmarks.gpu.candidates import candidates
 from benchmarks.gpu.compile import Compiled
 from benchmarks.gpu.resources import Variant
 from benchmarks.lib import report
+from benchmarks.lib.hashes import settle_hashes
 from opsd_kernels import logit_free, row_workspace
 from opsd_kernels.kernels import tiles
 from opsd_kernels.kernels.tiles import Row, Sweep
@@ -94,7 +95,7 @@ def main() -> None:
         parser.error("needs a GPU: nothing else can say which tiles are fast")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, start = getattr(torch, args.dtype), time.monotonic()
-    launches.settle_hashes()
+    settle_hashes()
     row = tiles.lookup(device, dtype)
     arch = os.environ.get("OPSD_ARCH") or tiles.architecture(device)
     if args.dry:

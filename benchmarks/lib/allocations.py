@@ -8,6 +8,7 @@ GPU: what depends on the device then takes the GPU's way.
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -102,6 +103,9 @@ def fake_device(
                 (FakeTensor, "data_ptr", lambda t: 0),  # aligned, as what is allocated is
                 (torch.cuda, "is_available", lambda: True),
                 (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+                (torch.cuda, "get_device_properties", lambda *_: H200),
+                (torch.cuda, "is_bf16_supported", lambda **_: True),
+                (torch.cuda, "current_device", lambda: 0),
                 (torch.cuda, "device", nullcontext),
                 *_launchers(launch),
             ]
@@ -124,6 +128,12 @@ def _launchers(launch: Any) -> list[tuple[Any, str, Any]]:
 
 
 ADDMM_INTO_FP32 = (torch.ops.aten.addmm.dtype, torch.ops.aten.addmm.dtype_out)
+
+
+# Of its properties those that a peer asks for.
+H200 = SimpleNamespace(
+    name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, total_memory=141 * 10**9
+)
 
 
 class _Redirect(TorchDispatchMode):

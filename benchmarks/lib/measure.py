@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks.lib.hashes import settle_hashes
 from benchmarks.lib.peers import why
 
 MIB = 2**20
@@ -44,8 +45,6 @@ def tell(measure: Callable[..., dict[str, float]], task: str) -> None:
         if torch.device(options["device"]).type == "cpu":
             limit_memory()
         else:
-            from benchmarks.gpu.launches import settle_hashes  # needs Triton
-
             settle_hashes()  # kernels are found, if another process has compiled them
         figures = {"failure": "", **measure(**options)}
     except Exception as error:
@@ -83,6 +82,13 @@ def counted_dots() -> Iterator[list[int]]:
 
     with mock.patch.object(InterpreterBuilder, "create_dot", counted):
         yield dots
+
+
+def available_mib(device: torch.device) -> float:
+    """Of the memory of a GPU, or of this machine, what is free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / MIB
+    return _bytes_of("/proc/meminfo", "MemAvailable") / MIB
 
 
 def limit_memory() -> None:

@@ -8,7 +8,7 @@ Peers are imported when called: none of them is needed to use the package.
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from benchmarks.lib import report
 from opsd_kernels import Divergence, fused_jsd_loss, fused_log_probs
 
 
@@ -96,12 +97,20 @@ def eager_described(
 def eager_compiled(
     h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: float = 1.0
 ) -> Tensor:
-    return _compiled_eager()(h_S, h_T, W, beta, temperature)
+    return eager_described_compiled(h_S, h_T, W, Divergence(beta), temperature)
+
+
+def eager_described_compiled(
+    h_S: Tensor, h_T: Tensor, W: Tensor, divergence: Divergence, temperature: float = 1.0
+) -> Tensor:
+    if isinstance(h_S, FakeTensor):
+        raise NotImplementedError("not to be counted")  # generated code allocates out of sight
+    return _compiled_eager()(h_S, h_T, W, divergence, temperature)
 
 
 @cache
-def _compiled_eager() -> Loss:
-    return torch.compile(eager, dynamic=False)
+def _compiled_eager() -> Callable[..., Tensor]:
+    return torch.compile(eager_described, dynamic=False)
 
 
 def trl(h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
@@ -115,9 +124,27 @@ def trl(h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: flo
 def liger_fused(
     h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: float = 1.0
 ) -> Tensor:
-    """Liger's `LigerFusedLinearJSD`: chunks of logits, the divergence of each in one kernel."""
+    """Liger's `LigerFusedLinearJSD`: chunks of fp32 logits, one kernel for the JSD of each."""
     if h_S.device.type == "cpu":
-        raise NotImplementedError("needs a GPU")
+        raise NotImplementedError("needs a GPU")  # it would be interpreted
+    return _liger_fused(h_S, h_T, W, beta, temperature)
+
+
+def liger_fused_interpreted(
+    h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: float = 1.0
+) -> Tensor:
+    """The same on a CPU, in Triton's interpreter, with the logits that it makes on a GPU: fp32
+    products of the inputs. On a CPU it would round them to the dtype of the inputs."""
+    from liger_kernel.ops import fused_linear_jsd
+
+    def as_on_a_gpu(h: Tensor, W: Tensor) -> Tensor:
+        return h.float() @ W.float().t()
+
+    with mock.patch.object(fused_linear_jsd, "_project_to_float32", as_on_a_gpu):
+        return _liger_fused(h_S, h_T, W, beta, temperature)
+
+
+def _liger_fused(h_S: Tensor, h_T: Tensor, W: Tensor, beta: float, temperature: float) -> Tensor:
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
     return LigerFusedLinearJSD(jsd_beta=beta, temperature=temperature)(h_S, W, h_T, W, None)
@@ -131,8 +158,8 @@ def liger_chunked(
     temperature: float = 1.0,
     compiled: bool = True,
 ) -> Tensor:
-    """Liger's `LigerFusedLinearJSDLoss`, soft part only (the one that runs on a CPU); compiled, as
-    it is by default, unless the tensors have no contents."""
+    """Liger's `LigerFusedLinearJSDLoss`, soft part only: chunks of logits in the dtype of the
+    inputs. Compiled, as it is by default, unless the tensors have no contents."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(
@@ -149,12 +176,12 @@ def liger_chunked(
 def orda(
     h_S: Tensor, h_T: Tensor, W: Tensor, beta: float = 0.5, temperature: float = 1.0
 ) -> Tensor:
-    """ORDA's distillation loss, its divergence alone. Its β is the student's weight, and it
-    multiplies by T²."""
-    from orda_kernel import TiedTeacher, distillation_loss
+    """ORDA's distillation loss, its divergence alone; on a CPU its way in PyTorch. Its β is the
+    student's weight, and it multiplies by T²."""
+    from orda_kernel import KernelConfig, TiedTeacher, distillation_loss
 
-    if h_S.device.type == "cpu":
-        raise NotImplementedError("needs a GPU")  # its CPU path is eager
+    # Labels are not checked, which would wait for a GPU; kernels of fake tensors are not timed.
+    config = KernelConfig(assume_valid_labels=True, autotune=not isinstance(h_S, FakeTensor))
     labels = torch.zeros(h_S.shape[0], dtype=torch.long, device=h_S.device)
     out = distillation_loss(
         h_S,
@@ -165,6 +192,8 @@ def orda(
         teacher_ce_weight=0.0,
         kl_weight=1.0,
         kl_temperature=temperature,
+        config=config,
+        backend="torch" if h_S.device.type == "cpu" else "triton",
         **orda_divergence(beta),
     )
     return out.loss / temperature**2
@@ -300,7 +329,7 @@ CROSS_ENTROPIES: dict[str, CrossEntropy] = {
 def why(error: BaseException) -> str:
     """Why a method did not run, for its row."""
     if isinstance(error, ModuleNotFoundError):
-        return "not installed"
+        return report.NOT_INSTALLED
     full = any(words in str(error) for words in ("t allocate memory", "bad_alloc"))
     if full or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return "out of memory"

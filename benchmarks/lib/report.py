@@ -4,7 +4,7 @@ import csv
 import platform
 import textwrap
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +14,10 @@ from typing import Any
 import torch
 
 from benchmarks.lib import sources
+
+# Why a method has no figures.
+NOT_INSTALLED = "not installed"
+DOES_NOT_FIT = "does not fit"  # it takes more than there is, and was not tried
 
 # What such cards have, as nvidia-smi tells it.
 GPU_GIB = {"24 GB": 24.0, "80 GB": 79.6, "141 GB": 140.4}
@@ -85,8 +89,11 @@ class Results:
         )
 
     def add(self, row: Any) -> None:
-        self.rows.append(row)
+        """A method that is not installed is shown, and not kept."""
         self.show(row)
+        if getattr(row, "failure", "") == NOT_INSTALLED:
+            return
+        self.rows.append(row)
         if self.path is not None:
             write(self.path, self.setting, self.rows)
 
@@ -149,9 +156,15 @@ def by_method(
     return table([corner, *columns], body)
 
 
+def not_recorded(rows: list[Any], methods: Iterable[str]) -> list[str]:
+    """A line that names the methods that have no row; none if there are none."""
+    missing = [method for method in methods if method not in {row.method for row in rows}]
+    return [f"Not recorded: {'; '.join(missing)}."] if missing else []
+
+
 def is_result(row: Any) -> bool:
     """Whether a row holds figures, or that memory did not suffice, which is a result too."""
-    return row.failure in ("", "out of memory")
+    return row.failure in ("", "out of memory", DOES_NOT_FIT)
 
 
 def complete(rows: list[Any]) -> list[Any]:

@@ -288,6 +288,7 @@ def measured_table(rows: list[Row]) -> str:
     measured = [row for row in rows if row.what == "measured"]
     first = measured[0]
     size = f"{first.device}, D = {first.D}, V = {first.V}"
+    size += ": memory, processor time" if first.device == "CPU" else ": memory, time"
     return report.by_method(size, measured, column, cell)
 
 
@@ -296,11 +297,11 @@ def column(row: Row) -> str:
 
 
 def cell(row: Row) -> str:
-    """Memory, and time: on a CPU the processor's, the wall's in brackets."""
+    """Memory, and time: on a CPU the processor's."""
     if row.failure:
         return row.failure
     if row.device == "CPU":
-        return f"{row.peak_mib:,.0f} MiB, {row.processor_s:.2f} s ({row.seconds:.2f} s)"
+        return f"{row.peak_mib:,.0f} MiB, {row.processor_s:.2f} s"
     return f"{row.peak_mib:,.0f} MiB, {1000 * row.seconds:.1f} ms"
 
 

@@ -89,12 +89,8 @@ def gpus(results: Path) -> list[Gpu]:
 def readme_parts(results: Path, page: Path) -> dict[str, str]:
     """What stands between the marks of the README, whose place is `page`, by the marks' name."""
     measured = gpus(results)
-    setting, errors = report.read(results / "accuracy.csv", accuracy.Row)
-    on_gpus = map(_accuracy_on, measured)
     return {
-        "accuracy": "\n\n".join(
-            [accuracy.gradient_table(errors), f"({setting})", *filter(None, on_gpus)]
-        ),
+        "accuracy": _accuracy_of_readme(results / "accuracy.csv", measured, page),
         "memory": _memory_of_readme(_best(results, measured, "memory", memory.Row), page),
         "speed": _speed_of_readme(_best(results, measured, "speed", speed.Row), page),
         "gpu": _gpus_of_readme(measured),
@@ -108,8 +104,22 @@ def readme_parts(results: Path, page: Path) -> dict[str, str]:
     }
 
 
+def _accuracy_of_readme(path: Path, measured: list[Gpu], page: Path) -> str:
+    """The picture, errors of the gradient on a CPU, and ours on each GPU."""
+    setting, rows = report.read(path, accuracy.Row)
+    return "\n\n".join(
+        [
+            *_picture(path, accuracy.caption(path), page),
+            accuracy.gradient_table(rows),
+            f"({setting})",
+            _wrapped(f"{accuracy.largest(rows)}."),
+            *filter(None, map(_accuracy_on, measured)),
+        ]
+    )
+
+
 def _accuracy_on(gpu: Gpu) -> str:
-    """The same errors of ours on a GPU, in a sentence."""
+    """Errors of ours on a GPU, in a sentence or two."""
     if (path := gpu.csv("accuracy")) is None:
         return ""
     setting, rows = report.read(path, accuracy.Row)
@@ -121,8 +131,9 @@ def _accuracy_on(gpu: Gpu) -> str:
     exact = next(name for name in of if name.startswith("the exact gradient"))
     shape = setting.partition("; ")[2]
     return _wrapped(
-        f"On {gpu.name}, whose products cut off what they do not hold ({shape}): ours, logit-free, "
-        f"{of['ours, logit-free']}; {exact}, {of[exact]}."
+        f"On {gpu.name}, whose tensor cores truncate when they add ({shape}): ours, logit-free, "
+        f"{of['ours, logit-free']}; {exact}, {of[exact]}. "
+        f"{accuracy.largest(rows, ['ours, logit-free', 'ours, row workspace'])}."
     )
 
 
@@ -157,7 +168,9 @@ def _memory_of_readme(path: Path, page: Path) -> str:
         table = memory.counted_table(report.complete(memory.shown(rows)))
         how = (
             "counted: bytes alive at once in tensors, each method run as on a GPU but on tensors "
-            "without contents (a test holds such counts to those of real tensors, byte for byte):"
+            f"without contents.{_counts_on_gpus(path.parent)} What is compiled cannot be counted: "
+            "Liger's chunked loss is counted uncompiled, and takes less as it is by default, "
+            "compiled."
         )
         versions = _versions(setting, "torch", *report.PEERS)  # the machine does not matter
         source = "; ".join(filter(None, [versions, report.source(path)]))
@@ -166,11 +179,38 @@ def _memory_of_readme(path: Path, page: Path) -> str:
     return "\n\n".join([about, *_picture(path, names, page), table, f"({source})"])
 
 
+def _counts_on_gpus(results: Path) -> str:
+    """How far what GPUs measured is from what is counted, in sentences."""
+    _, rows = report.read(results / "memory.csv", memory.Row)
+    counted = {
+        (row.model, row.N, row.method): row.counted_mib for row in rows if row.device == "counted"
+    }
+    told = ""
+    for gpu in gpus(results):
+        if (path := gpu.csv("memory")) is None:
+            continue
+        pairs = [
+            (row.N, row.measured_mib / counted[key] - 1)
+            for row in _measured(path, memory.Row)
+            if not row.failure and (key := (row.model, row.N, row.method)) in counted
+        ]
+        if pairs:
+            tokens = ", ".join(f"{N:,}" for N in sorted({N for N, _ in pairs}))
+            most = max(abs(apart) for _, apart in pairs)
+            told += (
+                f" On {gpu.name}, at N = {tokens}, the high-water mark of PyTorch's allocator was "
+                f"within {most:.1%} of the count, for {len(pairs)} "
+                f"{'methods' if len(pairs) > 1 else 'method'}."
+            )
+    return told
+
+
 def _speed_of_readme(path: Path, page: Path) -> str:
     setting, rows = report.read(path, speed.Row)
     table = speed.table(report.complete(_measured(path, speed.Row)))
     names = "Bars: multiples of the floor by method and shape"
-    parts = [*_picture(path, names, page), table, f"({setting})", *_price_of_the_default(rows)]
+    parts = [*_picture(path, names, page), table, f"({setting})"]
+    parts += report.not_recorded(rows, speed.METHODS) + _price_of_the_default(rows)
     if ", driver" not in setting:  # that of a GPU is named
         about = (
             "A CPU has no product of bf16 into fp32: ours widens the head, tile by tile, and takes"
@@ -216,11 +256,12 @@ def _trainers_of_readme(path: Path) -> str:
     of_sdft = [row for row in rows if row.trainer == "SDFTTrainer" and not row.failure]
     N = max(row.N for row in of_sdft)
     theirs, ours = ({r.method: r for r in of_sdft if r.N == N}[m] for m in trl_trainers.METHODS)
+    clock = " of processor time" if ours.device == "CPU" else ""
     return _wrapped(
         f"In TRL it is one line before the trainer is made. {len(trl_trainers.TRAINERS)} of its "
         f"trainers take it; one loss of `SDFTTrainer` and its gradient ({ours.device}, "
         f"{ours.dtype}, {N} tokens, a vocabulary of {QWEN3[ours.model]['vocab_size']:,}) takes "
-        f"{ours.peak_mib:,.0f} MiB and {ours.seconds:.1f} s with it, "
+        f"{ours.peak_mib:,.0f} MiB and {ours.seconds:.1f} s{clock} with it, "
         f"{theirs.peak_mib:,.0f} MiB and {theirs.seconds:.1f} s without{_source(path)}. Other "
         "trainers take a few lines: [examples/](examples/README.md)."
     )
@@ -232,13 +273,16 @@ def _cross_entropy_of_readme(path: Path) -> str:
     frozen = [row for row in rows if row.what == "measured" and row.head == "frozen"]
     N = max(row.N for row in frozen)
     of_it = [row for row in frozen if (row.N, row.dtype) == (N, frozen[0].dtype)]
-    ours, eager = ({r.method: r for r in of_it}[m] for m in ("ours, row workspace", "eager"))
+    ours, eager, compiled = (
+        {r.method: r for r in of_it}[method]
+        for method in ("ours, row workspace", "eager", "CCE, torch.compile")
+    )
     return _wrapped(
         f"A mean cross-entropy of {N} tokens and its gradient ({ours.device}, {ours.dtype}, a "
         f"frozen head, a vocabulary of {ours.V:,}) takes {ours.peak_mib:,.0f} MiB and "
-        f"{ours.processor_s:.1f} s of the processor, eager {eager.peak_mib:,.0f} MiB and "
-        f"{eager.processor_s:.1f} s{_source(path)}; [beside Liger and "
-        "CCE](docs/benchmarks.md#cross-entropy)."
+        f"{ours.processor_s:.1f} s of processor time, eager {eager.peak_mib:,.0f} MiB and "
+        f"{eager.processor_s:.1f} s, eager compiled by CCE {compiled.peak_mib:,.0f} MiB and "
+        f"{compiled.processor_s:.1f} s{_source(path)}; [more](docs/benchmarks.md#cross-entropy)."
     )
 
 
@@ -292,7 +336,7 @@ def compatibility(results: Path, measured: list[Gpu]) -> str:
 def page_parts(results: Path, page: Path) -> dict[str, str]:
     """The same of docs/benchmarks.md."""
     return {
-        "accuracy": accuracy.summary(results / "accuracy.csv"),
+        "accuracy": _accuracy(results / "accuracy.csv", page),
         "memory": memory.summary(results / "memory.csv"),
         "heads": _every_head(results / "memory.csv"),
         "speed": speed.summary(results / "speed.csv"),
@@ -302,6 +346,11 @@ def page_parts(results: Path, page: Path) -> dict[str, str]:
         "resources": resources.summary(results / "resources.csv"),
         "gpus": "\n\n".join(_section(gpu, page) for gpu in gpus(results)) or "None yet.",
     }
+
+
+def _accuracy(path: Path, page: Path) -> str:
+    """The picture and all that was recorded on a CPU."""
+    return "\n\n".join([*_picture(path, accuracy.caption(path), page), accuracy.summary(path)])
 
 
 def _cross_entropy(results: Path) -> str:
