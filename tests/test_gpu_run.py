@@ -283,18 +283,21 @@ def test_the_rehearsal_fails(wrong, told, tmp_path, capsys):
 
 @pytest.mark.usefixtures("quick")
 def test_results_of_other_code_are_not_gone_on_with(tmp_path, monkeypatch):
-    def call(hardware: str) -> gpu.Call:
-        made = gpu.Call(tmp_path, "some-gpu", hardware, rehearsed=True)
+    def call(name: str, hardware: str) -> gpu.Call:
+        made = gpu.Call(tmp_path, name, hardware, rehearsed=True)
         made.run(steps()[:1], limit=60)
         return made
 
-    assert call("one GPU").taken == ["once"]
-    assert call("one GPU").taken == []
-    with pytest.raises(ValueError, match="is of one GPU, and this is another: move it away"):
-        call("another")
+    assert call("some-gpu", "with a driver").taken == ["once"]
+    assert call("some-gpu", "with another driver").taken == []
+    files = gpu.contents(tmp_path / gpu.ARCHIVE)
+    assert files["hardware.txt"] == "with a driver\n"
+    assert files["summary.txt"].startswith("with a driver\nwith another driver\nonce")
+    with pytest.raises(ValueError, match="has no results of a nvidia-x1: move it away"):
+        call("nvidia-x1", "with a driver")
     monkeypatch.setattr(gpu.sources, "line", lambda: "commit abc, kernels def")
-    with pytest.raises(ValueError, match="and this is commit abc, kernels def"):
-        call("one GPU")
+    with pytest.raises(ValueError, match="and this is commit abc, kernels def: move it away"):
+        call("some-gpu", "with a driver")
 
 
 def test_a_step_without_time_is_left_for_the_next_call(tmp_path):
