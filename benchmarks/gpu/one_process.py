@@ -68,7 +68,8 @@ def main() -> int:
             results.add(sharded(device, args.tiny))
         finally:
             dist.destroy_process_group()
-    return int(any(row.failure for row in results.rows))
+    # Where launches are recorded alone, nothing was computed.
+    return int("OPSD_RECORD" not in os.environ and any(row.failure for row in results.rows))
 
 
 def show(row: Row) -> None:

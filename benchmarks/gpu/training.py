@@ -5,7 +5,7 @@
 The model is made on the device from its config, nothing is downloaded: bf16, LoRA r = 64 on every
 projection, checkpoints in host memory, MLPs 4096 tokens at a time, as a run of `opsd_train` sets it
 up. First, with an empty cache of Triton's: the seconds from the first call of the loss to its
-result, and the kernels compiled meanwhile. Then a short rollout by the harness' own sampler. Then
+gradient, and the kernels compiled meanwhile. Then a short rollout by the harness' own sampler. Then
 for each number of tokens N what `memory_plan` says a step will take, and the step itself, its
 rollout made up: peak memory, and the time of forwards, loss, backward and AdamW, with ours and with
 TRL's loss.
@@ -99,10 +99,14 @@ def main() -> None:
     options.add_device()
     options.add_items()
     options.add_tiny()
+    options.add_argument("--dry", action="store_true", help="launch the loss once, time nothing")
     options.add_output("training.csv, training.md")
     args = options.parse_args()
     device = torch.device(args.device)
     name = "tiny" if args.tiny else MODEL
+    if args.dry:
+        launch(name, device)
+        return
     results = report.Results("training", report.machine(device), args.output, show, Row)
     wanted = [
         item
@@ -113,13 +117,21 @@ def main() -> None:
     if wanted and args.items != 0:
         if args.tiny:
             memory_plan.SHORT = 1
-        with tempfile.TemporaryDirectory() as cache:
-            os.environ["TRITON_CACHE_DIR"] = cache
-            setup, config = prepare(name, device)
-            for item in wanted[: args.items]:
-                results.add(measure(item, name, setup, config))
+        setup, config = prepare(name, device)
+        for item in wanted[: args.items]:
+            results.add(measure(item, name, setup, config))
     if results.path is not None and results.rows:
         results.path.with_suffix(".md").write_text(summary(results.path) + "\n")
+
+
+def launch(name: str, device: torch.device) -> None:
+    """What ours launches, of numbers of tokens that Triton compiles for apart."""
+    size = qwen3(name)
+    W = torch.zeros(size["vocab_size"], size["hidden_size"], dtype=torch.bfloat16, device=device)
+    for N in (1024, 1001):
+        for method in METHODS:
+            if method != "TRL":
+                first_loss_of(LMHead(W), N, replace(configure(name), workspace_mib=METHODS[method]))
 
 
 def show(row: Row) -> None:
@@ -127,13 +139,8 @@ def show(row: Row) -> None:
     print(f"{row.what:<10} N = {row.N:<6} {row.method:<18} {row.failure or figures}", flush=True)
 
 
-def prepare(name: str, device: torch.device, shard: bool = False) -> tuple[Setup, Config]:
-    """What a run takes its steps with."""
-    from accelerate import Accelerator
-    from transformers import AutoModelForCausalLM, Qwen3Config
-
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")
-    config = make_config(
+def configure(name: str, shard: bool = False) -> Config:
+    return make_config(
         {
             "model": name,
             "data": name,
@@ -151,6 +158,15 @@ def prepare(name: str, device: torch.device, shard: bool = False) -> tuple[Setup
             "max_new_tokens": ROLLOUT_TOKENS,
         }
     )
+
+
+def prepare(name: str, device: torch.device, shard: bool = False) -> tuple[Setup, Config]:
+    """What a run takes its steps with."""
+    from accelerate import Accelerator
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")
+    config = configure(name, shard)
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
     with device:
@@ -185,16 +201,25 @@ def measure(item: Item, name: str, setup: Setup, config: Config) -> Row:
 def first_loss(item: Item, setup: Setup, config: Config) -> dict[str, Any]:
     """What a user waits for where nothing has been compiled yet."""
     device = setup.accelerator.device
-    D = setup.head.weight.shape[1]
-    h = torch.randn(2, item.N, D, device=device, dtype=setup.head.weight.dtype)
-    tokens = torch.zeros(item.N, dtype=torch.long, device=device)
-    weights = torch.full((item.N,), 1 / item.N, device=device)
-    scores = Scores(h[0].requires_grad_(), h[1], tokens, torch.tensor([item.N], device=device))
-    with compiled_kernels() as compiled:
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": cache}),
+        compiled_kernels() as compiled,
+    ):
         start = now(device)
-        loss, _ = opsd_loss(scores, setup.head, of_method(item, config), weights)
-        loss.backward()
+        first_loss_of(setup.head, item.N, of_method(item, config))
         return {"seconds": now(device) - start, "kernels": len(compiled)}
+
+
+def first_loss_of(head: LMHead, N: int, config: Config) -> None:
+    """A loss as the harness takes it, with its statistics, and its gradient."""
+    W = head.weight
+    h = torch.randn(2, N, W.shape[1], device=W.device, dtype=W.dtype)
+    tokens = torch.zeros(N, dtype=torch.long, device=W.device)
+    weights = torch.full((N,), 1 / N, device=W.device)
+    scores = Scores(h[0].requires_grad_(), h[1], tokens, torch.tensor([N], device=W.device))
+    loss, _ = opsd_loss(scores, head, config, weights)
+    loss.backward()
 
 
 @contextmanager
