@@ -351,6 +351,17 @@ def test_what_a_call_leaves_becomes_a_page(tmp_path):
         assert line in section.splitlines(), section
 
 
+def test_a_wheel_that_is_missing_is_found(tmp_path, monkeypatch):
+    for name in ("environment.txt", "wheels.txt"):
+        lines = (gpu.HERE / name).read_text().splitlines(keepends=True)
+        kept = [line for line in lines if not line.startswith(("trl", "dill"))]
+        (tmp_path / name).write_text("".join(kept))
+    monkeypatch.setattr(gpu, "HERE", tmp_path)
+    assert gpu.unlisted() == {"trl", "dill"}
+    assert {"trl", "dill", "math_verify"} <= gpu.absent()
+    assert not {"torch", "datasets", "sympy"} & gpu.absent()
+
+
 @pytest.mark.slow
 def test_rehearsal(tmp_path):
     told = subprocess.run(

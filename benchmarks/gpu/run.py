@@ -485,8 +485,10 @@ def rehearse(output: Path, steps: list[Step]) -> int:
     problems += [f"{name} was run again by the second call" for name in sorted(again)]
     for step in steps:
         if not second.is_done(step) or second.failed(step.name):
-            problems.append(f"{step.name}: {second.ended.get(step.name)}")
-            problems += [files.get(f"{name}.txt", "")[-2000:] for name in step.rehearsal]
+            told = second.ended.get(step.name, {})
+            problems.append(f"{step.name}: {told}")
+            failed = [name for name, how_it_ended in told.items() if how_it_ended != "ok"]
+            problems += [files.get(f"{name}.txt", "")[-2000:] for name in failed]
         for name in step.results:
             rows, left = _rows(files.get(name, "")), _rows(before.get(name, ""))
             if not rows:
@@ -560,9 +562,10 @@ def needed(names: list[str]) -> set[str]:
 
 
 def unlisted() -> set[str]:
-    """What a wheel requires, and neither file lists."""
+    """Peers, and what a wheel requires, that neither file lists."""
     wheels = listed("wheels.txt")
-    return needed(list(wheels)) - needed(list(listed("environment.txt"))) - set(wheels)
+    wanted = needed([*wheels, *report.PEERS])
+    return wanted - needed(list(listed("environment.txt"))) - set(wheels)
 
 
 def absent() -> set[str]:
