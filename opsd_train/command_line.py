@@ -17,6 +17,7 @@ import yaml
 from opsd_train.config import (
     SECTIONS,
     Config,
+    UniqueKeyLoader,
     field_choices,
     field_types,
     make_config,
@@ -102,7 +103,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         OSError: it cannot be read. ValueError: it is not a mapping.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"not YAML: {error}") from None
     except UnicodeDecodeError as error:
@@ -110,21 +111,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"must hold `key: value` lines, got {type(values).__name__}")
     return values
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML's own loader takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, int] = {}
-        for key, _ in node.value:
-            name, line = key.value, key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if name in seen:
-                raise ValueError(f"{name} is there twice, in lines {seen[name]} and {line}")
-            seen[name] = line
-        return super().construct_mapping(node, deep)
 
 
 def _parser() -> argparse.ArgumentParser:

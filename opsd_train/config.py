@@ -220,6 +220,8 @@ class Config:
         for name in ("ema_decay", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2**32), got {self.seed}")
         check_engine(self)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
@@ -243,6 +245,10 @@ class Config:
             )
         if self.overwrite and self.resume:
             raise ValueError("overwrite and resume contradict each other; give one of them")
+        if self.resume and self.output_dir is None:
+            raise ValueError(
+                "resume has an effect only with output_dir: by default a run has a new folder"
+            )
         if not self.lora_targets:
             raise ValueError("lora_targets must name at least one layer")
         check_templates(self)
@@ -290,6 +296,8 @@ def without_effect(config: Config) -> dict[str, str]:
         idle["eval_problems"] = "a world that has such problems; held_out says how many to keep"
         if config.held_out is None:
             idle["eval_every"] = "held_out problems to evaluate"
+    if config.patience is not None and 2 * config.patience >= config.steps:
+        idle["patience"] = f"more than {2 * config.patience} steps; they are {config.steps}"
     if not config.record_rollouts:
         idle["record_every"] = "record_rollouts; it is 0"
     return idle
@@ -297,11 +305,15 @@ def without_effect(config: Config) -> dict[str, str]:
 
 def check_effect(config: Config) -> None:
     """Raises:
-    ValueError: an option was asked for that has no effect beside another.
+    ValueError: options were asked for that have no effect beside others; a line for each.
     """
-    for name, needs in without_effect(config).items():
-        if name in config.given and getattr(config, name) is not None:
-            raise ValueError(f"{name} has an effect only with {needs}")
+    idle = [
+        f"{name} has an effect only with {needs}"
+        for name, needs in without_effect(config).items()
+        if name in config.given and getattr(config, name) is not None
+    ]
+    if idle:
+        raise ValueError("\n".join(idle))
 
 
 PLACEHOLDER = re.compile(r"(?<![\\\w}^_])\{(\w+)\}")  # not what LaTeX has in braces: \boxed{x}
@@ -377,6 +389,9 @@ def make_config(values: dict[str, Any], preset: dict[str, Any] | None = None) ->
             raise ValueError(f"{name} must be given: {f.metadata['help']}")
     if isinstance(every.get("data"), list):
         every["data"] = ",".join(map(str, every["data"]))
+    for name in ("model", "data"):
+        if every[name] == "":
+            raise ValueError(f"{name} must be given, and is empty")
     made = {name: _convert(name, value) for name, value in every.items()}
     if made.get("adapter") is not None:
         for name, has in adapter_options(made["adapter"]).items():
@@ -401,14 +416,21 @@ def adapter_options(path: Path) -> dict[str, Any]:
     try:
         said = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
         targets = said["target_modules"]
-        rank, alpha = said["r"], said["lora_alpha"]
+        names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
+        rank, alpha = (_whole(name, said[name]) for name in ("r", "lora_alpha"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"adapter must be a folder with PEFT's adapter_config.json and "
             f"adapter_model.safetensors of LoRA, got {path} ({type(error).__name__}: {error})"
         ) from None
-    names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
     return {"lora_rank": rank, "lora_alpha": alpha, "lora_targets": names}
+
+
+def _whole(name: str, value: Any) -> int:
+    """A number of an adapter_config.json, where 16 may be 16.0."""
+    if not isinstance(value, int | float) or value < 1 or value != int(value):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    return int(value)
 
 
 def field_types(name: str) -> tuple[Any, ...]:
@@ -456,8 +478,23 @@ def _words(value: Any) -> tuple[str, ...]:
     return tuple(_of(str, word) for word in words)
 
 
+class UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML's own loader takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key, _ in node.value:
+            name, line = key.value, key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if name in seen:
+                raise ValueError(f"{name} is there twice, in lines {seen[name]} and {line}")
+            seen[name] = line
+        return super().construct_mapping(node, deep)
+
+
 def _mapping(value: Any) -> dict[str, Any]:
-    return _of(dict, yaml.safe_load(value) if isinstance(value, str) else value)
+    return _of(dict, yaml.load(value, UniqueKeyLoader) if isinstance(value, str) else value)
 
 
 _CONVERSIONS: dict[Any, tuple[str, typing.Callable[[Any], Any]]] = {

@@ -136,6 +136,14 @@ def test_all_bad_rows_at_once_or_without_them(tmp_path):
     assert len(kept) == 4
 
 
+def test_where_of_a_table_whose_cells_are_text(tmp_path):
+    lines = "problem,solution,level,ok\n1+1?,2,5,True\nx,y,4,False\n"
+    for where in ({"level": 5}, {"level": [5, 6]}, {"ok": True}, {"level": "5"}):
+        assert load(tmp_path, "a.csv", lines, where=where) == READ[:1]
+    with pytest.raises(ValueError, match="has no row with where"):
+        load(tmp_path, "a.csv", lines, where={"level": 50})
+
+
 @pytest.mark.parametrize("answer", ["NaN", "null", "true", '" "', "[]", "Infinity"])
 def test_what_is_no_answer(tmp_path, answer):
     path = tmp_path / "a.jsonl"
@@ -230,6 +238,7 @@ TURN = "{% for m in messages %}{{ m.content }}|{% endfor %}"
         ("{{ messages[3].content }}", ValueError("chat template fails")),
         ("{{ messages[0].content + 1 }}", ValueError("chat template fails")),
         ("{{ messages[0].content }}<|im_end|>\n", ValueError("must not end in the end token")),
+        ("{{ strftime_now('%d %b %Y') }}: " + TURN, "26 Jul 2024: Q: 2+2? \n|"),
         ({"rag": TURN, "tools": TURN}, ValueError("named rag, tools, and none named default")),
     ],
 )

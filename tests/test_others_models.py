@@ -150,12 +150,61 @@ def test_what_may_be_missing_or_more(folder, tmp_path, saved):
     assert "lm_head.weight" not in load_file(tied / "model.safetensors")
     model = loaded(folder, tied)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
-    weights = rewrite(saved / "model.safetensors", lambda w: w | inv_freq)
+    buffers = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "masked_bias", "attention.bias")
+    old = {f"model.layers.0.self_attn.{name}": torch.ones(8) for name in buffers}
+    weights = rewrite(saved / "model.safetensors", lambda w: w | old)
     for file_has in (weights, {f"model.{name}": w for name, w in weights.items()}):
         rewrite(saved / "model.safetensors", lambda _, w=file_has: w)
         for name, w in loaded(folder, saved).state_dict().items():
             assert torch.equal(w, weights[name])
+
+
+def test_weights_that_float16_cannot_hold(folder, saved):
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(saved / "model.safetensors", lambda w: w | {name: w[name] + 1e5})
+    with pytest.raises(ValueError, match=r"or float16 cannot hold them \(--dtype bfloat16 can\)"):
+        load_model(str(saved), config(folder, dtype="float16"))
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("config.json", "{", "cannot be loaded: .*not a valid JSON"),
+        ("config.json", '{"model_type": "qwen9"}', "for its config.json: .*qwen9"),
+        (
+            "config.json",
+            '{"auto_map": {"AutoConfig": "a.B"}}',
+            "for its config.json: .*custom code",
+        ),
+        ("pytorch_model.bin", "junk", "saved cannot be loaded: "),
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1", "saved cannot be load"),
+        ("adapter_config.json", "{", "holds an adapter"),
+        ("adapter_config.json", "[]", "holds an adapter"),
+    ],
+)
+def test_files_that_hold_something_else(folder, saved, file, text, message):
+    if file == "pytorch_model.bin":
+        (saved / "model.safetensors").unlink()
+    (saved / file).write_text(text)
+    with pytest.raises((OSError, ValueError), match=message):
+        loaded(folder, saved)
+
+
+def test_a_rope_that_nobody_knows(folder, saved):
+    say(saved / "config.json", rope_parameters={"rope_type": "nothing", "rope_theta": 1.0})
+    with pytest.raises(ValueError, match="saved cannot be loaded: no 'nothing'"):
+        loaded(folder, saved)
+
+
+def test_what_is_no_models_name(folder, saved):
+    with pytest.raises(
+        OSError, match="/nowhere/at/all does not exist; a model is a folder, or own"
+    ):
+        loaded(folder, "/nowhere/at/all")
+    with pytest.raises(OSError, match="/nowhere/at/all does not exist"):
+        prepared(folder, teacher_model="/nowhere/at/all")
+    with pytest.raises(OSError, match=r"config\.json is a file; a model is a folder"):
+        loaded(folder, saved / "config.json")
 
 
 @pytest.mark.parametrize("family", tiny_qwen3.FAMILIES)
@@ -284,6 +333,37 @@ def test_adapters_of_other_kinds_as_peft_saves_them(folder, tmp_path):
     (head / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match="adapter must be a folder with PEFT's adapter_config"):
         prepared(folder, adapter=str(head))
+
+
+def test_embeddings_in_an_adapters_file(folder, changed):
+    """PEFT saves them where a vocabulary was resized; another prefix would not help."""
+    name = "base_model.model.model.embed_tokens.weight"
+    rewrite(changed / "adapter_model.safetensors", lambda w: w | {name: torch.ones(104, 32)})
+    with pytest.raises(ValueError, match=rf"1 unexpected \({name}\)$"):
+        load_adapter(loaded(folder, folder / "model"), changed)
+
+
+def test_an_adapter_in_a_pickle(folder, changed):
+    (changed / "adapter_model.safetensors").rename(changed / "adapter_model.bin")
+    with pytest.raises(
+        OSError, match=r"no adapter_model.safetensors \(adapter_model.bin is not re"
+    ):
+        load_adapter(loaded(folder, folder / "model"), changed)
+
+
+@pytest.mark.parametrize(
+    "said", [{"r": "2"}, {"r": 0}, {"lora_alpha": 6.5}, {"target_modules": None}]
+)
+def test_an_adapters_config_with_other_values(folder, changed, said):
+    say(changed / "adapter_config.json", **said)
+    with pytest.raises(ValueError, match="adapter must be a folder with PEFT's"):
+        config(folder, adapter=str(changed))
+
+
+def test_a_whole_alpha_with_a_point(folder, changed):
+    say(changed / "adapter_config.json", lora_alpha=6.0)
+    asked = config(folder, adapter=str(changed))
+    assert make_config(asked.as_dict()).as_dict() == asked.as_dict()
 
 
 @pytest.mark.parametrize(

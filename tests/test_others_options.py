@@ -49,6 +49,12 @@ REFUSED = [
     ({"workspace_mib": -1}, "workspace_mib must not be negative"),
     ({"lora_targets": []}, "lora_targets must name at least one layer"),
     ({"eval_every": 5}, "eval_every has an effect only with held_out problems"),
+    ({"resume": True}, "resume has an effect only with output_dir"),
+    ({"patience": 50}, "patience has an effect only with more than 100 steps; they are 100"),
+    ({"seed": -1}, "seed must lie in [0, 2**32)"),
+    ({"data": []}, "data must be given, and is empty"),
+    ({"where": "{a: 1, a: 2}"}, "where must be a mapping"),
+    ({"advantage_clip": 5, "ema_decay": 0.9}, "it is divergence\nema_decay has an effect"),
     ({"eval_problems": 5}, "eval_problems has an effect only with a world that"),
 ]
 ACCEPTED = [
@@ -63,6 +69,8 @@ ACCEPTED = [
     {"eval_every": 5, "held_out": 9},
     {"data": ["a.jsonl", "b.csv"]},
     {"lora_targets": "all-linear"},
+    {"patience": 49},
+    {"resume": True, "output_dir": "runs/a"},
 ]
 
 

@@ -131,6 +131,18 @@ def test_ids_of_ends_are_inherited(model, tokenizer, monkeypatch):
     assert [len(c) for c in sampled(GenerateSampler, model, tokenizer)] == [1, 1]
 
 
+@pytest.mark.parametrize("named", ["<|im_end|>", [[2], [0]]])
+def test_ends_that_are_no_ids(model, tokenizer, monkeypatch, named):
+    theirs = GenerationConfig(eos_token_id=(2, 0))
+    monkeypatch.setattr(base_model(model), "generation_config", theirs)
+    assert GenerateSampler(model, tokenizer, Sampling(1.5, 12)).ends == {0, 2}
+    theirs.eos_token_id = named
+    with pytest.raises(
+        ValueError, match=r"eos_token_id in generation_config\.json must be a token's"
+    ):
+        GenerateSampler(model, tokenizer, Sampling(1.5, 12))
+
+
 @pytest.mark.parametrize("name", ["generate", "_sample", "_get_logits_processor"])
 def test_code_of_the_models_own_that_samples_is_refused(
     folder, model, tokenizer, monkeypatch, name

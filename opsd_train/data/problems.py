@@ -145,7 +145,9 @@ def those_that_fit(
 def _is_kept(row: dict[str, Any], where: dict[str, Any]) -> bool:
     for column, wanted in where.items():
         value = _cell(row, column, "where")
-        if value not in (wanted if isinstance(wanted, list) else [wanted]):
+        any_of = wanted if isinstance(wanted, list) else [wanted]
+        # Cells of a table are text, and 5 is wanted.
+        if value not in any_of and str(value) not in map(str, any_of):
             return False
     return True
 

@@ -42,8 +42,8 @@ def equal_as_text(a: Answer, b: Answer) -> bool | None:
         return True
     if a.choice and b.choice:
         return a.choice == b.choice
-    if a.words or b.words:
-        return a.words == b.words
+    if a.words or b.words:  # \text{DNE} and DNE
+        return (a.words or _as_words(a.text)) == (b.words or _as_words(b.text))
     return None
 
 
@@ -178,6 +178,7 @@ UNITS = {
         "£ GBP quid",
         "€ euro EUR",
         "¥ yen JPY",
+        "₹ rupee INR",
         "cent ¢",
         "am",
         "pm",
@@ -196,11 +197,11 @@ NUMBER = (
 )
 POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?"
 SIGN = re.compile(
-    r"(-?)\s*(?:(?:US|A|C)?\\?\$|\\text\{\\?\$\}|\\pounds\b|£|€|\\euro\b|¥|USD|EUR|GBP|Rs\.?)"
+    r"(-?)\s*(?:(?:US|A|C)?\\?\$|\\text\{\\?\$\}|\\pounds\b|£|€|\\euro\b|¥|₹|USD|EUR|GBP|Rs\.?)"
     r"\s*(?=[-\d.\\])"
 )
 SIGNS = {r"\pounds": "£", "GBP": "£", r"\euro": "€", "EUR": "€", "USD": "$", r"\$": "$"}
-SIGNS |= {r"US\$": "$", r"\text{$}": "$", r"\text{\$}": "$"}
+SIGNS |= {"Rs": "₹", "Rs.": "₹", r"US\$": "$", r"\text{$}": "$", r"\text{\$}": "$"}
 AT_THE_END = [
     (re.compile(pattern, re.DOTALL), kind)
     for pattern, kind in (
@@ -352,7 +353,7 @@ FUNCTIONS = {
     *("sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh"),
     *("tanh", "lim", "inf", "infty", "infinity", "and"),
 }
-WORDS = {"yes", "no", "true", "false", "none", "odd", "even"}
+WORDS = {"yes", "no", "true", "false", "none", "odd", "even", "dne"}
 NUMBER_WORDS = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
     *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),

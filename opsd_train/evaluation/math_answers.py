@@ -88,7 +88,9 @@ class MathGrader:
 
     def _reference(self, problem: Problem) -> Answer:
         boxed = last_boxed(problem.answer)
-        return read_answer(problem.answer if boxed is None else boxed)
+        if boxed is None:
+            boxed = problem.answer.rpartition("####")[2]  # as GSM8K ends its solutions
+        return read_answer(boxed)
 
     def _verdict(self, reference: Answer, answer: Answer) -> Verdict:
         pair = (reference, answer)

@@ -98,6 +98,8 @@ def digits(expr: sympy.Basic) -> float:
     elif isinstance(expr, (sympy.Pow, sympy.exp)):
         base, exponent = expr.as_base_exp()
         size = digits(exponent)
+        if exponent.is_number and size < 300:
+            exponent = exponent.doit()  # 2^10 is 1024
         if isinstance(exponent, sympy.Rational):
             power = float(abs(exponent.p) / exponent.q) if size < 300 else math.inf
         else:
@@ -222,6 +224,8 @@ def value_of(expr: Any) -> Any:
     if not isinstance(expr, (sympy.Eq, And)) or not all(isinstance(e, sympy.Eq) for e in equations):
         return expr
     sides = [equations[0].lhs, *(e.rhs for e in equations)]
+    if len(sides) == 2 and is_number(sides[0]) and isinstance(sides[1], sympy.Symbol):
+        return sympy.Eq(sides[1], sides[0], evaluate=False)  # 3 = x
     numbers = [side for side in sides if is_number(side)]
     if not all(same_numbers(numbers[-1], n) for n in numbers[:-1]):
         return None

@@ -26,7 +26,7 @@ from opsd_train.models.head import (
     vocab_size,
 )
 from opsd_train.models.layers import save_memory, tile_mlps
-from opsd_train.models.loading import load_model, load_tokenizer
+from opsd_train.models.loading import load_config, load_model, load_tokenizer
 from opsd_train.models.sharding import call_with_full_parameters, copy_full, full_tensor, shard
 from opsd_train.models.special_tokens import check_ids, end_ids, settle_padding
 
@@ -48,6 +48,7 @@ __all__ = [
     "full_tensor",
     "lm_head",
     "load_adapter",
+    "load_config",
     "load_model",
     "load_tokenizer",
     "logits",

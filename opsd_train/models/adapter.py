@@ -139,7 +139,11 @@ def read_lora_config(path: Path) -> LoraConfig:
     """
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (path / name).is_file():
-            raise FileNotFoundError(f"{path} is no adapter: it has no {name}")
+            is_pickled = (path / "adapter_model.bin").is_file() and name == ADAPTER_WEIGHTS
+            hint = " (adapter_model.bin is not read: save it again with a newer PEFT)"
+            raise FileNotFoundError(
+                f"{path} is no adapter: it has no {name}{hint if is_pickled else ''}"
+            )
     file = path / ADAPTER_CONFIG
     try:
         said = json.loads(file.read_text(encoding="utf-8"))

@@ -1,15 +1,15 @@
 """A model and its tokenizer, from a folder or the hub: with the weights of the file, or refused."""
 
+import contextlib
 import importlib
 import json
 import math
+import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -33,13 +33,7 @@ def load_model(name: str, config: Config) -> PreTrainedModel:
         ValueError: it is another kind of model, its files hold other weights than it has, weights
             that are not finite, or an adapter; or a package that it needs is not installed.
     """
-    _check_no_adapter(name)
-    try:
-        model_config = AutoConfig.from_pretrained(name)
-    except StrictDataclassError as error:
-        raise ValueError(
-            f"{name} cannot be loaded, for its config.json: {in_a_line(error)}"
-        ) from error
+    model_config = load_config(name)
     kind = model_config.model_type
     if model_config.is_encoder_decoder or type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
@@ -62,23 +56,44 @@ def load_model(name: str, config: Config) -> PreTrainedModel:
             config=model_config,
             dtype=getattr(torch, config.dtype),
             attn_implementation=attention,
+            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported, and refused below with the other keys
         )
     except torch.OutOfMemoryError:
         raise
-    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+    except Exception as error:  # damaged files may raise anything
         raise _explained(error, name, model_config, attention) from error
     model, found = loaded
     check_keys(
         name,
         f"a {type(model).__name__}",
         missing=found["missing_keys"],
-        unexpected=found["unexpected_keys"],
+        unexpected=[key for key in found["unexpected_keys"] if not OLD_BUFFER.search(key)],
         mismatched=found["mismatched_keys"],
     )
-    check_finite(name, model.named_parameters())
+    check_finite(name, model.named_parameters(), config.dtype)
     return model
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """A model's config, from a folder or the hub.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is not transformers', or an adapter is beside it.
+    """
+    _check_is_there(name)
+    _check_no_adapter(name)
+    try:
+        found: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except OSError as error:  # of the hub
+        raise OSError(f"{name} cannot be loaded: {in_a_line(error)}") from error
+    except Exception as error:  # of its config.json, in which anything may stand
+        raise ValueError(
+            f"{name} cannot be loaded, for its config.json: {in_a_line(error)}"
+        ) from error
+    return found
 
 
 def check_keys(
@@ -112,7 +127,7 @@ def check_keys(
     ]
     if not faults:
         return
-    prefix = next((p for p in PREFIXES if unexpected and all(p in n for n in unexpected)), None)
+    prefix = next((p for p in PREFIXES if any(n.replace(p, "") in missing for n in unexpected)), "")
     hint = f"; save it again without {prefix} in its keys" if prefix else ""
     raise ValueError(f"the weights of {source} are not those of {kind}: {'; '.join(faults)}{hint}")
 
@@ -120,16 +135,34 @@ def check_keys(
 # What wrappers put before a model's keys: torch.compile, data parallelism, PEFT.
 PREFIXES = ("_orig_mod.", "module.", "base_model.model.")
 
+# What older versions of transformers saved, and no model has weights of: masks, angles, positions.
+OLD_BUFFER = re.compile(
+    r"\.(?:masked_bias|inv_freq|(?:cos|sin)_cached|position_ids|(?:attn|attention)\.bias)$"
+)
 
-def check_finite(source: str, weights: Iterable[tuple[str, Tensor]]) -> None:
+
+def _check_is_there(name: str) -> None:
     """Raises:
-    ValueError: a weight is NaN or infinite.
+    OSError: the name is that of a folder, and there is none; or of a file.
+    """
+    path = Path(name)
+    is_hubs = re.fullmatch(r"\w[\w.-]*(?:/[\w.-]+)?", name)
+    if path.is_file() or not (path.is_dir() or is_hubs):
+        what = "is a file" if path.is_file() else "does not exist"
+        raise OSError(f"{name} {what}; a model is a folder, or owner/name on the hub")
+
+
+def check_finite(source: str, weights: Iterable[tuple[str, Tensor]], dtype: str = "") -> None:
+    """Raises:
+    ValueError: a weight is NaN or infinite, as some are that are converted to float16.
     """
     spoiled = [name for name, w in weights if not is_finite(w)]
     if spoiled:
+        too_large = ", or float16 cannot hold them (--dtype bfloat16 can)"
         raise ValueError(
             f"{source} has weights that are not finite, in {len(spoiled)} tensors "
             f"({some(spoiled)}): its file is damaged, or its training failed"
+            f"{too_large if dtype == 'float16' else ''}"
         )
 
 
@@ -153,7 +186,9 @@ def _check_no_adapter(name: str) -> None:
     path = find_adapter_config_file(name)
     if path is None:
         return
-    base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = None
+    with contextlib.suppress(ValueError, AttributeError):  # it may hold anything
+        base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
     raise ValueError(
         f"{name} holds an adapter (adapter_config.json), which a model's folder must not: name "
         f"the model without it{f', {base} say,' if base else ''} and start from the adapter with "
@@ -182,14 +217,15 @@ def _explained(
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+    said = " ".join(str(error).split())[:400]
+    return f"no {said}" if isinstance(error, KeyError) else said
 
 
 def _forget_padding_outside(model_config: PreTrainedConfig) -> None:

@@ -10,10 +10,15 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[i
     """The tokens at which a model stops: those of its generation config, and the tokenizer's.
 
     Raises:
-        ValueError: there is none that the model could draw.
+        ValueError: there is none that the model could draw, or one is no id.
     """
     named = getattr(model.generation_config, "eos_token_id", None)
-    ids = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
+    ids = [*(named if isinstance(named, list | tuple) else [named]), tokenizer.eos_token_id]
+    if not all(i is None or isinstance(i, int) for i in ids):
+        raise ValueError(
+            "eos_token_id in generation_config.json must be a token's id, or a list of them; got "
+            f"{named!r}"
+        )
     rows = embedding_rows(model)
     ends = {i for i in ids if i is not None and 0 <= i < rows}
     if not ends:

@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from opsd_train.config import Config
 from opsd_train.data import Contexts
+from opsd_train.models import load_config
 from opsd_train.records import Problem
 from opsd_train.run.console import say
 
@@ -49,7 +50,7 @@ def fit_lengths(
 def fewest_positions(config: Config, student: PreTrainedConfig) -> int | None:
     configs = [student]
     if config.teacher_model is not None:
-        configs.append(AutoConfig.from_pretrained(config.teacher_model))
+        configs.append(load_config(config.teacher_model))
     found = [getattr(c.get_text_config(), "max_position_embeddings", None) for c in configs]
     return min((n for n in found if n is not None), default=None)
 
