@@ -69,10 +69,10 @@ def allocate(problem: Problem, gradients: HeadGradients, workspace_bytes: float)
 
         row = tiles.lookup(problem.h_S.device, problem.operand_dtype)
         scores = score_dtype(problem.operand_dtype, problem.has_bounded_scores)
-        BV = max(row.pair.BV, row.pair_wide.BV)
+        tile = row.pair if row.pair.BV > row.pair_wide.BV else row.pair_wide
         # Fewer columns and more rows than of `pair`: dW is accumulated too.
-        R, columns = 4 * row.chunk, row.columns * 2 // scores.itemsize // 4 // BV * BV
-        columns = min(max(columns, BV), kernels.cdiv(V, BV) * BV)
+        R, columns = 4 * row.chunk, row.columns * 2 // scores.itemsize // 4
+        columns = tile.BV * tiles.slots(V, tile, row, R, columns)
         tensors = [problem.h_S.new_empty(min(R, N), columns, dtype=scores)]
     else:
         on_cpu = problem.h_S.device.type == "cpu"

@@ -125,9 +125,9 @@ def allocate(
     (N, D), V = h_S.shape, problem.W.shape[0]
     row = tiles.lookup(h_S.device, problem.operand_dtype)
     R = min(row.chunk, max(N, 1))
-    BV = _pair_tile(row, problem, needs_statistics).BV
+    tile = _pair_tile(row, problem, needs_statistics)
     scores = score_dtype(problem.operand_dtype, problem.has_bounded_scores)
-    slots = min(row.columns * 2 // scores.itemsize // BV, cdiv(V, BV))
+    slots = tiles.slots(V, tile, row, row.chunk, row.columns * 2 // scores.itemsize)
     spans = cdiv(V, lse.span(V, row))
     statistics = needs_statistics and not isinstance(problem.member, Alone)
     sums = pair.SUMS.value + (pair.SUMS_OF_STATISTICS.value if statistics else 0)
@@ -145,7 +145,7 @@ def allocate(
     ]
     if needs_gradient:
         knows = knows_G(problem.member, problem.entry_clip)
-        tensors.append(h_S.new_empty((1 if knows else 2) * R, slots * BV, dtype=scores))
+        tensors.append(h_S.new_empty((1 if knows else 2) * R, slots * tile.BV, dtype=scores))
         if not knows:
             tensors.append(fp32((2 if is_stacked(R, D) else 1) * R, D))
     return tensors

@@ -186,10 +186,15 @@ def test_the_compiler_looks_up_the_tiles_of_a_gpu(capability):
     def chunk(x: Tensor) -> Tensor:
         if not kernels.available(device):
             return x
-        return x * tiles.lookup(device, torch.bfloat16).lse.BM
+        row = tiles.lookup(device, torch.bfloat16)
+        return x * row.lse.BM * tiles.slots(V, row.lse, row, row.chunk, row.columns)
 
+    found = torch.compiler.assume_constant_result(lambda device: 78)
     torch._dynamo.reset()
-    with mock.patch("torch.cuda.get_device_capability", return_value=capability):
-        expected = tiles.lookup(device, torch.bfloat16).lse.BM
+    with (
+        mock.patch("torch.cuda.get_device_capability", return_value=capability),
+        mock.patch.object(tiles, "multiprocessors", found),
+    ):
+        expected = chunk(torch.ones(()))
         compiled = torch.compile(chunk, fullgraph=True, backend="aot_eager")
         assert compiled(torch.ones(())) == expected

@@ -44,6 +44,14 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)
 
 
+@torch.compiler.assume_constant_result
+def multiprocessors(device: torch.device) -> int | None:
+    """Multiprocessors of a GPU; None where there is none, and tensors are fake."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def current(device: torch.device) -> AbstractContextManager[object]:
     """Within it kernels are launched on `device`, and on its current stream: Triton takes the
     current device, which need not be that of the inputs."""

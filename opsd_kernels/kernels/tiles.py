@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from opsd_kernels.kernels import capability
+from opsd_kernels.kernels import capability, cdiv, multiprocessors
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Row:
     rows: Sweep = Sweep(2048, 4, 8)
     rows_wide: Sweep = Sweep(1024, 4, 8)
     chunk: int = 1024  # rows in flight, a multiple of each BM
-    # Of the vocabulary in flight where scores have two bytes, half as many where they have four: a
-    # multiple of each BV of `pair` either way.
-    columns: int = 8192
-    multiprocessors: int = 128  # of the GPU, for whose number work is shared out
+    # Of the vocabulary in flight at most (see `slots`) where scores have two bytes, half as many
+    # where they have four: a multiple of each BV of `pair` either way.
+    columns: int = 9216
+    multiprocessors: int = 128  # for whose number work is shared out: a GPU's own (see `lookup`)
 
 
 # Architectures by the name that code is generated for. sm_89 stands for all with 99 KiB of shared
@@ -93,6 +93,7 @@ _NARROW = {
         lse=Tile(128, 256, 64, 32, 8, 3),
         pair=Tile(128, 256, 64, 32, 8, 3),
         pair_wide=Tile(128, 256, 64, 32, 8, 3),
+        columns=9472,  # 37 blocks by 8 of rows: two for each of the 148
         multiprocessors=148,
     ),
     "gfx942": Row(
@@ -173,10 +174,35 @@ INTERPRETER = Row(
 
 
 def lookup(device: torch.device, dtype: torch.dtype) -> Row:
-    """The row for a device, and the operands of its matrix products."""
+    """The row for a device, and the operands of its matrix products. One architecture has GPUs of
+    many sizes: the multiprocessors are the device's."""
     if device.type != "cuda":
         return INTERPRETER
-    return TABLE[architecture(device), str(dtype).removeprefix("torch.")]
+    row = TABLE[architecture(device), str(dtype).removeprefix("torch.")]
+    found = multiprocessors(device)
+    return row if found is None else replace(row, multiprocessors=found)
+
+
+def slots(V: int, tile: Tile, row: Row, rows: int, columns: int) -> int:
+    """Tiles of the vocabulary of one launch over `rows` rows, at most `columns` columns: the number
+    with which launches over all of the vocabulary, the short last one too, take the least time.
+
+    A launch takes a wave for each time that its programs fill all multiprocessors, the last wave
+    perhaps in part, and half a wave besides: the product that follows has a beginning and an end.
+    """
+    all_tiles, row_tiles = cdiv(V, tile.BV), cdiv(rows, tile.BM)
+
+    def duration(slots: int) -> int:  # in half waves
+        full, rest = all_tiles // slots, all_tiles % slots
+        waves = full * cdiv(row_tiles * slots, row.multiprocessors)
+        waves += cdiv(row_tiles * rest, row.multiprocessors)
+        return 2 * waves + cdiv(all_tiles, slots)
+
+    best = most = max(1, min(columns // tile.BV, all_tiles))
+    for fewer in range(most - 1, most // 2, -1):
+        if duration(fewer) < duration(best):
+            best = fewer
+    return best
 
 
 def architecture(device: torch.device) -> str:
