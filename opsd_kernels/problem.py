@@ -148,8 +148,8 @@ class Outputs:
         given = self.stats if self.statistics is None else self.statistics
         return 0 if given is None else given.stride(0)
 
-    def tokens(self, rows: slice) -> "Outputs":
-        """Views of some of the tokens."""
+    def tokens(self, rows: slice | Tensor) -> "Outputs":
+        """Some of the tokens: views of a slice, copies of indices."""
         return replace(
             self,
             loss=self.loss[rows],
@@ -158,3 +158,15 @@ class Outputs:
             stats=None if self.stats is None else self.stats[:, rows],
             top=None if self.top is None else self.top[rows],
         )
+
+    def put(self, rows: Tensor, some: "Outputs") -> None:
+        """Write back copies that `tokens` made."""
+        self.loss[rows] = some.loss
+        if self.statistics is not None and some.statistics is not None:
+            self.statistics[:, rows] = some.statistics
+        if self.dh_S is not None and some.dh_S is not None:
+            self.dh_S[rows] = some.dh_S
+        if self.stats is not None and some.stats is not None:
+            self.stats[:, rows] = some.stats
+        if self.top is not None and some.top is not None:
+            self.top[rows] = some.top

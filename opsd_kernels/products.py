@@ -23,22 +23,57 @@ def project(z: Tensor, h: Tensor, W: Tensor, operand_dtype: torch.dtype, tile: i
 
 
 def project_back(
-    terms: list[tuple[Tensor, Tensor]], W: Tensor, operand_dtype: torch.dtype, tile: int
+    terms: list[tuple[Tensor, Tensor]],
+    W: Tensor,
+    operand_dtype: torch.dtype,
+    tile: int,
+    first: bool = False,
 ) -> None:
     """out ← out + g W in fp32 for every (out, g): [R, D], and [R, V] in a `score_dtype`. Where that
-    could have been narrower than fp32, and is not, g is narrowed here."""
+    could have been narrower than fp32, and is not, g is narrowed here. If this is the first of
+    several, out need not hold anything."""
     if not terms:
         return
-    g_dtype = terms[0][1].dtype
-    if g_dtype == torch.float32:
-        g_dtype = score_dtype(operand_dtype, bounded=False)
-    dtype = multiplied_dtype(W.device, g_dtype)
+    dtype = _back_dtype(terms[0][1], W, operand_dtype)
     for v, W_v in _tiles(W, operand_dtype, dtype, tile):
         for out, g in terms:
+            g_v = g[:, v].to(dtype)
             if dtype == torch.float32:
-                torch.addmm(out, g[:, v].float(), W_v, out=out)
+                torch.mm(g_v, W_v, out=out) if first else torch.addmm(out, g_v, W_v, out=out)
+            elif first:
+                torch.mm(g_v, W_v, out_dtype=torch.float32, out=out)
             else:
-                torch.addmm(out, g[:, v].to(dtype), W_v, out_dtype=torch.float32, out=out)
+                torch.addmm(out, g_v, W_v, out_dtype=torch.float32, out=out)
+        first = False
+
+
+def project_back_in_parts(parts: Tensor, g: Tensor, W: Tensor, operand_dtype: torch.dtype) -> None:
+    """parts[i] ← g W over the i-th part of the vocabulary, in fp32: [parts, R, D]. Their sum is
+    what `project_back` makes of a head that it reads in place; a GPU multiplies all parts at
+    once."""
+    dtype, V = _back_dtype(g, W, operand_dtype), W.shape[0]
+    n = parts.shape[0]
+    most = V // n // PART_MULTIPLE * PART_MULTIPLE
+    g_parts = g[:, : n * most].to(dtype).unflatten(1, (n, most)).transpose(0, 1)
+    W_parts = W[: n * most].to(dtype).unflatten(0, (n, most))
+    if dtype == torch.float32:
+        torch.bmm(g_parts, W_parts, out=parts)
+    else:
+        torch.bmm(g_parts, W_parts, out_dtype=torch.float32, out=parts)
+    if n * most < V:
+        project_back([(parts[-1], g[:, n * most :])], W[n * most :], operand_dtype, V)
+
+
+# Parts of rows of g in 16 bits so begin at multiples of 32 bytes.
+PART_MULTIPLE = 16
+
+
+def _back_dtype(g: Tensor, W: Tensor, operand_dtype: torch.dtype) -> torch.dtype:
+    """The dtype that g is multiplied in."""
+    g_dtype = g.dtype
+    if g_dtype == torch.float32:
+        g_dtype = score_dtype(operand_dtype, bounded=False)
+    return multiplied_dtype(W.device, g_dtype)
 
 
 def project_onto_head(
@@ -52,10 +87,7 @@ def project_onto_head(
     """dW ← dW + gᵀ h and db ← db + Σ g in fp32: [V, D] and [V], of [R, V] and [R, D]. g is narrowed
     as in `project_back`; if this is the first of several, dW need not hold anything."""
     if dW is not None:
-        g_dtype = g.dtype
-        if g_dtype == torch.float32:
-            g_dtype = score_dtype(operand_dtype, bounded=False)
-        dtype = multiplied_dtype(dW.device, g_dtype)
+        dtype = _back_dtype(g, dW, operand_dtype)
         h = h.to(operand_dtype).to(dtype)
         g_t = g.t().to(dtype)
         if dtype == torch.float32:

@@ -5,7 +5,8 @@ With U = 2 N D V, one pass of N tokens through the LM head, a chunk of R rows at
     1. [z_S; z_T] = [h_S; h_T] Wᵀ    one GEMM into a [2R, V] fp32 workspace              2 U
     2. z_S ← a − G p,  ℓ = Σ_v f     on a GPU one kernel (`rows`), elsewhere PyTorch, in
                                      row blocks small enough for the cache
-    3. dh_S = z_S W / T              one GEMM, accumulated in fp32                       1 U
+    3. dh_S = z_S W / T              one GEMM, accumulated in fp32; on a GPU then        1 U
+                                     `top_row`, for the entry with the most mass
 
 Of a frozen head the gradient is made during forward, from logits that exist only once. So is that
 of a head that is trained, dW += gᵀ h_S, another U, where tokens' weights are known and the budget
@@ -21,13 +22,15 @@ from torch import Tensor
 
 from opsd_kernels import kernels
 from opsd_kernels.divergence import WHOLE, Alone, member_rows_
+from opsd_kernels.kernels import tiles
 from opsd_kernels.problem import Outputs, Problem
 from opsd_kernels.products import (
-    add_rows,
+    PART_MULTIPLE,
     copied_bytes,
     multiplied_dtype,
     project,
     project_back,
+    project_back_in_parts,
     project_onto_head,
     score_dtype,
     score_scale,
@@ -46,6 +49,8 @@ LEAST_TILE = 64
 # Entries of a row block on a CPU: 1 MiB of fp32 for each temporary, to stay in the cache.
 CPU_BLOCK_ENTRIES = 2**18
 GPU_TILE_ROWS = 128
+# Of the vocabulary, where step 3 multiplies them at once (see `is_split`).
+PARTS = 4
 
 
 @dataclass(frozen=True)
@@ -186,12 +191,26 @@ def can_weigh(problem: Problem, budget: float) -> bool:
     return budget_beside_head(problem, budget) >= max(least, budget / 2)
 
 
-def allocate(problem: Problem, needs_statistics: bool, budget: float) -> list[Tensor]:
+def allocate(
+    problem: Problem, needs_gradient: bool, needs_statistics: bool, budget: float
+) -> list[Tensor]:
     """The scratch of `fill`: a workspace of 2R fp32 rows, or R without a teacher, of which the
-    first V entries are used."""
+    first V entries are used; and where step 3 is split, parts of a gradient of R rows."""
     plan = _plan(problem, problem.h_S.shape[0], needs_statistics, budget)
-    stride = row_stride(problem.W.shape[0])
-    return [problem.h_S.new_empty(problem.sides * plan.rows, stride, dtype=torch.float32)]
+    stride, D = row_stride(problem.W.shape[0]), problem.h_S.shape[1]
+    scratch = [problem.h_S.new_empty(problem.sides * plan.rows, stride, dtype=torch.float32)]
+    if needs_gradient and is_split(problem, plan.rows):
+        scratch.append(problem.h_S.new_empty(PARTS, plan.rows, D, dtype=torch.float32))
+    return scratch
+
+
+def is_split(problem: Problem, rows: int) -> bool:
+    """Whether step 3 multiplies parts of the vocabulary at once: few rows are a product of few
+    tiles, which leave multiprocessors idle."""
+    if not step_2_is_kernel(problem) or copied_bytes(problem.W, problem.operand_dtype) > 0:
+        return False
+    row = tiles.lookup(problem.h_S.device, problem.operand_dtype)
+    return rows <= row.split_rows and problem.W.shape[0] >= PARTS * PART_MULTIPLE
 
 
 def row_stride(V: int) -> int:
@@ -220,10 +239,10 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: floa
         # Chunks are the same on all processes: those of the largest shard.
         R = smallest(plan.rows, problem.group, workspace.device)
         plan = replace(plan, rows=R, block=R)
-    W, W_T, dtype, dh_S = problem.W, problem.W_T, problem.operand_dtype, outputs.dh_S
+    W, W_T, dtype = problem.W, problem.W_T, problem.operand_dtype
     scale = 1.0
     for n in _chunks(rows, N, plan.rows):
-        chunk = problem.tokens(n)
+        chunk, into = problem.tokens(n), outputs.tokens(n)
         R = chunk.h_S.shape[0]
         z_S, z_T = workspace[:R], None
         if chunk.h_T is None:
@@ -235,21 +254,16 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: floa
             else:
                 project(z_S, chunk.h_S, W, dtype, plan.tile)
                 project(z_T, chunk.h_T, W_T, dtype, plan.tile)
-        filled, gradient = _step_2(z_S, z_T, chunk, plan, outputs)
-        outputs.loss[n] = filled.loss
-        if outputs.statistics is not None and filled.statistics is not None:
-            outputs.statistics[:, n] = filled.statistics
-        if outputs.stats is not None and filled.stats is not None:
-            outputs.stats[:, n] = filled.stats
-        if outputs.top is not None and filled.top is not None:
-            outputs.top[n] = filled.top
-        if dh_S is not None:
-            dh_S[n] = gradient.times(W, dtype, plan.tile).div_(problem.temperature)
+        gradient = _step_2(z_S, z_T, chunk, plan, into)
+        if into.dh_S is not None:
+            gradient.onto_hidden_states(into.dh_S, chunk, plan.tile, scratch[1:])
         if outputs.dW is not None:
             gradient.onto_head(outputs, chunk)
         scale = gradient.scale
-    if dh_S is not None and problem.group is not None:
-        summed_(dh_S, problem.group)
+        if isinstance(n, Tensor):
+            outputs.put(n, into)
+    if outputs.dh_S is not None and problem.group is not None:
+        summed_(outputs.dh_S, problem.group)
     for total in (outputs.dW, outputs.db):
         if total is not None:
             total.div_(problem.temperature * scale)
@@ -265,15 +279,22 @@ class LogitGradient:
     g_top: Tensor | None = None  # [R] fp32, … this, not scaled: all its gradient, or with weights
     # what the rounding took; None if nothing is
 
-    def times(self, W: Tensor, operand_dtype: torch.dtype, tile: int) -> Tensor:
-        """∂ℓ/∂z_S · W [R, D] in fp32."""
-        out = W.new_zeros(self.g.shape[0], W.shape[1], dtype=torch.float32)
-        project_back([(out, self.g)], W, operand_dtype, tile)
-        if self.scale != 1:
-            out /= self.scale
+    def onto_hidden_states(
+        self, dh_S: Tensor, chunk: Problem, tile: int, parts: list[Tensor]
+    ) -> None:
+        """dh_S ← ∂ℓ/∂z_S · W / T [R, D] in fp32; `parts` holds scratch of the product if it is
+        split."""
+        W, dtype, temperature = chunk.W, chunk.operand_dtype, chunk.temperature
+        product = dh_S[None]
+        if parts:
+            product = parts[0].view(-1)[: PARTS * dh_S.numel()].view(PARTS, *dh_S.shape)
+            project_back_in_parts(product, self.g, W, dtype)
+        else:
+            project_back([(dh_S, self.g)], W, dtype, tile, first=True)
         if self.top is not None and self.g_top is not None:
-            add_rows(out, self.g_top, W, self.top, operand_dtype)
-        return out
+            launch_top_row(dh_S, product, self, chunk)
+        elif temperature != 1:
+            dh_S.div_(temperature)
 
     def onto_head(self, outputs: Outputs, chunk: Problem) -> None:
         """dW ← dW + gᵀ h_S, db ← db + Σ g."""
@@ -289,24 +310,18 @@ class LogitGradient:
 
 def _step_2(
     z_S: Tensor, z_T: Tensor | None, chunk: Problem, plan: Plan, outputs: Outputs
-) -> tuple[Outputs, LogitGradient]:
-    """Loss and statistics of rows of products h Wᵀ [R, V], and the gradient of their loss, which
-    lies where z_S was; of what there is in `outputs`."""
+) -> LogitGradient:
+    """Fill loss and statistics of rows of products h Wᵀ [R, V], and make the gradient of their
+    loss, which lies where z_S was; as far as `outputs` has them."""
     R, needs_score = z_S.shape[0], outputs.needs_score
-    filled = Outputs(
-        z_S.new_empty(R),
-        None if outputs.statistics is None else z_S.new_zeros(outputs.statistics.shape[0], R),
-        stats=None if outputs.stats is None else z_S.new_empty(outputs.stats.shape[0], R),
-        top=None if outputs.top is None else outputs.top.new_empty(R),
-    )
     if step_2_is_kernel(chunk):
         in_place = needs_score and outputs.stats is None
-        return filled, launch_rows(filled, z_S, z_T, chunk, in_place)
+        return launch_rows(outputs, z_S, z_T, chunk, in_place)
     map_S, map_T = chunk.logit_maps
     vocabulary = WHOLE if chunk.group is None else VocabularyShard(chunk.group)
     for i in range(0, R, plan.block):
         rows = slice(i, i + plan.block)
-        block, into = chunk.tokens(rows), filled.tokens(rows)
+        block, into = chunk.tokens(rows), outputs.tokens(rows)
         block_S, block_T = z_S[rows], None if z_T is None else z_T[rows]
         slope = map_S.apply_(block_S, needs_score)
         if block_T is not None:
@@ -337,7 +352,7 @@ def _step_2(
             block_S.mul_(block.weights[:, None])
             block_S.masked_fill_((block.weights == 0)[:, None], 0)
         into.loss.copy_(loss)
-    return filled, LogitGradient(z_S)
+    return LogitGradient(z_S)
 
 
 def launch_rows(
@@ -347,7 +362,7 @@ def launch_rows(
     needed here."""
     import triton.language as tl
 
-    from opsd_kernels.kernels import rows, tiles
+    from opsd_kernels.kernels import rows
     from opsd_kernels.kernels.pointwise import divergence_record, is_wide, mean_limit
     from opsd_kernels.kernels.records import Results, RowGradient, Rows, for_kernels
 
@@ -386,6 +401,31 @@ def launch_rows(
             **asdict(sweep),
         )
     return LogitGradient(g, top, g_top)
+
+
+def launch_top_row(
+    dh_S: Tensor, product: Tensor, gradient: LogitGradient, problem: Problem
+) -> None:
+    """dh_S ← (product + g_top W_top) / T, of a product [parts, R, D] with a scaled g."""
+    import triton.language as tl
+
+    from opsd_kernels.kernels import top_row
+    from opsd_kernels.kernels.records import DTYPE_NAMES, Accumulated, Side
+
+    (R, D), W = dh_S.shape, problem.W
+    with kernels.current(dh_S.device):
+        top_row.top_row_kernel[(R, kernels.cdiv(D, top_row.BLOCK.value))](
+            dh_S=dh_S,
+            accumulated=Accumulated(product, None, SCALE=tl.constexpr(gradient.scale)),
+            W=W,
+            student=Side(W.shape[0], D, D, W.stride(0), W.stride(1)),
+            top=gradient.top,
+            g_top=gradient.g_top,
+            stride=product.stride(0),
+            inverse_temperature=1 / problem.temperature,
+            PARTS=product.shape[0],
+            OPERAND=tl.dtype(DTYPE_NAMES[problem.operand_dtype]),
+        )
 
 
 def _kept(keep: Tensor | None) -> Tensor | None:

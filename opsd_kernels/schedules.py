@@ -32,7 +32,8 @@ def allocate(outputs: Outputs, problem: Problem, workspace_bytes: float) -> list
         )
     if outputs.dW is not None:
         workspace_bytes = row_workspace.budget_beside_head(problem, workspace_bytes)
-    return row_workspace.allocate(problem, needs_statistics, workspace_bytes)
+    needs_gradient = outputs.dh_S is not None
+    return row_workspace.allocate(problem, needs_gradient, needs_statistics, workspace_bytes)
 
 
 def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, workspace_bytes: float) -> None:

@@ -359,8 +359,8 @@ def test_a_workspace_row_is_one_side():
     h, h_T, W = random_inputs(4000, 30000, 8)
     targets = torch.zeros(4000, dtype=torch.int32)
     problem = row_workspace.Problem(h, h_T, W, None, torch.float32, None, targets=targets)
-    (both,) = row_workspace.allocate(problem, False, 64 * MIB)
-    (one,) = row_workspace.allocate(problem.without_teacher(), False, 64 * MIB)
+    (both,) = row_workspace.allocate(problem, True, False, 64 * MIB)
+    (one,) = row_workspace.allocate(problem.without_teacher(), True, False, 64 * MIB)
     assert 0.9 < one.nbytes / both.nbytes <= 1.1
 
 

@@ -145,7 +145,7 @@ def test_what_products_read_is_aligned(D):
             tensors = logit_free.allocate(problem, needs_gradient=True, needs_statistics=False)
             scratch = logit_free.Scratch.of(tensors, problem, needs_statistics=False)
         assert scratch.copied_rows % 64 == 0 < scratch.copied_rows
-    (workspace,) = row_workspace.allocate(problem, needs_statistics=False, budget=2**30)
+    (workspace,) = row_workspace.allocate(problem, True, needs_statistics=False, budget=2**30)
     assert workspace.stride(0) == 151680
 
 

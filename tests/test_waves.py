@@ -1,5 +1,5 @@
-"""How `pair` shares out the vocabulary: launches, and the waves in which their programs run, counted
-from the grids that are launched, on tensors without contents."""
+"""How `pair` shares out the vocabulary: launches, and the waves in which their programs run,
+counted from the grids that are launched, on tensors without contents."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -90,7 +90,7 @@ def test_a_device_is_asked_for_its_multiprocessors(multiprocessors):
         fake_device("cuda"),
         mock.patch(
             "torch.cuda.get_device_properties",
-            lambda device: SimpleNamespace(multi_processor_count=multiprocessors),
+            return_value=SimpleNamespace(multi_processor_count=multiprocessors),
         ),
     ):
         row = tiles.lookup(torch.device("cuda"), torch.bfloat16)

@@ -108,6 +108,7 @@ FEWER = {
     "merge": ("JSD", "any, clip, statistics", "both KLs, policy term"),
     "shard": ("JSD", "any, clip, statistics"),
     "finish": ("JSD", "any, clip, statistics", "log p", "both KLs, policy term"),
+    "top_row": ("JSD",),
     "gradient": (
         "JSD",
         "forward KL, clip",
@@ -118,6 +119,7 @@ FEWER = {
         "entropy",
     ),
 }
+KERNELS = ("pair", "lse", "rows", "merge", "shard", "finish", "gradient", "top_row")
 # Those that multiply hidden states by the head.
 MULTIPLY = ("lse", "pair", "gradient")
 
@@ -155,7 +157,7 @@ def variants(archs: list[str], dtypes: list[str]) -> Iterator[Variant]:
     """Everything the table may be asked for."""
     for arch in archs:
         for dtype in dtypes:
-            for kernel in ("pair", "lse", "rows", "merge", "shard", "finish", "gradient"):
+            for kernel in KERNELS:
                 for case in FEWER.get(kernel, CASES):
                     yield Variant(arch, dtype, kernel, case)
 
@@ -217,6 +219,11 @@ def _launch(variant: Variant, row: Row, stored: torch.dtype) -> None:
         z_S, z_T = empty(R, V), empty(R, V) if case.teacher else None
         row_workspace.launch_rows(outputs, z_S, z_T, problem, needs_score=True)
         return
+    if variant.kernel == "top_row":
+        dh_S, top = empty(R, D), empty(R, dtype=torch.int32)
+        gradient = row_workspace.LogitGradient(empty(R, V, dtype=stored), top, empty(R))
+        row_workspace.launch_top_row(dh_S, dh_S[None], gradient, problem)
+        return
     tensors = logit_free.allocate(problem, True, case.statistics)
     scratch = logit_free.Scratch.of(tensors, problem, case.statistics)
     if variant.kernel in ("lse", "merge"):
@@ -251,7 +258,7 @@ def _some_problem(divergence: str) -> Problem:
 def _usage(compiled: Any, variant: Variant, row: Row) -> Usage:
     registers, spilled, matrix = registers_of(compiled)
     shared = compiled.metadata.shared
-    if variant.kernel in ("merge", "shard", "finish"):
+    if variant.kernel in ("merge", "shard", "finish", "top_row"):
         return Usage(registers, spilled, shared, matrix)
     multiplies = variant.kernel in MULTIPLY
     parts = sass.parts(sass.text_of(compiled), multiplies)

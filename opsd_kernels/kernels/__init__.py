@@ -8,6 +8,7 @@
     finish.py       sums and accumulators → ℓ and dh_S
     gradient.py     hidden states, and all that is known of a row → the gradient of a tile of logits
     rows.py         rows of logits that exist → ℓ and their gradient in place (row workspace)
+    top_row.py      a product of that gradient and W → dh_S (row workspace)
     records.py      what kernels are given: sides, tokens, divergence, tiling; what they fill
     tiles.py        tile sizes and warp counts, in one table
 

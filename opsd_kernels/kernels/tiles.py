@@ -54,6 +54,9 @@ class Row:
     pair_wide: Tile  # where more is made of an entry: with statistics, or a β of each row
     rows: Sweep = Sweep(2048, 4, 8)
     rows_wide: Sweep = Sweep(1024, 4, 8)
+    # Up to as many rows of a row workspace its last product is made in parts of the vocabulary, at
+    # once: 0 for none. What a GPU is fastest with is for `benchmarks/gpu/tune.py` to say.
+    split_rows: int = 0
     chunk: int = 1024  # rows in flight, a multiple of each BM
     # Of the vocabulary in flight at most (see `slots`) where scores have two bytes, half as many
     # where they have four: a multiple of each BV of `pair` either way.
