@@ -19,6 +19,7 @@ QUICK = {
     ("bfloat16", "pair", "log p"),
     ("bfloat16", "rows", "JSD"),
     ("bfloat16", "finish", "JSD"),
+    ("bfloat16", "top_row", "JSD"),
     ("float32", "pair", "JSD"),
 }
 # and the ones that matter most.
@@ -29,7 +30,6 @@ MORE = {
     ("bfloat16", "lse", "log p, no teacher"),
     ("bfloat16", "rows", "log p, no teacher"),
     ("bfloat16", "gradient", "JSD"),
-    ("bfloat16", "top_row", "JSD"),
 }
 MULTIPLY = ("lse", "pair", "gradient")
 
