@@ -122,6 +122,8 @@ def make_plan(
     if tile_row_bytes:
         tile = int(min(budget / 8, budget - row_bytes - block_row_bytes) // tile_row_bytes)
         tile = min(V, max(least_tile, tile))
+        if device.type == "cuda" and tile < V:
+            tile = tile // LEAST_TILE * LEAST_TILE  # each begins where a GPU reads 16 bytes at once
         copies = tile * tile_row_bytes
     rest = budget - copies
     block = rows = int(rest // (row_bytes + block_row_bytes * shared))

@@ -203,7 +203,11 @@ def compare(operation: Operation, inputs: Inputs, workspace_mib: float) -> list[
     if "OPSD_RECORD" in os.environ:
         return []  # nothing was computed (benchmarks/gpu/launches.py)
     rows = torch.linspace(0, len(h) - 1, min(ROWS, len(h))).long().tolist()
-    chain = None if workspace_mib else tiles.lookup(h.device, h.dtype).columns
+    chain = None
+    if not workspace_mib:
+        row, V = tiles.lookup(h.device, h.dtype), inputs.W.weight.shape[0]
+        columns = row.columns * 2 // h.itemsize
+        chain = row.pair.BV * tiles.slots(V, row.pair, row, row.chunk, columns)
     parts: dict[str, list[Tensor]] = {name: [] for name in got}
     for n in rows:
         row = of_row(operation, inputs, n)

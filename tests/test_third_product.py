@@ -13,6 +13,7 @@ from schedules import DEVICE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.gpu import tune
 from benchmarks.lib import allocations
 from opsd_kernels import LMHead, fused_jsd_loss, fused_log_probs, row_workspace, token_divergence
 from opsd_kernels.kernels import tiles
@@ -191,3 +192,33 @@ def test_rows_of_a_workspace(mib, rows):
             assert [tuple(t.shape) for t in scratch] == [(2 * rows, QWEN3), *parts]
             assert len(alone) == 1
     assert all(row.split_rows == 0 for row in tiles.TABLE.values())  # none was measured yet
+
+
+@pytest.mark.parametrize("mib", [320, 500])
+def test_a_head_that_is_copied_is_so_in_64s(mib):
+    """Under autocast: g of every tile of W then begins at a multiple of 16 bytes."""
+    with allocations.fake_device("cuda"):
+        W = torch.empty(QWEN3, 4096)
+        plan = row_workspace.make_plan(4096, (W,), torch.bfloat16, mib * MIB)
+    assert plan.tile % 64 == 0 < plan.tile < QWEN3
+    assert plan.bytes <= mib * MIB
+
+
+@interpreted
+def test_the_tuner_times_the_candidates(monkeypatch):
+    """On a device; here each is called once."""
+    monkeypatch.setattr(tune, "LAST_PRODUCTS", (2, 4))
+    problem = tune.chunk(4, 16, torch.float32, torch.device("cpu"), torch.randn, 300)
+    seconds = iter([2.0, 1.0, 3.0, 4.0])
+
+    def timer(run: Any) -> float:
+        run()
+        return next(seconds)
+
+    told = list(tune.last_products(problem, 1.0, timer))
+    assert [(t["rows"], t["split"], t["fraction"]) for t in told] == [
+        (2, False, 1 / 4), (2, True, 1 / 2), (4, False, 1 / 3), (4, True, 1 / 4),
+    ]  # fmt: skip
+    found = tune.Report("some GPU", "sm_90", "2", "3", "float32", 16, 0.5, split=told)
+    assert "split_rows=2," in tune.best(found)
+    assert tune.split_rows(told[2:]) == 0

@@ -6,7 +6,8 @@
 `lse` and `pair` are timed on one chunk of tokens, with β = 0.5 and with the clipped forward KL that
 OPSD's authors train with, the tiles of the table first; what is printed is the fraction of the rate
 of a library product of the same size in the same run. `rows` is compared with the bandwidth of a
-copy. All candidates are compiled beforehand, in parallel (see compile.py): one that takes long or
+copy. The last product of the row workspace is timed whole and in parts of the vocabulary, for as
+many rows as a workspace of 160 to 1,280 MiB has. All candidates are compiled beforehand, in parallel (see compile.py): one that takes long or
 spills much is not measured, and said. tune.json is written anew after every measurement. Nothing is
 changed: put the printed row into opsd_kernels/kernels/tiles.py, and run benchmarks/gpu/resources.py
 again.
@@ -44,6 +45,7 @@ from opsd_kernels.kernels import tiles
 from opsd_kernels.kernels.tiles import Row, Sweep
 from opsd_kernels.problem import Outputs, Problem
 from opsd_kernels.products import score_dtype
+from opsd_kernels.row_workspace import LogitGradient
 
 VOCABULARY = 151936
 DIVERGENCES = [(0.5, None), (0.0, 0.05)]
@@ -69,6 +71,8 @@ class Report:
     lse: list[dict[str, Any]] = field(default_factory=list)
     pair: list[dict[str, Any]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    # Of the row workspace's last product: rows, whether it is split, and the fraction.
+    split: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
         """All of it or nothing, whenever the process is ended."""
@@ -106,6 +110,8 @@ def main() -> None:
             for kernel, candidate in zip(kernels, turn, strict=True):
                 if candidate is not None:
                     measure(kernel, candidate, row, problem, once)
+        for split in (False, True):
+            launch_end_of_last_product(problem, split)
         return
     with tempfile.TemporaryDirectory() as temporary:
         compiled = compile_first(args, Path(temporary), SHARES["compile"] * args.seconds)
@@ -125,6 +131,8 @@ def main() -> None:
     bounds = {"lse": both_sides, "pair": both_sides}
     bounds["rows"] = rows_bound(problem)
     with compiled_beforehand(compiled):
+        for told in last_products(problem, found.product_seconds, seconds_of):
+            found.split.append(told)
         for kernel, bound in bounds.items():
             until = start + SHARES[kernel] * args.seconds
             asked = asked_of(row, kernel, arch, args.dtype)
@@ -277,6 +285,51 @@ def measure_rows(row: Row, problem: Problem, timer: Timer) -> float:
         return timer(sweep)
 
 
+# What workspaces of 160, 320, 640 and 1,280 MiB hold.
+LAST_PRODUCTS = (128, 256, 512, 1024)
+
+
+def last_products(
+    problem: Problem, product_seconds: float, timer: Timer
+) -> Iterator[dict[str, Any]]:
+    """Of the last product of the row workspace, whole and split, for several numbers of rows: the
+    fraction of the rate of a library product of all rows of the problem, or why there is none."""
+    for rows, split in itertools.product(LAST_PRODUCTS, (False, True)):
+        told: dict[str, Any] = {"rows": rows, "split": split}
+        try:
+            seconds = measure_last_product(problem.tokens(slice(rows)), split, timer)
+            told["fraction"] = product_seconds * rows / len(problem.h_S) / seconds
+            print(f"  last product, {rows} rows, {split=}: {told['fraction']:.0%}", flush=True)
+        except Exception as error:  # whatever it is, the next may do
+            told["failure"] = f"{type(error).__name__}: {error}".partition("\n")[0][:120]
+            print(f"  last product, {rows} rows, {split=}: {told['failure']}", flush=True)
+        yield told
+
+
+def measure_last_product(problem: Problem, split: bool, timer: Timer) -> float:
+    dh_S, parts, gradient = _last_product(problem, split)
+    return timer(lambda: gradient.onto_hidden_states(dh_S, problem, len(problem.W), parts))
+
+
+def launch_end_of_last_product(problem: Problem, split: bool) -> None:
+    """The kernel alone."""
+    dh_S, parts, gradient = _last_product(problem.tokens(slice(1)), split)
+    row_workspace.launch_top_row(dh_S, parts[0] if split else dh_S[None], gradient, problem)
+
+
+def _last_product(
+    problem: Problem, split: bool
+) -> tuple[torch.Tensor, list[torch.Tensor], LogitGradient]:
+    """dh_S, scratch, and a gradient of logits that lies as `rows` writes it."""
+    W, (R, D) = problem.W, problem.h_S.shape
+    z = torch.randn(R, row_workspace.row_stride(len(W)), device=W.device)
+    g = z.view(_score_dtype(problem))[:, : len(W)].normal_()
+    top = torch.zeros(R, dtype=torch.int32, device=W.device)
+    dh_S = torch.empty(R, D, device=W.device)
+    parts = [dh_S.new_empty(row_workspace.PARTS, R, D)] if split else []
+    return dh_S, parts, LogitGradient(g, top, z.new_ones(R))
+
+
 def _score_dtype(problem: Problem) -> torch.dtype:
     return score_dtype(problem.operand_dtype, problem.has_bounded_scores)
 
@@ -313,7 +366,20 @@ def best(found: Report) -> str:
             lines.append(
                 f"        {kernel}={kind}{values},  # {first['fraction']:.0%} of a {bound}"
             )
+    if found.split:
+        lines.append(f"        split_rows={split_rows(found.split)},")
     return "\n".join([*lines, "    ),"])
+
+
+def split_rows(told: list[dict[str, Any]]) -> int:
+    """The most rows up to which the last product is faster split, of those measured."""
+    fractions = {(t["rows"], t["split"]): t.get("fraction", 0) for t in told}
+    most = 0
+    for rows in sorted({rows for rows, _ in fractions}):
+        if fractions[rows, True] <= fractions[rows, False]:
+            break
+        most = rows
+    return most
 
 
 if __name__ == "__main__":
