@@ -7,10 +7,10 @@
 OPSD's authors train with, the tiles of the table first; what is printed is the fraction of the rate
 of a library product of the same size in the same run. `rows` is compared with the bandwidth of a
 copy. The last product of the row workspace is timed whole and in parts of the vocabulary, for as
-many rows as a workspace of 160 to 1,280 MiB has. All candidates are compiled beforehand, in parallel (see compile.py): one that takes long or
-spills much is not measured, and said. tune.json is written anew after every measurement. Nothing is
-changed: put the printed row into opsd_kernels/kernels/tiles.py, and run benchmarks/gpu/resources.py
-again.
+many rows as a workspace of 160 to 1,280 MiB has. All candidates are compiled beforehand, in
+parallel (see compile.py): one that takes long or spills much is not measured, and said. tune.json
+is written anew after every measurement. Nothing is changed: put the printed row into
+opsd_kernels/kernels/tiles.py, and run benchmarks/gpu/resources.py again.
 """
 
 import argparse
