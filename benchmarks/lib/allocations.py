@@ -114,7 +114,6 @@ def fake_device(
         yield given
 
 
-H200 = SimpleNamespace(multi_processor_count=132)
 _real_device = FakeTensor.device.__get__
 
 
