@@ -78,6 +78,7 @@ _NARROW = {
         lse=Tile(128, 128, 32, 16, 8, 3),
         pair=Tile(128, 128, 32, 8, 8, 3),
         pair_wide=Tile(128, 64, 32, 8, 8, 3),
+        columns=9088,  # 71 blocks by 8 of rows: four for each of the 142 of an L40S
     ),
     # Measured on an H200 (benchmarks/results/nvidia-h200). One block: two smaller ones would read
     # twice as much from L2, which has no more to give. Bulk copies leave registers and issue slots
