@@ -25,6 +25,7 @@ from opsd_train.models import (
     base_weights_sha256,
     load_adapter,
     load_model,
+    load_tokenizer,
 )
 from opsd_train.models.loading import is_finite
 from opsd_train.opsd import AdapterTeacher, BaseTeacher
@@ -188,6 +189,24 @@ def test_files_that_hold_something_else(folder, saved, file, text, message):
     (saved / file).write_text(text)
     with pytest.raises((OSError, ValueError), match=message):
         loaded(folder, saved)
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Gemma2", "Phi", "Llama"])
+def test_a_folder_without_a_tokenizer(tmp_path, family):
+    """transformers makes an empty one of the model's type, and some prompts would have no token."""
+    tiny_qwen3.save_model(tmp_path, family=family)
+    with pytest.raises(
+        ValueError, match=rf"^{tmp_path}('s tokenizer cannot be| has no tokenizer: it)"
+    ):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_tokenizer_that_is_damaged(saved, file, text):
+    (saved / file).write_text(text)
+    with pytest.raises(ValueError, match=f"^{saved}'s tokenizer cannot be loaded: "):
+        load_tokenizer(str(saved))
 
 
 def test_a_rope_that_nobody_knows(folder, saved):

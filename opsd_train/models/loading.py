@@ -217,7 +217,23 @@ def _explained(
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    """A model's tokenizer, which pads with its end token if it has no other.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it cannot be loaded, or has no vocabulary, as where its files are missing.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except OSError as error:  # of the hub
+        raise OSError(f"{name} has no tokenizer: {in_a_line(error)}") from error
+    except Exception as error:  # damaged files may raise anything
+        raise ValueError(f"{name}'s tokenizer cannot be loaded: {in_a_line(error)}") from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"{name} has no tokenizer: it knows special tokens alone. Copy the tokenizer's files, "
+            "tokenizer.json say, from the model that this one was made of"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
