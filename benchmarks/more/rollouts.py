@@ -83,10 +83,10 @@ def main() -> None:
         config = make_config(
             {
                 "model": model,
-                "data": "",
+                "data": "none.jsonl",  # prompts are drawn at random
                 "dtype": dtype,
                 "student_template": "{problem}",
-                "teacher_template": "{problem}",
+                "teacher_template": "{problem}{solution}",
                 "max_prompt_tokens": args.prompt,
                 "max_new_tokens": args.tokens,
             }
