@@ -252,8 +252,9 @@ class _Remembered:
 
 
 class _LibraryProducts(TorchDispatchMode):
-    """mm, which makes logits, and addmm, which adds what their gradient makes of the head to fp32:
-    a library sums the whole product first, and then adds, rounding to nearest."""
+    """mm by a transposed head, which makes logits; mm and addmm by the head, which make of their
+    gradient that of hidden states. What is added to fp32 a library adds at the end, to the whole
+    product, rounding to nearest."""
 
     def __init__(self, logits: _Remembered | None, last_product: TensorCore | None) -> None:
         super().__init__()
@@ -262,10 +263,15 @@ class _LibraryProducts(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is torch.ops.aten.mm.out and self.logits is not None:
-            a, b = (t.numpy() for t in args)
-            z = self.logits(a, b, np.zeros((a.shape[0], b.shape[1]), np.float32))
-            return kwargs["out"].copy_(torch.from_numpy(z))
+        if func is torch.ops.aten.mm.out:
+            makes_logits = args[1].stride(0) == 1
+            if makes_logits and self.logits is not None:
+                a, b = (t.numpy() for t in args)
+                z = self.logits(a, b, np.zeros((a.shape[0], b.shape[1]), np.float32))
+                return kwargs["out"].copy_(torch.from_numpy(z))
+            if not makes_logits and self.last_product is not None:
+                g, W = args
+                return kwargs["out"].copy_(matmul(g.bfloat16(), W, self.last_product))
         if func is torch.ops.aten.addmm.out and self.last_product is not None:
             c, g, W = args
             return kwargs["out"].copy_(c + matmul(g.bfloat16(), W, self.last_product))
