@@ -40,7 +40,7 @@ def check_head(
         make_logits: called as `make_logits(input_ids=…, attention_mask=…)` with the same [1, L]:
             logits [1, L, V] or [L, V] by the way of the loss, that is `head_logits` of the hidden
             states and the head that the loss is given.
-        input_ids, attention_mask: [B, L] of a batch, of which a few tokens are used, without
+        input_ids, attention_mask: [B, L] of a batch; a few of its tokens are used, without
             padding.
 
     Raises:
@@ -67,7 +67,7 @@ def check_head(
     if not found <= allowed:
         raise ValueError(
             f"the loss would not have the logits of this {type(model).__name__}: on "
-            f"{len(ours)} tokens they differ by {found:.3g} of their spread, of which rounding "
+            f"{len(ours)} tokens they differ by {found:.3g} of their spread; rounding "
             f"explains {allowed:.2g}. The model's forward does more than its LM head and config "
             "say: pass an LMHead, and hidden states, from which the model's logits follow"
         )

@@ -479,7 +479,7 @@ def _words(value: Any) -> tuple[str, ...]:
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML's own loader takes the last."""
+    """Refuses a key that stands twice; YAML's own loader takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}

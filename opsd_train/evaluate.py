@@ -364,8 +364,8 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "run",
-        help="run folder; or a preset or config file, of which the base is evaluated, and the "
-        "adapter that it starts from",
+        help="run folder; or a preset or config file, to evaluate its base and the adapter that "
+        "it starts from",
     )
     add(
         "--on",

@@ -219,7 +219,7 @@ def test_processes_are_ended_with_what_they_have_started():
 # --- two calls
 
 
-# Takes up items of which there is no row yet; {repeats} is whether it forgets that.
+# Runs items without a row; {repeats} says whether it forgets which have one.
 ITEMS = """
 import sys
 from pathlib import Path

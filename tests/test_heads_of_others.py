@@ -99,7 +99,7 @@ def test_what_the_page_and_the_list_say():
 
 @pytest.mark.slow
 def test_every_class_of_transformers():
-    """Equal or refused; and the list and the page are what comes of it."""
+    """Every class is equal or refused; the list and the page say which."""
     warnings.filterwarnings("ignore")
     findings = [compare(kind, read_without_list) for kind in classes()]
     assert known_models(findings) == KNOWN_MODELS.read_text()

@@ -170,7 +170,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_a_warning(runs, tmp_path):
 
 
 def test_steps_can_be_raised_under_a_constant_schedule(runs, tmp_path):
-    """The run is then the run of so many steps."""
+    """The longer run is the one that was asked for at once."""
     output, whole = tmp_path / "run", tmp_path / "whole"
     runs(output, "--teacher", "ema")
     assert "Resumed after step 2." in runs(output, "--teacher", "ema", "--resume", "--steps", 4)
@@ -182,7 +182,7 @@ def test_steps_can_be_raised_under_a_constant_schedule(runs, tmp_path):
 
 
 def begun(path: Path, done: int | None = None, **options: object) -> RunFolder:
-    """A run of 10 steps, as if after so many, that is to be resumed."""
+    """Check a run of 10 steps as if it were resumed after `done` of them."""
     asked = {"steps": 10, "schedule": "constant", "warmup": 0.2} | options
     RunFolder(path).begin(asked, "")
     if done is not None:

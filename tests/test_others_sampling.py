@@ -1,4 +1,4 @@
-"""What others' models say of how they are sampled: nothing of it is inherited but ids of tokens."""
+"""A model's generation settings: rollouts inherit ids of tokens and nothing else."""
 
 import json
 from typing import Any
@@ -237,7 +237,7 @@ def rewrite(path, **said) -> None:
 
 @pytest.fixture
 def odd(tmp_path):
-    """A model of which a test changes a file, and whose rollouts stay those of the fixture."""
+    """A model whose files a test changes; its rollouts stay those of the fixture."""
     return tiny_qwen3.save_model_and_tokenizer(tmp_path / "model")
 
 

@@ -135,7 +135,7 @@ def row_kernels(split_rows: int) -> Any:
 
 @interpreted
 def test_a_loss_by_either():
-    """In chunks of which the last is short, and with all that the last product takes part in."""
+    """The last chunk is short; everything that the last product is part of is on."""
     h_S, h_T, W = random_inputs(11, 300, 24, distance=0.3)
     options = {"beta": 0.3, "temperature": 0.7, "workspace_mib": 0.02, "reduction": "none"}
     found, products = [], []

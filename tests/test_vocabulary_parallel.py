@@ -203,7 +203,7 @@ def cases(processes: int) -> list[Case]:
             replace(here, nan_row=True, cuts=even, function=token_divergence),
             # Every entry the same: the first has the most mass.
             replace(here, D=8, distance=0, extras=Extras(scale=1e-30), trained=True),
-            # The largest logit in two shards, of which the first has it.
+            # Two shards share the largest logit; it counts as the first one's.
             replace(here, twice=True, own_head=True, cuts=even, trained=True),
             # An entry with mass on one side alone.
             replace(here, beta=0.0, own_head=True, extras=Extras("with bans"), V=37),

@@ -351,7 +351,7 @@ def run(
     """How each process ended; what they printed lies in the folder.
 
     Args:
-        commands: by the names of the processes, all of which run at the same time.
+        commands: the processes by name; all run at the same time.
         limit: seconds.
         hardware: the first line of what each prints.
         meanwhile: called again and again.

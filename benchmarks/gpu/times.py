@@ -127,7 +127,7 @@ def main() -> None:
 def to_measure(
     kept: dict[str, report.Results], most: int | None, tiny: bool = False
 ) -> Iterator[Item]:
-    """What has no rows yet of items, at most so many, and of what is installed."""
+    """The items without rows yet, at most this many, whose packages are installed."""
     found = 0
     for item in TINY_ITEMS if tiny else ITEMS:
         results, (_, N, D, _) = kept[item.csv], shape(item, tiny)

@@ -299,7 +299,7 @@ def step(item: Item, setup: Setup, config: Config) -> dict[str, Any]:
 
 
 def _run_alone(run: Callable[[], None]) -> int:
-    """In place of a peak on a CPU, of which there is no plan."""
+    """Stands for the planned peak on a CPU, where no memory is planned."""
     run()
     return 0
 

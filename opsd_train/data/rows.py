@@ -162,7 +162,7 @@ def _decoded(data: bytes, where: str = "") -> str:
 
 
 def _members(pairs: list[tuple[str, Any]]) -> "dict[str, Any] | ValueError":
-    """An object; or in its place what is wrong: a key that is there twice, of which Python takes
+    """An object, or what is wrong with it: a key that stands twice, for instance; Python takes
     the last."""
     names = [name for name, _ in pairs]
     twice = sorted({name for name in names if names.count(name) > 1})

@@ -48,7 +48,7 @@ def equal_as_text(a: Answer, b: Answer) -> bool | None:
 
 
 def pairs_to_compare(a: Answer, b: Answer) -> list[tuple[str, str]]:
-    """Texts of which one pair has to be equal; none, where one is a set and the other a tuple."""
+    """Pairs of texts: the answers are equal if one pair is. A set and a tuple have no pairs."""
     if {_brackets(a.text), _brackets(b.text)} == {"{}", "()"}:
         return []
     pairs = [*product(a.values, b.values)]

@@ -22,7 +22,8 @@ from opsd_train.models.loading import check_finite, check_keys, in_a_line
 from opsd_train.models.sharding import copy_full, full_tensor
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Of a LoraConfig: what plain LoRA is made by, and what is of no matter once there are weights.
+# Fields of a LoraConfig: those that plain LoRA is made by, and those without effect once there are
+# weights.
 MADE_BY = (
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),

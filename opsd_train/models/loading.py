@@ -245,8 +245,8 @@ def in_a_line(error: Exception) -> str:
 
 
 def _forget_padding_outside(model_config: PreTrainedConfig) -> None:
-    """An embedding cannot be made with a padding row that it does not have; the row is of no use
-    here, since padding is masked."""
+    """Drop a pad id outside the embedding, which torch would refuse to make. Padding is masked, so
+    its embedding is never read."""
     pad, rows = model_config.pad_token_id, getattr(model_config, "vocab_size", None)
     if pad is not None and rows is not None and not -rows <= pad < rows:
         model_config.pad_token_id = None

@@ -227,7 +227,7 @@ class RunFolder:
             )
 
     def _check_same(self, config: dict[str, Any], done: int) -> None:
-        """Whether as much is asked for as was, after so many steps."""
+        """Refuse options that differ from the run's own; `done` steps are behind it."""
         # A run of an earlier version was not asked for what there was not.
         was: dict[str, Any] = {f.name: f.default for f in options()} | self._was_asked_for()
         free = set(MAY_DIFFER_WHEN_RESUMED)
