@@ -55,8 +55,8 @@ def hold_out(
                 held_out[question] = problem
     if len(held_out) < number:
         raise ValueError(
-            f"held_out={number} asks for more problems than have an answer that can be graded: "
-            f"{len(held_out)} of the {len(answers)} with an answer in \\boxed{{}}"
+            f"held_out={number} asks for more problems than have an answer that can be graded, "
+            f"among the {len(answers)} with an answer in \\boxed{{}}"
         )
     kept = [p for p in problems if p.question not in held_out]
     if not kept:
