@@ -1,11 +1,15 @@
 """The comparison of benchmarks/token_efficiency/run.py: its world, its baselines, its rule
 of verdicts, and all of it once, in little."""
 
+import json
 import math
 import random
+from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
+from pictures import drawn, saved_figures, words
 from torch.nn.functional import cross_entropy
 
 from benchmarks.token_efficiency import (
@@ -18,7 +22,13 @@ from benchmarks.token_efficiency import (
     warm_start,
 )
 from benchmarks.token_efficiency import run as token_efficiency
-from benchmarks.token_efficiency.plan import SELF_DISTILLATION, Plan, best_rates, in_order_of_work
+from benchmarks.token_efficiency.plan import (
+    LENGTHS,
+    SELF_DISTILLATION,
+    Plan,
+    best_rates,
+    in_order_of_work,
+)
 from benchmarks.token_efficiency.results import Results
 from benchmarks.token_efficiency.rollouts import WrongRollout, auc
 from opsd_train.models import adapter_weights
@@ -38,6 +48,7 @@ TINY = Plan(
     warm_steps=2,
     counted=(("tiny", 64),),
 )
+RECORDED = Path(__file__).parents[1] / "benchmarks/results/token_efficiency"
 
 
 # The world
@@ -201,6 +212,51 @@ def test_the_same_search_for_all():
     assert len(in_order_of_work(cells_of_all)) == 3 * len(plan.methods) + 6
 
 
+# The pictures
+
+
+def test_pictures_show_what_was_recorded(tmp_path):
+    tested = [json.loads(line) for line in (RECORDED / "cells.jsonl").open()]
+    tested = [row for row in tested if row["cell"]["part"] == "test" and row["cell"]["steps"] > 0]
+    plan = json.loads((RECORDED / "setting.json").read_text())["plan"]
+
+    def accuracies(method: str, **fields: object) -> list[list[float]]:
+        """Those of each seed, step by step."""
+        usual = {"size": plan["size"], "temperature": 1.0, "longest": cells.LONGEST}
+        wanted = {"method": method, **usual, **fields}
+        curves = [
+            [point["accuracy"] for point in row["curve"]]
+            for row in tested
+            if wanted.items() <= row["cell"].items()
+        ]
+        assert curves, wanted
+        return curves
+
+    def means(curves: list[list[float]]) -> set[float]:
+        return {fmean(of_seeds) for of_seeds in zip(*curves, strict=True)}
+
+    with saved_figures() as pictures:
+        figures.draw(Results(RECORDED), tmp_path)
+    assert set(words(pictures["main.png"])) >= set(plan["methods"])
+    for method in plan["methods"]:
+        assert means(accuracies(method)) <= drawn(pictures["main.png"])
+        assert fmean(curve[-1] for curve in accuracies(method)) in drawn(pictures["methods.png"])
+    for size in plan["sizes"]:
+        ends = {curve[-1] for curve in accuracies(SELF_DISTILLATION, size=size)}
+        assert ends
+        assert ends <= drawn(pictures["size.png"])
+    for temperature in plan["temperatures"]:
+        curves = accuracies(SELF_DISTILLATION, temperature=temperature)
+        assert means(curves) <= drawn(pictures["temperature.png"])
+    for longest in LENGTHS:
+        curves = accuracies(SELF_DISTILLATION, longest=longest)
+        assert means(curves) <= drawn(pictures["length.png"])
+    wrong = [json.loads(line) for line in (RECORDED / "mistakes.jsonl").open()]
+    at_the_mistake = fmean(row["divergence"][row["first_mistake"]] for row in wrong)
+    shown = drawn(pictures["mistakes.png"])
+    assert any(math.isclose(at_the_mistake, height, rel_tol=1e-9) for height in shown)
+
+
 # All of it
 
 
@@ -219,9 +275,9 @@ def test_in_little(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cells, "measure", lambda *_: pytest.fail("it is kept"))
     assert cells.run(TINY.cell(SELF_DISTILLATION, 1e-3, 0), cache) == result
 
-    figures.draw(results, tmp_path / "pictures")
-    drawn = {path.stem for path in (tmp_path / "pictures").iterdir()}
-    assert {"main", "methods", "length", "mistakes"} <= drawn
+    with saved_figures() as pictures:
+        figures.draw(results, tmp_path / "pictures")
+    assert set(pictures) >= {"main.png", "methods.png", "length.png", "mistakes.png"}
     text = page.page(results)
     assert "| JSD 0.5 (1 steps) |" in text
     assert "| the small world, measured |" in text
