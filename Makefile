@@ -26,7 +26,7 @@ test-power: $(VENV)/.installed-test
 # Every kernel's tests with the tiles of each GPU, interpreted, scratch poisoned. Takes long.
 TILES ?= sm_80 sm_89 sm_90 sm_100 gfx942
 KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,kernels logit_free loss token_divergence \
-	sampled_token log_probs family))
+	sampled_token log_probs family against_oracle))
 test-tiles: $(VENV)/.installed-test
 	for arch in $(TILES); do TRITON_INTERPRET=1 $(PYTEST) --tiles $$arch \
 		$(KERNEL_TESTS) $(ARGS) || exit 1; done

@@ -1,13 +1,20 @@
 """Inputs for the tests: hidden states and heads, random and like the real thing."""
 
-from typing import Any
-
 import torch
 from heads import logits
 from textbook import entries
 from torch import Tensor
 
-from opsd_kernels import LMHead
+from opsd_kernels import Divergence, LMHead
+
+BETAS = [0.0, 1e-3, 0.3, 0.5, 0.7, 0.999, 1.0]
+
+
+def some_betas(N: int, seed: int = 0) -> Tensor:
+    """[N] β of every member of the family, and between."""
+    g = torch.Generator().manual_seed(seed)
+    named = torch.tensor(BETAS)[torch.randint(len(BETAS), (N,), generator=g)]
+    return torch.where(torch.rand(N, generator=g) < 0.3, torch.rand(N, generator=g), named)
 
 
 def random_inputs(
@@ -48,12 +55,13 @@ def clip_is_clear(
     h_T: Tensor,
     W: Tensor | LMHead,
     W_T: Tensor | LMHead,
-    beta: float,
-    **options: Any,
+    divergence: Divergence,
+    temperature: float,
 ) -> bool:
     """No entry sits so near the clip that rounding decides whether it is clipped."""
-    T, clip = options["temperature"], options["entry_clip"]
-    log_p = logits(h_S, W, T).log_softmax(-1)
-    log_q = logits(h_T, W_T, T).log_softmax(-1)
-    f = entries(log_p, log_q, beta).nan_to_num(nan=0.0)  # of entries that are banned
-    return bool(((f / clip - 1).abs() > 1e-4).all())
+    assert divergence.entry_clip is not None
+    log_p = logits(h_S, W, temperature).log_softmax(-1)
+    log_q = logits(h_T, W_T, temperature).log_softmax(-1)
+    f = entries(log_p, log_q, divergence.beta, divergence.weights)
+    f = f.nan_to_num(nan=0.0)  # of entries that are banned
+    return bool(((f / divergence.entry_clip - 1).abs() > 1e-4).all())

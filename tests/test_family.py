@@ -8,11 +8,10 @@ from unittest import mock
 
 import pytest
 import torch
-from accuracy import GRAD_UNITS, LOSS_UNITS, TILED_GRAD_UNITS, errors
 from heads import EXTRAS, as_head, logits
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from inputs import language_like_inputs, random_inputs
+from inputs import clip_is_clear, language_like_inputs, random_inputs
 from test_trained_head import WAYS, close, interpreted
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -143,66 +142,18 @@ def drawn_inputs(
     return (h_S, head, h_T, divergence), options
 
 
-def is_clear(args: Any, options: Any) -> bool:
-    """No entry sits so near the clip that rounding decides whether it is clipped."""
-    h_S, head, h_T, divergence = args
-    if divergence.entry_clip is None:
-        return True
-    unclipped = Divergence(divergence.beta, divergence.forward, divergence.reverse)
-    known = {"temperature": options["temperature"]}
-    clip, apart = divergence.entry_clip, []
-    for c in (clip * (1 - 1e-3), clip * (1 + 1e-3)):
-        near = Divergence(unclipped.beta, unclipped.forward, unclipped.reverse, c)
-        apart.append(exact(textbook, h_S, head, h_T, near, **known)[1])
-    return bool((apart[0] == apart[1]).all())
-
-
 @given(**DRAWN)
 @settings(max_examples=100)
 def test_oracle_is_the_formula(**drawn):
     args, options = drawn_inputs(**drawn)
     args = (args[0], as_head(args[1]), *args[2:])
-    assume(is_clear(args, options))
+    if args[3].entry_clip is not None:
+        assume(clip_is_clear(args[0], args[2], args[1], args[1], args[3], options["temperature"]))
     found = exact(reference_divergence_loss, *args, reduction="none", **options)
     true = exact(textbook, *args, **options)
     scale = 1 + float(args[0].double().norm() * args[1].weight.double().norm())
     for got, expected in zip(found, true, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12 * scale)
-
-
-def check_against_oracle(way: str, **drawn: Any) -> None:
-    args, options = drawn_inputs(**drawn)
-    (h_S, head, h_T, divergence), dtype = args, drawn["dtype"]
-    assume(is_clear((h_S, as_head(head), h_T, divergence), options))
-    ones = torch.ones(len(h_S))
-    loss, grad = by(way, fused_divergence_loss, *args, reduction="none", upstream=ones, **options)
-    assert (loss.dtype, grad.dtype) == (torch.float32, dtype)
-    # fp16 is multiplied in fp32 where scores have no bound.
-    named = divergence.weights is None
-    tiles = "PyTorch" not in way and (dtype == torch.bfloat16 or (named and dtype != torch.float32))
-    error = errors(
-        loss, grad, h_S, h_T, head, tiles=tiles, normalizers=True, divergence=divergence, **options
-    )
-    assert error.loss < LOSS_UNITS
-    assert error.grad < (TILED_GRAD_UNITS if tiles else GRAD_UNITS[dtype])
-
-
-@given(**DRAWN)
-@settings(max_examples=200)
-def test_against_oracle_in_pytorch(**drawn):
-    check_against_oracle("PyTorch, backward", **drawn)
-
-
-@given(**DRAWN)
-@settings(max_examples=40)  # the interpreter takes its time
-def test_against_oracle_logit_free(**drawn):
-    check_against_oracle("logit-free", **drawn)
-
-
-@given(**DRAWN)
-@settings(max_examples=25)
-def test_against_oracle_with_rows(**drawn):
-    check_against_oracle("rows, backward", **drawn)
 
 
 # --- a few of the family, for what follows

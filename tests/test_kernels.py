@@ -13,12 +13,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from accuracy import GRAD_UNITS, LOSS_UNITS, TILED_GRAD_UNITS, errors, rounds_scores
-from heads import EXTRAS
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-from inputs import clip_is_clear, language_like_inputs, random_inputs
-from schedules import DEVICE, LOGIT_FREE, ROW_WORKSPACE
+from accuracy import GRAD_UNITS, LOSS_UNITS, TILED_GRAD_UNITS, errors
+from inputs import language_like_inputs, random_inputs
+from schedules import DEVICE, LOGIT_FREE
 from triton.runtime.jit import KernelInterface
 
 from opsd_kernels import divergence, kernels, logit_free, row_workspace
@@ -375,51 +372,6 @@ def whole(gradient):
     g, top, g_top = (t.cpu() for t in (gradient.g, gradient.top, gradient.g_top))
     assert (g.gather(1, top[:, None].long()) == 0).all()
     return g.float().scatter(1, top[:, None].long(), g_top[:, None])
-
-
-@given(
-    N=st.integers(1, 9),
-    V=st.sampled_from([1, 2, 17, 300, 1100]),
-    D=st.sampled_from([1, 8, 33]),
-    dtype=st.sampled_from(DTYPES),
-    beta=st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(1e-4, 1 - 1e-4)),
-    temperature=st.sampled_from([1.0, 1.7]),
-    entry_clip=st.sampled_from([None, None, 1e-3]),
-    log_size=st.floats(-2, 1.5),
-    log_distance=st.floats(-4, 0),
-    extras=EXTRAS,
-    seed=st.integers(0, 2**16),
-)
-@settings(max_examples=40)  # the interpreter takes its time
-def test_row_workspace_with_the_kernel(
-    N,
-    V,
-    D,
-    dtype,
-    beta,
-    temperature,
-    entry_clip,
-    log_size,
-    log_distance,
-    extras,
-    seed,
-):
-    """The whole op as it runs on a GPU, where `rows` takes the place of PyTorch."""
-    h_S, h_T, W = random_inputs(
-        N, V, D, dtype, size=10**log_size, distance=10**log_distance, seed=seed
-    )
-    options = {"beta": beta, "temperature": temperature, "entry_clip": entry_clip}
-    W_T = None
-    if extras is not None:
-        W, W_T = extras.heads(W, None, seed)
-    assume(entry_clip is None or clip_is_clear(h_S, h_T, W, W_T or W, **options))
-    options["W_teacher"] = W_T
-    with mock.patch.object(row_workspace, "uses_kernel", return_value=True):
-        loss, grad = ROW_WORKSPACE.loss_and_grad(h_S, h_T, W, workspace_mib=1, **options)
-    tiles = rounds_scores(dtype, beta)
-    error = errors(loss, grad, h_S, h_T, W, tiles=tiles, **options)
-    assert error.loss < LOSS_UNITS
-    assert error.grad < (TILED_GRAD_UNITS if tiles else GRAD_UNITS[dtype])
 
 
 @pytest.mark.parametrize("schedule", ["logit-free", "rows"])

@@ -5,39 +5,12 @@ from unittest import mock
 
 import pytest
 import torch
-from accuracy import GRAD_UNITS, LOSS_UNITS, TILED_GRAD_UNITS, errors, rounds_scores
-from heads import EXTRAS, as_head, size_of_logits
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-from inputs import clip_is_clear, language_like_inputs, random_inputs
+from inputs import BETAS, language_like_inputs, random_inputs, some_betas
 from schedules import LOGIT_FREE, ROW_WORKSPACE
-from torch import Tensor
 
 from opsd_kernels import reference_token_divergence, row_workspace, token_divergence
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BETAS = [0.0, 1e-3, 0.3, 0.5, 0.7, 0.999, 1.0]
-CASES = {
-    "N": st.integers(1, 9),
-    "V": st.sampled_from([1, 2, 17, 300, 1000]),
-    "D": st.sampled_from([1, 8, 33]),
-    "dtype": st.sampled_from(DTYPES),
-    "beta": st.one_of(st.sampled_from([None, 0.0, 0.5, 0.9, 1.0])),
-    "temperature": st.sampled_from([1.0, 1.7]),
-    "entry_clip": st.sampled_from([None, 0.05, 1e-3]),
-    "log_size": st.floats(-2, 1.5),
-    "log_distance": st.floats(-4, 0),
-    "own_head": st.booleans(),
-    "extras": EXTRAS,
-    "seed": st.integers(0, 2**16),
-}
-
-
-def some_betas(N: int, seed: int = 0) -> Tensor:
-    """Of every member of the family, and between."""
-    g = torch.Generator().manual_seed(seed)
-    named = torch.tensor(BETAS)[torch.randint(len(BETAS), (N,), generator=g)]
-    return torch.where(torch.rand(N, generator=g) < 0.3, torch.rand(N, generator=g), named)
 
 
 def loss_and_grad(op, h_S, h_T, W, **options):
@@ -45,88 +18,6 @@ def loss_and_grad(op, h_S, h_T, W, **options):
     told = op.run(token_divergence, h, h_T, W, **options)
     told.loss.sum().backward()
     return told._replace(loss=told.loss.detach()), h.grad
-
-
-def check_against_oracle(
-    op,
-    N,
-    V,
-    D,
-    dtype,
-    beta,
-    temperature,
-    entry_clip,
-    log_size,
-    log_distance,
-    own_head,
-    extras,
-    seed,
-    tiles,
-):
-    h_S, h_T, W = random_inputs(
-        N, V, D, dtype, size=10**log_size, distance=10**log_distance, seed=seed
-    )
-    g = torch.Generator().manual_seed(seed)
-    targets = torch.randint(V, (N,), generator=g)
-    divergence = {"temperature": temperature, "entry_clip": entry_clip}
-    divergence["beta"] = some_betas(N, seed) if beta is None else beta
-    if own_head:
-        h_T = torch.cat([h_T, torch.ones(N, 1, dtype=dtype)], dim=1)
-        divergence["W_teacher"] = torch.cat([W, 0.1 * torch.ones(V, 1, dtype=dtype)], dim=1)
-    if extras is not None:
-        W, divergence["W_teacher"] = extras.heads(W, divergence.get("W_teacher"), seed)
-    W_T = divergence.get("W_teacher")
-    W_T = W if W_T is None else W_T
-    if entry_clip is not None:
-        for b in set(divergence["beta"].tolist() if beta is None else [beta]):
-            options = {"temperature": temperature, "entry_clip": entry_clip}
-            assume(clip_is_clear(h_S, h_T, W, W_T, b, **options))
-
-    told, grad = loss_and_grad(op, h_S, h_T, W, targets=targets, **divergence)
-    assert grad.dtype == dtype
-    unit = {"tiles": tiles, "normalizers": True}
-    error = errors(told.loss, grad, h_S, h_T, W, **unit, **divergence)
-    assert error.loss < LOSS_UNITS
-    assert error.grad < (TILED_GRAD_UNITS if tiles else GRAD_UNITS[dtype])
-    for kl, b in ((told.forward_kl, 0.0), (told.reverse_kl, 1.0)):
-        unclipped = {**divergence, "beta": b, "entry_clip": None}
-        assert errors(kl, grad, h_S, h_T, W, **unit, **unclipped).loss < LOSS_UNITS
-
-    oracle = reference_token_divergence(h_S, h_T, W, targets=targets, **divergence)
-    # The last fp32 bits of a logit and of its log-sum-exp.
-    sizes = [size_of_logits(h, as_head(w)) for h, w in ((h_S, W), (h_T, W_T))]
-    bits = 4e-7 * (1 + sum(sizes) / temperature + math.log(V))
-    for name in ("entropy_student", "entropy_teacher", "logp_student", "logp_teacher"):
-        field = getattr(told, name)
-        assert field.dtype == torch.float32
-        # An entropy is as uncertain as its logits, times their spread.
-        spread = 1 + math.log(V) if name.startswith("entropy") else 1
-        exact = getattr(oracle, name)
-        assert (((field - exact).abs() < spread * bits) | (field == exact)).all(), name
-    assert (told.entropy_student >= -1e-6).all()
-    if entry_clip is None:
-        assert (told.clipped_share == 0).all()
-    else:
-        unclipped = oracle.loss / (1 - oracle.clipped_share)
-        removed, exact = (share * unclipped for share in (told.clipped_share, oracle.clipped_share))
-        noise = 1e-5 * exact + 10 * bits * (exact > 0)
-        assert ((removed - exact).abs() <= noise)[unclipped.isfinite()].all()
-
-
-@settings(max_examples=30)  # the interpreter takes its time
-@given(**CASES)
-def test_against_oracle(op, **case):
-    tiles = op is not ROW_WORKSPACE and rounds_scores(case["dtype"], case["beta"])
-    check_against_oracle(op, tiles=tiles, **case)
-
-
-@settings(max_examples=30)  # the interpreter takes its time
-@given(**CASES)
-def test_row_workspace_with_the_kernel(**case):
-    """The whole op as it runs on a GPU, where `rows` takes the place of PyTorch."""
-    with mock.patch.object(row_workspace, "uses_kernel", return_value=True):
-        tiles = rounds_scores(case["dtype"], case["beta"])
-        check_against_oracle(ROW_WORKSPACE, tiles=tiles, **case)
 
 
 @pytest.mark.parametrize("entry_clip", [None, 0.01])

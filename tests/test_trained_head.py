@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.lib.allocations import Allocations
 from benchmarks.lib.measure import counted_dots
 from opsd_kernels import (
+    Divergence,
     FusedJSDLoss,
     LMHead,
     autograd,
@@ -153,7 +154,9 @@ def test_head_against_oracle(
         head, teacher = extras.heads(W, teacher, seed)
     if entry_clip is not None:
         W_T = head if teacher is None else teacher
-        assume(clip_is_clear(h_S, h_T, head, W_T, **options))
+        assume(
+            clip_is_clear(h_S, h_T, head, W_T, Divergence(beta, entry_clip=entry_clip), temperature)
+        )
     # Padded rows are NaN: nothing may come of them.
     found = by(way, fused_jsd_loss, h_S, head, h_T, W_teacher=teacher, reduction=reduction,
                **options)  # fmt: skip

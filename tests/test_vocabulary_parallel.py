@@ -188,8 +188,11 @@ def is_clear(case: Case) -> bool:
     if case.beta == "each" or case.function is fused_sampled_token_loss:
         return False
     h_S, h_T, head, head_T, options = case.inputs()
-    known = {name: options[name] for name in ("temperature", "entry_clip")}
-    return clip_is_clear(h_S, h_T, head, head if head_T is None else head_T, case.beta, **known)
+    divergence = options.get("divergence")
+    if divergence is None:
+        divergence = Divergence(options["beta"], entry_clip=options["entry_clip"])
+    teacher = head if head_T is None else head_T
+    return clip_is_clear(h_S, h_T, head, teacher, divergence, options["temperature"])
 
 
 def cases(processes: int) -> list[Case]:
