@@ -1,14 +1,13 @@
 """The autograd.Functions: they allocate every tensor, and let a schedule fill them.
 
 Tokens are independent: token n's loss depends on row n of h_S alone. So the gradient of Σ_n g_n ℓ_n
-with respect to h_S is g_n times the gradient that forward made, for whatever upstream weights g_n
-arrive. To the gradient of a head, dW = Σ_n g_n (∂ℓ_n/∂z_n)ᵀ h_n, all tokens add, so that there are
-three ways:
+with respect to h_S is g_n times the gradient that forward made, for any upstream weights g_n. The
+gradient of a head, dW = Σ_n g_n (∂ℓ_n/∂z_n)ᵀ h_n, is a sum over all tokens. That makes three ways:
 
-    frozen     forward makes dh_S, backward scales its rows
-    trained    forward keeps 37 bytes a token, backward makes all gradients (`head_gradient`)
-    weighed    the weights are known but for one factor, which is that of a sum: forward makes all
-               gradients, backward scales them (where the budget holds dW in fp32)
+    frozen head    forward makes dh_S, backward scales its rows
+    trained head   forward keeps 37 bytes a token, backward makes all gradients (`head_gradient`)
+    weighed sum    a trained head whose tokens have weights that are known in forward: forward makes
+                   all gradients of Σ w ℓ, backward scales them (where the budget holds dW in fp32)
 """
 
 from dataclasses import replace
@@ -18,79 +17,74 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import head_gradient, schedules
+from opsd_kernels.checks import Arguments
 from opsd_kernels.divergence import STATISTICS
-from opsd_kernels.head_gradient import HeadGradients
-from opsd_kernels.problem import FIELDS, STATS, Outputs, Problem
+from opsd_kernels.head_gradient import HeadGradients, largest_size
+from opsd_kernels.problem import STATS, Outputs, Problem
 from opsd_kernels.row_workspace import can_weigh
 
 
 def divergence_of_tokens(
-    problem: Problem,
-    weight: Tensor,
-    bias: Tensor | None,
-    needs_statistics: bool,
-    workspace_bytes: float,
+    arguments: Arguments, needs_statistics: bool, workspace_bytes: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss and statistics of every token of a problem.
+    """Loss and statistics of every token.
 
     Args:
-        problem: the tokens. Those that it does not keep may be skipped: their results are
+        arguments: of the call. Tokens that do not count may be skipped: their results are
             undefined, and the caller selects.
-        weight, bias: of the student's head, [rows, D] and [rows], whose first V are the problem's.
         needs_statistics: whether statistics are wanted.
         workspace_bytes: bound on all temporaries with a vocabulary-sized dimension together; 0
             for none.
 
     Returns:
-        The divergence, or log p of the targets where β is None, [N] fp32, differentiable with
-        respect to h_S, weight and bias; and the statistics, [STATISTICS, N] fp32 without gradient.
+        ℓ [N] fp32 (see `Problem.member`), differentiable with respect to h_S, weight and bias; and
+        the statistics, [STATISTICS, N] fp32 without gradient.
     """
-    if is_trained(weight, bias):
-        found = _OfHead.apply(weight, bias, needs_statistics, workspace_bytes, *problem.values())
+    problem, h_S, weight, bias = arguments[:4]
+    if is_trained(arguments):
+        found = _TrainedHead.apply(h_S, weight, bias, problem, needs_statistics, workspace_bytes)
         return found if needs_statistics else (found, None)
     # Under no_grad no gradient work is done.
-    needs_gradient = torch.is_grad_enabled() and problem.h_S.requires_grad
-    return _Divergence.apply(needs_statistics, needs_gradient, workspace_bytes, *problem.values())
+    needs_gradient = torch.is_grad_enabled() and h_S.requires_grad
+    return _FrozenHead.apply(h_S, problem, needs_gradient, needs_statistics, workspace_bytes)
 
 
-def weighed_sum(
-    problem: Problem, weight: Tensor, bias: Tensor | None, weights: Tensor, workspace_bytes: float
-) -> Tensor | None:
-    """Σ w ℓ of weights [N] that are known, differentiable with respect to h_S, weight and bias, at
-    the cost of one product beside those of a frozen head; None where that would not be so."""
-    if not is_trained(weight, bias) or workspace_bytes == 0 or problem.h_S.shape[0] == 0:
+def weighed_sum(arguments: Arguments, weights: Tensor, workspace_bytes: float) -> Tensor | None:
+    """Σ w ℓ of weights w [N], differentiable with respect to h_S, weight and bias, at the cost of
+    one product more than with a frozen head; None where that is not possible."""
+    problem, h_S, weight, bias = arguments[:4]
+    if not is_trained(arguments) or workspace_bytes == 0 or h_S.shape[0] == 0:
         return None
     if not can_weigh(problem, workspace_bytes):
         return None
     # Tiles of scores in fp16 want a bound.
-    largest = _largest(weights)
+    largest = largest_size(weights)
     problem = replace(problem, weights=weights / largest)
-    return _WeighedSum.apply(weight, bias, largest, workspace_bytes, *problem.values())
+    return _WeighedSum.apply(h_S, weight, bias, problem, largest, workspace_bytes)
 
 
-def is_trained(weight: Tensor, bias: Tensor | None) -> bool:
+def is_trained(arguments: Arguments) -> bool:
     """Whether a gradient with respect to the head is wanted."""
+    weight, bias = arguments.weight, arguments.bias
     wanted = weight.requires_grad or (bias is not None and bias.requires_grad)
     return torch.is_grad_enabled() and wanted
 
 
-class _Divergence(torch.autograd.Function):
-    """Of a frozen head."""
-
+class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        needs_statistics: bool,
+        h_S: Tensor,
+        problem: Problem,
         needs_gradient: bool,
+        needs_statistics: bool,
         workspace_bytes: float,
-        *values: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        problem = Problem(*values)
-        dh_S = _zeros(problem, *problem.h_S.shape) if needs_gradient else None
+        dh_S = _zeros(problem, *h_S.shape) if needs_gradient else None
         outputs = _filled(problem, needs_statistics, workspace_bytes, dh_S=dh_S)
         if dh_S is not None:
             ctx.save_for_backward(dh_S)
-            ctx.dtype = problem.h_S.dtype
+            ctx.dtype = h_S.dtype
         if outputs.statistics is not None:
             ctx.mark_non_differentiable(outputs.statistics)
         return outputs.loss, outputs.statistics
@@ -99,35 +93,28 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         (dh_S,) = ctx.saved_tensors
-        # A new tensor: scaling dh_S in place would make a second backward wrong. Rounded once.
-        grad = torch.empty_like(dh_S, dtype=ctx.dtype)
-        torch.mul(dh_S, grad_loss[:, None], out=grad)
-        # Selected, not multiplied: a token that does not count may have a gradient of NaN.
-        grad.masked_fill_((grad_loss == 0)[:, None], 0)
-        return None, None, None, *_gradients(grad)
+        return _scaled(dh_S, grad_loss[:, None], grad_loss == 0, ctx.dtype), None, None, None, None
 
 
-class _OfHead(torch.autograd.Function):
-    """Of a head that is trained."""
-
+class _TrainedHead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        h_S: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        problem: Problem,
         needs_statistics: bool,
         workspace_bytes: float,
-        *values: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        problem = Problem(*values)
-        N = problem.h_S.shape[0]
-        stats, top = _zeros(problem, STATS, N), problem.h_S.new_zeros(N, dtype=torch.int32)
+        N = h_S.shape[0]
+        stats, top = _zeros(problem, STATS, N), h_S.new_zeros(N, dtype=torch.int32)
         outputs = _filled(problem, needs_statistics, workspace_bytes, stats=stats, top=top)
         # Not the loss itself, which may be weighed in place.
         infinite = outputs.loss.isinf()
-        given = (weight, bias, *values)
-        ctx.save_for_backward(infinite, stats, top, *_tensors(given))
-        ctx.others, ctx.workspace_bytes = _others(given), workspace_bytes
+        made = {"infinite": infinite, "stats": stats, "top": top}
+        _save(ctx, vars(problem) | made | {"weight": weight, "head_bias": bias})
+        ctx.workspace_bytes = workspace_bytes
         if outputs.statistics is None:
             return outputs.loss  # PyTorch's compiler takes no None beside it
         ctx.mark_non_differentiable(outputs.statistics)
@@ -136,17 +123,17 @@ class _OfHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        infinite, stats, top, *tensors = _saved(ctx)
-        weight, bias, *values = _joined(ctx.others, tensors)
-        problem = Problem(*values)
-        h_S, V = problem.h_S, problem.W.shape[0]
-        needs_weight, needs_bias = ctx.needs_input_grad[:2]
-        needs_h = ctx.needs_input_grad[4 + FIELDS.index("h_S")]
+        saved = _saved(ctx)
+        infinite, stats, top, weight, bias = (
+            saved.pop(name) for name in ("infinite", "stats", "top", "weight", "head_bias")
+        )
+        needs_h, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         # Where ℓ is infinite it has no gradient.
         weights = grad_loss.masked_fill(infinite, 0)
-        largest = _largest(weights)
-        # What does not count may be NaN, which a product would spread. Its place is that of the
-        # gradient, until that is known.
+        problem = Problem(**saved)
+        h_S, V = problem.h_S, problem.W.shape[0]
+        # Hidden states of a token that does not count may be NaN, which a product would spread.
+        # The memory is used again for their gradient.
         grad = h_S.masked_fill((weights == 0)[:, None], 0)
         dW = torch.empty_like(weight) if needs_weight else None
         db = _zeros(problem, V) if needs_bias else None
@@ -154,44 +141,37 @@ class _OfHead(torch.autograd.Function):
         own_rows = None if dW is None or dW.shape[0] == 0 else dW[:V]
         dh_S = _zeros(problem, *h_S.shape) if needs_h else None
         gradients = HeadGradients(dh_S, own_rows, db)
-        problem = replace(problem, h_S=grad, weights=weights / largest)
+        problem = replace(problem, h_S=grad, weights=weights)
         scratch = head_gradient.allocate(problem, gradients, ctx.workspace_bytes)
-        schedules.fill_head_gradients(
-            gradients, scratch, problem, stats, top, largest, ctx.workspace_bytes
-        )
+        seen = (stats, top)
+        schedules.fill_head_gradients(gradients, scratch, problem, seen, ctx.workspace_bytes)
         if dW is not None:
             dW[V:].zero_()
-        if gradients.dh_S is not None:
-            grad.copy_(gradients.dh_S)
-        return (
-            dW,
-            None if bias is None or db is None else _padded(db, bias.shape[0], bias.dtype),
-            None,
-            None,
-            *_gradients(grad if needs_h else None),
-        )
+        if dh_S is not None:
+            grad.copy_(dh_S)
+        db = None if bias is None or db is None else _padded(db, bias.shape[0], bias.dtype)
+        return grad if needs_h else None, dW, db, None, None, None
 
 
 class _WeighedSum(torch.autograd.Function):
-    """Σ w ℓ of a head that is trained, w = problem.weights · largest."""
+    """Σ w ℓ with a trained head, w = problem.weights · largest."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        h_S: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        problem: Problem,
         largest: Tensor,
         workspace_bytes: float,
-        *values: Any,
     ) -> Tensor:
-        problem = Problem(*values)
         V, D = problem.W.shape
-        needs_h = ctx.needs_input_grad[4 + FIELDS.index("h_S")]
         outputs = _filled(
             problem,
             False,
             workspace_bytes,
-            dh_S=_zeros(problem, *problem.h_S.shape) if needs_h else None,
+            dh_S=_zeros(problem, *h_S.shape) if ctx.needs_input_grad[0] else None,
             dW=_zeros(problem, V, D),
             db=None if bias is None else _zeros(problem, V),
         )
@@ -199,11 +179,8 @@ class _WeighedSum(torch.autograd.Function):
         assert weights is not None
         # Not the head, which may be changed before backward, and is not read there.
         ctx.save_for_backward(weights, largest, outputs.dh_S, outputs.dW, outputs.db)
-        ctx.dtype, ctx.rows, ctx.dtypes = (
-            problem.h_S.dtype,
-            weight.shape[0],
-            (weight.dtype, None if bias is None else bias.dtype),
-        )
+        ctx.rows = weight.shape[0]
+        ctx.dtypes = h_S.dtype, weight.dtype, None if bias is None else bias.dtype
         # Selected, not multiplied: a dropped token's loss may be anything.
         return torch.where(weights != 0, weights * largest * outputs.loss, 0).sum()
 
@@ -211,42 +188,36 @@ class _WeighedSum(torch.autograd.Function):
     def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         weights, largest, dh_S, dW, db = ctx.saved_tensors
-        needs_weight, needs_bias = ctx.needs_input_grad[:2]
-        # New tensors: what is saved may be wanted again. Rounded once. Selected, not multiplied:
-        # what does not count may be NaN.
+        dtype, weight_dtype, bias_dtype = ctx.dtypes
+        _, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         factor = grad_sum * largest
         no_part = factor == 0
-        grad = None
+        grad = grad_weight = grad_bias = None
         if dh_S is not None:
-            grad = torch.empty_like(dh_S, dtype=ctx.dtype)
-            torch.mul(dh_S, factor, out=grad)
-            grad.masked_fill_(((weights == 0) | no_part)[:, None], 0)
-        weight_dtype, bias_dtype = ctx.dtypes
-        grad_weight = grad_bias = None
+            grad = _scaled(dh_S, factor, (weights == 0) | no_part, dtype)
         if needs_weight:
-            grad_weight = dW.new_empty(ctx.rows, dW.shape[1], dtype=weight_dtype)
+            grad_weight = dW.new_zeros(ctx.rows, dW.shape[1], dtype=weight_dtype)
             torch.mul(dW, factor, out=grad_weight[: dW.shape[0]])
-            grad_weight[dW.shape[0] :].zero_()
             grad_weight.masked_fill_(no_part, 0)
         if needs_bias:
             grad_bias = _padded((db * factor).masked_fill(no_part, 0), ctx.rows, bias_dtype)
-        return grad_weight, grad_bias, None, None, *_gradients(grad)
+        return grad, grad_weight, grad_bias, None, None, None
 
 
 def refuse_second_derivative() -> None:
-    """To be called in backward: the second-order term would be left out in silence.
-    (`once_differentiable` notices only an upstream gradient that itself requires one.)"""
+    """Refuse, in backward, to be differentiated again: the second-order term would be left out in
+    silence. (`once_differentiable` notices only an upstream gradient that itself requires one.)"""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("this loss has no second derivative: create_graph must be False")
 
 
 def _filled(
-    problem: Problem, needs_statistics: bool, workspace_bytes: float, **wanted: Tensor | None
+    problem: Problem, needs_statistics: bool, workspace_bytes: float, **gradients: Tensor | None
 ) -> Outputs:
-    """Loss, statistics if they are needed, and what is wanted besides."""
+    """Outputs with the loss, the statistics if they are needed, and the gradients, all filled."""
     N = problem.h_S.shape[0]
     statistics = _zeros(problem, STATISTICS, N) if needs_statistics else None
-    outputs = Outputs(_zeros(problem, N), statistics, **wanted)
+    outputs = Outputs(_zeros(problem, N), statistics, **gradients)
     scratch = schedules.allocate(outputs, problem, workspace_bytes)
     schedules.fill(outputs, scratch, problem, workspace_bytes)
     return outputs
@@ -256,13 +227,12 @@ def _zeros(problem: Problem, *shape: int) -> Tensor:
     return problem.h_S.new_zeros(shape, dtype=torch.float32)
 
 
-def _largest(weights: Tensor) -> Tensor:
-    """Their largest finite size, [] fp32, or 1 if there is none. One that is not finite is left to
-    spoil its own token."""
-    if weights.shape[0] == 0:
-        return weights.new_ones(())
-    largest = weights.abs().nan_to_num(nan=0.0, posinf=0.0).amax()
-    return torch.where(largest == 0, 1, largest)
+def _scaled(dh_S: Tensor, factor: Tensor, dropped: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor · dh_S, rounded once, in a new tensor: a second backward reads dh_S again. Rows of
+    dropped tokens are set to 0, not multiplied: they may be NaN."""
+    grad = torch.empty_like(dh_S, dtype=dtype)
+    torch.mul(dh_S, factor, out=grad)
+    return grad.masked_fill_(dropped[:, None], 0)
 
 
 def _padded(db: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
@@ -270,37 +240,23 @@ def _padded(db: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     return torch.nn.functional.pad(db, (0, rows - db.shape[0])).to(dtype)
 
 
-def _gradients(grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of the fields of a problem."""
-    return tuple((dict.fromkeys(FIELDS) | {"h_S": grad}).values())
+def _save(ctx: Any, values: dict[str, Any]) -> None:
+    """Keep named values for backward. `save_for_backward` takes no tensor of inference mode: such a
+    tensor has no gradient and no version, and is kept as it is."""
+    compiling = torch.compiler.is_compiling()
+    ctx.names = [
+        name
+        for name, value in values.items()
+        if isinstance(value, Tensor) and (compiling or not value.is_inference())
+    ]
+    ctx.save_for_backward(*(values[name] for name in ctx.names))
+    ctx.others = {name: value for name, value in values.items() if name not in ctx.names}
 
 
-def _is_saved(value: Any) -> bool:
-    """Whether a value is one for save_for_backward, which takes no tensor of inference mode: such a
-    one has no gradient and no version, and may be kept as it is."""
-    return isinstance(value, Tensor) and (torch.compiler.is_compiling() or not value.is_inference())
-
-
-def _tensors(values: tuple[Any, ...]) -> list[Tensor]:
-    return [value for value in values if _is_saved(value)]
-
-
-def _others(values: tuple[Any, ...]) -> list[Any]:
-    """What is not saved, and an empty place for each that is."""
-    return [Tensor if _is_saved(value) else value for value in values]
-
-
-def _joined(others: list[Any], tensors: list[Tensor]) -> list[Any]:
-    remaining = iter(tensors)
-    return [next(remaining) if value is Tensor else value for value in others]
-
-
-def _saved(ctx: Any) -> tuple[Tensor, ...]:
-    """What was saved for backward, unless a tensor that it reads was changed since."""
-    if torch.compiler.is_compiling():
-        return tuple(ctx.saved_tensors)
+def _saved(ctx: Any) -> dict[str, Any]:
+    """What `_save` kept, unless a tensor was changed since."""
     try:
-        return tuple(ctx.saved_tensors)
+        return ctx.others | dict(zip(ctx.names, ctx.saved_tensors, strict=True))
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise

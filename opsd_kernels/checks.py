@@ -26,9 +26,11 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class Arguments(NamedTuple):
     """What a loss, or its oracle, was called with, checked."""
 
-    problem: Problem  # its N tokens, one after the other; of gradients h_S has its own, and …
-    weight: Tensor  # … the student's head has these, [rows, D] …
-    bias: Tensor | None  # … and [rows]
+    problem: Problem  # its N tokens, one after the other, and both heads; all of it constant
+    # What gradients are with respect to: the student's hidden states and head.
+    h_S: Tensor  # [N, D]
+    weight: Tensor  # [rows, D], of which the first V are the vocabulary
+    bias: Tensor | None  # [rows]
     leading: torch.Size  # [...], the shape that the tokens came in
     weights: Tensor | None  # [...] fp32
     valid: Tensor | None  # [...] which targets lie in the vocabulary; None without targets
@@ -103,8 +105,9 @@ def check_arguments(
         ids, valid = check_targets(targets, hidden, V, weights)
         if shard is not None:
             ids = local_ids(ids, shard.offset, student.V).int()
+    h_S = h_student.reshape(-1, h_student.shape[-1])
     problem = Problem(
-        h_student.reshape(-1, h_student.shape[-1]),
+        h_S.detach(),
         None if h_teacher is None else h_teacher.detach().reshape(-1, h_teacher.shape[-1]),
         student.rows,
         None if shared else teacher.rows,
@@ -128,7 +131,8 @@ def check_arguments(
     )
     if h_teacher is None:
         problem = problem.without_teacher()
-    return Arguments(problem, student.weight, student.bias, h_student.shape[:-1], weights, valid)
+    leading = h_student.shape[:-1]
+    return Arguments(problem, h_S, student.weight, student.bias, leading, weights, valid)
 
 
 def check_number_beta(beta: float | Tensor) -> float | Tensor:

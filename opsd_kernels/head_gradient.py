@@ -15,7 +15,6 @@ Of a head that processes share each makes the gradient of its own rows, and its 
 is summed up over them.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,31 +45,31 @@ ROWS_AT_A_TIME = 1024
 
 @dataclass(frozen=True)
 class HeadGradients:
-    """What is filled: Σ w ∂ℓ, times `scale`; None of what is not wanted."""
+    """What is filled, Σ w ∂ℓ; None where it is not wanted."""
 
-    dh_S: Tensor | None  # [N, D] fp32, zeros at first
-    dW: Tensor | None  # [V, D] in the head's dtype
-    db: Tensor | None  # [V] fp32
+    dh_S: Tensor | None = None  # [N, D] fp32, zeros at first
+    dW: Tensor | None = None  # [V, D] in the head's dtype
+    db: Tensor | None = None  # [V] fp32, zeros at first
 
 
 def by_kernels(problem: Problem, workspace_bytes: float) -> bool:
-    """Whether forward, and therefore backward, is a matter of kernels."""
+    """Whether forward ran kernels, and backward therefore does."""
     return workspace_bytes == 0 or row_workspace.step_2_is_kernel(problem)
 
 
 def allocate(problem: Problem, gradients: HeadGradients, workspace_bytes: float) -> list[Tensor]:
-    """The scratch of `fill`: tiles of logits or of their gradient, [R, columns], and of dW, where
-    its rows are narrower than what they sum up to."""
+    """The scratch of `fill`: tiles of logits or of their gradient, [R, columns]; and where the head
+    has 16 bits, a tile of dW in fp32, [columns, D]."""
     (N, D), V, W = problem.h_S.shape, problem.W.shape[0], problem.W
     N = max(N, 1)
-    of_dW = gradients.dW is not None and gradients.dW.dtype != torch.float32
+    is_rounded = gradients.dW is not None and gradients.dW.dtype != torch.float32
     if by_kernels(problem, workspace_bytes):
         from opsd_kernels.kernels import tiles
 
         row = tiles.lookup(problem.h_S.device, problem.operand_dtype)
         scores = score_dtype(problem.operand_dtype, problem.has_bounded_scores)
         tile = row.pair if row.pair.BV > row.pair_wide.BV else row.pair_wide
-        # Fewer columns and more rows than of `pair`: dW is accumulated too.
+        # Fewer columns and more rows than `pair` has: dW is accumulated too.
         R, columns = 4 * row.chunk, row.columns * 2 // scores.itemsize // 4
         columns = tile.BV * tiles.slots(V, tile, row, R, columns)
         tensors = [problem.h_S.new_empty(min(R, N), columns, dtype=scores)]
@@ -79,11 +78,11 @@ def allocate(problem: Problem, gradients: HeadGradients, workspace_bytes: float)
         R = min(N, CPU_ROWS if on_cpu else GPU_ROWS)
         columns = (CPU_ENTRIES if on_cpu else GPU_ENTRIES) // R
         temporaries = 4 * R * (2 + BLOCK_TEMPORARIES)
-        bytes_per_column = copied_bytes(W, problem.operand_dtype) + 4 * D * of_dW + temporaries
+        bytes_per_column = copied_bytes(W, problem.operand_dtype) + 4 * D * is_rounded + temporaries
         columns = min(columns, int(workspace_bytes / bytes_per_column))
         columns = min(max(columns, LEAST_COLUMNS), V)
         tensors = [problem.h_S.new_empty(2, R, columns, dtype=torch.float32)]
-    if of_dW:
+    if is_rounded:
         tensors.append(problem.h_S.new_empty(columns, D, dtype=torch.float32))
     return tensors
 
@@ -92,124 +91,122 @@ def fill(
     gradients: HeadGradients,
     scratch: list[Tensor],
     problem: Problem,
-    stats: Tensor,
-    top: Tensor,
-    scale: Tensor,
+    seen: tuple[Tensor, Tensor],
     workspace_bytes: float,
 ) -> None:
     """Fill the gradients.
 
     Args:
         gradients, scratch: see `HeadGradients`, `allocate`.
-        problem: the tokens, with weights; hidden states of those of weight 0 are finite.
-        stats, top: what the schedule found out in forward (see `Outputs`).
-        scale: [] fp32, what all gradients are multiplied by.
+        problem: the tokens, with the weights w that arrived in backward. Hidden states of tokens
+            whose weight is 0 are finite.
+        seen: stats and top, as forward filled them (see `Outputs`).
         workspace_bytes: what the schedule was given.
     """
     (N, V), (R, columns) = (problem.h_S.shape[0], problem.W.shape[0]), scratch[0].shape[-2:]
-    operand_dtype, dh_S, dW, db = problem.operand_dtype, gradients.dh_S, gradients.dW, gradients.db
+    dtype, dh_S, dW, db = problem.operand_dtype, gradients.dh_S, gradients.dW, gradients.db
     launched = by_kernels(problem, workspace_bytes)
-    tile_of = _launched if launched else _computed
-    scale = scale / problem.temperature
-    bounded = launched and score_scale(scratch[0].dtype) != 1
-    if bounded:
-        scale = scale / score_scale(scratch[0].dtype)
-    else:  # there is room for it in the tiles, and what comes of them is only rounded
-        assert problem.weights is not None
-        problem = replace(problem, weights=problem.weights * scale)
+    problem, scale = _scaled(problem.with_contiguous_rows(), scratch[0].dtype, launched)
+    if dW is not None and N == 0:
+        dW.zero_()
     with kernels.current(problem.h_S.device):
-        chunks: list[tuple[Tensor | None, Tensor, Callable[[slice], Tensor]]] = []
-        for n in range(0, N, R):
-            rows = slice(n, n + R)
-            chunk = problem.tokens(rows)
-            dh = None if dh_S is None else dh_S[rows]
-            chunks.append((dh, chunk.h_S, tile_of(scratch[0], chunk, stats[:, rows], top[rows])))
         for v in range(0, V, columns):
             tile = slice(v, min(v + columns, V))
             W, dW_tile, db_tile = problem.W[tile], None, None if db is None else db[tile]
             if dW is not None:
                 dW_tile = dW[tile] if len(scratch) == 1 else scratch[1][: W.shape[0]]
-                if not chunks:
-                    dW_tile.zero_()
-            for i, (dh, h, gradient) in enumerate(chunks):
-                g = gradient(tile)
-                if dh is not None:
-                    project_back([(dh, g)], W, operand_dtype, columns)
-                project_onto_head(dW_tile, db_tile, g, h, operand_dtype, first=i == 0)
-            if dW is not None and dW_tile is not None:
-                if bounded:
+            for n in range(0, N, R):
+                rows = slice(n, n + R)
+                chunk, of_rows = problem.tokens(rows), (seen[0][:, rows], seen[1][rows])
+                make = _launch if launched else _compute
+                g = make(scratch[0], chunk, of_rows, tile)
+                if dh_S is not None:
+                    project_back([(dh_S[rows], g)], W, dtype, columns)
+                project_onto_head(dW_tile, db_tile, g, chunk.h_S, dtype, first=n == 0)
+            if dW is not None and dW_tile is not None and N > 0:
+                if scale is not None:
                     dW_tile.mul_(scale)
                 if len(scratch) > 1:
                     dW[tile].copy_(dW_tile)
     if dh_S is not None and launched:
-        _add_what_rounding_took(dh_S, problem, stats, top, scratch[0].dtype)
+        _add_what_rounding_took(dh_S, problem, seen, scratch[0].dtype)
     for total in (dh_S, db):
-        if total is not None and bounded:
+        if total is not None and scale is not None:
             total.mul_(scale)
     if dh_S is not None and problem.group is not None:
         summed_(dh_S, problem.group)
 
 
-def _launched(
-    scratch: Tensor, chunk: Problem, stats: Tensor, top: Tensor
-) -> Callable[[slice], Tensor]:
-    """A function of a tile of the vocabulary: w (a − G p) of a chunk's tokens, times `score_scale`,
-    by the kernel."""
+def largest_size(weights: Tensor) -> Tensor:
+    """Their largest finite size, [] fp32, or 1 if there is none. A weight that is not finite spoils
+    its own token only."""
+    if weights.shape[0] == 0:
+        return weights.new_ones(())
+    largest = weights.abs().nan_to_num(nan=0.0, posinf=0.0).amax()
+    return torch.where(largest == 0, 1, largest)
+
+
+def _scaled(
+    problem: Problem, g_dtype: torch.dtype, launched: bool
+) -> tuple[Problem, Tensor | None]:
+    """The problem with weights that tiles of `g_dtype` can hold, and what sums of the tiles are to
+    be multiplied by; None for 1.
+
+    fp16 needs weights within ±1, times `score_scale`; other dtypes have room for the true ones.
+    """
+    weights = problem.weights
+    assert weights is not None
+    largest = largest_size(weights)
+    weights, scale = weights / largest, largest / problem.temperature
+    if launched and score_scale(g_dtype) != 1:
+        return replace(problem, weights=weights), scale / score_scale(g_dtype)
+    return replace(problem, weights=weights * scale), None
+
+
+def _launch(scratch: Tensor, chunk: Problem, seen: tuple[Tensor, Tensor], tile: slice) -> Tensor:
+    """w (a − G p) of a chunk's tokens and a tile of the vocabulary, times `score_scale`, by the
+    kernel: [R, columns]."""
     from opsd_kernels.logit_free import gradient_launcher
 
-    chunk = chunk.with_contiguous_rows()
     g = scratch[: chunk.h_S.shape[0]]
-    launch = gradient_launcher(g, chunk, stats, top)
-
-    def gradient(tile: slice) -> Tensor:
-        launch(tile.start)
-        return g[:, : tile.stop - tile.start]
-
-    return gradient
+    gradient_launcher(g, chunk, *seen)(tile.start)
+    return g[:, : tile.stop - tile.start]
 
 
-def _computed(
-    scratch: Tensor, chunk: Problem, stats: Tensor, top: Tensor
-) -> Callable[[slice], Tensor]:
+def _compute(scratch: Tensor, chunk: Problem, seen: tuple[Tensor, Tensor], tile: slice) -> Tensor:
     """The same in PyTorch."""
-    R, dtype = chunk.h_S.shape[0], chunk.operand_dtype
-    weights = chunk.weights
+    weights, columns = chunk.weights, tile.stop - tile.start
     assert weights is not None
-
-    def gradient(tile: slice) -> Tensor:
-        columns = tile.stop - tile.start
-        z_S, z_T = scratch[:, :R, :columns]
-        map_S, map_T = chunk.logit_maps
-        project(z_S, chunk.h_S, chunk.W[tile], dtype, columns)
-        slope = map_S.of_columns(tile).apply_(z_S, needs_slope=True)
-        z_S.div_(chunk.temperature)
-        if chunk.h_T is not None and not isinstance(chunk.member, Alone):
-            W_T = chunk.W if chunk.W_T is None else chunk.W_T
-            project(z_T, chunk.h_T, W_T[tile], dtype, columns)
-            map_T.of_columns(tile).apply_(z_T)
-            z_T.div_(chunk.temperature)
-        known = stats, top
-        policy = chunk.targets, chunk.advantages
-        logit_gradient_(z_S, z_T, tile.start, known, chunk.member, chunk.entry_clip, *policy)
-        if slope is not None:
-            z_S.mul_(slope)
-        # Selected, not multiplied: what does not count may be NaN.
-        return z_S.mul_(weights[:, None]).masked_fill_((weights == 0)[:, None], 0)
-
-    return gradient
+    z_S, z_T = scratch[:, : chunk.h_S.shape[0], :columns]
+    map_S, map_T = chunk.logit_maps
+    project(z_S, chunk.h_S, chunk.W[tile], chunk.operand_dtype, columns)
+    slope = map_S.of_columns(tile).apply_(z_S, needs_slope=True)
+    z_S.div_(chunk.temperature)
+    if chunk.h_T is not None and not isinstance(chunk.member, Alone):
+        W_T = chunk.W if chunk.W_T is None else chunk.W_T
+        project(z_T, chunk.h_T, W_T[tile], chunk.operand_dtype, columns)
+        map_T.of_columns(tile).apply_(z_T)
+        z_T.div_(chunk.temperature)
+    policy = chunk.targets, chunk.advantages
+    logit_gradient_(z_S, z_T, tile.start, seen, chunk.member, chunk.entry_clip, *policy)
+    if slope is not None:
+        z_S.mul_(slope)
+    # Selected, not multiplied: what does not count may be NaN.
+    return z_S.mul_(weights[:, None]).masked_fill_((weights == 0)[:, None], 0)
 
 
 def _add_what_rounding_took(
-    dh_S: Tensor, problem: Problem, stats: Tensor, top: Tensor, dtype: torch.dtype
+    dh_S: Tensor, problem: Problem, seen: tuple[Tensor, Tensor], dtype: torch.dtype
 ) -> None:
-    """dh_S ← dh_S + (w g_top − what of it the tiles hold) W_top, all times `score_scale`."""
+    """dh_S ← dh_S + (w g_top − its rounding in the tiles) W_top, all times `score_scale`."""
     from opsd_kernels.kernels.lse import S_TOP
 
-    assert problem.weights is not None
+    (stats, top), weights = seen, problem.weights
+    assert weights is not None
     if dtype == torch.float32:
         return
-    exact = stats[S_TOP.value] * problem.weights * score_scale(dtype)
-    exact.masked_fill_(problem.weights == 0, 0)
+    exact = stats[S_TOP.value] * weights * score_scale(dtype)
+    exact.masked_fill_(weights == 0, 0)
     taken = exact - exact.to(dtype).float()
     for n in range(0, dh_S.shape[0], ROWS_AT_A_TIME):
         rows = slice(n, n + ROWS_AT_A_TIME)

@@ -104,9 +104,7 @@ def fused_jsd_loss(
     )
     if reduction != "none":
         total = weighed_sum(
-            checked.problem,
-            checked.weight,
-            checked.bias,
+            checked,
             weights_of_sum(checked, reduction),
             check_workspace(workspace_mib, h_student.device),
         )
@@ -246,9 +244,7 @@ def fused_divergence_loss(
     )
     if reduction != "none":
         total = weighed_sum(
-            checked.problem,
-            checked.weight,
-            checked.bias,
+            checked,
             weights_of_sum(checked, reduction),
             check_workspace(workspace_mib, h_student.device),
         )
@@ -533,9 +529,5 @@ def tokens_of(checked: Arguments, value: Tensor, statistics: Tensor | None) -> T
 
 
 def _compute(checked: Arguments, workspace_mib: float | None, needs_statistics: bool) -> Tokens:
-    problem = checked.problem
-    workspace_bytes = check_workspace(workspace_mib, problem.h_S.device)
-    results = divergence_of_tokens(
-        problem, checked.weight, checked.bias, needs_statistics, workspace_bytes
-    )
-    return tokens_of(checked, *results)
+    workspace_bytes = check_workspace(workspace_mib, checked.h_S.device)
+    return tokens_of(checked, *divergence_of_tokens(checked, needs_statistics, workspace_bytes))

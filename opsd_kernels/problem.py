@@ -4,7 +4,7 @@
 and all that follows passes it on as it is.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,11 +49,6 @@ class Problem:
     w_p: Tensor | None = None
     advantages: Tensor | None = None  # [N] fp32, A of a policy term −A log p(ŷ)
 
-    def values(self) -> tuple[Any, ...]:
-        """All fields in order, for what PyTorch takes as arguments only; `Problem(*values)` is the
-        problem again."""
-        return tuple(getattr(self, name) for name in FIELDS)
-
     @property
     def heads(self) -> tuple[Tensor, ...]:
         return (self.W,) if self.W_T is None else (self.W, self.W_T)
@@ -84,10 +79,11 @@ class Problem:
         return self.advantages is None and has_bounded_scores(self.member)
 
     def tokens(self, rows: slice | Tensor) -> "Problem":
-        """The same problem for some of the tokens; of a slice no copy is made."""
-        given = {name: getattr(self, name) for name in OF_TOKENS}
+        """The same problem for some of the tokens; a slice makes no copy."""
         some: dict[str, Any] = {
-            name: value[rows] for name, value in given.items() if isinstance(value, Tensor)
+            name: value[rows]
+            for name, value in vars(self).items()
+            if name in OF_TOKENS and isinstance(value, Tensor)
         }
         return replace(self, **some)
 
@@ -107,7 +103,6 @@ def _with_contiguous_rows(h: Tensor) -> Tensor:
 
 STATS = 8  # numbers of a row of logits that is made once more
 
-FIELDS = tuple(field.name for field in fields(Problem))
 # Those that have a number, or a row, for each token, where they are tensors.
 OF_TOKENS = ("h_S", "h_T", "beta", "keep", "targets", "weights", "w_q", "w_p", "advantages")
 

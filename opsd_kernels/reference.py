@@ -33,7 +33,7 @@ from opsd_kernels.loss import (
     reduce_tokens,
     tokens_of,
 )
-from opsd_kernels.problem import FIELDS, Problem
+from opsd_kernels.problem import Problem
 from opsd_kernels.scalars import check_clip
 
 DTYPES = (*FLOAT_DTYPES, torch.float64)
@@ -229,20 +229,19 @@ def _compute(checked: Arguments) -> Tokens:
     }
     targets = None if problem.targets is None else problem.targets.long()
     weights = None if checked.weights is None else checked.weights.double()
-    values = replace(problem, targets=targets, **of_tokens).values()
-    results = _ReferenceDivergence.apply(checked.weight, checked.bias, *values)
+    problem = replace(problem, targets=targets, **of_tokens)
+    results = _ReferenceDivergence.apply(checked.h_S, checked.weight, checked.bias, problem)
     return tokens_of(checked._replace(weights=weights), *results)
 
 
 class _ReferenceDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, bias: Tensor | None, *values: Any
+        ctx: Any, h_S: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem
     ) -> tuple[Tensor, Tensor | None]:
-        problem = Problem(*values)
         W, temperature = problem.W, problem.temperature
         map_S, map_T = problem.logit_maps
-        z_S, slope = _logits(problem.h_S, W, map_S, temperature)
+        z_S, slope = _logits(h_S, W, map_S, temperature)
         z_T = statistics = None
         if problem.h_T is not None:
             W_T = W if problem.W_T is None else problem.W_T
@@ -260,7 +259,7 @@ class _ReferenceDivergence(torch.autograd.Function):
         )
         if slope is not None:
             z_S.mul_(slope)
-        ctx.save_for_backward(z_S, problem.h_S, weight, bias)  # z_S now holds the gradient
+        ctx.save_for_backward(z_S, h_S, weight, bias)  # z_S now holds the gradient
         ctx.temperature = temperature
         if statistics is not None:
             ctx.mark_non_differentiable(statistics)
@@ -280,8 +279,7 @@ class _ReferenceDivergence(torch.autograd.Function):
         if bias is not None:
             db = torch.zeros_like(bias)
             db[:V] = dz_S.sum(0)
-        gradients = dict.fromkeys(FIELDS) | {"h_S": dh_S}
-        return dW, db, *gradients.values()
+        return dh_S, dW, db, None
 
 
 def _logits(

@@ -1,13 +1,11 @@
-"""The two ways to compute one thing: which it is, its scratch, and how it is run.
+"""The choice between the two schedules, which compute the same in different ways.
 
-Scratch is allocated here, for whoever counts allocations to see, and a schedule fills what it is
-given. Called as usual, a schedule is plain Python: profilers and dispatch modes see every operation
-in it. PyTorch's compiler, and fake tensors, see one opaque operator that writes into its arguments.
+Scratch is allocated by one call and used by another, so that whoever counts allocations sees it.
+Called as usual a schedule is plain Python: profilers and dispatch modes see every operation in it.
+PyTorch's compiler, and fake tensors, see one opaque operator that writes into its arguments.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,34 +15,25 @@ from opsd_kernels import head_gradient, row_workspace
 from opsd_kernels.head_gradient import HeadGradients
 from opsd_kernels.problem import Outputs, Problem
 
-OUTPUTS = tuple(field.name for field in fields(Outputs))
-HEAD_GRADIENTS = tuple(field.name for field in fields(HeadGradients))
-
 
 def allocate(outputs: Outputs, problem: Problem, workspace_bytes: float) -> list[Tensor]:
-    """The scratch of `fill`: with a budget of 0 bytes that of the logit-free schedule."""
-    needs_statistics = outputs.statistics is not None
+    """The scratch of `fill`; a budget of 0 bytes chooses the logit-free schedule."""
+    needs_gradient, needs_statistics = outputs.dh_S is not None, outputs.statistics is not None
     if workspace_bytes == 0:
         from opsd_kernels import logit_free  # needs Triton
 
-        return logit_free.allocate(
-            problem, outputs.dh_S is not None, needs_statistics, outputs.stats is not None
-        )
+        needs_stats = outputs.stats is not None
+        return logit_free.allocate(problem, needs_gradient, needs_statistics, needs_stats)
     if outputs.dW is not None:
         workspace_bytes = row_workspace.budget_beside_head(problem, workspace_bytes)
-    needs_gradient = outputs.dh_S is not None
     return row_workspace.allocate(problem, needs_gradient, needs_statistics, workspace_bytes)
 
 
 def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, workspace_bytes: float) -> None:
-    """Fill the outputs by the schedule that the scratch is of."""
+    """Fill the outputs by the schedule whose scratch this is."""
     if _is_opaque(outputs.loss):
-        torch.ops.opsd_kernels.fill(
-            *(getattr(outputs, name) for name in OUTPUTS),
-            scratch,
-            *_values(problem),
-            workspace_bytes,
-        )
+        arguments = operator_arguments(outputs, scratch, problem, [], workspace_bytes)
+        torch.ops.opsd_kernels.fill(*arguments)
     elif workspace_bytes == 0:
         from opsd_kernels import logit_free
 
@@ -57,94 +46,75 @@ def fill_head_gradients(
     gradients: HeadGradients,
     scratch: list[Tensor],
     problem: Problem,
-    stats: Tensor,
-    top: Tensor,
-    scale: Tensor,
+    seen: tuple[Tensor, Tensor],
     workspace_bytes: float,
 ) -> None:
     """See `head_gradient.fill`; its scratch is `head_gradient.allocate`'s."""
-    if _is_opaque(stats):
-        torch.ops.opsd_kernels.fill_head_gradients(
-            *(getattr(gradients, name) for name in HEAD_GRADIENTS),
-            scratch,
-            stats,
-            top,
-            scale,
-            *_values(problem),
-            workspace_bytes,
-        )
+    if _is_opaque(problem.h_S):
+        arguments = operator_arguments(gradients, scratch, problem, list(seen), workspace_bytes)
+        torch.ops.opsd_kernels.fill(*arguments)
     else:
-        head_gradient.fill(gradients, scratch, problem, stats, top, scale, workspace_bytes)
+        head_gradient.fill(gradients, scratch, problem, seen, workspace_bytes)
 
 
 def _is_opaque(t: Tensor) -> bool:
     return torch.compiler.is_compiling() or isinstance(t, FakeTensor)
 
 
-def _values(problem: Problem) -> list[Any]:
-    """A problem as arguments of an operator, of which each has one type: a β of each token is one
-    of its own."""
-    beta, betas = problem.beta, None
-    if isinstance(beta, Tensor):
-        beta, betas = None, beta
-    return [*replace(problem, beta=beta).values(), betas]
+def operator_arguments(
+    outputs: Outputs | HeadGradients,
+    scratch: list[Tensor],
+    problem: Problem,
+    seen: list[Tensor],
+    workspace_bytes: float,
+) -> tuple[Any, ...]:
+    """What the operator takes in place of records: their tensors and numbers, and the names of
+    these."""
+    filled, tensors = _those(Tensor, outputs), _those(Tensor, problem)
+    numbers = _those(float, problem)
+    return (
+        list(filled.values()), scratch, list(tensors.values()), list(numbers.values()), seen,
+        " ".join(filled), " ".join(tensors), " ".join(numbers),
+        problem.operand_dtype, problem.group, workspace_bytes,
+    )  # fmt: skip
 
 
-def _problem(values: Sequence[Any]) -> Problem:
-    *values, betas = values
-    problem = Problem(*values)
-    return problem if betas is None else replace(problem, beta=betas)
+def _those(kind: type, record: Any) -> dict[str, Any]:
+    """The fields of a record that are of a kind."""
+    return {name: value for name, value in vars(record).items() if isinstance(value, kind)}
 
 
-def _define(name: str, filled: type, given: dict[str, str], run: Callable[..., None]) -> None:
-    """Define an operator that fills what it is given.
-
-    Args:
-        filled: the dataclass of tensors that it writes into, beside its scratch.
-        given: types, by name, of what it reads beside a problem and the budget.
-        run: of the filled, the scratch, what is given, the problem, and the budget.
-    """
-    types = {
-        Tensor: "Tensor",
-        Tensor | None: "Tensor?",
-        torch.dtype: "ScalarType",
-        float: "float",
-        float | None: "float?",
-        str | None: "str?",
-        float | Tensor | None: "float?",
-    }
-    into = get_type_hints(filled)
-    arguments = [
-        f"{types[hint].replace('Tensor', f'Tensor(a{i}!)')} {field}"
-        for i, (field, hint) in enumerate(into.items())
-    ]
-    arguments.append("Tensor(s!)[] scratch")
-    arguments += [f"{kind} {field}" for field, kind in given.items()]
-    arguments += [f"{types[hint]} {field}" for field, hint in get_type_hints(Problem).items()]
-    arguments += ["Tensor? betas", "float workspace_bytes"]
-
-    def function(*values: Any) -> None:
-        n = len(into)
-        m = n + 1 + len(given)
-        filled_in, scratch, rest = filled(*values[:n]), values[n], values[n + 1 : m]
-        run(filled_in, scratch, *rest, _problem(values[m:-1]), values[-1])
-
-    operator = torch.library.custom_op(
-        f"opsd_kernels::{name}",
-        function,
-        mutates_args=(*into, "scratch"),
-        schema=f"({', '.join(arguments)}) -> ()",
-    )
-    # Nothing is returned; what is filled has its shape already.
-    operator.register_fake(lambda *values: None)
-
-
-_define("fill", Outputs, {}, fill)
-_define(
-    "fill_head_gradients",
-    HeadGradients,
-    {"stats": "Tensor", "top": "Tensor", "scale": "Tensor"},
-    lambda into, scratch, stats, top, scale, problem, workspace_bytes: fill_head_gradients(
-        into, scratch, problem, stats, top, scale, workspace_bytes
-    ),
+@torch.library.custom_op(
+    "opsd_kernels::fill",
+    mutates_args=("filled", "scratch"),
+    schema="(Tensor(a!)[] filled, Tensor(b!)[] scratch, Tensor[] tensors, float[] numbers, "
+    "Tensor[] seen, str filled_names, str tensor_names, str number_names, "
+    "ScalarType operand_dtype, str? group, float workspace_bytes) -> ()",
 )
+def _operator(
+    filled: list[Tensor],
+    scratch: list[Tensor],
+    tensors: list[Tensor],
+    numbers: list[float],
+    seen: list[Tensor],
+    filled_names: str,
+    tensor_names: str,
+    number_names: str,
+    operand_dtype: torch.dtype,
+    group: str | None,
+    workspace_bytes: float,
+) -> None:
+    named: dict[str, Any] = dict(zip(tensor_names.split(), tensors, strict=True))
+    named |= zip(number_names.split(), numbers, strict=True)
+    absent: dict[str, Any] = {"h_T": None, "W_T": None, "beta": None}
+    problem = Problem(**(absent | named), operand_dtype=operand_dtype, group=group)
+    outputs = dict(zip(filled_names.split(), filled, strict=True))
+    if seen:
+        gradients = HeadGradients(**outputs)
+        fill_head_gradients(gradients, scratch, problem, (seen[0], seen[1]), workspace_bytes)
+    else:
+        fill(Outputs(**outputs), scratch, problem, workspace_bytes)
+
+
+# Nothing is returned; what is filled has its shape already.
+_operator.register_fake(lambda *_: None)

@@ -184,8 +184,8 @@ FAULTS = [
     # The face and autograd.
     Fault(
         "opsd_kernels/autograd.py",
-        "torch.mul(dh_S, grad_loss[:, None], out=grad)",
-        "grad = dh_S.mul_(grad_loss[:, None]).to(ctx.dtype)",
+        "torch.mul(dh_S, factor, out=grad)",
+        "grad = dh_S.mul_(factor).to(dtype)",
         f"peers {OP}",
     ),
     Fault(

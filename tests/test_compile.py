@@ -1,6 +1,5 @@
 """Under `torch.compile` and on fake tensors: no graph break, the same numbers, no hidden tensor."""
 
-from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -24,8 +23,9 @@ from opsd_kernels import (
 )
 from opsd_kernels.head_gradient import HeadGradients
 from opsd_kernels.kernels import tiles
-from opsd_kernels.problem import STATS, Problem
+from opsd_kernels.problem import STATS, Outputs, Problem
 from opsd_kernels.row_workspace import row_stride
+from opsd_kernels.schedules import operator_arguments
 
 V = 600
 
@@ -163,19 +163,17 @@ def test_fake_tensors(function, schedule):
 def test_the_operator_does_what_it_declares():
     """PyTorch's own checks of the schema, the fake implementation, and what is written to."""
     h_S, h_T, W = random_inputs(5, 40, 8)
-    zeros = torch.zeros(5), torch.zeros(8, 5), torch.zeros(5, 8)
-    problem = Problem(h_S, h_T, W, None, torch.float32, 0.5)
-    checks = ("test_schema", "test_faketensor")
-    for_later = torch.zeros(STATS, 5), torch.zeros(5, dtype=torch.int32), None, None
-    args = (*zeros, *for_later, [torch.zeros(10, 40)], *problem.values(), None, 2.0**20)
-    torch.library.opcheck(torch.ops.opsd_kernels.fill.default, args, test_utils=checks)
+    operator = torch.ops.opsd_kernels.fill.default
+    stats, top = torch.zeros(STATS, 5), torch.zeros(5, dtype=torch.int32)
+    outputs = Outputs(torch.zeros(5), torch.zeros(8, 5), torch.zeros(5, 8), stats, top)
     gradients = HeadGradients(torch.zeros(5, 8), torch.zeros(40, 8), torch.zeros(40))
-    problem = replace(problem, weights=torch.ones(5))
+    problem = Problem(h_S, h_T, W, None, torch.float32, 0.5, weights=torch.ones(5))
     scratch = head_gradient.allocate(problem, gradients, 2.0**20)
-    given = *for_later[:2], torch.ones(())
-    args = (*vars(gradients).values(), scratch, *given, *problem.values(), None, 2.0**20)
-    operator = torch.ops.opsd_kernels.fill_head_gradients.default
-    torch.library.opcheck(operator, args, test_utils=checks)
+    forward = operator_arguments(outputs, [torch.zeros(10, 40)], problem, [], 2.0**20)
+    backward = operator_arguments(gradients, scratch, problem, [stats, top], 2.0**20)
+    for arguments in (forward, backward):
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(operator, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])

@@ -112,10 +112,10 @@ def test_the_ways_are_those_they_are_named_for():
     h_S, h_T, W = random_inputs(70, 500, 24)
     head = LMHead(W, torch.zeros(500))
     for way in WAYS:
-        weighed, later = autograd._WeighedSum.apply, autograd._OfHead.apply
+        weighed, later = autograd._WeighedSum.apply, autograd._TrainedHead.apply
         with (
             mock.patch.object(autograd._WeighedSum, "apply", side_effect=weighed) as forward,
-            mock.patch.object(autograd._OfHead, "apply", side_effect=later) as backward,
+            mock.patch.object(autograd._TrainedHead, "apply", side_effect=later) as backward,
         ):
             by(way, fused_jsd_loss, h_S, head, h_T)
         assert (forward.call_count, backward.call_count) == ((1, 0) if "forward" in way else (0, 1))
