@@ -3,20 +3,22 @@ projection, activation checkpointing; teacher pass, student pass, loss, backward
 
     python benchmarks/step.py [--model qwen3-8b] [--tokens 1024 16384] [--quick] [--output FOLDER]
 
-One rollout of N tokens, behind a prompt of 256 for the student and 1280 for the teacher. Measured
-on this machine, each figure in a process of its own and after a short step: peak memory above the
-weights, and seconds, the median of three. Counted as on a GPU, without one: the bytes alive at once
-in the step of a whole model, its tensors without contents; from these, and the weights, the longest
-rollout that fits a memory, between two counts in proportion. Optimizer and sampler are not part of
-it. "Offloaded": checkpoints are in host memory, by transformers; "tiled": MLPs take 4096 tokens at
-a time (the run's offload_checkpoints and mlp_tokens).
+One rollout of N tokens follows a prompt of 256 tokens for the student and of 1280 for the teacher.
+Optimizer and sampler are left out. Two kinds of figures:
+
+    measured   on this machine, each figure in a process of its own, after a short step: peak memory
+               above the weights, and seconds (of the processor on a CPU), the median of three
+    counted    as on a GPU, without one: the bytes alive at once in the step of a whole model whose
+               tensors have no contents; and the longest rollout that fits a memory, interpolated
+
+"Offloaded": transformers keeps checkpoints in host memory. "Tiled": MLPs take 4096 tokens at a time
+(`offload_checkpoints` and `mlp_tokens` of a run).
 
 With --output it writes step.csv, step.md and step.png to the folder.
 """
 
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.lib import peers, report
 from benchmarks.lib.allocations import Allocations, fake_device
-from benchmarks.lib.measure import MIB, high_water, in_a_process, start_counting, tell
+from benchmarks.lib.measure import MIB, clock, high_water, in_a_process, start_counting, tell
 from benchmarks.lib.options import Options
 from benchmarks.lib.shapes import QWEN3
 from opsd_kernels import fused_sampled_token_loss
@@ -155,11 +157,9 @@ def measure_here(device: str, model: str, N: int, dtype: str, method: str) -> di
         step(student, LOSSES[method], N)
         peak, seconds = high_water(at) - before, []
         for _ in range(3):
-            start = time.perf_counter()
+            start = clock(at)
             step(student, LOSSES[method], N)
-            if at.type == "cuda":
-                torch.cuda.synchronize(at)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock(at) - start)
     return {
         "weights_mib": weights_mib(student),
         "peak_mib": peak / MIB,
@@ -298,8 +298,9 @@ def summary(path: Path) -> str:
     fits_heads = [f"fits in {name}" for name in report.GPU_GIB]
     of_counted = report.table([head, *(f"N = {N}" for N in tokens), *fits_heads], body)
     first = measured[0]
+    clock_name = "processor time" if first.device == "CPU" else "time"
     of_measured = report.by_method(
-        f"measured, {first.device}, {first.model}, {first.dtype}: the step, by the clock",
+        f"measured, {first.device}, {first.model}, {first.dtype}: the step, {clock_name}",
         measured,
         lambda row: f"N = {row.N}",
         lambda row: row.failure or f"{row.peak_mib:,.0f} MiB, {row.seconds:.1f} s",

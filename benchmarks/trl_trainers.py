@@ -12,7 +12,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.lib import report
-from benchmarks.lib.measure import MIB, high_water, in_a_process, start_counting, tell
+from benchmarks.lib.measure import MIB, clock, high_water, in_a_process, start_counting, tell
 from benchmarks.lib.options import Options
 from benchmarks.lib.shapes import QWEN3
 
@@ -119,12 +118,11 @@ def measure_here(
     with apply_opsd_kernels_to_trl([trainer]) if method == "ours" else nullcontext():
         step(made, batch(at, trainer, 8))
         inputs = batch(at, trainer, N)
-        clock = time.process_time if at.type == "cpu" else time.perf_counter
         before, seconds = start_counting(at), []
         for _ in range(3):
-            start = clock()
+            start = clock(at)
             loss, gradient = step(made, inputs)  # ends with figures on the host
-            seconds.append(clock() - start)
+            seconds.append(clock(at) - start)
         peak = high_water(at) - before
     if getattr(made, "_opsd_kernels_notices", None):
         raise RuntimeError("fell back to TRL's own loss")
@@ -255,8 +253,8 @@ def summary(path: Path) -> str:
     setting, rows = report.read(path, Row)
     both = pairs(rows)
     tokens = list(dict.fromkeys(row.N for row in rows))
-    clock = "processor time" if rows[0].device == "CPU" else "time"
-    heads = [f"N = {N}: {what}" for N in tokens for what in ("memory", clock)]
+    clock_name = "processor time" if rows[0].device == "CPU" else "time"
+    heads = [f"N = {N}: {what}" for N in tokens for what in ("memory", clock_name)]
     body = []
     for trainer in dict.fromkeys(row.trainer for row in rows):
         cells = []

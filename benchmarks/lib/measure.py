@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,15 @@ def tell(measure: Callable[..., dict[str, float]], task: str) -> None:
     except Exception as error:
         figures = {"failure": why(error)}
     print(json.dumps(figures))
+
+
+def clock(device: torch.device) -> float:
+    """Seconds: of this process's processors on a CPU, which other programs do not disturb; on a GPU
+    of the wall, once the GPU has done what it was given."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def start_counting(device: torch.device) -> int:
