@@ -7,16 +7,20 @@ PYTHON := $(VENV)/bin/python
 # Two processes, each of which takes what the other has not begun.
 PYTEST = $(PYTHON) -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow test-power test-tiles test-vllm lint format gpu clean
+.PHONY: demo docs test test-slow test-power test-tiles test-vllm lint format gpu clean
 
 demo: $(VENV)/.installed-train
 	$(PYTHON) -m opsd_train $(ARGS)
+
+# The pages as a site, in site/index.html.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict $(ARGS)
 
 test: lint
 	$(PYTEST) $(ARGS)
 
 # The rest: what is represented in `make test` by its fastest cases.
-test-slow: $(VENV)/.installed-test
+test-slow: $(VENV)/.installed-test $(VENV)/.installed-docs
 	$(PYTEST) -m slow $(ARGS)
 
 # Faults, one after the other, and whether `make test` finds what both together find. Takes hours.
@@ -64,4 +68,4 @@ $(VLLM_VENV)/.installed:
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -431,8 +431,8 @@ def test_the_pages_show_what_was_recorded():
     assert (readme.RESULTS / "trl_trainers.md").read_text() == table + "\n"
     assert table in generated[readme.EXAMPLES]
     parts = readme.readme_parts(readme.RESULTS, readme.README)
-    text = readme.README.read_text().replace("<!-- speed -->", "")
-    with pytest.raises(ValueError, match=r"README\.md has no place for speed, or two"):
+    text = readme.README.read_text().replace("<!-- peers -->", "")
+    with pytest.raises(ValueError, match=r"README\.md has no place for peers, or two"):
         readme.filled(text, parts, "README.md")
 
 
@@ -450,7 +450,7 @@ def test_the_readme_has_no_line_without_a_result():
     texts = readme.generated()
     for reason in NO_RESULT:
         assert reason not in texts[readme.README]
-    assert texts[readme.README].count("**ours, row workspace**") == 3
+    assert texts[readme.README].count("**ours, row workspace**") == 1
 
 
 def test_complete_methods():
@@ -483,7 +483,7 @@ def results_of_a_gpu(tmp_path):
     (folder / "hardware.txt").write_text(hardware + "\n")
     shape = {"D": 4096, "V": 151936, "dtype": "bfloat16"}
     ours, eager = "ours, logit-free", "eager"
-    times = {"floors": 2.5, "floors_low": 2.25, "floors_high": 2.75}
+    times = {"both_s": 0.0123, "floors": 2.5, "floors_low": 2.25, "floors_high": 2.75}
     report.write(folder / "speed.csv", f"{hardware}; beta 0.5", [
         row for N in (1024, 4096) for row in (
             speed.Row(N, method=speed.FLOOR, floors=1.0, **shape),
@@ -502,55 +502,82 @@ def results_of_a_gpu(tmp_path):
     return tmp_path
 
 
-def test_results_of_a_gpu_take_the_place_of_the_cpus(results_of_a_gpu):
+def test_what_a_gpu_measured_is_shown(results_of_a_gpu):
     folder = results_of_a_gpu / "nvidia-x1"
     (folder / "summary.txt").write_text(
         "X1\ntests   140.0 s\n  gpu  ok\n  kernels  ok; compiled 2\n"
     )
     parts = readme.readme_parts(results_of_a_gpu, readme.README)
-    assert parts["speed"].splitlines()[:4] == [
-        "| D = 4096, V = 151936, bfloat16 | N = 1024 | N = 4096 |",
-        "|---|---|---|",
-        "| **ours, logit-free** | **2.50 (2.25 – 2.75)** | **2.50 (2.25 – 2.75)** |",
-        "| eager | out of memory | out of memory |",
-    ]
-    assert "| measured, NVIDIA X1, qwen3-8b, bfloat16 | N = 1024 | N = 4096 |" in parts["memory"]
-    assert "| **ours, logit-free** | **70 MiB** | **70 MiB** |" in parts["memory"]
-    assert "TRL |" not in parts["speed"] + parts["memory"]
-    assert "[NVIDIA X1](docs/benchmarks.md#nvidia-x1)" in parts["gpu"]
-    assert "nothing has been measured" not in parts["gpu"]
-    row = "| kernels on NVIDIA X1 |  | torch 9.9.0, triton 8.8.0 | – | tested | – |"
-    assert row in parts["compatibility"]
+    lines = parts["peers"].splitlines()
+    assert lines[0] == "| 4,096 tokens | calls | time | memory |"
+    counted = readme.memory.amount(recorded_mib("ours, logit-free", 4096))
+    call = "`fused_jsd_loss`"
+    assert f"| **ours, logit-free** | **{call}** | **12 ms** | **{counted}** |" in lines
+    assert "| eager | `log_softmax` of all logits | out of memory | 28 GiB |" in lines
+    assert "| TRL | `ChunkedDivergenceFunction` | not measured | 1,600 MiB |" in lines
+    assert "(NVIDIA X1, torch 9.9.0, triton 8.8.0; D = 4096, V = 151936, bf16;" in parts["peers"]
+    assert "Tested on a GPU: on NVIDIA X1 tested." in parts["evidence"]
+    table = readme.compatibility_parts(results_of_a_gpu, readme.COMPATIBILITY)["compatibility"]
+    name = "[NVIDIA X1](benchmarks.md#nvidia-x1)"
+    assert f"| kernels on {name} |  | torch 9.9.0, triton 8.8.0 | – | tested | – |" in table
     # Nothing else changes.
     recorded = readme.readme_parts(readme.RESULTS, readme.README)
-    below_the_picture = [made["accuracy"].partition("\n\n")[2] for made in (recorded, parts)]
-    assert below_the_picture[0].startswith(below_the_picture[1])
+    assert parts["trainers"] == recorded["trainers"]
 
-    section = readme.page_parts(results_of_a_gpu, readme.BENCHMARKS)["gpus"]
+    parts = readme.benchmarks_parts(results_of_a_gpu, readme.BENCHMARKS)
+    section = parts["gpus"]
     assert section.startswith("### NVIDIA X1\n\n1 x NVIDIA X1, driver 999.1, torch 9.9.0")
     for part in ("| TRL | no kernel |", "  gpu  ok"):
         assert part in section
-    (folder / "speed.png").touch()
-    parts = readme.readme_parts(results_of_a_gpu, readme.README)
-    assert parts["speed"].startswith("![Bars")
+    apart = max(abs(70 / recorded_mib("ours, logit-free", N) - 1) for N in (1024, 4096))
+    assert parts["counts"] == (
+        f"On NVIDIA X1, at 1,024 and 4,096 tokens, PyTorch's allocator measured within {apart:.1%} "
+        "of the count, for 1 method."
+    )
 
 
-def test_a_gpu_without_a_result_of_ours_takes_no_place(results_of_a_gpu):
+def test_a_gpu_without_a_result_of_ours_has_no_table(results_of_a_gpu):
     path = results_of_a_gpu / "nvidia-x1" / "speed.csv"
     setting, rows = report.read(path, speed.Row)
     failed = [replace(row, failure="no kernel") if "ours" in row.method else row for row in rows]
     report.write(path, setting, failed)
     parts = readme.readme_parts(results_of_a_gpu, readme.README)
-    assert "X1" not in parts["speed"]
-    assert "X1" in parts["memory"]
-    # Nor does one number of tokens alone.
-    path = path.with_name("memory.csv")
-    setting, rows = report.read(path, memory.Row)
-    report.write(path, setting, rows[:2])
-    text = " ".join(readme.readme_parts(results_of_a_gpu, readme.README)["memory"].split())
-    assert "measured, NVIDIA X1" not in text
-    assert "On NVIDIA X1, at N = 1,024, the high-water mark" in text
-    assert "was within 1.2% of the count, for 1 method." in text
+    assert parts["peers"] == "No GPU has been measured yet."
+
+
+@pytest.mark.parametrize("seconds", [0.003, 0.005, 0.02])
+def test_where_a_peer_wins_it_is_said(results_of_a_gpu, seconds):
+    """In time and in memory, beside either of ours; and not where it does not."""
+    path = results_of_a_gpu / "nvidia-x1" / "speed.csv"
+    setting, rows = report.read(path, speed.Row)
+    shape = {"N": 1024, "D": 4096, "V": 151936, "dtype": "bfloat16"}
+    times = {"ours, logit-free": 0.01, "ours, row workspace": 0.004, "Liger, fused": seconds}
+    rows = [row for row in rows if row.method == speed.FLOOR and row.N == 1024]
+    rows += [speed.Row(method=name, both_s=s, **shape) for name, s in times.items()]
+    report.write(path, setting, rows)
+    peers = " ".join(readme.readme_parts(results_of_a_gpu, readme.README)["peers"].split())
+    schedules = readme.choosing_parts(results_of_a_gpu, readme.CHOOSING)["schedules"]
+    schedules = " ".join(schedules.split())
+    assert "logit-free takes 2.5 times as long" in peers
+    for ours in ("logit-free", "row workspace"):
+        wins = seconds < times[f"ours, {ours}"]
+        assert (f"Liger's `LigerFusedLinearJSD` was faster than our {ours}" in peers) == wins
+        told = f"At 1,024 tokens Liger's `LigerFusedLinearJSD` beat our {ours} in time"
+        assert (told in schedules) == wins
+    mib = [f"{recorded_mib(m, 1024):,.0f} MiB" for m in ("Liger, fused", "ours, row workspace")]
+    assert f"in memory ({' against '.join(mib)})" in schedules
+    assert "Liger, fused took less memory than our row workspace." in peers
+    assert "less memory than our logit-free" not in peers
+
+
+def recorded_mib(method, N):
+    _, rows = report.read(readme.RESULTS / "memory.csv", memory.Row)
+    (found,) = [
+        row.counted_mib
+        for row in rows
+        if (row.device, row.model, row.N, row.method) == ("counted", "qwen3-8b", N, method)
+    ]
+    return found
 
 
 @pytest.mark.parametrize(
@@ -569,7 +596,7 @@ def test_tested_on_a_gpu_means_that_all_tests_passed(results_of_a_gpu, outcome, 
             f"X1\ncompile  9.0 s\n  compile  ok\ntests   140.0 s\n  gpu  ok\n  loss  {outcome}\n"
             "speed    3.0 s\n  speed  exit status 1\n"
         )
-    table = readme.readme_parts(results_of_a_gpu, readme.README)["compatibility"]
+    table = readme.compatibility_parts(results_of_a_gpu, readme.COMPATIBILITY)["compatibility"]
     assert f"torch 9.9.0, triton 8.8.0 | – | {told} | – |" in table
 
 

@@ -60,13 +60,18 @@ def test_pages_mark_figures_of_kernels_that_have_changed(changed, monkeypatch):
         return "commit abc1234" + f", {sources.CHANGED}" * changed
 
     monkeypatch.setattr(sources, "described", described)
-    parts = readme.readme_parts(readme.RESULTS, readme.README)
-    for name in ("accuracy", "memory", "speed", "cross-entropy", "trainers", "layers",
-                 "token efficiency"):  # fmt: skip
-        text = " ".join(parts[name].split())
-        assert "commit abc1234" in text, name
-        assert (sources.CHANGED in text) == changed, name
-    page = readme.page_parts(readme.RESULTS, readme.BENCHMARKS)
-    for name in ("accuracy", "memory", "speed", "trained", "cross-entropy", "step", "gpus"):
-        assert "commit abc1234" in page[name], name
+    for page, names in {
+        readme.README: ("saving", "peers", "trainers", "evidence"),
+        readme.CHOOSING: ("schedules", "clip"),
+        readme.TRAINING: ("layers",),
+        readme.BENCHMARKS: (
+            *("accuracy", "memory", "speed", "trained", "cross-entropy", "step", "gpus"),
+        ),
+        readme.EXAMPLES: ("trl",),
+    }.items():
+        parts = readme.PAGES[page](readme.RESULTS, page)
+        for name in names:
+            text = " ".join(parts[name].split())
+            assert "commit abc1234" in text, name
+            assert (sources.CHANGED in text) == changed, name
     assert all(line.startswith("commit ") for line in marked)

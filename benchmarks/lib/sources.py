@@ -39,10 +39,11 @@ def described(of: str) -> str:
 
 @cache
 def commit() -> str:
-    """The commit of this tree. OPSD_COMMIT names it where git does not, as in a copy."""
+    """The commit of this tree, and its date. OPSD_COMMIT names it where git does not, as in a
+    copy."""
     if named := os.environ.get("OPSD_COMMIT"):
         return named
-    name, changes = _git("rev-parse", "--short", "HEAD"), _git("status", "--porcelain", "-uno")
+    name, changes = _git("log", "-1", "--format=%h of %cs"), _git("status", "--porcelain", "-uno")
     if not name:
         return "unknown"
     return f"{name} and changes" if changes else name

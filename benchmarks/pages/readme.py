@@ -1,31 +1,29 @@
-"""Put what was recorded into README.md, docs/benchmarks.md and examples/README.md, each table
-between two marks, and into docs/token_efficiency.md.
+"""Put what was recorded into the pages, each table and sentence with figures between two marks.
 
     python benchmarks/pages/readme.py
 
-The README has one table each for accuracy, memory and time, of the methods that have a result
-everywhere; docs/benchmarks.md has all tables, with a line for every method. What `make gpu` left in
-a folder of benchmarks/results becomes a section of docs/benchmarks.md, and time and memory of the
-first such GPU, by name, take the place of the CPU's in the README, if they are there for several
-numbers of tokens.
+README.md has one table of a GPU, docs/choosing.md what helps to choose, docs/compatibility.md what
+was tested where, docs/training.md the memory of a long rollout, examples/README.md what TRL's
+trainers save; docs/benchmarks.md has all tables, with a line for every method (tables.py).
+docs/token_efficiency.md is generated as a whole.
 """
 
 import csv
-import os
+import itertools
 import re
 import sys
 import textwrap
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import accuracy, memory, speed, step, trl_trainers
-from benchmarks.gpu import resources
 from benchmarks.lib import report
-from benchmarks.lib.records import OperationError
-from benchmarks.lib.shapes import QWEN3
-from benchmarks.more import cross_entropy
+from benchmarks.lib.peers import METHODS
+from benchmarks.lib.shapes import MODELS, QWEN3
+from benchmarks.pages.gpus import Gpu, gpus, slug, versions
+from benchmarks.pages.tables import benchmarks_parts
 from benchmarks.token_efficiency import figures
 from benchmarks.token_efficiency import page as comparison
 from benchmarks.token_efficiency.results import Results
@@ -33,224 +31,86 @@ from benchmarks.token_efficiency.results import Results
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 EXAMPLES = ROOT / "examples" / "README.md"
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+CHOOSING = ROOT / "docs" / "choosing.md"
+COMPATIBILITY = ROOT / "docs" / "compatibility.md"
+TRAINING = ROOT / "docs" / "training.md"
 TOKEN_EFFICIENCY = ROOT / "docs" / "token_efficiency.md"  # all of it is generated
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """A folder that `make gpu` wrote."""
-
-    folder: Path
-
-    @property
-    def hardware(self) -> str:
-        """Hardware, driver and versions, on one line."""
-        return (self.folder / "hardware.txt").read_text().strip()
-
-    @property
-    def name(self) -> str:
-        return self.hardware.partition(", driver")[0].partition(" x ")[2]
-
-    @property
-    def versions(self) -> str:
-        return _versions(self.hardware, "torch", "triton")
-
-    @property
-    def ended(self) -> str:
-        """How each step ended; empty if none has."""
-        return _text(self.folder / "summary.txt").partition("\n")[2].rstrip()
-
-    @property
-    def tests(self) -> str:
-        """What became of the tests."""
-        step = re.search(r"^tests .*\n((?: .*\n?)*)", self.ended, re.MULTILINE)
-        if step is None:
-            return "neither"
-        outcomes = [line.split(maxsplit=1)[1] for line in step[1].splitlines()]
-        if all(outcome == "ok" or outcome.startswith("ok;") for outcome in outcomes):
-            return "tested"
-        passed, failed = (
-            sum(int(n) for n in re.findall(rf"(\d+) {verdict}", step[1]))
-            for verdict in ("passed", "failed")
-        )
-        return f"{passed} tests passed, {failed} failed; not all ran"
-
-    def csv(self, name: str) -> Path | None:
-        path = self.folder / f"{name}.csv"
-        return path if path.exists() else None
-
-
-def gpus(results: Path) -> list[Gpu]:
-    return [Gpu(path.parent) for path in sorted(results.glob("*/hardware.txt"))]
+LOGIT_FREE, ROW_WORKSPACE = "ours, logit-free", "ours, row workspace"
+# What each method calls (benchmarks/lib/peers.py).
+FUNCTIONS = {
+    LOGIT_FREE: "`fused_jsd_loss`",
+    ROW_WORKSPACE: "`fused_jsd_loss`",
+    "eager": "`log_softmax` of all logits",
+    "eager, compiled": "the same in `torch.compile`",
+    "TRL": "`ChunkedDivergenceFunction`",
+    "Liger, fused": "`LigerFusedLinearJSD`",
+    "Liger, chunked": "`LigerFusedLinearJSDLoss`",
+    "ORDA": "`distillation_loss`",
+}
+NOT_MEASURED = "not measured"
 
 
 def readme_parts(results: Path, page: Path) -> dict[str, str]:
-    """What stands between the marks of the README, whose place is `page`, by the marks' name."""
-    measured = gpus(results)
+    """What stands between the marks of the README, by the marks' name. `page` is its place."""
     return {
-        "accuracy": _accuracy_of_readme(results / "accuracy.csv", measured, page),
-        "memory": _memory_of_readme(_best(results, measured, "memory", memory.Row), page),
-        "speed": _speed_of_readme(_best(results, measured, "speed", speed.Row), page),
-        "gpu": _gpus_of_readme(measured),
-        "cross-entropy": _cross_entropy_of_readme(results / "cross_entropy.csv"),
-        "trainers": _trainers_of_readme(results / "trl_trainers.csv"),
-        "layers": _layers_of_readme(results / "step.csv"),
-        "token efficiency": comparison.readme_section(
-            Results(results / "token_efficiency"), os.path.relpath(ROOT / "docs", page.parent)
+        "saving": f"{_saving(results / 'memory.csv')}\n\n{_accuracy(results)}",
+        "trainers": _trainers(results / "trl_trainers.csv"),
+        "peers": _peers(results),
+        "evidence": "\n\n".join(
+            [
+                _tests(gpus(results)),
+                comparison.in_a_sentence(Results(results / "token_efficiency")),
+            ]
         ),
-        "compatibility": compatibility(results, measured),
     }
 
 
-def _accuracy_of_readme(path: Path, measured: list[Gpu], page: Path) -> str:
-    """The picture, errors of the gradient on a CPU, and ours on each GPU."""
-    setting, rows = report.read(path, accuracy.Row)
-    return "\n\n".join(
-        [
-            *_picture(path, accuracy.caption(path), page),
-            accuracy.gradient_table(rows),
-            f"({setting})",
-            _wrapped(f"{accuracy.largest(rows)}."),
-            *filter(None, map(_accuracy_on, measured)),
-        ]
-    )
-
-
-def _accuracy_on(gpu: Gpu) -> str:
-    """Errors of ours on a GPU, in a sentence or two."""
-    if (path := gpu.csv("accuracy")) is None:
-        return ""
-    setting, rows = report.read(path, accuracy.Row)
-    cells = [
-        [cell.strip(" *") for cell in line.strip("|").split("|")]
-        for line in accuracy.gradient_table(rows).splitlines()
-    ]
-    of = {name: ", ".join(errors) for name, *errors in cells}
-    exact = next(name for name in of if name.startswith("the exact gradient"))
-    shape = setting.partition("; ")[2]
+def _saving(path: Path) -> str:
+    """What the diff saves."""
+    _, rows = report.read(path, memory.Row)
+    counted = {(row.model, row.N, row.method): row for row in rows if row.device == "counted"}
+    N = 16384
+    eager, ours = (counted["qwen3-8b", N, name].counted_mib for name in ("eager", LOGIT_FREE))
     return _wrapped(
-        f"On {gpu.name}, whose tensor cores truncate when they add ({shape}): ours, logit-free, "
-        f"{of['ours, logit-free']}; {exact}, {of[exact]}. "
-        f"{accuracy.largest(rows, ['ours, logit-free', 'ours, row workspace'])}."
+        f"For {N:,} tokens and the head of Qwen3-8B in bf16, the first three lines and their "
+        f"backward take **{memory.amount(eager)}**, the last line **{memory.amount(ours)}**. "
+        "(Counted: the bytes of all tensors alive at once, beside the inputs; "
+        f"{report.source(path)}.)"
     )
 
 
-def _best(results: Path, measured: list[Gpu], name: str, kind: type) -> Path:
-    """The csv of the first GPU on which ours has a result for several numbers of tokens, otherwise
-    the CPU's."""
-    for gpu in measured:
-        if path := gpu.csv(name):
-            ours = [row for row in _measured(path, kind) if row.method.startswith("ours")]
-            if len({row.N for row in ours if report.is_result(row)}) > 1:
-                return path
-    return results / f"{name}.csv"
-
-
-def _measured(path: Path, kind: type) -> list[Any]:
-    """The rows of a csv that were not counted, nor are the floor."""
-    _, rows = report.read(path, kind)
-    return [
-        row for row in rows if row.method != speed.FLOOR and getattr(row, "device", "") != "counted"
-    ]
-
-
-def _memory_of_readme(path: Path, page: Path) -> str:
-    """Of a GPU what was measured, otherwise what is counted as on one."""
-    setting, rows = report.read(path, memory.Row)
-    on_gpu = [row for row in _measured(path, memory.Row) if row.device != "CPU"]
-    if on_gpu:
-        table = memory.measured_table(report.complete(on_gpu))
-        how = "the high-water mark of PyTorch's allocator:"
-        source = setting
-    else:
-        table = memory.counted_table(report.complete(memory.shown(rows)))
-        how = (
-            "counted: bytes alive at once in tensors, each method run as on a GPU but on tensors "
-            f"without contents.{_counts_on_gpus(path.parent)} What is compiled cannot be counted: "
-            "Liger's chunked loss is counted uncompiled, and takes less as it is by default, "
-            "compiled."
-        )
-        versions = _versions(setting, "torch", *report.PEERS)  # the machine does not matter
-        source = "; ".join(filter(None, [versions, report.source(path)]))
-    about = _wrapped(f"Above the inputs, forward and backward, {how}")
-    names = "Memory over the number of tokens by method, counted and measured"
-    return "\n\n".join([about, *_picture(path, names, page), table, f"({source})"])
-
-
-def _counts_on_gpus(results: Path) -> str:
-    """How far what GPUs measured is from what is counted, in sentences."""
-    _, rows = report.read(results / "memory.csv", memory.Row)
-    counted = {
-        (row.model, row.N, row.method): row.counted_mib for row in rows if row.device == "counted"
-    }
-    told = ""
-    for gpu in gpus(results):
-        if (path := gpu.csv("memory")) is None:
-            continue
-        pairs = [
-            (row.N, row.measured_mib / counted[key] - 1)
-            for row in _measured(path, memory.Row)
-            if not row.failure and (key := (row.model, row.N, row.method)) in counted
-        ]
-        if pairs:
-            tokens = ", ".join(f"{N:,}" for N in sorted({N for N, _ in pairs}))
-            most = max(abs(apart) for _, apart in pairs)
-            told += (
-                f" On {gpu.name}, at N = {tokens}, the high-water mark of PyTorch's allocator was "
-                f"within {most:.1%} of the count, for {len(pairs)} "
-                f"{'methods' if len(pairs) > 1 else 'method'}."
-            )
-    return told
-
-
-def _speed_of_readme(path: Path, page: Path) -> str:
-    setting, rows = report.read(path, speed.Row)
-    table = speed.table(report.complete(_measured(path, speed.Row)))
-    names = "Bars: multiples of the floor by method and shape"
-    parts = [*_picture(path, names, page), table, f"({setting})"]
-    parts += report.not_recorded(rows, speed.METHODS) + _price_of_the_default(rows)
-    if ", driver" not in setting:  # that of a GPU is named
-        about = (
-            "A CPU has no product of bf16 into fp32: ours widens the head, tile by tile, and takes"
-        )
-        parts.append(
-            _wrapped(f"{about} about as long as for fp32 ([more](docs/benchmarks.md#time)).")
-        )
-    return "\n\n".join(parts)
-
-
-def _price_of_the_default(rows: list[speed.Row]) -> list[str]:
-    """What `workspace_mib=None` costs on a GPU, at the most tokens of one head; nothing where
-    either schedule has no result."""
-    free, workspace = (
-        {(row.D, row.N): row for row in rows if row.method == f"ours, {way}" and not row.failure}
-        for way in ("logit-free", "row workspace")
+def _accuracy(results: Path) -> str:
+    """Ours beside eager, in two sentences."""
+    path = results / "accuracy.csv"
+    _, rows = report.read(path, accuracy.Row)
+    _, eager = min(
+        (abs(row.mean_jsd / 1e-5 - 1), row.grad_error)
+        for row in rows
+        if row.method == "eager, bf16 logits" and row.divergence == rows[0].divergence
     )
-    if not (both := free.keys() & workspace.keys()):
-        return []
-    D, N = max(both)
-    times = free[D, N].floors / workspace[D, N].floors
-    return [
-        _wrapped(
-            f"`workspace_mib=None` is logit-free on a GPU: with D = {D:,} and N = {N:,} it takes "
-            f"{times:.1f} times as long as `workspace_mib=320`, and allocates no workspace."
-        )
-    ]
+    on_gpus = "".join(
+        f", {_largest_of_ours(gpu.rows('accuracy', accuracy.Row)):.1f} on {gpu.name} "
+        f"({report.source(of_gpu)})"
+        for gpu in gpus(results)
+        if (of_gpu := gpu.csv("accuracy"))
+    )
+    return _wrapped(
+        "It is accurate in bf16 too. Where student and teacher nearly agree, at a mean JSD of "
+        f"1e-5, eager code with bf16 logits has a gradient that is off by {eager:.0%}. The error "
+        "of ours is at most the rounding of the exact gradient to bf16, times "
+        f"{_largest_of_ours(rows):.1f} on a CPU ({report.source(path)}){on_gpus}: "
+        "[how](docs/maths.md)."
+    )
 
 
-def _gpus_of_readme(measured: list[Gpu]) -> str:
-    if not measured:
-        return _wrapped(
-            "**On a GPU nothing has been measured yet.** The kernels are tested in Triton's "
-            "interpreter, and compiled ahead of time."
-        )
-    names = ", ".join(f"[{gpu.name}](docs/benchmarks.md#{slug(gpu.name)})" for gpu in measured)
-    return _wrapped(f"**Measured on a GPU:** {names}.")
+def _largest_of_ours(rows: list[accuracy.Row]) -> float:
+    return max(row.grad_error / row.rounding for row in rows if row.method.startswith("ours"))
 
 
-def _trainers_of_readme(path: Path) -> str:
+def _trainers(path: Path) -> str:
     """What TRL's trainer of self-distillation saves, at the most tokens."""
     _, rows = report.read(path, trl_trainers.Row)
     of_sdft = [row for row in rows if row.trainer == "SDFTTrainer" and not row.failure]
@@ -258,52 +118,196 @@ def _trainers_of_readme(path: Path) -> str:
     theirs, ours = ({r.method: r for r in of_sdft if r.N == N}[m] for m in trl_trainers.METHODS)
     clock = " of processor time" if ours.device == "CPU" else ""
     return _wrapped(
-        f"In TRL it is one line before the trainer is made. {len(trl_trainers.TRAINERS)} of its "
-        f"trainers take it; one loss of `SDFTTrainer` and its gradient ({ours.device}, "
-        f"{ours.dtype}, {N} tokens, a vocabulary of {QWEN3[ours.model]['vocab_size']:,}) takes "
-        f"{ours.peak_mib:,.0f} MiB and {ours.seconds:.1f} s{clock} with it, "
-        f"{theirs.peak_mib:,.0f} MiB and {theirs.seconds:.1f} s without{_source(path)}. Other "
-        "trainers take a few lines: [examples/](examples/README.md)."
+        f"{len(trl_trainers.TRAINERS)} of its trainers then compute their loss from hidden states. "
+        f"One loss of `SDFTTrainer` and its gradient ({ours.device}, {ours.dtype}, {N} tokens, a "
+        f"vocabulary of {QWEN3[ours.model]['vocab_size']:,}) takes {ours.peak_mib:,.0f} MiB and "
+        f"{ours.seconds:.1f} s{clock} with it, {theirs.peak_mib:,.0f} MiB and "
+        f"{theirs.seconds:.1f} s without ({report.source(path)})."
     )
 
 
-def _cross_entropy_of_readme(path: Path) -> str:
-    """What one takes beside eager, of a frozen head, at the most tokens."""
-    _, rows = report.read(path, cross_entropy.Row)
-    frozen = [row for row in rows if row.what == "measured" and row.head == "frozen"]
-    N = max(row.N for row in frozen)
-    of_it = [row for row in frozen if (row.N, row.dtype) == (N, frozen[0].dtype)]
-    ours, eager, compiled = (
-        {r.method: r for r in of_it}[method]
-        for method in ("ours, row workspace", "eager", "CCE, torch.compile")
-    )
+def _peers(results: Path) -> str:
+    """One table of a GPU, at the most tokens that were timed, and what to choose."""
+    for gpu in gpus(results):
+        timed = gpu.rows("speed", speed.Row)
+        if any(row.method.startswith("ours") and not row.failure for row in timed):
+            return _table_of(gpu, timed, results)
+    return "No GPU has been measured yet."
+
+
+def _table_of(gpu: Gpu, timed: list[speed.Row], results: Path) -> str:
+    D, V, N = timed[0].D, timed[0].V, max(row.N for row in timed if row.D == timed[0].D)
+    at = {row.method: row for row in timed if (row.N, row.D, row.V) == (N, D, V)}
+    counted = _counted(results / "memory.csv", D, V)
+    body = [
+        [
+            name,
+            function,
+            _cell(at.get(name), lambda row: f"{1000 * row.both_s:,.0f} ms"),
+            _cell(counted.get((name, N)), lambda row: memory.amount(row.counted_mib)),
+        ]
+        for name, function in FUNCTIONS.items()
+        if name in at or (name, N) in counted
+    ]
+    left_out = [name for name in METHODS if name not in at and (name, N) not in counted]
+    setting, _ = report.read(gpu.folder / "speed.csv", speed.Row)
+    notes = [
+        f"{gpu.name}, {versions(setting, 'torch', 'triton', *report.PEERS)}; D = {D}, V = {V}, "
+        f"bf16; medians; {report.source(gpu.folder / 'speed.csv')}.",
+        f"Memory is counted ([how near that is](docs/benchmarks.md#memory)); "
+        f"{report.source(results / 'memory.csv')}.",
+        "Liger, chunked takes less when it is compiled." * ("Liger, chunked" not in left_out),
+        f"Neither timed nor counted: {'; '.join(left_out)}." * bool(left_out),
+    ]
+    parts = [
+        report.table([f"{N:,} tokens", "calls", "time", "memory"], body),
+        _wrapped(f"({' '.join(filter(None, notes))})"),
+        _which(at, {method: row for (method, n), row in counted.items() if n == N}),
+    ]
+    return "\n\n".join(parts)
+
+
+def _cell(row: Any, shown: Callable[[Any], str]) -> str:
+    """A row's figure, or why there is none."""
+    if row is None or row.failure not in ("", "out of memory", report.DOES_NOT_FIT):
+        return NOT_MEASURED
+    return row.failure or shown(row)
+
+
+def _counted(path: Path, D: int, V: int) -> dict[tuple[str, int], memory.Row]:
+    """What is counted of the head of that shape, by method and tokens."""
+    _, rows = report.read(path, memory.Row)
+    model = next(name for name, shape in MODELS.items() if shape == (D, V))
+    return {
+        (row.method, row.N): row
+        for row in rows
+        if (row.device, row.model) == ("counted", model) and not row.failure
+    }
+
+
+def _which(at: dict[str, speed.Row], counted: dict[str, memory.Row]) -> str:
+    """Which of ours to choose, and where a peer was better than one of them, in words."""
+    free, rows = at.get(LOGIT_FREE), at.get(ROW_WORKSPACE)
+    if free is None or rows is None or free.failure or rows.failure:
+        return ""
+    told = [
+        "**Which one?** The row workspace, unless memory is that short: logit-free takes "
+        f"{free.both_s / rows.both_s:.1f} times as long."
+    ]
+    for ours in (free, rows):
+        told += [
+            f"{peer.partition(',')[0]}'s {FUNCTIONS[peer]} was faster than our "
+            f"{ours.method.partition(', ')[2]}, with {memory.amount(counted[peer].counted_mib)}."
+            for peer, row in at.items()
+            if peer in counted and not peer.startswith("ours") and row.both_s < ours.both_s
+        ]
+        told += [
+            f"{peer} took less memory than our {ours.method.partition(', ')[2]}."
+            for peer, row in counted.items()
+            if not peer.startswith("ours") and row.counted_mib < counted[ours.method].counted_mib
+        ]
+    return _wrapped(" ".join(told))
+
+
+def _tests(measured: list[Gpu]) -> str:
+    """What GPUs said of the tests."""
+    found = "; ".join(f"on {gpu.name} {gpu.tests}" for gpu in measured)
     return _wrapped(
-        f"A mean cross-entropy of {N} tokens and its gradient ({ours.device}, {ours.dtype}, a "
-        f"frozen head, a vocabulary of {ours.V:,}) takes {ours.peak_mib:,.0f} MiB and "
-        f"{ours.processor_s:.1f} s of processor time, eager {eager.peak_mib:,.0f} MiB and "
-        f"{eager.processor_s:.1f} s, eager compiled by CCE {compiled.peak_mib:,.0f} MiB and "
-        f"{compiled.processor_s:.1f} s{_source(path)}; [more](docs/benchmarks.md#cross-entropy)."
+        f"Tested on a GPU: {found or 'no'}. AMD's GPUs are compiled for, and untried "
+        "([details](docs/compatibility.md))."
     )
 
 
-def _layers_of_readme(path: Path) -> str:
+def choosing_parts(results: Path, page: Path) -> dict[str, str]:
+    """The same of docs/choosing.md."""
+    return {
+        "schedules": _schedules(results),
+        "clip": comparison.clip_in_a_sentence(Results(results / "token_efficiency")),
+    }
+
+
+def _schedules(results: Path) -> str:
+    """Time and memory of both schedules and of the peers that were timed, by tokens."""
+    for gpu in gpus(results):
+        timed = [row for row in gpu.rows("speed", speed.Row) if row.method != speed.FLOOR]
+        if not timed:
+            continue
+        D, V = timed[0].D, timed[0].V
+        counted = _counted(results / "memory.csv", D, V)
+
+        def cell(row: speed.Row, counted: dict = counted) -> str:
+            time = _cell(row, lambda row: f"{1000 * row.both_s:,.0f} ms")
+            of_memory = _cell(
+                counted.get((row.method, row.N)), lambda row: memory.amount(row.counted_mib)
+            )
+            return f"{time}, {of_memory}"
+
+        table = report.by_method(
+            "time, memory",
+            [row for row in timed if (row.D, row.V) == (D, V)],
+            lambda row: f"{row.N:,} tokens",
+            cell,
+        )
+        told = _where_peers_win(timed, counted)
+        where = (
+            f"{gpu.name}, D = {D}, V = {V}, bf16, one loss and its gradient; time is the median "
+            f"({report.source(gpu.folder / 'speed.csv')}), memory is counted "
+            f"({report.source(results / 'memory.csv')})"
+        )
+        return "\n\n".join([table, _wrapped(f"({where})"), *filter(None, [_wrapped(told)])])
+    return "No GPU has been measured yet."
+
+
+def _where_peers_win(timed: list[speed.Row], counted: dict[tuple[str, int], memory.Row]) -> str:
+    """Which peers, of those that were timed, took less time or memory than ours, and where."""
+    told = []
+    for N in sorted({row.N for row in timed}):
+        at = {row.method: row for row in timed if row.N == N and not row.failure}
+        for ours, peer in itertools.product((LOGIT_FREE, ROW_WORKSPACE), FUNCTIONS):
+            if peer.startswith("ours") or not {ours, peer} <= at.keys():
+                continue
+            pair = [counted.get((name, N)) for name in (peer, ours)]
+            less = [
+                f"in time ({1000 * at[peer].both_s:,.0f} ms against {1000 * at[ours].both_s:,.0f})"
+            ] * (at[peer].both_s < at[ours].both_s)
+            if pair[0] and pair[1] and pair[0].counted_mib < pair[1].counted_mib:
+                amounts = " against ".join(memory.amount(row.counted_mib) for row in pair if row)
+                less.append(f"in memory ({amounts})")
+            if less:
+                told.append(
+                    f"At {N:,} tokens {peer.partition(',')[0]}'s {FUNCTIONS[peer]} beat our "
+                    f"{ours.partition(', ')[2]} {' and '.join(less)}."
+                )
+    return " ".join(told)
+
+
+def training_parts(results: Path, page: Path) -> dict[str, str]:
+    """The same of docs/training.md."""
+    return {"layers": _layers(results / "step.csv")}
+
+
+def _layers(path: Path) -> str:
     """What is left of a step's memory, at the most tokens that were counted."""
     _, rows = report.read(path, step.Row)
     counted = [row for row in rows if row.device == "counted" and not row.failure]
     N = max(row.N for row in counted)
     kept, less = (
         {row.method: step.total_gib(row) for row in counted if row.N == N}[method]
-        for method in ("ours, logit-free", "ours, offloaded, tiled")
+        for method in (LOGIT_FREE, "ours, offloaded, tiled")
     )
     return _wrapped(
         f"With `--offload-checkpoints --mlp-tokens {step.MLP_TOKENS}` a step of {counted[0].model} "
         f"with a rollout of {N:,} tokens takes {less:.0f} GiB, weights included, in place of "
-        f"{kept:.0f}, counted as on a GPU{_source(path)}; `--micro-batch-tokens` scores rollouts "
-        "of like length together."
+        f"{kept:.0f} (counted as on a GPU; {report.source(path)})."
     )
 
 
-def compatibility(results: Path, measured: list[Gpu]) -> str:
+def compatibility_parts(results: Path, page: Path) -> dict[str, str]:
+    """The same of docs/compatibility.md."""
+    return {"compatibility": _compatibility(results)}
+
+
+def _compatibility(results: Path) -> str:
     """Which versions run where: tested, compiled ahead of time, or neither."""
     with (results / "resources.csv").open(newline="") as file:
         archs = list(dict.fromkeys(row["arch"] for row in csv.DictReader(file)))
@@ -326,39 +330,11 @@ def compatibility(results: Path, measured: list[Gpu]) -> str:
         if bounds is None or version is None:
             raise ValueError(f"pyproject.toml or constraints.txt does not name {package}")
         body.append([what, bounds[1].replace(",", ", "), version[1], *cells])
-    for gpu in measured:
-        on_cuda = gpu.name.startswith("NVIDIA")
-        cells = [gpu.tests, "–"] if on_cuda else ["–", gpu.tests]
-        body.append([f"kernels on {gpu.name}", "", gpu.versions, "–", *cells])
+    for gpu in gpus(results):
+        cells = [gpu.tests, "–"] if gpu.name.startswith("NVIDIA") else ["–", gpu.tests]
+        name = f"kernels on [{gpu.name}](benchmarks.md#{slug(gpu.name)})"
+        body.append([name, "", gpu.versions, "–", *cells])
     return report.table(["", "required", "version", "CPU", "CUDA", "ROCm"], body)
-
-
-def page_parts(results: Path, page: Path) -> dict[str, str]:
-    """The same of docs/benchmarks.md."""
-    return {
-        "accuracy": _accuracy(results / "accuracy.csv", page),
-        "memory": memory.summary(results / "memory.csv"),
-        "heads": _every_head(results / "memory.csv"),
-        "speed": speed.summary(results / "speed.csv"),
-        "trained": "\n\n".join(map(speed.summary, sorted(results.glob("*/trained.csv")))),
-        "cross-entropy": _cross_entropy(results),
-        "step": step.summary(results / "step.csv"),
-        "resources": resources.summary(results / "resources.csv"),
-        "gpus": "\n\n".join(_section(gpu, page) for gpu in gpus(results)) or "None yet.",
-    }
-
-
-def _accuracy(path: Path, page: Path) -> str:
-    """The picture and all that was recorded on a CPU."""
-    return "\n\n".join([*_picture(path, accuracy.caption(path), page), accuracy.summary(path)])
-
-
-def _cross_entropy(results: Path) -> str:
-    """What was recorded on a CPU, and on which GPUs there is more."""
-    on_gpus = [gpu for gpu in gpus(results) if gpu.csv("cross_entropy")]
-    names = ", ".join(f"[{gpu.name}](#{slug(gpu.name)})" for gpu in on_gpus)
-    also = f"Also measured on {names}." if names else "On a GPU it has not been measured."
-    return f"{cross_entropy.summary(results / 'cross_entropy.csv')}\n\n{also}"
 
 
 def examples_parts(results: Path, page: Path) -> dict[str, str]:
@@ -366,89 +342,21 @@ def examples_parts(results: Path, page: Path) -> dict[str, str]:
     return {"trl": trl_trainers.summary(results / "trl_trainers.csv")}
 
 
-def _every_head(path: Path) -> str:
-    """What is counted of each model's head, at every number of tokens."""
-    _, rows = report.read(path, memory.Row)
-    counted = [row for row in rows if row.device == "counted"]
-    models = dict.fromkeys(row.model for row in counted)
-    tables = [
-        memory.counted_table([row for row in report.complete(counted) if row.model == model])
-        for model in models
-    ]
-    return "\n\n".join(tables)
-
-
-def _section(gpu: Gpu, page: Path) -> str:
-    """What was measured on a GPU."""
-    parts = [f"### {gpu.name}", gpu.hardware + "."]
-    for title, name, summary in (
-        ("Time, as multiples of three bare products", "speed", speed.summary),
-        ("Memory", "memory", memory.summary),
-        ("Accuracy", "accuracy", accuracy.summary),
-        ("Cross-entropy", "cross_entropy", cross_entropy.summary),
-        ("A whole training step", "training", _training),
-        ("Every operation at a real size", "operations", _operations),
-    ):
-        if path := gpu.csv(name):
-            parts += [f"#### {title}", *_picture(path, f"{title} on {gpu.name}", page)]
-            parts.append(summary(path))
-    if gpu.ended:
-        parts += ["#### How each step of `make gpu` ended", f"```\n{gpu.ended}\n```"]
-    return "\n\n".join(parts)
-
-
-def _training(path: Path) -> str:
-    from benchmarks.gpu import training  # which imports all that trains
-
-    return training.summary(path)
-
-
-def _operations(path: Path) -> str:
-    """Of each operation the largest error in either schedule, as a share of what is allowed."""
-    setting, rows = report.read(path, OperationError)
-    worst: dict[tuple[str, str], dict[int, float]] = {}
-    for row in rows:
-        of_case = f"D = {row.D}, {row.dtype}, distance {row.distance:g}"
-        shares = worst.setdefault((row.operation, of_case), {})
-        shares[row.workspace_mib] = max(shares.get(row.workspace_mib, 0), row.error / row.bound)
-    body = [
-        [*case, *(f"{shares[mib]:.2f}" if mib in shares else "–" for mib in (0, 320))]
-        for case, shares in worst.items()
-    ]
-    about = "Largest error against float64 on a few rows, as a share of its bound:"
-    table = report.table(["operation", "case", "logit-free", "row workspace"], body)
-    return f"{about}\n\n{table}\n\n({setting})"
-
-
-def _picture(path: Path, text: str, page: Path) -> list[str]:
-    """The picture beside a csv, as it is called from a page; none if there is none."""
-    picture = path.with_suffix(".png")
-    return [f"![{text}]({os.path.relpath(picture, page.parent)})"] if picture.exists() else []
-
-
-def _versions(setting: str, *packages: str) -> str:
-    """Those of some packages, of a line that `report.machine` wrote."""
-    known = re.findall(rf"\b({'|'.join(packages)}) ([^,;\s]+)", setting)
-    return ", ".join(f"{package} {version}" for package, version in known)
-
-
-def _source(path: Path) -> str:
-    """Which commit the figures of a sentence are of, in brackets."""
-    source = report.source(path)
-    return f" ({source})" if source else ""
+PAGES: dict[Path, Callable[[Path, Path], dict[str, str]]] = {
+    README: readme_parts,
+    EXAMPLES: examples_parts,
+    BENCHMARKS: benchmarks_parts,
+    CHOOSING: choosing_parts,
+    COMPATIBILITY: compatibility_parts,
+    TRAINING: training_parts,
+}
 
 
 def _wrapped(text: str) -> str:
-    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
-
-
-def _text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
-
-
-def slug(heading: str) -> str:
-    """The anchor that GitHub gives a heading."""
-    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+    indent = "  " if text.startswith("- ") else ""
+    return textwrap.fill(
+        text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def filled(text: str, parts: dict[str, str], name: str) -> str:
@@ -465,10 +373,9 @@ def filled(text: str, parts: dict[str, str], name: str) -> str:
 
 def generated(results: Path = RESULTS) -> dict[Path, str]:
     """The text of all pages, with what is recorded in `results`."""
-    parts = {README: readme_parts, BENCHMARKS: page_parts, EXAMPLES: examples_parts}
     return {
-        page: filled(page.read_text(), made(results, page), page.name)
-        for page, made in parts.items()
+        page: filled(page.read_text(), parts(results, page), page.name)
+        for page, parts in PAGES.items()
     } | {TOKEN_EFFICIENCY: comparison.page(Results(results / "token_efficiency"))}
 
 

@@ -1,4 +1,4 @@
-"""docs/token_efficiency.md, and the README's section on it, out of what was recorded."""
+"""docs/token_efficiency.md, and what other pages say of it, out of what was recorded."""
 
 import math
 from collections.abc import Sequence
@@ -31,7 +31,6 @@ from benchmarks.token_efficiency.verdicts import (
 )
 from benchmarks.token_efficiency.warm_start import build_tokenizer
 from benchmarks.token_efficiency.words import (
-    PICTURES,
     claim,
     claims,
     judged,
@@ -53,8 +52,7 @@ ON_THE_WAY = (0.4, 0.5, 0.6, 0.7)
 
 def page(results: Results) -> str:
     """All of it."""
-    parts = [
-        introduction(results),
+    body = [
         main(results),
         length(results),
         size(results),
@@ -63,26 +61,55 @@ def page(results: Results) -> str:
         memory(results),
         method(results),
     ]
+    parts = [introduction(results), in_short(results, " ".join(body)), the_world(results), *body]
     return reflowed("\n\n".join(filter(None, parts))) + "\n"
 
 
 def introduction(results: Results) -> str:
-    plan, begin = results.plan, results.beginning(results.plan["size"])
-    by_level = of_levels(begin["curve"][0]["solved"], begin["cell"]["samples"])
     facts = results.setting
-    start, minutes = begin["curve"][0]["accuracy"], facts["processor_s"] / 60
+    minutes = facts["processor_s"] / 60
     return f"""# The paper's claims in miniature
 
 <!-- Made by `python benchmarks/pages/readme.py` out of benchmarks/results/token_efficiency; not
 to be edited. -->
 
-On-policy self-distillation beside SFT, GRPO and on-policy distillation from a larger teacher, in a
-world small enough for two cores: `python benchmarks/token_efficiency/run.py --output
-benchmarks/results/token_efficiency` ({minutes:.0f} minutes of one processor, so about
-{minutes / 2:.0f} on two cores; `--quick` takes three). It goes on where it was stopped.
-({facts["setting"]}; each worker has one thread; {results.source}.)
+Does on-policy self-distillation (OPSD) learn more from fewer generated tokens? This page compares
+it with SFT, with GRPO and with distillation from a larger teacher, in a world that is small enough
+for two cores. To repeat it, run `python benchmarks/token_efficiency/run.py --output
+benchmarks/results/token_efficiency`: {minutes:.0f} minutes of one processor, about
+{minutes / 2:.0f} on two cores. `--quick` takes three minutes. A run that was stopped goes on.
+({facts["setting"]}; each worker has one thread; {results.source}.)"""
 
-## The world
+
+def in_short(results: Results, body: str) -> str:
+    """The main figures, and how many claims of the page's `body` have which verdict."""
+    of = {name: results.of(name) for name in results.methods}
+    if not {SELF_DISTILLATION, "GRPO"} <= of.keys():
+        return ""
+    ratio = times_fewer(of[SELF_DISTILLATION], of["GRPO"])
+    fewer = (
+        "In some seed OPSD did not get there"
+        if ratio is None
+        else f"OPSD got there with {shown_ratio(ratio)} fewer tokens"
+    )
+    begin = results.beginning(results.plan["size"])["curve"][0]["accuracy"]
+    tokens = {n: fmean(r["curve"][-1]["tokens"] for r in of[n]) / 1000 for n in of}
+    ends = {name: f"{fmean(finals(cells)):.0%}" for name, cells in of.items()}
+    verdicts = {v: body.count(f"**{v}**") for v in (HOLDS, FAILS, OPEN)}
+    return (
+        f"**In short.** OPSD ({SELF_DISTILLATION}) took held-out accuracy from {begin:.0%} to "
+        f"{ends[SELF_DISTILLATION]} with {tokens[SELF_DISTILLATION]:.0f}k generated tokens. GRPO "
+        f"reached {ends['GRPO']} with {tokens['GRPO']:.0f}k. {fewer}. Of "
+        f"{sum(verdicts.values())} claims on this page {verdicts[HOLDS]} hold here, "
+        f"{verdicts[FAILS]} do not, and {verdicts[OPEN]} cannot be told from the noise."
+    )
+
+
+def the_world(results: Results) -> str:
+    plan, begin = results.plan, results.beginning(results.plan["size"])
+    by_level = of_levels(begin["curve"][0]["solved"], begin["cell"]["samples"])
+    start = begin["curve"][0]["accuracy"]
+    return f"""## The world
 
 ```
 problem     d3c8b4a7*6
@@ -90,38 +117,39 @@ solution    a7*6+0=42b4*6+4=28c8*6+2=50d3*6+5=23    the answer: 23082
 reference   a42b28c50d23
 ```
 
-Numbers of {", ".join(map(str, LEVELS[:-1]))} and {LEVELS[-1]} digits times one digit, worked out
-digit by digit in {9 * LEVELS[0] + 1} to {9 * LEVELS[-1] + 1} tokens. The reference solution, which
-the teacher sees and SFT trains on, is terser than what the model writes: the values alone. Models
-of transformers' Qwen3 with two layers are warm-started on worked solutions in which
-{len(WRONG_PAIRS)} pairs of the times table have a wrong value, and a carry is lost at a zero, in
-{MISCONCEPTION:.0%} of the cases, and any step slips in {SLIP:.0%}. Behind a reference they are
-trained to work the problem out without a mistake. So alone they are wrong in ways that greedy
-decoding does not mend: before any training the {plan["size"]} one
-({parameters(results)} parameters)
-solves {start:.0%} of the held-out problems when sampled,
-{begin["greedy"]:.0%} greedily,
-{begin["teacher"]:.0%} with the reference in view; by digits
-{", ".join(f"{level}: {a:.0%}" for level, a in zip(LEVELS, by_level, strict=True))}.
-No pair of numbers is both in the warm start, in training, in the search of learning rates, or held
-out.
+A problem is a number of {", ".join(map(str, LEVELS[:-1]))} or {LEVELS[-1]} digits times one digit.
+A solution works it out digit by digit, in {9 * LEVELS[0] + 1} to {9 * LEVELS[-1] + 1} tokens. The
+reference solution has the values alone. The teacher sees it, and SFT trains on it.
 
-**What this can show:** how the objectives compare when everything around them is the same code, on
-a task where the student is often wrong, the teacher far less, and the truth is known token by
-token. **What it cannot:** that real models behave alike. Here a model has one skill, a vocabulary
-of {len(build_tokenizer())} tokens,
-rollouts of a hundred; its faults were put there; its teacher was trained to use a
-reference, which a language model does by itself or does not; and the larger teacher was taught the
-truth. Orderings, more than sizes, are what to look at.
+The models are transformers' Qwen3 with two layers. Before any method is run they are taught to
+multiply, with faults: {len(WRONG_PAIRS)} pairs of the times table have a wrong value and a carry is
+lost at a zero, in {MISCONCEPTION:.0%} of the cases, and any step slips in {SLIP:.0%}. With a
+reference in view they are taught to make no mistake. So a model that is alone makes mistakes which
+greedy decoding does not remove. Before training the {plan["size"]} model
+({parameters(results)} parameters)
+solves {start:.0%} of the held-out problems when it samples,
+{begin["greedy"]:.0%} when it decodes greedily, and
+{begin["teacher"]:.0%} with the reference in view. Sampled, by digits:
+{", ".join(f"{level}: {a:.0%}" for level, a in zip(LEVELS, by_level, strict=True))}.
+No pair of numbers is in two of these: the first teaching, training, the search of learning rates,
+the held-out problems.
+
+**What this can show:** how objectives compare when all else is the same code, on a task where the
+student is often wrong, the teacher is wrong far less, and the truth is known token by token.
+
+**What it cannot show:** that real models behave alike. These have one skill, a vocabulary of
+{len(build_tokenizer())} tokens,
+and rollouts of about a hundred tokens. Their faults were put there. Their teacher was trained to
+use a reference; a language model may or may not do so by itself. The larger teacher was taught the
+truth. Look at orderings more than at sizes.
 
 ## The rule
 
-{len(plan["seeds"])} seeds, which decide the adapter, the order of problems and all draws; the
-warm-started model is the same for all. Two that are compared have the same seeds and the same
-{plan["problems"]} held-out problems. Of the differences, one a seed, we give the mean and
-Student's 95% interval: an
-ordering *holds here* if the interval is above 0, *does not hold here* if it is below, and otherwise
-*cannot be told from the noise*."""
+Each method has {len(plan["seeds"])} seeds, which decide the adapter, the order of problems and all
+draws. The warm-started model is the same for all. Methods that are compared have the same seeds and
+the same {plan["problems"]} held-out problems. A comparison gives the mean of the differences, one
+for each seed, and Student's 95% interval. An ordering *holds here* if the interval is above 0,
+*does not hold here* if it is below, and otherwise *cannot be told from the noise*."""
 
 
 def main(results: Results) -> str:
@@ -159,21 +187,20 @@ def main(results: Results) -> str:
 
 {table(head, lines)}
 
-Accuracy is that of one sample a problem at T = 1 on the way, of
-{results.plan["samples"]} after the last step; with the lowest and highest seed. The mean is over
-the first {results.plan["steps"]} steps, which all methods have in common. Tokens are in thousands,
-generated to train, the means of the seeds, – where a seed never got there; the last column is how
-many times fewer than GRPO
-a method needed to reach what GRPO reached in the end
-({target:.0%} on average), with its interval over seeds (– where one did not).
-The teacher's passes over these tokens, and SFT's over solutions, are not generated and
-not counted. No interval is corrected for how many there are.
+The accuracy on the way is of one sample a problem at T = 1; after the last step it is of
+{results.plan["samples"]} samples, with the lowest and highest seed in brackets. The mean is over
+the first {results.plan["steps"]} steps, which all methods have. Tokens are thousands that were
+generated to train, the mean of the seeds; a dash means that some seed never got there. The last
+column says how many times fewer tokens than GRPO a method needed to reach GRPO's last accuracy
+({target:.0%} on average), with its interval over seeds. The teacher's passes over these tokens are
+not generated and not counted, and neither are SFT's solutions. Intervals are not corrected for
+their number.
 
-SFT on the references fails by what this world is: they leave out steps that a model of two layers
-has to write down, and to learn to do without them takes more than these runs. Of real data it says
-that a reference is not what the model would write, and no more; the second SFT has none of that
-handicap, and needs no tokens. An entry above the clip has no gradient but through the softmax; that
-misconceptions are such entries is our guess at why the clipped loss falls behind.
+SFT on the references fails because of this world: the references leave out steps which a model of
+two layers has to write down. Of real data it says only that a reference is not what the model would
+write. The second SFT does not have that handicap, and generates no tokens. The clipped loss falls
+behind; our guess is that misconceptions are the entries that it clips, and such an entry gets no
+gradient but through the softmax.
 
 {claims(main_claims(results))}"""
 
@@ -295,7 +322,7 @@ def length(results: Results) -> str:
 
 {table(head, lines)}
 
-After {results.plan["steps"]} steps of {SELF_DISTILLATION}; held-out problems are always solved at
+After {results.plan["steps"]} steps of {SELF_DISTILLATION}. Held-out problems are always solved at
 full length.
 
 {
@@ -356,8 +383,8 @@ def size(results: Results) -> str:
 
 {
         SELF_DISTILLATION
-    }, a learning rate searched for each size, one warm start each: what differs between
-warm starts of one size is not in the intervals.
+    }, with a learning rate searched for each size. There is one warm start for each size, so the
+intervals do not hold what differs between warm starts.
 
 {
         claims(
@@ -386,8 +413,10 @@ def temperature(results: Results) -> str:
 
 {table(head, lines)}
 
-{SELF_DISTILLATION} at the learning rate that was found for T = 1; rollouts are sampled at 1. (In a
-run of the harness `temperature` is that of both.)
+{
+        SELF_DISTILLATION
+    } at the learning rate that was found for T = 1. Rollouts are sampled at T = 1. (In
+a run of the harness one `temperature` is that of the loss and of sampling.)
 
 {
         claims(
@@ -421,23 +450,25 @@ def mistakes(results: Results) -> str:
     before, harder = mean_auc("before"), mean_auc("before_that_could_err")
     verdicts = [
         f"The largest divergence of a wrong rollout is at its first mistake: {share(peaks)} "
-        f"of {len(found)}; at a token drawn at random {chance:.1%}: **{judged(peaks, chance)}**. "
-        "(Most have several mistakes, and what follows one diverges as well.)",
-        f"Up to it, no divergence was as large: {share(so_far)} of {len(could)} that could have "
-        f"erred before; if a carry or value were drawn at random, {chance_so_far:.0%}: "
-        f"**{judged(so_far, chance_so_far)}**.",
+        f"of {len(found)}, by chance {chance:.1%}: **{judged(peaks, chance)}**. (Most rollouts "
+        "have several mistakes, and the tokens after a mistake diverge as well.)",
+        f"The first mistake's divergence is the largest so far: {share(so_far)} of {len(could)} "
+        "rollouts that could have gone wrong before, by chance (a carry or value drawn at random) "
+        f"{chance_so_far:.0%}: **{judged(so_far, chance_so_far)}**.",
         f"The first mistake's divergence is above that of a token before it: AUC {share(before)}, "
         f"by chance 50%: **{judged(before, 0.5)}**.",
-        "And above that of a carry or value before it, where a mistake was possible and none was "
-        f"made: AUC {share(harder)}, by chance 50%: **{judged(harder, 0.5)}**.",
+        "The first mistake's divergence is above that of a carry or value before it, where a "
+        f"mistake was possible and none was made: AUC {share(harder)}, by chance 50%: "
+        f"**{judged(harder, 0.5)}**.",
     ]
     return f"""## Where the teacher disagrees
 
 {picture("mistakes", "Divergence around the first mistake of wrong rollouts")}
 
-Wrong rollouts of the student before any training, and the JSD between it and its teacher at each
-token. A mistake is a token that follows neither from the problem nor from what is before it.
-Intervals are of a bootstrap over rollouts, and the rule is the same, against chance.
+The JSD between student and teacher at each token of wrong rollouts, which the student sampled
+before any training. A mistake is a token that does not follow from the problem and the tokens
+before it. Intervals are of a bootstrap over rollouts. The rule is the same, with chance in place of
+0.
 
 {claims(verdicts)}"""
 
@@ -482,17 +513,17 @@ def memory(results: Results) -> str:
 
 {table(head, lines)}
 
-The teacher is the student with its adapter off, or another model of the same size. The small world:
-one step of the harness, tensors alive at once as PyTorch's dispatcher sees them, beside weights and
-AdamW's state. Qwen3: one rollout, LoRA of rank 64, bf16, layers checkpointed, the loss logit-free,
-counted as on a GPU by [benchmarks/step.py](../benchmarks/step.py).
+The teacher is the student with its adapter off, or another model of the same size. Of the small
+world one step of the harness was measured: tensors alive at once as PyTorch's dispatcher sees them,
+beside weights and AdamW's state. Of Qwen3 one rollout was counted as on a GPU by
+[benchmarks/step.py](../benchmarks/step.py): LoRA of rank 64, bf16, checkpointed layers, the loss
+without logits.
 
 - Self-distillation takes 40 to 60% less (a survey's claim): {within} of {len(saved)} counted
   steps
-  are within, from {min(saved):.0%} to {max(saved):.0%}: **{verdict}**. What is saved is one copy
-  of the
-  weights: the less of the whole, the longer the rollouts, and nearly nothing in the small
-  world, whose weights are small beside its activations."""
+  are within, from {min(saved):.0%} to {max(saved):.0%}: **{verdict}**. One copy of the
+  weights is saved. That is a smaller part of the whole the longer the rollouts are, and nearly
+  nothing in the small world, whose weights are small beside its activations."""
 
 
 def method(results: Results) -> str:
@@ -513,18 +544,18 @@ def method(results: Results) -> str:
     edge = [f"{n}, {s}" for (n, s), rate in sorted(best.items()) if rate in (rates[0], rates[-1])]
     return f"""## What each method does
 
-All train the same adapter (LoRA, rank 16, on every projection) with AdamW, a gradient norm of at
-most 1, and a constant learning rate after four steps of warm-up; a step is of 32 rollouts, or of
+All methods train the same adapter (LoRA, rank 16, on every projection) with AdamW, a gradient norm
+of at most 1, and a constant learning rate after four steps of warm-up. A step takes 32 rollouts, or
 32 solutions. OPSD and on-policy distillation are the harness's own step
-([opsd_train/opsd/step.py](../opsd_train/opsd/step.py)) with its options; sampling, held-out
-problems
-and their evaluation are the same code for all. SFT and GRPO are in
+([opsd_train/opsd/step.py](../opsd_train/opsd/step.py)) with its options. Sampling, the held-out
+problems and their evaluation are the same code for all. SFT and GRPO are in
 [benchmarks/token_efficiency/methods.py](../benchmarks/token_efficiency/methods.py).
 
-- **SFT**: cross-entropy on the reference solutions as they are; **SFT, own words**: on the same
-  solutions as the model itself writes them, every step of it, which nobody has of real problems.
-- **GRPO**: {GROUP} rollouts to each of four problems, the advantage of a rollout its reward less
-  the mean of the group, over the group's standard deviation; one on-policy update a batch, no KL
+- **SFT**: cross-entropy on the reference solutions as they are.
+- **SFT, own words**: cross-entropy on the same solutions as the model itself would write them, with
+  every step. Nobody has these of real problems.
+- **GRPO**: {GROUP} rollouts to each of four problems. The advantage of a rollout is its reward less
+  the mean of its group, over the group's standard deviation. One on-policy update a batch, no KL
   term.
 - **sampled token**: the paper's Eq. 8, a policy gradient with the teacher's log-ratio as advantage.
 - **JSD 0.5**, **forward KL**, **forward KL, clipped** (entries at 0.05), **reverse KL**: over the
@@ -532,10 +563,10 @@ and their evaluation are the same code for all. SFT and GRPO are in
 - **larger teacher**: JSD 0.5 towards a model of {parameters(results, "expert")} parameters that
   sees no reference{of_expert(results)}.
 
-The learning rate of each is the best of {len(rates)}, the same for all, after
-{plan["search_steps"]} steps on a seed and on problems of its own (accuracy there, two samples a
-problem; its noise is three to four points). At an edge of what was searched, so that another may be
-better: {listed(edge)}.
+The same {len(rates)} learning rates were tried for each method, for {plan["search_steps"]} steps,
+with a seed and problems that nothing else uses. The best is taken. The table has their accuracy
+(two samples a problem, with a noise of three to four points). At an edge of the search, where
+another rate may be better: {listed(edge)}.
 
 {table(["", *(f"{rate:g}" for rate in rates)], lines)}"""
 
@@ -548,56 +579,32 @@ def of_expert(results: Results) -> str:
     return f" and solves {found[0]['curve'][0]['accuracy']:.1%} of the problems by itself"
 
 
-def readme_section(results: Results, from_folder: str) -> str:
-    """The main picture, what it shows, and what it does not.
-
-    Args:
-        from_folder: of the pictures and of the page, as the README calls it.
-    """
-    of = {name: results.of(name) for name in results.methods}
-    ours, grpo = of[SELF_DISTILLATION], of["GRPO"]
-    ratio = times_fewer(ours, grpo)
-    fewer = (
-        "which is not reached in every seed"
-        if ratio is None
-        else f"for which OPSD needs {shown_ratio(ratio)} fewer"
-    )
+def in_a_sentence(results: Results) -> str:
+    """What the README says of it: ours, GRPO, and what it does not show."""
+    of = {name: results.of(name) for name in (SELF_DISTILLATION, "GRPO")}
     begin = results.beginning(results.plan["size"])["curve"][0]["accuracy"]
-    tokens = {n: fmean(r["curve"][-1]["tokens"] for r in of[n]) / 1000 for n in of}
-    ends = {name: f"{fmean(finals(cells)):.0%}" for name, cells in of.items()}
-    text = (
-        f"From one student of {parameters(results)} parameters, in a world of long multiplication "
-        f"whose reference solutions are terser than its own, {len(results.plan['seeds'])} seeds "
-        f"each: OPSD ({SELF_DISTILLATION}) takes held-out accuracy from {begin:.0%} to "
-        f"{ends[SELF_DISTILLATION]} with {tokens[SELF_DISTILLATION]:.0f}k generated tokens; GRPO "
-        f"to {ends['GRPO']} with {tokens['GRPO']:.0f}k, {fewer}. The sampled-token objective ends "
-        f"at {ends['sampled token']}, distillation from a larger teacher at "
-        f"{ends['larger teacher']}, "
-        f"SFT on the references, which leave out what the model has to write down, at "
-        f"{ends['SFT']}, and on solutions in its own words, which nobody has of real problems, at "
-        f"{ends['SFT, own words']} (SFT and GRPO after {of['GRPO'][0]['cell']['steps']} steps, the "
-        f"others after {results.plan['steps']}; {results.source})."
+    (ours, grpo), (spent, spent_by_grpo) = (
+        [fmean(finals(cells)) for cells in of.values()],
+        [fmean(r["curve"][-1]["tokens"] for r in cells) / 1000 for cells in of.values()],
     )
-    caveat = (
-        f"It is a toy: its faults and its teacher were made, so orderings are what to look at, not "
-        f"sizes, and real models may differ. Of {sum(counted(results).values())} orderings "
-        f"looked at {told(counted(results))}: "
-        f"[docs/token_efficiency.md]({from_folder}/token_efficiency.md), "
-        "with the length of rollouts, sizes, temperature, where the teacher disagrees and memory; "
-        "half an hour on two cores to rerun."
-    )
-    alt = "Held-out accuracy over generated tokens and over steps, by method"
-    return "\n\n".join(
-        [f"![{alt}]({from_folder}/{PICTURES}/main.png)", wrapped(text), wrapped(caveat)]
+    return wrapped(
+        f"In a toy world of long multiplication OPSD took held-out accuracy from {begin:.0%} to "
+        f"{ours:.0%} with {spent:.0f}k generated tokens, GRPO to {grpo:.0%} with "
+        f"{spent_by_grpo:.0f}k ({len(results.plan['seeds'])} seeds, {results.source}; "
+        "[all methods](docs/token_efficiency.md)). No model of a real size has been trained."
     )
 
 
-def counted(results: Results) -> dict[str, int]:
-    """How many of the page's orderings have which verdict."""
-    text = " ".join(page(results).split())
-    return {verdict: text.count(f"**{verdict}**") for verdict in (HOLDS, FAILS, OPEN)}
-
-
-def told(counts: dict[str, int]) -> str:
-    words = {HOLDS: "hold here", FAILS: "do not", OPEN: "cannot be told from the noise"}
-    return ", ".join(f"{count} {words[verdict]}" for verdict, count in counts.items())
+def clip_in_a_sentence(results: Results) -> str:
+    """How the divergences ended, and the clipped forward KL beside the unclipped one."""
+    plain = (SELF_DISTILLATION, "reverse KL", "forward KL")
+    ends = {name: finals(results.of(name)) for name in (*plain, "forward KL, clipped")}
+    listing = ", ".join(f"{name} at {fmean(ends[name]):.0%}" for name in plain)
+    of = difference(ends["forward KL, clipped"], ends["forward KL"])
+    low, high = sorted(abs(100 * x) for x in (of.low, of.high))
+    return wrapped(
+        f"In our toy world held-out accuracy ended for {listing}, and the forward KL with entries "
+        f"clipped at 0.05 at {fmean(ends['forward KL, clipped']):.0%}. So the clipped forward KL "
+        f"ended {100 * abs(of.mean):.0f} points {'below' if of.mean < 0 else 'above'} the "
+        f"unclipped one (95% interval {low:.0f} to {high:.0f}; {results.source})."
+    )
