@@ -238,7 +238,7 @@ def test_the_table_of_the_page_is_what_was_recorded():
     """Of the small world's scores.json, kept beside the benchmarks' results."""
     recorded = json.loads((REPOSITORY / "benchmarks/results/small_world.json").read_text())
     table = comparison_table("held-out", recorded["held-out"])
-    assert table in (REPOSITORY / "docs/training.md").read_text()
+    assert table in (REPOSITORY / "docs/evaluation.md").read_text()
 
 
 @pytest.fixture
