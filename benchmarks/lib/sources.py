@@ -43,7 +43,10 @@ def commit() -> str:
     copy."""
     if named := os.environ.get("OPSD_COMMIT"):
         return named
-    name, changes = _git("log", "-1", "--format=%h of %cs"), _git("status", "--porcelain", "-uno")
+    # What is recorded changes while it is recorded.
+    sources = ("--", ":/", ":(top,exclude)benchmarks/results")
+    name = _git("log", "-1", "--format=%h of %cs")
+    changes = _git("status", "--porcelain", "-uno", *sources)
     if not name:
         return "unknown"
     return f"{name} and changes" if changes else name
