@@ -25,6 +25,7 @@ from benchmarks.lib.allocations import Allocations, fake_device
 from benchmarks.lib.inputs import describe, make_inputs, sample_targets
 from benchmarks.more import cross_entropy, rollouts
 from benchmarks.pages import readme
+from benchmarks.pages.wins import wins
 from opsd_kernels import divergence_name
 
 
@@ -530,7 +531,7 @@ def test_what_a_gpu_measured_is_shown(results_of_a_gpu):
     for part in ("| TRL | no kernel |", "  gpu  ok"):
         assert part in section
     apart = max(abs(70 / recorded_mib("ours, logit-free", N) - 1) for N in (1024, 4096))
-    assert parts["counts"] == (
+    assert " ".join(parts["counts"].split()) == (
         f"On NVIDIA X1, at 1,024 and 4,096 tokens, PyTorch's allocator measured within {apart:.1%} "
         "of the count, for 1 method."
     )
@@ -610,3 +611,21 @@ def test_what_is_recorded_of_memory_is_of_this_code(method):
     )
     counted = memory.count("qwen3-8b", 4096, recorded.D, recorded.V, method)
     assert counted.counted_mib == recorded.counted_mib
+
+
+def test_where_peers_do_better_is_counted():
+    row = partial(speed.Row, D=1, V=1, dtype="float32")
+    rows = [
+        row(1, method="ours, logit-free", floors=2.0),
+        row(1, method="ours, row workspace", floors=3.0),
+        row(1, method="a", floors=1.5), row(1, method="b", floors=2.5),
+        row(1, method="c", failure="out of memory"),
+        row(2, method="ours, logit-free", failure="out of memory"),
+        row(2, method="a", floors=1.5), row(2, method="b", floors=9.0),
+        row(3, method="a", floors=1.0), row(3, method="ours, logit-free", failure="needs a GPU"),
+    ]  # fmt: skip
+    told = wins(rows, lambda row: row.N, {"time": "floors", "the backward": "backward_s"})
+    assert told == (
+        "Better than the better of ours in time: a in 2 of 2 cases; b in 1 of 2 cases. "
+        "No peer was better than ours in the backward."
+    )

@@ -12,7 +12,6 @@ import csv
 import itertools
 import re
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from benchmarks.pages.tables import benchmarks_parts
 from benchmarks.token_efficiency import figures
 from benchmarks.token_efficiency import page as comparison
 from benchmarks.token_efficiency.results import Results
+from benchmarks.token_efficiency.words import wrapped
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -74,7 +74,7 @@ def _saving(path: Path) -> str:
     counted = {(row.model, row.N, row.method): row for row in rows if row.device == "counted"}
     N = 16384
     eager, ours = (counted["qwen3-8b", N, name].counted_mib for name in ("eager", LOGIT_FREE))
-    return _wrapped(
+    return wrapped(
         f"For {N:,} tokens and the head of Qwen3-8B in bf16, the first three lines and their "
         f"backward take **{memory.amount(eager)}**, the last line **{memory.amount(ours)}**. "
         "(Counted: the bytes of all tensors alive at once, beside the inputs; "
@@ -97,7 +97,7 @@ def _accuracy(results: Path) -> str:
         for gpu in gpus(results)
         if (of_gpu := gpu.csv("accuracy"))
     )
-    return _wrapped(
+    return wrapped(
         "It is accurate in bf16 too. Where student and teacher nearly agree, at a mean JSD of "
         f"1e-5, eager code with bf16 logits has a gradient that is off by {eager:.0%}. The error "
         "of ours is at most the rounding of the exact gradient to bf16, times "
@@ -117,7 +117,7 @@ def _trainers(path: Path) -> str:
     N = max(row.N for row in of_sdft)
     theirs, ours = ({r.method: r for r in of_sdft if r.N == N}[m] for m in trl_trainers.METHODS)
     clock = " of processor time" if ours.device == "CPU" else ""
-    return _wrapped(
+    return wrapped(
         f"{len(trl_trainers.TRAINERS)} of its trainers then compute their loss from hidden states. "
         f"One loss of `SDFTTrainer` and its gradient ({ours.device}, {ours.dtype}, {N} tokens, a "
         f"vocabulary of {QWEN3[ours.model]['vocab_size']:,}) takes {ours.peak_mib:,.0f} MiB and "
@@ -161,7 +161,7 @@ def _table_of(gpu: Gpu, timed: list[speed.Row], results: Path) -> str:
     ]
     parts = [
         report.table([f"{N:,} tokens", "calls", "time", "memory"], body),
-        _wrapped(f"({' '.join(filter(None, notes))})"),
+        wrapped(f"({' '.join(filter(None, notes))})"),
         _which(at, {method: row for (method, n), row in counted.items() if n == N}),
     ]
     return "\n\n".join(parts)
@@ -206,13 +206,13 @@ def _which(at: dict[str, speed.Row], counted: dict[str, memory.Row]) -> str:
             for peer, row in counted.items()
             if not peer.startswith("ours") and row.counted_mib < counted[ours.method].counted_mib
         ]
-    return _wrapped(" ".join(told))
+    return wrapped(" ".join(told))
 
 
 def _tests(measured: list[Gpu]) -> str:
     """What GPUs said of the tests."""
     found = "; ".join(f"on {gpu.name} {gpu.tests}" for gpu in measured)
-    return _wrapped(
+    return wrapped(
         f"Tested on a GPU: {found or 'no'}. AMD's GPUs are compiled for, and untried "
         "([details](docs/compatibility.md))."
     )
@@ -254,7 +254,7 @@ def _schedules(results: Path) -> str:
             f"({report.source(gpu.folder / 'speed.csv')}), memory is counted "
             f"({report.source(results / 'memory.csv')})"
         )
-        return "\n\n".join([table, _wrapped(f"({where})"), *filter(None, [_wrapped(told)])])
+        return "\n\n".join([table, wrapped(f"({where})"), *filter(None, [wrapped(told)])])
     return "No GPU has been measured yet."
 
 
@@ -295,7 +295,7 @@ def _layers(path: Path) -> str:
         {row.method: step.total_gib(row) for row in counted if row.N == N}[method]
         for method in (LOGIT_FREE, "ours, offloaded, tiled")
     )
-    return _wrapped(
+    return wrapped(
         f"With `--offload-checkpoints --mlp-tokens {step.MLP_TOKENS}` a step of {counted[0].model} "
         f"with a rollout of {N:,} tokens takes {less:.0f} GiB, weights included, in place of "
         f"{kept:.0f} (counted as on a GPU; {report.source(path)})."
@@ -350,13 +350,6 @@ PAGES: dict[Path, Callable[[Path, Path], dict[str, str]]] = {
     COMPATIBILITY: compatibility_parts,
     TRAINING: training_parts,
 }
-
-
-def _wrapped(text: str) -> str:
-    indent = "  " if text.startswith("- ") else ""
-    return textwrap.fill(
-        text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
 
 
 def filled(text: str, parts: dict[str, str], name: str) -> str:

@@ -9,19 +9,23 @@ from benchmarks.lib import report
 from benchmarks.lib.records import OperationError
 from benchmarks.more import cross_entropy
 from benchmarks.pages.gpus import Gpu, gpus, slug
+from benchmarks.pages.wins import wins
+from benchmarks.token_efficiency.words import wrapped
 
 
 def benchmarks_parts(results: Path, page: Path) -> dict[str, str]:
     """What stands between the marks of the page, by the marks' name. `page` is its place."""
     return {
         "accuracy": _accuracy(results / "accuracy.csv", page),
-        "memory": memory.summary(results / "memory.csv"),
-        "counts": " ".join(filter(None, (_agreement(gpu, results) for gpu in gpus(results)))),
+        "memory": _memory(results / "memory.csv"),
+        "counts": wrapped(
+            " ".join(filter(None, (_agreement(gpu, results) for gpu in gpus(results))))
+        ),
         "heads": _every_head(results / "memory.csv"),
-        "speed": speed.summary(results / "speed.csv"),
-        "trained": "\n\n".join(map(speed.summary, sorted(results.glob("*/trained.csv")))),
+        "speed": _speed(results / "speed.csv"),
+        "trained": "\n\n".join(map(_speed, sorted(results.glob("*/trained.csv")))),
         "cross-entropy": _cross_entropy(results),
-        "step": step.summary(results / "step.csv"),
+        "step": _step(results / "step.csv"),
         "resources": resources.summary(results / "resources.csv"),
         "gpus": "\n\n".join(_section(gpu, page) for gpu in gpus(results)) or "None yet.",
     }
@@ -29,7 +33,51 @@ def benchmarks_parts(results: Path, page: Path) -> dict[str, str]:
 
 def _accuracy(path: Path, page: Path) -> str:
     """The picture and all that was recorded on a CPU."""
-    return "\n\n".join([*_picture(path, accuracy.caption(path), page), accuracy.summary(path)])
+    return "\n\n".join([*_picture(path, accuracy.caption(path), page), _errors(path)])
+
+
+def _errors(path: Path) -> str:
+    _, rows = report.read(path, accuracy.Row)
+
+    def case(row: accuracy.Row) -> tuple[str, float]:
+        return row.divergence, row.mean_jsd
+
+    told = wins(rows, case, {"the gradient's error": "grad_error", "the loss's": "loss_error"})
+    return f"{accuracy.summary(path)}\n\n{wrapped(told)}"
+
+
+def _memory(path: Path) -> str:
+    _, rows = report.read(path, memory.Row)
+    measured = [row for row in rows if row.device != "counted"]
+    told = wins(measured, lambda row: row.N, {"measured memory": "measured_mib"})
+    return f"{memory.summary(path)}\n\n{wrapped(told)}"
+
+
+def _speed(path: Path) -> str:
+    _, rows = report.read(path, speed.Row)
+    rows = [row for row in rows if row.method != speed.FLOOR]
+    told = wins(rows, lambda row: (row.N, row.D, row.V, row.dtype), {"time": "floors"})
+    return f"{speed.summary(path)}\n\n{wrapped(told)}"
+
+
+def _step(path: Path) -> str:
+    """The loss alone differs between these methods; one whose layers differ too is not compared."""
+    _, rows = report.read(path, step.Row)
+    told = " ".join(
+        wins(
+            [row for row in rows if row.device != "counted" and row.method in (ours, *peers)],
+            lambda row: row.N,
+            {f"{what}{suffix}": field for what, field in STEP_FIGURES.items()},
+        )
+        for ours, peers, suffix in (
+            ("ours, row workspace", ("eager", "TRL"), ""),
+            ("ours, sampled token", ("eager, sampled token",), ", with sampled tokens alone"),
+        )
+    )
+    return f"{step.summary(path)}\n\n{wrapped(told)}"
+
+
+STEP_FIGURES = {"a step's memory": "peak_mib", "a step's time": "seconds"}
 
 
 def _agreement(gpu: Gpu, results: Path) -> str:
@@ -60,7 +108,15 @@ def _cross_entropy(results: Path) -> str:
     on_gpus = [gpu for gpu in gpus(results) if gpu.csv("cross_entropy")]
     names = ", ".join(f"[{gpu.name}](#{slug(gpu.name)})" for gpu in on_gpus)
     also = f"Also measured on {names}." if names else "It has not been measured on a GPU."
-    return f"{cross_entropy.summary(results / 'cross_entropy.csv')}\n\n{also}"
+    path = results / "cross_entropy.csv"
+    _, rows = report.read(path, cross_entropy.Row)
+    measured = [row for row in rows if row.what == "measured"]
+
+    def case(row: cross_entropy.Row) -> tuple[int, str, str]:
+        return row.N, row.dtype, row.head
+
+    told = wins(measured, case, {"memory": "peak_mib", "time": "processor_s"})
+    return f"{cross_entropy.summary(path)}\n\n{wrapped(f'{told} {also}')}"
 
 
 def _every_head(path: Path) -> str:
@@ -68,20 +124,21 @@ def _every_head(path: Path) -> str:
     _, rows = report.read(path, memory.Row)
     counted = [row for row in rows if row.device == "counted"]
     models = dict.fromkeys(row.model for row in counted)
+    told = wins(counted, lambda row: (row.model, row.N), {"counted memory": "counted_mib"})
     tables = [
         memory.counted_table([row for row in report.complete(counted) if row.model == model])
         for model in models
     ]
-    return "\n\n".join(tables)
+    return "\n\n".join([wrapped(told), *tables])
 
 
 def _section(gpu: Gpu, page: Path) -> str:
     """What was measured on a GPU."""
     parts = [f"### {gpu.name}", gpu.hardware + "."]
     for title, name, summary in (
-        ("Time, as multiples of three bare products", "speed", speed.summary),
-        ("Memory", "memory", memory.summary),
-        ("Accuracy", "accuracy", accuracy.summary),
+        ("Time, as multiples of three bare products", "speed", _speed),
+        ("Memory", "memory", _memory),
+        ("Accuracy", "accuracy", _errors),
         ("Cross-entropy", "cross_entropy", cross_entropy.summary),
         ("A whole training step", "training", _training),
         ("Every operation at a real size", "operations", _operations),
