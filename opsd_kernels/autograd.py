@@ -20,8 +20,8 @@ from opsd_kernels import head_gradient, schedules
 from opsd_kernels.checks import Arguments
 from opsd_kernels.divergence import STATISTICS
 from opsd_kernels.head_gradient import HeadGradients, largest_size
+from opsd_kernels.planning import can_weigh
 from opsd_kernels.problem import STATS, Outputs, Problem
-from opsd_kernels.row_workspace import can_weigh
 
 
 def divergence_of_tokens(

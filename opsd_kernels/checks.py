@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from opsd_kernels import kernels
 from opsd_kernels.description import Weight
 from opsd_kernels.head import LMHead
+from opsd_kernels.planning import MIB, default_workspace_mib
 from opsd_kernels.problem import Problem
-from opsd_kernels.row_workspace import MIB, default_workspace_mib
 from opsd_kernels.scalars import check_beta, check_clip, check_temperature, number
 from opsd_kernels.vocabulary_parallel import check_group, find_shard, local_ids
 

@@ -20,8 +20,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from opsd_kernels import kernels, row_workspace
+from opsd_kernels import kernels, planning
 from opsd_kernels.divergence import Alone, logit_gradient_
+from opsd_kernels.planning import BLOCK_TEMPORARIES
 from opsd_kernels.problem import Problem
 from opsd_kernels.products import (
     add_rows,
@@ -32,7 +33,6 @@ from opsd_kernels.products import (
     score_dtype,
     score_scale,
 )
-from opsd_kernels.row_workspace import BLOCK_TEMPORARIES
 from opsd_kernels.vocabulary_parallel import summed_
 
 # In PyTorch: entries of a tile of logits, on a CPU few enough for the cache, and rows of it.
@@ -54,7 +54,7 @@ class HeadGradients:
 
 def by_kernels(problem: Problem, workspace_bytes: float) -> bool:
     """Whether forward ran kernels, and backward therefore does."""
-    return workspace_bytes == 0 or row_workspace.step_2_is_kernel(problem)
+    return workspace_bytes == 0 or planning.uses_rows_kernel(problem)
 
 
 def allocate(problem: Problem, gradients: HeadGradients, workspace_bytes: float) -> list[Tensor]:

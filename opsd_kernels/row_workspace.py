@@ -13,21 +13,18 @@ of a head that is trained, dW += gᵀ h_S, another U, where tokens' weights are 
 holds dW in fp32; otherwise both are made in backward (see `head_gradient`).
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
-from opsd_kernels import kernels
+from opsd_kernels import kernels, planning
 from opsd_kernels.divergence import WHOLE, Alone, member_rows_
 from opsd_kernels.kernels import tiles
+from opsd_kernels.planning import PARTS, Plan, budget_beside_head, is_split, make_plan, row_stride
 from opsd_kernels.problem import Outputs, Problem
 from opsd_kernels.products import (
-    PART_MULTIPLE,
-    copied_bytes,
-    multiplied_dtype,
     project,
     project_back,
     project_back_in_parts,
@@ -37,188 +34,18 @@ from opsd_kernels.products import (
 )
 from opsd_kernels.vocabulary_parallel import VocabularyShard, smallest, summed_
 
-MIB = 2**20
-
-# [block, V] fp32 temporaries alive at once inside `divergence_rows_`, at most.
-# One more with statistics, one beside them for the slope of a softcap, one for two weights.
-BLOCK_TEMPORARIES = 8
-# Rows of a chunk at most: hidden states are copied a chunk at a time, and V may be small.
-MAX_ROWS = 4096
-# Rows of W widened at once at least: below, Python's overhead for each shows.
-LEAST_TILE = 64
-# Entries of a row block on a CPU: 1 MiB of fp32 for each temporary, to stay in the cache.
-CPU_BLOCK_ENTRIES = 2**18
-GPU_TILE_ROWS = 128
-# Of the vocabulary, where step 3 multiplies them at once (see `is_split`).
-PARTS = 4
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How many rows and columns are in flight, so that all temporaries together fit a budget."""
-
-    rows: int  # of a chunk; the workspace is [2 rows, V] fp32
-    block: int  # rows handled at once in step 2
-    tile: int  # rows of W copied at once; V where W is used as it stands
-    bytes: int  # of all temporaries with a vocabulary-sized dimension together
-
-
-def default_workspace_mib(device: torch.device) -> int:
-    """128 on a CPU, about 100 rows at a time with a Qwen3 vocabulary; 0 on a GPU, where logits need
-    no memory; 320, 256 rows, where that is not to be had."""
-    if device.type == "cpu":
-        return 128
-    return 0 if kernels.available(device) else 320
-
-
-def uses_kernel(device: torch.device) -> bool:
-    """Whether there is a kernel for step 2 here."""
-    return device.type == "cuda" and kernels.available(device)
-
-
-def step_2_is_kernel(problem: Problem) -> bool:
-    """Whether step 2 is the `rows` kernel. It is not where processes share the vocabulary, and tell
-    each other about a row between its sweeps."""
-    return problem.group is None and uses_kernel(problem.h_S.device)
-
-
-def make_plan(
-    N: int,
-    heads: tuple[Tensor, ...],
-    operand_dtype: torch.dtype,
-    budget: float,
-    block_temporaries: int = BLOCK_TEMPORARIES,
-    max_rows: int = MAX_ROWS,
-    shared: bool = False,
-    sides: int = 2,
-) -> Plan:
-    """Fit chunk, block and tile to `budget` bytes.
-
-    Args:
-        N: number of tokens.
-        heads: the LM heads in use, [V, D] each.
-        operand_dtype: the dtype whose rounding the operands of the matrix products have.
-        budget: bytes for all temporaries with a vocabulary-sized dimension together.
-        block_temporaries: [block, V] fp32 temporaries alive at once in step 2, at most.
-        max_rows: of a chunk.
-        shared: whether processes share the vocabulary: step 2 is then PyTorch's, and of all rows of
-            a chunk at once, for few collectives.
-        sides: of which there are logits, 2, or 1 without a teacher.
-
-    Raises:
-        ValueError: the budget cannot hold one row; the message names the least that works.
-    """
-    V, device = heads[0].shape[0], heads[0].device
-    row_bytes, block_row_bytes, tile_row_bytes, least_tile = _bytes(
-        heads, operand_dtype, block_temporaries, shared, sides
-    )
-    least = row_bytes + block_row_bytes + least_tile * tile_row_bytes
-    if budget < least:
-        raise ValueError(
-            f"workspace_mib={budget / MIB:g} cannot hold one row of V={V} logits; "
-            f"the least that works here is workspace_mib={math.ceil(least / MIB * 1e3) / 1e3:g}"
-        )
-    tile, copies = V, 0
-    if tile_row_bytes:
-        tile = int(min(budget / 8, budget - row_bytes - block_row_bytes) // tile_row_bytes)
-        tile = min(V, max(least_tile, tile))
-        if device.type == "cuda" and tile < V:
-            tile = tile // LEAST_TILE * LEAST_TILE  # each begins where a GPU reads 16 bytes at once
-        copies = tile * tile_row_bytes
-    rest = budget - copies
-    block = rows = int(rest // (row_bytes + block_row_bytes * shared))
-    if block_row_bytes and not shared:
-        block = max(1, int(rest / 2 // block_row_bytes))
-        if device.type == "cpu":
-            block = min(block, max(1, CPU_BLOCK_ENTRIES // V))
-        rows = int((rest - block * block_row_bytes) // row_bytes)
-    # GEMMs on a GPU work in tiles of this many rows.
-    multiple = GPU_TILE_ROWS if device.type == "cuda" and rows >= GPU_TILE_ROWS else 1
-    rows = min(rows // multiple * multiple, max_rows)
-    chunks = max(1, -(-N // rows))
-    rows = max(1, min(rows, -(-N // (chunks * multiple)) * multiple))
-    block = rows if shared else min(block, rows)
-    return Plan(rows, block, tile, rows * row_bytes + block * block_row_bytes + copies)
-
-
-def _bytes(
-    heads: tuple[Tensor, ...],
-    operand_dtype: torch.dtype,
-    block_temporaries: int,
-    shared: bool,
-    sides: int = 2,
-) -> tuple[int, int, int, int]:
-    """Bytes of a row of the workspace, of a row of a block, and of a copied row of a head; and how
-    many of the last there are at least."""
-    V, device = row_stride(heads[0].shape[0]), heads[0].device
-    g_dtype = multiplied_dtype(device, score_dtype(operand_dtype, bounded=False))
-    row_bytes, block_row_bytes = 4 * sides * V, 0
-    if shared or not uses_kernel(device):
-        # PyTorch's rows need temporaries, and a narrow copy of the gradient for step 3.
-        row_bytes += 0 if g_dtype == torch.float32 else g_dtype.itemsize * V
-        block_row_bytes = 4 * block_temporaries * V
-    tile_row_bytes = max(copied_bytes(W, operand_dtype) for W in heads)
-    return row_bytes, block_row_bytes, tile_row_bytes, min(V, LEAST_TILE)
-
-
-def _temporaries(problem: Problem) -> int:
-    return BLOCK_TEMPORARIES + (problem.softcap is not None) + (problem.w_q is not None)
-
-
-def _plan(
-    problem: Problem, N: int, needs_statistics: bool, budget: float, max_rows: int = MAX_ROWS
-) -> Plan:
-    temporaries = _temporaries(problem) + needs_statistics
-    shared, sides = problem.group is not None, problem.sides
-    return make_plan(
-        N, problem.heads, problem.operand_dtype, budget, temporaries, max_rows, shared, sides
-    )
-
-
-def budget_beside_head(problem: Problem, budget: float) -> float:
-    """What is left of a budget beside dW and db in fp32."""
-    return budget - 4 * problem.W.numel() - 4 * problem.W.shape[0]
-
-
-def can_weigh(problem: Problem, budget: float) -> bool:
-    """Whether the budget holds dW and db in fp32, and as much as they take for rows of logits.
-    (Processes that share a vocabulary do not know that of each other.)"""
-    if problem.group is not None:
-        return False
-    temporaries = _temporaries(problem)
-    row, block_row, copied_row, copied_rows = _bytes(
-        problem.heads, problem.operand_dtype, temporaries, shared=False
-    )
-    least = row + block_row + copied_rows * copied_row
-    return budget_beside_head(problem, budget) >= max(least, budget / 2)
-
 
 def allocate(
     problem: Problem, needs_gradient: bool, needs_statistics: bool, budget: float
 ) -> list[Tensor]:
     """The scratch of `fill`: a workspace of 2R fp32 rows, or R without a teacher, of which the
     first V entries are used; and where step 3 is split, parts of a gradient of R rows."""
-    plan = _plan(problem, problem.h_S.shape[0], needs_statistics, budget)
+    plan = make_plan(problem, problem.h_S.shape[0], budget, needs_statistics)
     stride, D = row_stride(problem.W.shape[0]), problem.h_S.shape[1]
     scratch = [problem.h_S.new_empty(problem.sides * plan.rows, stride, dtype=torch.float32)]
     if needs_gradient and is_split(problem, plan.rows):
         scratch.append(problem.h_S.new_empty(PARTS, plan.rows, D, dtype=torch.float32))
     return scratch
-
-
-def is_split(problem: Problem, rows: int) -> bool:
-    """Whether step 3 multiplies parts of the vocabulary at once: few rows are a product of few
-    tiles, which leave multiprocessors idle."""
-    if not step_2_is_kernel(problem) or copied_bytes(problem.W, problem.operand_dtype) > 0:
-        return False
-    row = tiles.lookup(problem.h_S.device, problem.operand_dtype)
-    return rows <= row.split_rows and problem.W.shape[0] >= PARTS * PART_MULTIPLE
-
-
-def row_stride(V: int) -> int:
-    """Entries from one row of the workspace to the next: every row begins at a multiple of 64
-    bytes, without which a GPU reads and multiplies it by fours."""
-    return (V + 15) // 16 * 16
 
 
 def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: float) -> None:
@@ -236,7 +63,7 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: floa
     rows = _kept(problem.keep)
     N = problem.h_S.shape[0] if rows is None else rows.shape[0]
     max_rows = workspace.shape[0] // problem.sides
-    plan = _plan(problem, N, outputs.statistics is not None, budget, max_rows)
+    plan = make_plan(problem, N, budget, outputs.statistics is not None, max_rows)
     if problem.group is not None:
         # Chunks are the same on all processes: those of the largest shard.
         R = smallest(plan.rows, problem.group, workspace.device)
@@ -316,7 +143,7 @@ def _step_2(
     """Fill loss and statistics of rows of products h Wᵀ [R, V], and make the gradient of their
     loss, which lies where z_S was; as far as `outputs` has them."""
     R, needs_score = z_S.shape[0], outputs.needs_score
-    if step_2_is_kernel(chunk):
+    if planning.uses_rows_kernel(chunk):
         in_place = needs_score and outputs.stats is None
         return launch_rows(outputs, z_S, z_T, chunk, in_place)
     map_S, map_T = chunk.logit_maps

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from opsd_kernels import head_gradient, row_workspace
 from opsd_kernels.head_gradient import HeadGradients
+from opsd_kernels.planning import budget_beside_head
 from opsd_kernels.problem import Outputs, Problem
 
 
@@ -25,7 +26,7 @@ def allocate(outputs: Outputs, problem: Problem, workspace_bytes: float) -> list
         needs_stats = outputs.stats is not None
         return logit_free.allocate(problem, needs_gradient, needs_statistics, needs_stats)
     if outputs.dW is not None:
-        workspace_bytes = row_workspace.budget_beside_head(problem, workspace_bytes)
+        workspace_bytes = budget_beside_head(problem, workspace_bytes)
     return row_workspace.allocate(problem, needs_gradient, needs_statistics, workspace_bytes)
 
 

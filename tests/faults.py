@@ -152,7 +152,7 @@ FAULTS = [
         OP,
     ),
     Fault(
-        "opsd_kernels/row_workspace.py",
+        "opsd_kernels/planning.py",
         "return budget - 4 * problem.W.numel() - 4 * problem.W.shape[0]",
         "return budget - 2 * problem.W.numel() - 4 * problem.W.shape[0]",
         f"memory trained_head {OP}",

@@ -18,6 +18,7 @@ from opsd_kernels import (
     Divergence,
     fused_divergence_loss,
     fused_jsd_loss,
+    planning,
     reference_token_divergence,
     row_workspace,
     token_divergence,
@@ -153,7 +154,7 @@ def loss_and_grad(
     op, workspace_mib, uses_kernel = WAYS[way]
     options = {**options, "workspace_mib": workspace_mib}
     h = h_S.detach().clone().requires_grad_()
-    with mock.patch.object(row_workspace, "uses_kernel", return_value=uses_kernel):
+    with mock.patch.object(planning, "uses_rows_kernel", return_value=uses_kernel):
         if entry is fused_jsd_loss:
             named = {"beta": divergence.beta, "entry_clip": divergence.entry_clip}
             loss = op.run(entry, h, h_T, W, reduction="none", **named, **options)

@@ -23,8 +23,8 @@ from opsd_kernels import (
 )
 from opsd_kernels.head_gradient import HeadGradients
 from opsd_kernels.kernels import tiles
+from opsd_kernels.planning import row_stride
 from opsd_kernels.problem import STATS, Outputs, Problem
-from opsd_kernels.row_workspace import row_stride
 from opsd_kernels.schedules import operator_arguments
 
 V = 600

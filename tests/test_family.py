@@ -27,10 +27,10 @@ from opsd_kernels import (
     fused_entropy,
     fused_jsd_loss,
     fused_sampled_token_loss,
+    planning,
     reference_divergence_loss,
     reference_entropy,
     reference_token_divergence,
-    row_workspace,
     token_divergence,
 )
 
@@ -43,7 +43,7 @@ def by(way: str, function: Any, *args: Any, trained: bool = False, **options: An
     op, workspace_mib, with_rows = WAYS[way]
     args, options = tree_map_only(Tensor, lambda t: t.to(op.device), (args, options))
     uses = with_rows or op.device.type == "cuda"
-    with mock.patch.object(row_workspace, "uses_kernel", return_value=uses):
+    with mock.patch.object(planning, "uses_rows_kernel", return_value=uses):
         return gradients(function, *args, trained=trained, workspace_mib=workspace_mib, **options)
 
 
@@ -234,7 +234,7 @@ def test_statistics_are_those_of_token_divergence(way, name):
 def by_way(way: str, function: Any, *args: Any, **options: Any) -> Any:
     op, workspace_mib, with_rows = WAYS[way]
     uses = with_rows or op.device.type == "cuda"
-    with mock.patch.object(row_workspace, "uses_kernel", return_value=uses):
+    with mock.patch.object(planning, "uses_rows_kernel", return_value=uses):
         return op.run(function, *args, workspace_mib=workspace_mib, **options)
 
 

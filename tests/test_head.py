@@ -23,9 +23,9 @@ from opsd_kernels import (
     LMHead,
     fused_jsd_loss,
     fused_sampled_token_loss,
+    planning,
     reference_jsd_loss,
     reference_sampled_token_loss,
-    row_workspace,
     token_divergence,
 )
 from opsd_kernels.checks import check_arguments
@@ -186,7 +186,7 @@ def test_sampled_tokens(way, dtype):
     torch.testing.assert_close(h_ref.grad, h.grad, rtol=1e-12, atol=1e-12)
     op = LOGIT_FREE if way == "logit-free" else ROW_WORKSPACE
     low = h_S.clone().requires_grad_()
-    with mock.patch.object(row_workspace, "uses_kernel", return_value=way == "rows"):
+    with mock.patch.object(planning, "uses_rows_kernel", return_value=way == "rows"):
         loss = op.run(
             fused_sampled_token_loss, low, h_T, head, targets, W_teacher=teacher, reduction="none"
         )

@@ -24,6 +24,7 @@ from opsd_kernels import (
     checks,
     fused_log_probs,
     fused_sampled_token_loss,
+    planning,
     reference_log_probs,
     row_workspace,
 )
@@ -57,7 +58,7 @@ def by(way: str, *args: Any, **options: Any) -> list[Tensor]:
     args, options = tree_map_only(Tensor, lambda t: t.to(op.device), (args, options))
     # On a CPU `rows` is interpreted.
     uses = with_rows or op.device.type == "cuda"
-    with mock.patch.object(row_workspace, "uses_kernel", return_value=uses):
+    with mock.patch.object(planning, "uses_rows_kernel", return_value=uses):
         found = gradients(fused_log_probs, *args, workspace_mib=workspace_mib, **options)
     return [t.cpu() for t in found]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from opsd_kernels import (
     SampledTokenLoss,
     fused_sampled_token_loss,
+    planning,
     reference_sampled_token_loss,
-    row_workspace,
     token_divergence,
 )
 
@@ -134,7 +134,7 @@ def test_row_workspace_with_the_kernel(dtype):
         h, h_T.double(), W.double(), targets, reduction="none", return_log_probs=True
     )
     expected.loss.sum().backward()
-    with mock.patch.object(row_workspace, "uses_kernel", return_value=True):
+    with mock.patch.object(planning, "uses_rows_kernel", return_value=True):
         loss, grad = loss_and_grad(ROW_WORKSPACE, h_S, h_T, W, targets, workspace_mib=1)
         with torch.no_grad():
             told = ROW_WORKSPACE.run(

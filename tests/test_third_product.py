@@ -15,7 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu import tune
 from benchmarks.lib import allocations
-from opsd_kernels import LMHead, fused_jsd_loss, fused_log_probs, row_workspace, token_divergence
+from opsd_kernels import (
+    LMHead,
+    fused_jsd_loss,
+    fused_log_probs,
+    planning,
+    row_workspace,
+    token_divergence,
+)
 from opsd_kernels.kernels import tiles
 from opsd_kernels.kernels.logits_tile import INTERPRETED
 from opsd_kernels.problem import Problem
@@ -127,7 +134,7 @@ def row_kernels(split_rows: int) -> Any:
     """The row workspace as on a GPU, interpreted."""
     row = replace(tiles.INTERPRETER, split_rows=split_rows)
     with (
-        mock.patch.object(row_workspace, "uses_kernel", return_value=True),
+        mock.patch.object(planning, "uses_rows_kernel", return_value=True),
         mock.patch.object(tiles, "lookup", return_value=row),
     ):
         yield
@@ -198,8 +205,9 @@ def test_rows_of_a_workspace(mib, rows):
 def test_a_head_that_is_copied_is_so_in_64s(mib):
     """Under autocast: g of every tile of W then begins at a multiple of 16 bytes."""
     with allocations.fake_device("cuda"):
-        W = torch.empty(QWEN3, 4096)
-        plan = row_workspace.make_plan(4096, (W,), torch.bfloat16, mib * MIB)
+        h, W = torch.empty(4096, 4096), torch.empty(QWEN3, 4096)
+        problem = Problem(h, h, W, None, torch.bfloat16, 0.5)
+        plan = planning.make_plan(problem, 4096, mib * MIB)
     assert plan.tile % 64 == 0 < plan.tile < QWEN3
     assert plan.bytes <= mib * MIB
 

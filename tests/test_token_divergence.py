@@ -8,7 +8,7 @@ import torch
 from inputs import BETAS, language_like_inputs, random_inputs, some_betas
 from schedules import LOGIT_FREE, ROW_WORKSPACE
 
-from opsd_kernels import reference_token_divergence, row_workspace, token_divergence
+from opsd_kernels import planning, reference_token_divergence, row_workspace, token_divergence
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -133,7 +133,7 @@ def test_dropped_tokens_where_the_mask_is_not_read(kernel):
     weights, targets = torch.tensor([1.0, 1, 0, 1, 1, 1]), torch.arange(6)
     with (
         mock.patch.object(row_workspace, "_kept", return_value=None),
-        mock.patch.object(row_workspace, "uses_kernel", return_value=kernel),
+        mock.patch.object(planning, "uses_rows_kernel", return_value=kernel),
     ):
         told, grad = loss_and_grad(
             ROW_WORKSPACE, h_S, h_T, W, token_weights=weights, targets=targets

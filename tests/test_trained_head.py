@@ -28,10 +28,10 @@ from opsd_kernels import (
     autograd,
     fused_jsd_loss,
     fused_sampled_token_loss,
+    planning,
     reference_jsd_loss,
     reference_sampled_token_loss,
     reference_token_divergence,
-    row_workspace,
     token_divergence,
 )
 from opsd_kernels.divergence import divergence_rows_
@@ -70,7 +70,7 @@ def by(way: str, function: Any, h_S: Tensor, head: LMHead, *rest: Any, **options
     args, options = tree_map_only(Tensor, lambda t: t.to(op.device), ((h_S, head, *rest), options))
     # On a CPU `rows` is interpreted.
     uses = with_rows or op.device.type == "cuda"
-    with mock.patch.object(row_workspace, "uses_kernel", return_value=uses):
+    with mock.patch.object(planning, "uses_rows_kernel", return_value=uses):
         found = gradients(function, *args, workspace_mib=workspace_mib, **options)
     return [t.cpu() for t in found]
 
@@ -285,7 +285,7 @@ def test_a_second_backward_and_a_gradient_that_is_there(way):
     h_S, h_T, W = (t.to(op.device) for t in random_inputs(40, 300, 16))
     uses = with_rows or op.device.type == "cuda"
     W.requires_grad_()
-    with mock.patch.object(row_workspace, "uses_kernel", return_value=uses):
+    with mock.patch.object(planning, "uses_rows_kernel", return_value=uses):
         loss = fused_jsd_loss(h_S.requires_grad_(), h_T, W, workspace_mib=workspace_mib)
         loss.backward(retain_graph=True)
         once = W.grad.clone(), h_S.grad.clone()

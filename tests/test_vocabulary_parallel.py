@@ -36,8 +36,9 @@ from opsd_kernels import (
     token_divergence,
     vocabulary_parallel,
 )
+from opsd_kernels.planning import MIB, make_plan
+from opsd_kernels.problem import Problem
 from opsd_kernels.products import add_rows, score_dtype
-from opsd_kernels.row_workspace import BLOCK_TEMPORARIES, MIB, make_plan
 
 CLIPPED_SHARE = TokenDivergence._fields.index("clipped_share")
 REFERENCES = {
@@ -514,7 +515,8 @@ def test_a_sharded_dtensor(ranks):
 def test_plan(V, budget):
     """All rows of a chunk are one block, and within the budget."""
     W = torch.empty(V, 64, dtype=torch.bfloat16)
-    plan = make_plan(10_000, (W,), W.dtype, budget, BLOCK_TEMPORARIES, shared=True)
+    h = torch.empty(10_000, 64, dtype=torch.bfloat16)
+    plan = make_plan(Problem(h, h, W, None, W.dtype, 0.5, group="tp"), len(h), budget)
     assert plan.block == plan.rows > 0
     assert plan.bytes <= budget
 

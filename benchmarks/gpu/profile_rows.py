@@ -21,7 +21,8 @@ from benchmarks.gpu.times import ours
 from benchmarks.lib import report
 from benchmarks.lib.inputs import make_inputs
 from benchmarks.lib.options import Options
-from opsd_kernels.row_workspace import MIB, make_plan
+from opsd_kernels.planning import MIB, make_plan
+from opsd_kernels.problem import Problem
 
 WORKSPACES = [320, 1280]  # MiB
 SHAPE, TINY = (16384, 4096, 151936), (64, 32, 300)  # N, D, V
@@ -79,7 +80,8 @@ def measure(
     key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     events = seen.key_averages()
     took: dict[str, Any] = {event.key: event for event in events if getattr(event, key) > 0}
-    rows_at_a_time = make_plan(N, (W,), W.dtype, workspace_mib * MIB).rows
+    problem = Problem(h_S, h_T, W, None, W.dtype, 0.5)
+    rows_at_a_time = make_plan(problem, N, workspace_mib * MIB).rows
     chunks = -(-N // rows_at_a_time)
     total = sum(getattr(event, key) for event in took.values())
     longest = sorted(took.values(), key=lambda event: -getattr(event, key))[:15]

@@ -40,7 +40,7 @@ from benchmarks.gpu.compile import Compiled
 from benchmarks.gpu.resources import Variant
 from benchmarks.lib import report
 from benchmarks.lib.hashes import settle_hashes
-from opsd_kernels import logit_free, row_workspace
+from opsd_kernels import logit_free, planning, row_workspace
 from opsd_kernels.kernels import tiles
 from opsd_kernels.kernels.tiles import Row, Sweep
 from opsd_kernels.problem import Outputs, Problem
@@ -322,11 +322,11 @@ def _last_product(
 ) -> tuple[torch.Tensor, list[torch.Tensor], LogitGradient]:
     """dh_S, scratch, and a gradient of logits that lies as `rows` writes it."""
     W, (R, D) = problem.W, problem.h_S.shape
-    z = torch.randn(R, row_workspace.row_stride(len(W)), device=W.device)
+    z = torch.randn(R, planning.row_stride(len(W)), device=W.device)
     g = z.view(_score_dtype(problem))[:, : len(W)].normal_()
     top = torch.zeros(R, dtype=torch.int32, device=W.device)
     dh_S = torch.empty(R, D, device=W.device)
-    parts = [dh_S.new_empty(row_workspace.PARTS, R, D)] if split else []
+    parts = [dh_S.new_empty(planning.PARTS, R, D)] if split else []
     return dh_S, parts, LogitGradient(g, top, z.new_ones(R))
 
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from opsd_kernels.row_workspace import MIB, default_workspace_mib, make_plan
+from opsd_kernels.planning import MIB, default_workspace_mib, make_plan
+from opsd_kernels.problem import Problem
 from opsd_train.config import Config
 from opsd_train.models import adapter_weights, vocab_size
 from opsd_train.opsd import Setup, loss_name, opsd_loss, score, token_weights
@@ -29,7 +30,9 @@ def dry_run(config: Config, setup: Setup) -> None:
     say(f"\nMemory of the loss for up to {N:,} tokens, a micro-batch:")
     budget = config.workspace_mib
     budget = (default_workspace_mib(W.device) if budget is None else budget) * MIB
-    used = make_plan(N, (W,), W.dtype, budget).bytes if budget else 0
+    h = W.new_empty(0, W.shape[1])
+    problem = Problem(h, h, W, None, W.dtype, 0.5)
+    used = make_plan(problem, N, budget).bytes if budget else 0
     say_memory(f"this model, V = {V}", used, N, V)
     say_memory("with the vocabulary of Qwen3, V = 151,936", budget, N, 151936)
 
