@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import kernels, planning
-from opsd_kernels.divergence import Alone, logit_gradient_
+from opsd_kernels.divergence import logit_gradient_
 from opsd_kernels.planning import BLOCK_TEMPORARIES
 from opsd_kernels.problem import Problem
 from opsd_kernels.products import (
@@ -182,13 +182,13 @@ def _compute(scratch: Tensor, chunk: Problem, seen: tuple[Tensor, Tensor], tile:
     project(z_S, chunk.h_S, chunk.W[tile], chunk.operand_dtype, columns)
     slope = map_S.of_columns(tile).apply_(z_S, needs_slope=True)
     z_S.div_(chunk.temperature)
-    if chunk.h_T is not None and not isinstance(chunk.member, Alone):
+    if chunk.h_T is not None and chunk.member.is_divergence:
         W_T = chunk.W if chunk.W_T is None else chunk.W_T
         project(z_T, chunk.h_T, W_T[tile], chunk.operand_dtype, columns)
         map_T.of_columns(tile).apply_(z_T)
         z_T.div_(chunk.temperature)
     policy = chunk.targets, chunk.advantages
-    logit_gradient_(z_S, z_T, tile.start, seen, chunk.member, chunk.entry_clip, *policy)
+    logit_gradient_(z_S, z_T, tile.start, seen, chunk.member, *policy)
     if slope is not None:
         z_S.mul_(slope)
     # Selected, not multiplied: what does not count may be NaN.

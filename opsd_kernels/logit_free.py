@@ -27,10 +27,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from opsd_kernels import kernels
-from opsd_kernels.divergence import Alone
+from opsd_kernels.family import Family
 from opsd_kernels.head import LogitMap
 from opsd_kernels.kernels import cdiv, finish, gradient, lse, pair, tiles
-from opsd_kernels.kernels.pointwise import divergence_record, is_wide, knows_G, mean_limit
+from opsd_kernels.kernels.pointwise import formula_of
 from opsd_kernels.kernels.records import (
     DTYPE_NAMES,
     Accumulated,
@@ -129,7 +129,7 @@ def allocate(
     scores = score_dtype(problem.operand_dtype, problem.has_bounded_scores)
     slots = tiles.slots(V, tile, row, row.chunk, row.columns * 2 // scores.itemsize)
     spans = cdiv(V, lse.span(V, row))
-    statistics = needs_statistics and not isinstance(problem.member, Alone)
+    statistics = needs_statistics and problem.member.is_divergence
     sums = pair.SUMS.value + (pair.SUMS_OF_STATISTICS.value if statistics else 0)
     sums += _slopes(problem, needs_gradient or needs_stats)
 
@@ -144,7 +144,7 @@ def allocate(
         fp32(sums, slots, R),
     ]
     if needs_gradient:
-        knows = knows_G(problem.member, problem.entry_clip)
+        knows = problem.member.knows_G
         tensors.append(h_S.new_empty((1 if knows else 2) * R, slots * tile.BV, dtype=scores))
         if not knows:
             tensors.append(fp32((2 if is_stacked(R, D) else 1) * R, D))
@@ -174,7 +174,7 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem) -> None:
     """
     V = problem.W.shape[0]
     # What is of the student alone needs no second look at the vocabulary.
-    v_stop = 0 if isinstance(problem.member, Alone) and not outputs.needs_score else V
+    v_stop = 0 if not problem.member.is_divergence and not outputs.needs_score else V
     needs_statistics = outputs.statistics is not None
     named = Scratch.of(scratch, problem, needs_statistics, outputs.needs_score)
     problem = problem.with_contiguous_rows()  # once, for all kernels
@@ -222,7 +222,7 @@ def launch_lse(scratch: Scratch, chunk: Problem) -> None:
         R=R,
         spans=spans,
         stride=stride,
-        divergence=divergence_record(chunk.member, chunk.entry_clip, chunk.temperature),
+        formula=formula_of(chunk.member, chunk.temperature),
         SCALE=scratch.scale,
         SPANS=triton.next_power_of_2(spans),
     )
@@ -232,8 +232,8 @@ def launch_lse(scratch: Scratch, chunk: Problem) -> None:
 
 def _partials(scratch: Scratch, chunk: Problem) -> Partials:
     # Scores alone need the mean, and the entropy.
-    needs_mean = scratch.scores or chunk.member is Alone.ENTROPY
-    limit = mean_limit(chunk.member) if needs_mean else 0.0
+    needs_mean = scratch.scores or chunk.member.family == Family.ENTROPY
+    limit = chunk.member.mean_limit if needs_mean else 0.0
     span = lse.span(chunk.W.shape[0], scratch.row)
     return Partials(
         scratch.partials,
@@ -296,9 +296,9 @@ def pair_launcher(scratch: Scratch, chunk: Problem) -> Callable[[int], None]:
     """
     tile, R, V = scratch.pair, chunk.h_S.shape[0], chunk.W.shape[0]
     tokens = _tokens(scratch, chunk)
-    if chunk.member is not Alone.LOG_PROB and scratch.slopes < 2:
+    if chunk.member.family != Family.LOG_PROB and scratch.slopes < 2:
         tokens = tokens._replace(targets=None)
-    if isinstance(chunk.member, Alone):
+    if not chunk.member.is_divergence:
         chunk = chunk.without_teacher()
     s, p = scratch.s_and_p(R)
     scored = _scored(scratch)._replace(
@@ -308,7 +308,7 @@ def pair_launcher(scratch: Scratch, chunk: Problem) -> Callable[[int], None]:
         "tokens": tokens,
         "R": R,
         "stride": scratch.rows,
-        "divergence": divergence_record(chunk.member, chunk.entry_clip, chunk.temperature),
+        "formula": formula_of(chunk.member, chunk.temperature),
         **_operands(chunk, tile),
     }
     rows, slots = cdiv(R, tile.BM), scratch.sums.shape[1]
@@ -353,10 +353,10 @@ def gradient_launcher(
     """
     tile = _pair_tile(tiles.lookup(g.device, chunk.operand_dtype), chunk, False)
     R, V = chunk.h_S.shape[0], chunk.W.shape[0]
-    if isinstance(chunk.member, Alone):
+    if not chunk.member.is_divergence:
         chunk = chunk.without_teacher()
     tokens = _given(chunk)._replace(keep=None, stats=stats, top=top)
-    if chunk.member is not Alone.LOG_PROB and chunk.advantages is None:
+    if chunk.member.family != Family.LOG_PROB and chunk.advantages is None:
         tokens = tokens._replace(targets=None)
     weighed = Weighed(
         g,
@@ -369,7 +369,7 @@ def gradient_launcher(
         "tokens": tokens,
         "R": R,
         "stride": stats.stride(0),
-        "divergence": divergence_record(chunk.member, chunk.entry_clip, chunk.temperature),
+        "formula": formula_of(chunk.member, chunk.temperature),
         **_operands(chunk, tile),
     }
 
@@ -396,7 +396,7 @@ def launch_finish(outputs: Outputs, scratch: Scratch, chunk: Problem) -> None:
         R=R,
         stride=scratch.rows,
         stride_statistics=outputs.stride,
-        divergence=divergence_record(chunk.member, chunk.entry_clip, chunk.temperature),
+        formula=formula_of(chunk.member, chunk.temperature),
         SLOTS=triton.next_power_of_2(scratch.sums.shape[1]),
         OPERAND=tl.dtype(DTYPE_NAMES[chunk.operand_dtype]),
     )
@@ -487,7 +487,7 @@ def _has_bulk_strides(t: Tensor) -> bool:
 
 
 def _pair_tile(row: tiles.Row, problem: Problem, needs_statistics: bool) -> tiles.Tile:
-    return row.pair_wide if is_wide(problem.member, needs_statistics) else row.pair
+    return row.pair_wide if problem.member.is_wide(needs_statistics) else row.pair
 
 
 def _stacked(t: Tensor | None, R: int, most: int) -> tuple[Tensor | None, Tensor | None]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd_kernels.divergence import Alone, Halves, Member
+from opsd_kernels.family import Family, Member
 from opsd_kernels.head import LogitMap
 
 
@@ -66,17 +66,14 @@ class Problem:
 
     @property
     def member(self) -> Member:
-        """What ℓ is, but for its clip and the policy term."""
-        if self.w_q is not None and self.w_p is not None:
-            assert not isinstance(self.beta, Tensor)
-            return Halves(self.w_q, self.w_p, self.beta)
-        if self.beta is None:
-            return Alone.ENTROPY if self.targets is None else Alone.LOG_PROB
-        return self.beta
+        """What ℓ is, apart from the policy term."""
+        if self.beta is None and self.w_q is None:
+            return Member(Family.ENTROPY if self.targets is None else Family.LOG_PROB)
+        return Member.of(self.beta, self.entry_clip, self.w_q, self.w_p)
 
     @property
     def has_bounded_scores(self) -> bool:
-        return self.advantages is None and has_bounded_scores(self.member)
+        return self.advantages is None and self.member.has_bounded_scores
 
     def tokens(self, rows: slice | Tensor) -> "Problem":
         """The same problem for some of the tokens; a slice makes no copy."""
@@ -105,15 +102,6 @@ STATS = 8  # numbers of a row of logits that is made once more
 
 # Those that have a number, or a row, for each token, where they are tensors.
 OF_TOKENS = ("h_S", "h_T", "beta", "keep", "targets", "weights", "w_q", "w_p", "advantages")
-
-
-def has_bounded_scores(member: Member) -> bool:
-    """Whether no score is larger than 1, and neither is G: all but those of the reverse KL, which
-    grow with the log-ratio, of a β of each token, which may be it, of halves with any weights, and
-    of the entropy."""
-    if isinstance(member, Tensor | Halves) or member is Alone.ENTROPY:
-        return False
-    return member != 1
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,6 @@ class _ReferenceDivergence(torch.autograd.Function):
             z_S,
             z_T,
             problem.member,
-            problem.entry_clip,
             True,
             statistics,
             problem.targets,

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import kernels, planning
-from opsd_kernels.divergence import WHOLE, Alone, member_rows_
+from opsd_kernels.divergence import WHOLE, member_rows_
+from opsd_kernels.family import Family
 from opsd_kernels.kernels import tiles
 from opsd_kernels.planning import PARTS, Plan, budget_beside_head, is_split, make_plan, row_stride
 from opsd_kernels.problem import Outputs, Problem
@@ -167,7 +168,6 @@ def _step_2(
             block_S,
             block_T,
             block.member,
-            block.entry_clip,
             needs_score,
             into.statistics,
             targets,
@@ -192,24 +192,24 @@ def launch_rows(
     import triton.language as tl
 
     from opsd_kernels.kernels import rows
-    from opsd_kernels.kernels.pointwise import divergence_record, is_wide, mean_limit
+    from opsd_kernels.kernels.pointwise import formula_of
     from opsd_kernels.kernels.records import Results, RowGradient, Rows, for_kernels
 
     map_S, map_T = problem.logit_maps
     statistics, member = outputs.statistics, problem.member
-    needs_mean = needs_score or outputs.stats is not None or member is Alone.ENTROPY
+    needs_mean = needs_score or outputs.stats is not None or member.family == Family.ENTROPY
     # What is narrower than fp32 lies in the first part of each row.
     g = z_S.view(score_dtype(problem.operand_dtype, problem.has_bounded_scores))
     g = g[:, : z_S.shape[1]]
     top, g_top = z_S.new_empty(z_S.shape[0], dtype=torch.int32), z_S.new_empty(z_S.shape[0])
     row = tiles.lookup(z_S.device, problem.operand_dtype)
-    sweep = row.rows_wide if is_wide(member, statistics is not None) else row.rows
+    sweep = row.rows_wide if member.is_wide(statistics is not None) else row.rows
     with kernels.current(z_S.device):
         rows.rows_kernel[(z_S.shape[0],)](
             results=Results(outputs.loss, statistics, stats=outputs.stats, top=outputs.top),
             gradient=RowGradient(
                 tl.constexpr(needs_score),
-                tl.constexpr(mean_limit(member) if needs_mean else 0.0),
+                tl.constexpr(member.mean_limit if needs_mean else 0.0),
                 g,
                 top,
                 g_top,
@@ -221,12 +221,12 @@ def launch_rows(
                 z_S, z_T, z_S.shape[1], z_S.stride(0), *for_kernels(map_S)[:2], *for_kernels(map_T)
             ),
             targets=problem.targets,
-            beta=member if isinstance(member, Tensor) else None,
+            beta=problem.beta if isinstance(problem.beta, Tensor) else None,
             w_q=problem.w_q,
             w_p=problem.w_p,
             advantages=problem.advantages,
             stride_statistics=outputs.stride,
-            divergence=divergence_record(member, problem.entry_clip, problem.temperature),
+            formula=formula_of(member, problem.temperature),
             **asdict(sweep),
         )
     return LogitGradient(g, top, g_top)

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from opsd_kernels import Divergence, LMHead, reference_divergence_loss, reference_jsd_loss
-from opsd_kernels.divergence import HUGE, Halves, divergence_rows_, value_and_score
+from opsd_kernels.divergence import divergence_rows_
+from opsd_kernels.family import HUGE, Member, value_and_score
 from opsd_kernels.kernels import tiles as tile_table
-from opsd_kernels.problem import has_bounded_scores
 from opsd_kernels.products import score_dtype
 
 # Bounds, over the maxima of thousands of random cases: 2.7 for losses; for gradients 1.0 where
@@ -47,7 +47,7 @@ def tensor_core() -> TensorCore | None:
 
 def rounds_scores(dtype: torch.dtype, beta: float | Tensor) -> bool:
     """Whether kernels round scores to the dtype of hidden states before the last product."""
-    return score_dtype(dtype, has_bounded_scores(beta)) != torch.float32
+    return score_dtype(dtype, Member.of(beta).has_bounded_scores) != torch.float32
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,13 @@ def noise(
         draws: of the noise.
     """
     dtype, device = dtype or h_S.dtype, h_S.device
-    member: float | Tensor | Halves = beta
+    member = Member.of(beta, entry_clip)
     largest = torch.ones((), dtype=torch.float64, device=device)  # weight of each row
     if divergence is not None:
-        member, entry_clip = member_of(divergence, len(h_S)), divergence.entry_clip
-        if isinstance(member, Halves):
-            largest = torch.maximum(member.w_q.abs(), member.w_p.abs())[:, None]
+        member = member_of(divergence, len(h_S))
+        if divergence.weights is not None:
+            _, w_q, w_p = member.columns()
+            largest = torch.maximum(w_q.abs(), w_p.abs())
     policy = {} if advantages is None else {"targets": targets, "advantages": advantages.double()}
     last_bit_of_tiles = torch.finfo(dtype).eps / 2
     core = None if dtype == torch.float32 else core
@@ -188,7 +189,7 @@ def noise(
     log_p, log_q = z_S.log_softmax(-1), z_T.log_softmax(-1)
     p, q, x = log_p.exp(), log_q.exp(), (log_q - log_p).nan_to_num(0.0, HUGE, -HUGE)
     size_f = (p + q) * x.abs() * largest  # of the terms whose difference a value is
-    f, a = _entries(p, q, x, member, entry_clip)
+    f, a = _entries(p, q, x, member)
     top = p.argmax(-1, keepdim=True)
     c = a.gather(-1, top) / p.gather(-1, top)
     size_a = (a.abs() + c.abs() * p).scatter_(-1, top, 0)  # the top entry's score is exactly 0
@@ -220,7 +221,7 @@ def noise(
         return moved_S, logits(moved_T, head_T, bits_T)[0], moved_slope
 
     g = z_S.clone()
-    loss = divergence_rows_(g, z_T.clone(), member, entry_clip, needs_score=True, **policy)
+    loss = divergence_rows_(g, z_T.clone(), member, needs_score=True, **policy)
     g *= slope
     grad = g @ W
     if core is not None:
@@ -231,9 +232,7 @@ def noise(
     changes = []
     for _ in range(draws):
         moved_S, moved_T, moved_slope = moved_logits()
-        moved_loss = divergence_rows_(
-            moved_S, moved_T, member, entry_clip, needs_score=True, **policy
-        )
+        moved_loss = divergence_rows_(moved_S, moved_T, member, needs_score=True, **policy)
         moved_grad = (moved_S * moved_slope) @ W
         moved_loss += (last_bits() * size_f).sum(-1)
         if advantages is not None:
@@ -244,18 +243,13 @@ def noise(
                 len(p), 1, generator=of_rows, dtype=torch.float64, device=device
             )
             bit *= 1 + math.log(p.shape[1])
-            moved_f, moved_a = _entries(p, q * bit.exp(), x + bit, member, entry_clip)
+            moved_f, moved_a = _entries(p, q * bit.exp(), x + bit, member)
             moved_loss += (moved_f - f).sum(-1)
             da = moved_a - a
             moved_grad += ((da - da.sum(-1, keepdim=True) * p) * slope) @ W
-            forward = 0
-            if isinstance(member, Halves) and member.beta is None:
-                forward = member.w_q[:, None]
-            elif not isinstance(member, Tensor | Halves) and member == 0:
-                forward = 1
-            if entry_clip is None:
+            if member.knows_G:
                 # Kernels know G, which is 0, beforehand, and do not project.
-                moved_grad += (forward * bit * p * slope) @ W
+                moved_grad += (member.columns()[1] * bit * p * slope) @ W
         if tiles:
             moved_grad += (last_bit_of_tiles * 2.0**24 * last_bits() * g) @ W
         if core is not None:
@@ -266,29 +260,19 @@ def noise(
     return float(rms[0]), float(rms[1])
 
 
-def member_of(divergence: Divergence, N: int) -> float | Tensor | Halves:
+def member_of(divergence: Divergence, N: int) -> Member:
     """What is described, for N rows in float64."""
+    beta, clip = divergence.beta, divergence.entry_clip
     if divergence.weights is None:
-        assert divergence.beta is not None
-        return divergence.beta
+        return Member.of(beta, clip)
     w_q, w_p = (
         w.float().double() if isinstance(w, Tensor) else torch.full((N,), w, dtype=torch.float64)
         for w in divergence.weights
     )
-    assert not isinstance(divergence.beta, Tensor)
-    return Halves(w_q, w_p, divergence.beta)
+    return Member.of(beta, clip, w_q, w_p)
 
 
-def _entries(
-    p: Tensor, q: Tensor, x: Tensor, beta: float | Tensor | Halves, entry_clip: float | None
-) -> tuple[Tensor, Tensor]:
-    """`value_and_score`, for a β of each row too."""
-    if isinstance(beta, Tensor):
-        rows = [
-            _entries(p[i : i + 1], q[i : i + 1], x[i : i + 1], float(b), entry_clip)
-            for i, b in enumerate(beta)
-        ]
-        return torch.cat([f for f, _ in rows]), torch.cat([a for _, a in rows])
-    f, a = value_and_score(p, q, x.clone(), beta, entry_clip)
+def _entries(p: Tensor, q: Tensor, x: Tensor, member: Member) -> tuple[Tensor, Tensor]:
+    f, a = value_and_score(p, q, x.clone(), member)
     assert a is not None
     return f, a

@@ -23,7 +23,7 @@ FAULTS = [
         f"divergence {OP}",
     ),
     Fault(
-        "opsd_kernels/divergence.py",
+        "opsd_kernels/family.py",
         "scale = torch.maximum(P, Q * math.exp(-SATURATED))",
         "scale = P",
         f"divergence {OP}",
@@ -41,22 +41,22 @@ FAULTS = [
         f"family {OP}",
     ),
     Fault(
-        "opsd_kernels/divergence.py",
-        "kappa = w_p - w_q if beta is None else w_p * beta - w_q * (1 - beta)",
-        "kappa = w_p - w_q if beta is None else w_p * (1 - beta) - w_q * beta",
+        "opsd_kernels/family.py",
+        "kappa = w_p * beta - w_q * (1 - beta)",
+        "kappa = w_p * (1 - beta) - w_q * beta",
         f"family {OP}",
     ),
     # The maths, in Triton.
     Fault(
         "opsd_kernels/kernels/pointwise.py",
-        "f = tl.where(near, p * (x * (x + e) - e), q * x - q_minus_p)",
-        "f = q * x - q_minus_p",
+        "forward = tl.where(near, p * (x * (x + e) - e), q * x - q_minus_p)",
+        "forward = q * x - q_minus_p",
         KERNELS,
     ),
     Fault(
         "opsd_kernels/kernels/pointwise.py",
-        "clipped_score = (w_q - w_p) * p",
-        "clipped_score = (w_p - w_q) * p",
+        "a = tl.where(clipped, -kappa * p, a)",
+        "a = tl.where(clipped, kappa * p, a)",
         f"family {KERNELS}",
     ),
     Fault(
@@ -91,7 +91,7 @@ FAULTS = [
         f"head {KERNELS}",
     ),
     Fault(
-        "opsd_kernels/kernels/pair.py",
+        "opsd_kernels/kernels/pointwise.py",
         "f = tl.where((w_q != 0) & (d >= HUGE), limit, f)",
         "f = tl.where(d >= HUGE, limit, f)",
         f"family {KERNELS}",

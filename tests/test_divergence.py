@@ -10,6 +10,7 @@ from inputs import random_inputs
 
 from opsd_kernels import divergence_name, reference_jsd_loss, reference_token_divergence
 from opsd_kernels.divergence import divergence_rows_
+from opsd_kernels.family import Member
 
 BETAS = [0.0, 1e-3, 0.3, 0.5, 0.8, 0.999, 1.0]
 
@@ -99,8 +100,8 @@ def test_fp32_values_keep_their_digits(beta, distance):
     the same fp32 logits, the stable forms are right to 1e-3 of the smallest divergence here."""
     h_S, h_T, W = random_inputs(32, 4096, 64, distance=distance)
     z_S, z_T = h_S @ W.T, h_T @ W.T
-    expected = divergence_rows_(z_S.double(), z_T.double(), beta, None, needs_score=False)
-    loss = divergence_rows_(z_S.clone(), z_T.clone(), beta, None, needs_score=False)
+    expected = divergence_rows_(z_S.double(), z_T.double(), Member.of(beta), needs_score=False)
+    loss = divergence_rows_(z_S.clone(), z_T.clone(), Member.of(beta), needs_score=False)
     error = ((loss - expected) / expected).abs().max()
     assert error < 1e-6 / distance, f"mean divergence {expected.mean():.1e}"
     if distance == 1e-3:
@@ -128,7 +129,7 @@ def test_infinite_logits(beta, entry_clip):
         (beyond, "beyond"),
     ]:
         grad = z_S.clone()
-        loss = divergence_rows_(grad, z_T.clone(), beta, entry_clip, needs_score=True)
+        loss = divergence_rows_(grad, z_T.clone(), Member.of(beta, entry_clip), needs_score=True)
         assert not loss.isnan().any(), name
         assert not grad.isnan().any(), name
         divergent = {"student_only": 0, "teacher_only": 1}.get(name)
@@ -152,7 +153,7 @@ def test_saturation(beta):
     for b in (beta, 1e-6, 1 - 1e-6):
         if b in (0, 1):
             continue
-        loss = divergence_rows_(z_S.clone(), z_T.clone(), b, None, needs_score=False)
+        loss = divergence_rows_(z_S.clone(), z_T.clone(), Member.of(b), needs_score=False)
         expected = textbook.divergence(z_S.double(), z_T.double(), b)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
@@ -162,7 +163,7 @@ def test_saturation(beta):
 def test_nan_stays_in_its_row(beta, entry_clip):
     z_S, z_T = torch.randn(4, 9), torch.randn(4, 9)
     z_S[1, 3], z_T[2, 5] = math.nan, math.nan
-    loss = divergence_rows_(z_S, z_T, beta, entry_clip, needs_score=True)
+    loss = divergence_rows_(z_S, z_T, Member.of(beta, entry_clip), needs_score=True)
     assert loss.isnan().tolist() == [False, True, True, False]
     assert z_S.isnan().any(-1).tolist() == [False, True, True, False]
 
@@ -175,8 +176,10 @@ def test_confident_tokens_keep_their_digits(beta, entry_clip, gap):
     z_S, z_T = torch.full((1, 1000), -21.0), torch.full((1, 1000), -21.0 + gap)
     z_S[0, 7] = z_T[0, 7] = 0.0
     expected, grad = z_S.double(), z_S.clone()
-    expected_loss = divergence_rows_(expected, z_T.double(), beta, entry_clip, needs_score=True)
-    loss = divergence_rows_(grad, z_T.clone(), beta, entry_clip, needs_score=True)
+    expected_loss = divergence_rows_(
+        expected, z_T.double(), Member.of(beta, entry_clip), needs_score=True
+    )
+    loss = divergence_rows_(grad, z_T.clone(), Member.of(beta, entry_clip), needs_score=True)
     assert (grad - expected).norm() < (1e-5 + 1e-7 / gap) * expected.norm()
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-4)
 
@@ -186,7 +189,7 @@ def test_mostly_clipped_rows_keep_their_digits():
     z_S = torch.tensor([[-7.5078, -4.5514, -0.011164]])
     z_T = torch.tensor([[-7.7128, -6.1914, -0.0024971]])
     expected = textbook.divergence(z_S.double(), z_T.double(), 0, 1e-3)
-    loss = divergence_rows_(z_S, z_T, 0, 1e-3, needs_score=False)
+    loss = divergence_rows_(z_S, z_T, Member.of(0, 1e-3), needs_score=False)
     assert loss.item() == pytest.approx(expected.item(), rel=5e-6)
 
 

@@ -19,8 +19,10 @@ from schedules import DEVICE, LOGIT_FREE
 from triton.runtime.jit import KernelInterface
 
 from opsd_kernels import divergence, kernels, logit_free, row_workspace
+from opsd_kernels.family import Member, value_and_score
 from opsd_kernels.kernels import pointwise, tiles
 from opsd_kernels.kernels.logits_tile import INTERPRETED, round_to
+from opsd_kernels.kernels.records import Tokens
 from opsd_kernels.problem import Outputs, Problem
 
 BETAS = [0.0, 1e-3, 0.3, 0.5, 0.8, 0.999, 1.0]
@@ -45,13 +47,11 @@ def test_no_kernel_has_more_than_a_dozen_parameters():
 
 
 @triton.jit
-def pointwise_kernel(f_ptr, a_ptr, p_ptr, q_ptr, x_ptr, betas, member, BLOCK: tl.constexpr):
+def pointwise_kernel(f_ptr, a_ptr, p_ptr, q_ptr, x_ptr, tokens, formula, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     p, q, x = tl.load(p_ptr + i), tl.load(q_ptr + i), tl.load(x_ptr + i)
-    beta = member.beta
-    if member.FAMILY == pointwise.MIXED:
-        beta = tl.load(betas + i)
-    f, a, _excess = pointwise.value_and_score(p, q, x, 0.0, beta, member)
+    parameters = pointwise.parameters_of(tokens, i, None, formula)
+    f, a, _excess = pointwise.value_and_score(p, q, x, 0.0, parameters, formula)
     tl.store(f_ptr + i, f)
     tl.store(a_ptr + i, a)
 
@@ -69,15 +69,14 @@ def test_pointwise_is_the_family(beta, mixed):
     q = torch.where(x > 0, smaller, smaller * torch.exp(x))
     f, a = torch.empty_like(x, device=DEVICE), torch.empty_like(x, device=DEVICE)
     betas = torch.full((4096,), beta, device=DEVICE)
-    member = pointwise.divergence_record(betas if mixed else beta, None, temperature=1.0)
+    formula = pointwise.formula_of(Member.of(betas if mixed else beta), temperature=1.0)
+    tokens = Tokens(beta=betas if mixed else None)
     if mixed:
         beta = float(betas[0])
     pointwise_kernel[(1,)](
-        f, a, p.to(DEVICE), q.to(DEVICE), x.to(DEVICE), betas, member, BLOCK=4096
+        f, a, p.to(DEVICE), q.to(DEVICE), x.to(DEVICE), tokens, formula, BLOCK=4096
     )  # fmt: skip
-    expected_f, expected_a = divergence.value_and_score(
-        p.double(), q.double(), x.double(), beta, None
-    )
+    expected_f, expected_a = value_and_score(p.double(), q.double(), x.double(), Member.of(beta))
     assert expected_a is not None
     # p and q are rounded apart from x: what that does to an entry is not the formula's error.
     size = (p + q).double() * x.double().abs().clamp(max=1) * x.double().abs()
@@ -238,7 +237,7 @@ def test_pair(beta, entry_clip, dtype):
     z_S, z_T = (h.double() @ W.double().T for h in (h_S, h_T))
     p, q = z_S.softmax(-1), z_T.softmax(-1)
     x = z_T.log_softmax(-1) - z_S.log_softmax(-1)
-    _f, a = divergence.value_and_score(p, q, x, beta, entry_clip)
+    _f, a = value_and_score(p, q, x, Member.of(beta, entry_clip))
     c = scratch.stats[5, :N].cpu().double()[:, None]
     s = (a - c * p).scatter(1, top, 0)
     unit = torch.finfo(s_dtype).eps + 3e-5
@@ -330,7 +329,7 @@ def test_rows(beta, entry_clip, g_dtype, mixed):
     z_T = z_S + 0.3 * torch.randn(5, 1300, generator=torch.Generator().manual_seed(1))
     exact_g = z_S.double() / 0.7
     exact_loss = divergence.divergence_rows_(
-        exact_g, z_T.double() / 0.7, beta, entry_clip, needs_score=True
+        exact_g, z_T.double() / 0.7, Member.of(beta, entry_clip), needs_score=True
     )
     workspace = torch.cat([z_S, z_T]).to(DEVICE)
     problem = problem_of(
@@ -358,7 +357,9 @@ def test_rows_of_infinite_divergence(beta, mixed):
     z_S, z_T = torch.randn(3, 9), torch.randn(3, 9)
     z_S[0, 4], z_T[1, 5], z_S[2, 6], z_T[2, 6] = (-math.inf,) * 4
     expected_g = z_S.clone()
-    expected = divergence.divergence_rows_(expected_g, z_T.clone(), beta, None, needs_score=True)
+    expected = divergence.divergence_rows_(
+        expected_g, z_T.clone(), Member.of(beta), needs_score=True
+    )
     loss, workspace = torch.empty(3, device=DEVICE), torch.cat([z_S, z_T]).to(DEVICE)
     betas = torch.full((3,), beta, device=DEVICE) if mixed else beta
     problem = problem_of(torch.empty(3, 1), torch.empty(3, 1), torch.empty(9, 1), beta=betas)

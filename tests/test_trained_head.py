@@ -35,6 +35,7 @@ from opsd_kernels import (
     token_divergence,
 )
 from opsd_kernels.divergence import divergence_rows_
+from opsd_kernels.family import Member
 from opsd_kernels.kernels import lse
 from opsd_kernels.problem import STATS
 
@@ -206,7 +207,7 @@ def units_of_head(
         g = z_S / temperature
         z_T = z_T / temperature
         p, q = g.softmax(-1), z_T.softmax(-1)
-        divergence_rows_(g, z_T, beta, entry_clip, needs_score=True)
+        divergence_rows_(g, z_T, Member.of(beta, entry_clip), needs_score=True)
         g += bit * randn(g) * (p + q)  # of terms whose difference an entry is
         g *= slope / temperature * upstream[:, None]
         if tiles and bit:

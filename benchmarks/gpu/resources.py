@@ -34,7 +34,6 @@ from benchmarks.lib import report
 from opsd_kernels import divergence, head_gradient, logit_free, row_workspace
 from opsd_kernels.head_gradient import HeadGradients
 from opsd_kernels.kernels import tiles
-from opsd_kernels.kernels.pointwise import is_wide
 from opsd_kernels.kernels.tiles import Row, Tile
 from opsd_kernels.problem import STATS, Outputs, Problem
 
@@ -295,7 +294,7 @@ def tile_of(variant: Variant, row: Row) -> Tile:
 def wide(variant: Variant) -> bool:
     """Whether a variant takes what the table has for more than f and s of an entry."""
     case = CASES[variant.divergence]
-    return is_wide(_some_problem(variant.divergence).member, case.statistics)
+    return _some_problem(variant.divergence).member.is_wide(case.statistics)
 
 
 def registers_of(compiled: Any) -> tuple[int, int, str]:

@@ -1,6 +1,6 @@
 """The Triton kernels, one a file, each with its maths.
 
-    pointwise.py    the family of divergences, entry by entry; what divergence.py is for PyTorch
+    pointwise.py    the family of divergences, entry by entry; what family.py is for PyTorch
     logits_tile.py  a tile of products h Wᵀ of both sides, in registers
     head.py         products → logits, where a head is more than a matrix
     lse.py          hidden states → log-sum-exp of both sides, the student's top entry
@@ -9,7 +9,7 @@
     gradient.py     hidden states, and all that is known of a row → the gradient of a tile of logits
     rows.py         rows of logits that exist → ℓ and their gradient in place (row workspace)
     top_row.py      a product of that gradient and W → dh_S (row workspace)
-    records.py      what kernels are given: sides, tokens, divergence, tiling; what they fill
+    records.py      what kernels are given: sides, tokens, formula, tiling; what they fill
     tiles.py        tile sizes and warp counts, in one table
 
 Under TRITON_INTERPRET=1, set before Python starts, Triton interprets them on CPU tensors; that is

@@ -32,13 +32,10 @@ from opsd_kernels.kernels.logits_tile import round_to
 from opsd_kernels.kernels.lse import P_MAX, Q_MAX, S_TOP, STATS, STATS_OF_TARGETS, C
 from opsd_kernels.kernels.pair import SCORE, SUMS, SUMS_OF_STATISTICS, VALUE, top_of
 from opsd_kernels.kernels.pointwise import (
-    BOTH_KLS,
     ENTROPY,
-    FORWARD_KL,
     LOG_PROB,
-    MIXED,
-    REVERSE_KL,
-    beta_of,
+    kl_weights,
+    parameters_of,
 )
 
 # Fields of `statistics`: the first five in the order of `sums`, from here on in that of `stats`.
@@ -59,7 +56,7 @@ def finish_kernel(
     R,
     stride,
     stride_statistics,
-    divergence,
+    formula,
     SLOTS: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
@@ -76,7 +73,7 @@ def finish_kernel(
         SLOTS: a power of two, at least `scored.slots`.
         OPERAND: the dtype whose rounding W has.
     """
-    inverse_temperature = divergence.inverse_temperature
+    inverse_temperature = formula.inverse_temperature
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     exists = row < R
     keep = exists
@@ -87,9 +84,9 @@ def finish_kernel(
     present = (slot[:, None] < scored.slots) & keep[None, :]
     field = scored.slots * stride
     p_max = tl.load(tokens.stats + P_MAX * stride + row, mask=keep, other=1.0)
-    if divergence.FAMILY == LOG_PROB:
+    if formula.FAMILY == LOG_PROB:
         loss = tl.load(tokens.stats + STATS * stride + row, mask=keep, other=0.0)
-    elif divergence.FAMILY == ENTROPY:
+    elif formula.FAMILY == ENTROPY:
         loss = tl.load(tokens.stats + C * stride + row, mask=keep, other=0.0) - tl.log(p_max)
     else:
         loss = summed(VALUE, scored.sums, field, at, present)
@@ -102,13 +99,13 @@ def finish_kernel(
 
     if results.statistics is not None:
         to = results.statistics + row
-        if divergence.FAMILY != LOG_PROB:
+        if formula.FAMILY != LOG_PROB:
             q_max = tl.load(tokens.stats + Q_MAX * stride + row, mask=keep, other=1.0)
             terms = ()
-            for i in tl.static_range(SUMS, SUMS + SUMS_OF_STATISTICS - 1 + divergence.CLIPPED):
+            for i in tl.static_range(SUMS, SUMS + SUMS_OF_STATISTICS - 1 + formula.CLIPPED):
                 terms = terms + (summed(i, scored.sums, field, at, present),)
-            beta = beta_of(tokens, row, exists, divergence)
-            found = statistics(terms, whole, p_max, q_max, beta, divergence)
+            parameters = parameters_of(tokens, row, exists, formula)
+            found = statistics(terms, whole, p_max, q_max, parameters, formula)
             for i in tl.static_range(len(found)):
                 tl.store(to + i * stride_statistics, found[i], mask=exists)
         if tokens.targets is not None:
@@ -119,24 +116,22 @@ def finish_kernel(
     if scored.SCORES:
         others = summed(SCORE, scored.sums, field, at, present)
         s_top = tl.load(tokens.stats + S_TOP * stride + row, mask=keep, other=0.0)
-        top = top_of(tokens, row, keep, divergence)
+        top = top_of(tokens, row, keep, formula)
         if tokens.advantages is not None:
             target = tl.load(tokens.targets + row, mask=keep, other=-1)
-            g_top, missed = policy_gradient(
-                s_top, others, p_max, advantage, target == top, divergence
-            )
+            g_top, missed = policy_gradient(s_top, others, p_max, advantage, target == top, formula)
         else:
-            g_top = top_gradient(s_top, others, p_max, divergence)
+            g_top = top_gradient(s_top, others, p_max, formula)
             missed = s_top + others  # G − c
         if scored.SLOPES > 0:
-            OF_STATISTICS: tl.constexpr = SUMS_OF_STATISTICS - 1 + divergence.CLIPPED
+            OF_STATISTICS: tl.constexpr = SUMS_OF_STATISTICS - 1 + formula.CLIPPED
             FIELD: tl.constexpr = SUMS + scored.STATISTICS * OF_STATISTICS
             g_top *= summed(FIELD, scored.sums, field, at, present)
 
     if results.stats is not None:
         for i in tl.static_range(STATS):
             known = tl.load(tokens.stats + i * stride + row, mask=keep, other=0.0)
-            if i == C and not divergence.KNOWS_G:
+            if i == C and not formula.KNOWS_G:
                 known += missed
             elif i == S_TOP:
                 known = g_top
@@ -145,7 +140,7 @@ def finish_kernel(
 
     if results.dh_S is not None:
         top = top.to(tl.int64)
-        kept = keep & is_finite(loss, tokens, divergence)
+        kept = keep & (tl.abs(loss) != float("inf"))
         if tokens.advantages is not None:
             # What is of ŷ, in fp32 as the top entry, unless it is that.
             g_y = tl.where(target == top, 0.0, -advantage)
@@ -184,21 +179,13 @@ def with_policy(loss, advantage, log_p):
 
 
 @triton.jit
-def is_finite(loss, tokens, divergence):
-    """Whether ℓ of rows has a gradient."""
-    if tokens.advantages is not None or divergence.FAMILY == BOTH_KLS:
-        loss = tl.abs(loss)
-    return loss != float("inf")
-
-
-@triton.jit
-def policy_gradient(s_top, others, p_top, advantage, is_top, divergence):
+def policy_gradient(s_top, others, p_top, advantage, is_top, formula):
     """g_top, and what is missed of G, where there is a policy term: of s_top and `others` as for
     `top_gradient`, made with c that is lower by A, but without the −A of ŷ; `is_top` tells whether
     that is the top entry."""
     missed = s_top + others - advantage
     others -= tl.where(is_top, 0.0, advantage)
-    if divergence.KNOWS_G:
+    if formula.KNOWS_G:
         s_top -= tl.where(is_top, advantage, 0.0)
         g_top = tl.where(p_top > 0.9, -others, s_top)
     else:
@@ -213,11 +200,11 @@ def summed(FIELD: tl.constexpr, sums, field, at, present):
 
 
 @triton.jit
-def top_gradient(s_top, others, p_top, divergence):
+def top_gradient(s_top, others, p_top, formula):
     """g_top of rows from s_top, Σ_{v≠top} s and p_top."""
-    if divergence.FAMILY == LOG_PROB:
+    if formula.FAMILY == LOG_PROB:
         g_top = -others
-    elif divergence.KNOWS_G:
+    elif formula.KNOWS_G:
         g_top = tl.where(p_top > 0.9, -others, s_top)
     else:
         g_top = s_top * (1.0 - p_top) - p_top * others
@@ -225,28 +212,21 @@ def top_gradient(s_top, others, p_top, divergence):
 
 
 @triton.jit
-def statistics(sums, loss, p_max, q_max, beta, divergence):
+def statistics(sums, loss, p_max, q_max, parameters, formula):
     """The first fields of `statistics` of rows from the sums of their terms (see `entries`)."""
-    FAMILY: tl.constexpr = divergence.FAMILY
-    inverse_temperature = divergence.inverse_temperature
+    inverse_temperature = formula.inverse_temperature
     forward, reverse = sums[0], sums[1]
     entropy_S = sums[2] * inverse_temperature - tl.log(p_max)
     entropy_T = sums[3] * inverse_temperature - tl.log(q_max)
     found = (forward, reverse, entropy_S, entropy_T)
     if len(sums) > 4:
         removed = sums[4]
-        # Of a KL by the form that is right where it is small, and its terms have both signs.
         whole = loss + removed
-        if FAMILY == FORWARD_KL:
-            whole = forward
-        elif FAMILY == REVERSE_KL:
-            whole = reverse
-        elif FAMILY == MIXED:
-            whole = tl.where(beta == 0, forward, tl.where(beta == 1, reverse, whole))
-        elif FAMILY == BOTH_KLS:
-            _b, w_q, w_p = beta
-            whole = tl.where(w_q == 0, 0.0, w_q * forward)
-            whole += tl.where(w_p == 0, 0.0, w_p * reverse)
+        if formula.FORWARD or formula.REVERSE:
+            # A KL has terms of both signs; its stable form is right where it is small.
+            w_q, w_p = kl_weights(parameters, formula)
+            kls = tl.where(w_q == 0, 0.0, w_q * forward) + tl.where(w_p == 0, 0.0, w_p * reverse)
+            whole = tl.where((w_q != 0) | (w_p != 0), kls, whole)
         share = tl.where(whole == float("inf"), 1.0, removed / whole)
         nothing = (removed == 0) & (loss == loss)  # not of NaN
         found = found + (tl.where(nothing, 0.0, share),)

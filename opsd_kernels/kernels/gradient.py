@@ -23,7 +23,7 @@ import triton.language as tl
 from opsd_kernels.kernels.head import logits_and_slope
 from opsd_kernels.kernels.logits_tile import halves, logits_tiles, round_to
 from opsd_kernels.kernels.pair import entries, load_stats, top_of, with_policy_term
-from opsd_kernels.kernels.pointwise import as_column, beta_of
+from opsd_kernels.kernels.pointwise import columns_of, parameters_of
 
 
 # What depends on the batch is no reason to compile again.
@@ -39,7 +39,7 @@ def gradient_kernel(
     tokens,
     R,
     stride,
-    divergence,
+    formula,
     tiling,
 ):
     """Grid (row tiles, column tiles): of the columns from `weighed.begin` on, up to the
@@ -51,7 +51,7 @@ def gradient_kernel(
     Reads:
         weighed: the weights.
         h_S, h_T, W, W_T: see `logits_tiles`; of LOG_PROB the student's alone.
-        student, teacher, divergence, tiling: the records.
+        student, teacher, formula, tiling: the records.
         tokens: stats and top; of LOG_PROB targets instead; what is given of each. A tile of rows
             that all have weight 0 is not computed.
         stride: of `stats`.
@@ -68,7 +68,7 @@ def gradient_kernel(
         zero = tl.zeros((BM, BV), weighed.g.dtype.element_ty)
         tl.store(g_ptrs + col, zero, mask=exists[:, None])
         return
-    beta = as_column(beta_of(tokens, row, exists, divergence), divergence)
+    parameters = columns_of(parameters_of(tokens, row, exists, formula))
     advantage, target = weight, row  # any: a tuple holds no None
     if weighed.POLICY:
         advantage = tl.load(tokens.advantages + row, mask=exists, other=0.0)
@@ -81,11 +81,11 @@ def gradient_kernel(
             h_S, h_T, W, W_T, student, teacher, tl.program_id(0) * BM, begin, R, tiling
         )
         stats = load_stats(tokens, stride, row, exists)
-        top = top_of(tokens, row, exists, divergence)[:, None]
-        of_rows = (top, stats, beta, policy, weight[:, None], exists[:, None])
+        top = top_of(tokens, row, exists, formula)[:, None]
+        of_rows = (top, stats, parameters, policy, weight[:, None], exists[:, None])
         _columns(
             z_S, z_T, begin, None if tiling.EVEN_V else V, student, teacher, of_rows, g_ptrs,
-            divergence, weighed, tiling.PARTS,
+            formula, weighed, tiling.PARTS,
         )  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def _columns(
     teacher,
     of_rows,
     g_ptrs,
-    divergence,
+    formula,
     weighed,
     PARTS: tl.constexpr,
 ):
@@ -107,19 +107,19 @@ def _columns(
 
     Args:
         V: the vocabulary's end, or None if all columns are before it.
-        of_rows: top entry, `Stats`, β, advantage and sampled token if `weighed.POLICY`, weight and
-            whether it exists, of each row [BM, 1].
+        of_rows: top entry, `Stats`, parameters, advantage and sampled token if `weighed.POLICY`,
+            weight and whether it exists, of each row [BM, 1].
         g_ptrs: to rows of g, to which a column of the vocabulary is added.
     """
     if PARTS > 1:
         z_S0, z_S1 = halves(z_S)
         z_T0, z_T1 = halves(z_T)
         _columns(
-            z_S0, z_T0, begin, V, student, teacher, of_rows, g_ptrs, divergence, weighed,
+            z_S0, z_T0, begin, V, student, teacher, of_rows, g_ptrs, formula, weighed,
             PARTS // 2,
         )  # fmt: skip
         _columns(
-            z_S1, z_T1, begin + z_S0.shape[1], V, student, teacher, of_rows, g_ptrs, divergence,
+            z_S1, z_T1, begin + z_S0.shape[1], V, student, teacher, of_rows, g_ptrs, formula,
             weighed, PARTS // 2,
         )  # fmt: skip
     else:
@@ -129,8 +129,8 @@ def _columns(
         if V is not None:
             z_S = tl.where(col < V, z_S, float("-inf"))
             z_T = tl.where(col < V, z_T, float("-inf"))
-        top, stats, beta, policy, weight, exists = of_rows
-        terms, _p = entries(z_S, z_T, col == top, stats, beta, divergence, False)
+        top, stats, parameters, policy, weight, exists = of_rows
+        terms, _p = entries(z_S, z_T, col == top, stats, parameters, formula, False)
         g = terms[1]
         if weighed.POLICY:
             g = with_policy_term(g, col, policy)

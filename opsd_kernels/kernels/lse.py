@@ -39,11 +39,11 @@ from opsd_kernels.kernels.pointwise import (
     ENTROPY,
     HUGE,
     LOG_PROB,
-    beta_of,
     difference,
     exp,
     log_quotient,
     log_ratio,
+    parameters_of,
     shift,
     within,
 )
@@ -353,7 +353,7 @@ def merge_kernel(
     R,
     spans,
     stride,
-    divergence,
+    formula,
     SCALE: tl.constexpr,
     SPANS: tl.constexpr,
 ):
@@ -369,17 +369,17 @@ def merge_kernel(
         SPANS: a power of two, at least `spans`.
     """
     row = tl.program_id(0) * MERGE_BM + tl.arange(0, MERGE_BM)
-    state = merged(partials, row, R, spans, stride, tokens, divergence.inverse_temperature, SPANS)
+    state = merged(partials, row, R, spans, stride, tokens, formula.inverse_temperature, SPANS)
     exists_row = row < R
-    beta = beta_of(tokens, row, exists_row, divergence)
+    parameters = parameters_of(tokens, row, exists_row, formula)
     advantage = None
     if tokens.advantages is not None:
         advantage = tl.load(tokens.advantages + row, mask=exists_row, other=0.0)
-    stats = normalizers(state, beta, advantage, divergence, SCALE)
+    stats = normalizers(state, parameters, advantage, formula, SCALE)
     for i in tl.static_range(STATS):
         tl.store(tokens.stats + i * stride + row, stats[i], mask=exists_row)
     if tokens.targets is not None:
-        sampled = log_probs(state, divergence.inverse_temperature)
+        sampled = log_probs(state, formula.inverse_temperature)
         for i in tl.static_range(STATS_OF_TARGETS):
             tl.store(tokens.stats + (STATS + i) * stride + row, sampled[i], mask=exists_row)
     tl.store(tokens.top + row, state.index, mask=exists_row)
@@ -428,19 +428,19 @@ def shard_kernel(own, tokens, partials, R, spans, stride, inverse_temperature, S
 
 
 @triton.jit
-def normalizers(state, beta, advantage, divergence, SCALE: tl.constexpr):
+def normalizers(state, parameters, advantage, formula, SCALE: tl.constexpr):
     """The `Stats` [BM] from the state of rows of which every logit was seen; `advantage` is None
     without a policy term."""
     top_S, sum_S, top_T, sum_T = state.top_S, state.sum_S, state.top_T, state.sum_T
     p_max, q_max, log_sums = 1.0 / sum_S, 1.0 / sum_T, log_quotient(sum_S, sum_T)
     c, s_top, plain = sum_S, sum_S, sum_S  # never read for log p(ŷ)
-    mean_d = state.E / sum_S * divergence.inverse_temperature
-    if divergence.FAMILY == ENTROPY:
+    mean_d = state.E / sum_S * formula.inverse_temperature
+    if formula.FAMILY == ENTROPY:
         c, s_top = mean_d, -mean_d * p_max
-    elif divergence.FAMILY != LOG_PROB:
+    elif formula.FAMILY != LOG_PROB:
         d_top = difference(top_S, state.at_top)
         c, s_top, plain = shift(
-            top_S, p_max, top_T, q_max, log_sums, d_top, mean_d, beta, divergence
+            top_S, p_max, top_T, q_max, log_sums, d_top, mean_d, parameters, formula
         )
         if SCALE != 1:
             # What is scaled has few exponents. |G| ≤ 1 where scores are bounded, so c may be too.

@@ -44,19 +44,16 @@ from opsd_kernels.kernels.head import logits_and_slope
 from opsd_kernels.kernels.logits_tile import halves, logits_tiles, round_to
 from opsd_kernels.kernels.lse import STATS
 from opsd_kernels.kernels.pointwise import (
-    BOTH_KLS,
     ENTROPY,
-    FORWARD_KL,
     HUGE,
     LOG_PROB,
-    MIXED,
-    REVERSE_KL,
-    as_column,
-    beta_of,
+    columns_of,
     difference,
     exp,
+    infinite_where,
     kullback_leiblers,
     log_ratio,
+    parameters_of,
     value_and_score,
 )
 from opsd_kernels.kernels.records import Stats
@@ -81,7 +78,7 @@ def pair_kernel(
     tokens,
     R,
     stride,
-    divergence,
+    formula,
     tiling,
 ):
     """Grid (row tiles, slots): of a slot the columns from `scored.begin` + slot · BV on, up to the
@@ -93,13 +90,13 @@ def pair_kernel(
 
     Reads:
         h_S, h_T, W, W_T: see `logits_tiles`.
-        student, teacher, divergence, tiling: the records.
+        student, teacher, formula, tiling: the records.
         tokens: stats and top; of LOG_PROB targets instead; what is given of each; and keep, or
             None: a tile of rows none of which is kept is left out.
     """
     BM: tl.constexpr = tiling.BM
     BV: tl.constexpr = tiling.BV
-    OF_STATISTICS: tl.constexpr = SUMS_OF_STATISTICS - 1 + divergence.CLIPPED
+    OF_STATISTICS: tl.constexpr = SUMS_OF_STATISTICS - 1 + formula.CLIPPED
     FIELDS: tl.constexpr = SUMS + scored.STATISTICS * OF_STATISTICS + scored.SLOPES
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     exists = row < R
@@ -107,7 +104,7 @@ def pair_kernel(
         keep = tl.load(tokens.keep + row, mask=exists, other=0)
         if tl.max(keep.to(tl.int32), 0) == 0:
             return
-    beta = as_column(beta_of(tokens, row, exists, divergence), divergence)
+    parameters = columns_of(parameters_of(tokens, row, exists, formula))
     at_tile = row[:, None].to(tl.int64) * scored.stride - scored.begin
     s_ptrs, p_ptrs = scored.s, scored.p
     if scored.s is not None:
@@ -124,14 +121,14 @@ def pair_kernel(
             h_S, h_T, W, W_T, student, teacher, tl.program_id(0) * BM, begin, R, tiling
         )
         stats = load_stats(tokens, stride, row, exists)
-        top = top_of(tokens, row, exists, divergence)[:, None]
+        top = top_of(tokens, row, exists, formula)[:, None]
         target = top  # any: a tuple holds no None
         if scored.SLOPES == 2:
             target = tl.load(tokens.targets + row, mask=exists, other=-1)[:, None]
-        of_rows = (top, target, stats, beta, exists[:, None])
+        of_rows = (top, target, stats, parameters, exists[:, None])
         added = _columns(
             z_S, z_T, begin, None if tiling.EVEN_V else V, student, teacher, of_rows,
-            (s_ptrs, p_ptrs), zeros(FIELDS, BM, BV // tiling.PARTS), divergence, scored,
+            (s_ptrs, p_ptrs), zeros(FIELDS, BM, BV // tiling.PARTS), formula, scored,
             tiling.PARTS,
         )  # fmt: skip
         # A mask of a tensor and a number is one that Triton 3.9's interpreter refuses.
@@ -154,7 +151,7 @@ def _columns(
     of_rows,
     pointers,
     sums,
-    divergence,
+    formula,
     scored,
     PARTS: tl.constexpr,
 ):
@@ -163,8 +160,8 @@ def _columns(
 
     Args:
         V: the vocabulary's end, or None if all columns are before it.
-        of_rows: top entry, sampled token if `scored.SLOPES` are 2, `Stats`, β and whether it
-            exists, of each row [BM, 1].
+        of_rows: top entry, sampled token if `scored.SLOPES` are 2, `Stats`, parameters and whether
+            it exists, of each row [BM, 1].
         pointers: to rows of s and p, to which a column of the vocabulary is added; None of what is
             not stored.
     """
@@ -173,11 +170,11 @@ def _columns(
         z_T0, z_T1 = halves(z_T)
         sums = _columns(
             z_S0, z_T0, begin, V, student, teacher, of_rows, pointers, sums,
-            divergence, scored, PARTS // 2,
+            formula, scored, PARTS // 2,
         )  # fmt: skip
         return _columns(
             z_S1, z_T1, begin + z_S0.shape[1], V, student, teacher, of_rows, pointers, sums,
-            divergence, scored, PARTS // 2,
+            formula, scored, PARTS // 2,
         )  # fmt: skip
     else:
         col = (tl.arange(0, z_S.shape[1]) + begin)[None, :]
@@ -186,8 +183,8 @@ def _columns(
         if V is not None:
             z_S = tl.where(col < V, z_S, float("-inf"))
             z_T = tl.where(col < V, z_T, float("-inf"))
-        top, target, stats, beta, exists = of_rows
-        terms, p = entries(z_S, z_T, col == top, stats, beta, divergence, scored.STATISTICS)
+        top, target, stats, parameters, exists = of_rows
+        terms, p = entries(z_S, z_T, col == top, stats, parameters, formula, scored.STATISTICS)
         # No mask but that of the rows: it would hide that columns are contiguous.
         s_ptrs, p_ptrs = pointers
         if s_ptrs is not None:
@@ -213,16 +210,16 @@ def zeros(FIELDS: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def entries(z_S, z_T, is_top, stats, beta, divergence, STATISTICS: tl.constexpr):
-    """What entries contribute, from logits [BM, BV], and the `Stats` and β [BM, 1] of their
-    rows.
+def entries(z_S, z_T, is_top, stats, parameters, formula, STATISTICS: tl.constexpr):
+    """What entries contribute, from logits [BM, BV], and the `Stats` and parameters
+    [BM, 1] of their rows.
 
     Returns:
         A tuple of the terms of all `sums`, of which the first two are f and s = a − c p, and p. s
         and p are 0 at the top entry. The terms of the entropies are those before temperature.
     """
-    FAMILY: tl.constexpr = divergence.FAMILY
-    inverse_temperature = divergence.inverse_temperature
+    FAMILY: tl.constexpr = formula.FAMILY
+    inverse_temperature = formula.inverse_temperature
     top_S, top_T = stats.top_S, stats.top_T
     p = exp(z_S - top_S, inverse_temperature) * stats.p_max
     if FAMILY == LOG_PROB:
@@ -235,30 +232,17 @@ def entries(z_S, z_T, is_top, stats, beta, divergence, STATISTICS: tl.constexpr)
     d = difference(z_S, z_T)
     q = exp(z_T - top_T, inverse_temperature) * stats.q_max
     x = log_ratio(d, top_S, top_T, stats.log_sums, inverse_temperature)
-    f, a, excess = value_and_score(p, q, x, stats.plain, beta, divergence)
-    # No mass on one side where the other has some.
-    if not divergence.CLIPPED:
-        if FAMILY == FORWARD_KL:
-            f = tl.where(d >= HUGE, float("inf"), f)
-        elif FAMILY == REVERSE_KL:
-            f = tl.where((d <= -HUGE) & (z_S > -HUGE), float("inf"), f)
-        elif FAMILY == MIXED:
-            f = tl.where((beta == 0) & (d >= HUGE), float("inf"), f)
-            nowhere = (d <= -HUGE) & (z_S > -HUGE)
-            f = tl.where((beta == 1) & nowhere, float("inf"), f)
-        elif FAMILY == BOTH_KLS:
-            _b, w_q, w_p = beta
-            limit = tl.where((w_q <= 0) & (w_p <= 0), float("-inf"), float("inf"))
-            f = tl.where((w_q != 0) & (d >= HUGE), limit, f)
-            f = tl.where((w_p != 0) & (d <= -HUGE) & (z_S > -HUGE), limit, f)
+    f, a, excess = value_and_score(p, q, x, stats.plain, parameters, formula)
+    if (formula.FORWARD or formula.REVERSE) and not formula.CLIPPED:
+        f = infinite_where(f, d, z_S, parameters, formula)
     s = tl.where(is_top, 0.0, a - stats.c * p)
     terms = (f, s)
     if STATISTICS:
-        forward, reverse = kullback_leiblers(p, q, x)
+        forward, reverse, _q_minus_p = kullback_leiblers(p, q, x)
         forward = tl.where(d >= HUGE, float("inf"), forward)
         reverse = tl.where((d <= -HUGE) & (z_S > -HUGE), float("inf"), reverse)
         terms = terms + (forward, reverse, _mean_term(p, top_S - z_S), _mean_term(q, top_T - z_T))
-        if divergence.CLIPPED:
+        if formula.CLIPPED:
             terms = terms + (excess,)
     return terms, tl.where(is_top, 0.0, p)
 
@@ -298,9 +282,9 @@ def load_stats(tokens, stride, row, exists):
 
 
 @triton.jit
-def top_of(tokens, row, mask, divergence):
+def top_of(tokens, row, mask, formula):
     """The entry of rows [BM] whose gradient is given apart: the student's most likely, or ŷ."""
-    if divergence.FAMILY == LOG_PROB:
+    if formula.FAMILY == LOG_PROB:
         top = tl.load(tokens.targets + row, mask=mask, other=0)
     else:
         top = tl.load(tokens.top + row, mask=mask, other=0)

@@ -66,13 +66,19 @@ class Tokens(NamedTuple):
     advantages: Any = None  # [R] fp32, A of a policy term −A log p(ŷ)
 
 
-class Divergence(NamedTuple):
-    """A member of the family, and the temperature."""
+class Formula(NamedTuple):
+    """A member of the family (see `Member` in family.py), and the temperature."""
 
-    beta: Any  # β, or 1 − β if exchanged; 0 if MIXED, where it is one of `Tokens`
+    beta: Any  # β, or 1 − β if EXCHANGED
+    w_q: Any
+    w_p: Any
     entry_clip: Any  # τ, read if CLIPPED
     inverse_temperature: Any
     FAMILY: Any
+    EXCHANGED: Any  # whether student and teacher are exchanged, since β > ½
+    BETA_PER_TOKEN: Any
+    FORWARD: Any  # whether ℓ may hold KL(q‖p) itself …
+    REVERSE: Any  # … and KL(p‖q)
     CLIPPED: Any
     KNOWS_G: Any  # whether c = G
 

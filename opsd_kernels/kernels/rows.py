@@ -23,7 +23,6 @@ import triton.language as tl
 
 from opsd_kernels.kernels.finish import (
     LOG_P,
-    is_finite,
     policy_gradient,
     statistics,
     top_gradient,
@@ -50,7 +49,7 @@ from opsd_kernels.kernels.pair import (
     with_policy_term,
     zeros,
 )
-from opsd_kernels.kernels.pointwise import ENTROPY, LOG_PROB, MIXED, as_column, beta_of
+from opsd_kernels.kernels.pointwise import ENTROPY, LOG_PROB, columns_of, parameters_of
 from opsd_kernels.kernels.records import Stats, Tokens
 
 
@@ -69,7 +68,7 @@ def rows_kernel(
     w_p,
     advantages,
     stride_statistics,
-    divergence,
+    formula,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
 ):
@@ -81,23 +80,23 @@ def rows_kernel(
         gradient: if NEEDED.
 
     Reads:
-        logits, divergence: the records.
+        logits, formula: the records.
         targets, beta, w_q, w_p, advantages: as in `Tokens`, or None.
         BLOCK, PARTS: see `tiles.Sweep`.
     """
     NEEDS_SCORE: tl.constexpr = gradient.NEEDED
     LIMIT: tl.constexpr = gradient.LIMIT
     tokens = Tokens(None, targets, beta, None, None, w_q, w_p, advantages)
-    KNOWS_G: tl.constexpr = divergence.KNOWS_G
+    KNOWS_G: tl.constexpr = formula.KNOWS_G
     FOR_LATER: tl.constexpr = results.stats is not None
     HAS_STATISTICS: tl.constexpr = results.statistics is not None
-    STATISTICS: tl.constexpr = HAS_STATISTICS and divergence.FAMILY != LOG_PROB
-    OF_STATISTICS: tl.constexpr = SUMS_OF_STATISTICS - 1 + divergence.CLIPPED
+    STATISTICS: tl.constexpr = HAS_STATISTICS and formula.FAMILY != LOG_PROB
+    OF_STATISTICS: tl.constexpr = SUMS_OF_STATISTICS - 1 + formula.CLIPPED
     # Log-probabilities alone need no second sweep.
-    IS_DIVERGENCE: tl.constexpr = divergence.FAMILY != LOG_PROB and divergence.FAMILY != ENTROPY
+    IS_DIVERGENCE: tl.constexpr = formula.FAMILY != LOG_PROB and formula.FAMILY != ENTROPY
     SECOND: tl.constexpr = NEEDS_SCORE or FOR_LATER or IS_DIVERGENCE
     row = tl.program_id(0).to(tl.int64)
-    V, inverse_temperature = logits.V, divergence.inverse_temperature
+    V, inverse_temperature = logits.V, formula.inverse_temperature
     g_ptr = gradient.g + row * gradient.stride
     DTYPE: tl.constexpr = gradient.g.dtype.element_ty
     start = row * logits.stride
@@ -106,8 +105,8 @@ def rows_kernel(
     target = None
     if targets is not None:
         target = tl.load(targets + one)
-    of_row = beta_of(tokens, one, None, divergence)
-    of_entries = as_column(of_row, divergence)
+    parameters = parameters_of(tokens, one, None, formula)
+    of_entries = columns_of(parameters)
     advantage = None
     if advantages is not None and target is not None:
         advantage = tl.load(advantages + one)
@@ -117,9 +116,9 @@ def rows_kernel(
     if targets is not None:
         sampled = log_probs(state, inverse_temperature)
     top = state.index
-    if divergence.FAMILY == LOG_PROB:
+    if formula.FAMILY == LOG_PROB:
         top = target
-    stats = normalizers(state, of_row, advantage, divergence, gradient.SCALE)
+    stats = normalizers(state, parameters, advantage, formula, gradient.SCALE)
     column = column_of(stats)
     if NEEDS_SCORE or FOR_LATER:  # before it is written over
         _z, _z_T, slope_top = _load(start, logits, top)
@@ -131,7 +130,7 @@ def rows_kernel(
     for v in range(0, V if SECOND else 0, BLOCK):
         col = v + block
         z_S, z_T, slope = _load(start, logits, col)
-        terms, _p = entries(z_S, z_T, col == top, column, of_entries, divergence, STATISTICS)
+        terms, _p = entries(z_S, z_T, col == top, column, of_entries, formula, STATISTICS)
         sums = add_each(sums, terms)
         if NEEDS_SCORE and KNOWS_G:
             g = terms[1]
@@ -139,9 +138,9 @@ def rows_kernel(
                 g = _policy_term(g, col, top, policy)
             _store(g_ptr, _weighed(g * slope, factor, gradient.weights), col, V)
     loss = tl.sum(sums[0], 1)
-    if divergence.FAMILY == LOG_PROB:
+    if formula.FAMILY == LOG_PROB:
         loss = sampled[0]
-    elif divergence.FAMILY == ENTROPY:
+    elif formula.FAMILY == ENTROPY:
         loss = stats.c - tl.log(stats.p_max)
     whole = loss  # what a clip takes of
     if advantages is not None:
@@ -151,7 +150,7 @@ def rows_kernel(
         totals = ()
         for i in tl.static_range(SUMS, len(sums)):
             totals = totals + (tl.sum(sums[i], 1),)
-        found = statistics(totals, whole, stats.p_max, stats.q_max, of_row, divergence)
+        found = statistics(totals, whole, stats.p_max, stats.q_max, parameters, formula)
         for i in tl.static_range(len(found)):
             tl.store(results.statistics + i * stride_statistics + one, found[i])
     if HAS_STATISTICS and targets is not None:
@@ -162,13 +161,13 @@ def rows_kernel(
         others = tl.sum(sums[1], 1)
         if advantages is not None:
             g_top, missed = policy_gradient(
-                stats.s_top, others, stats.p_max, advantage, target == top, divergence
+                stats.s_top, others, stats.p_max, advantage, target == top, formula
             )
             g_top *= slope_top
         else:
-            g_top = top_gradient(stats.s_top, others, stats.p_max, divergence) * slope_top
+            g_top = top_gradient(stats.s_top, others, stats.p_max, formula) * slope_top
             missed = stats.s_top + others  # G − c
-        infinite = ~is_finite(loss, tokens, divergence)
+        infinite = tl.abs(loss) == float("inf")
     if FOR_LATER:
         for i in tl.static_range(STATS):
             known = stats[i]
@@ -188,11 +187,11 @@ def rows_kernel(
             for v in range(0, V, BLOCK):
                 col = v + block
                 z_S, z_T, slope = _load(start, logits, col)
-                terms, p = entries(z_S, z_T, col == top, column, of_entries, divergence, False)
+                terms, p = entries(z_S, z_T, col == top, column, of_entries, formula, False)
                 g = terms[1] - missed[:, None] * p
                 if advantages is not None:
                     g = _policy_term(g, col, top, policy)
-                if divergence.FAMILY == MIXED or advantages is not None:
+                if formula.FORWARD or formula.REVERSE or advantages is not None:
                     g = tl.where(infinite[:, None], 0.0, g)
                 _store(g_ptr, _weighed(g * slope, factor, gradient.weights), col, V)
         if gradient.weights is not None:
