@@ -64,6 +64,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,7 +159,7 @@ class Member:
         """Whether no score exceeds 1, and G neither. Scores of the reverse KL grow with the
         log-ratio; those of the entropy, and weights, have no bound."""
         if self.family == Family.KLS:
-            return not self.has_reverse_kl and self.w_q == 1
+            return not self.has_reverse_kl and not isinstance(self.w_q, Tensor) and self.w_q == 1
         return self.family in (Family.JSD, Family.LOG_PROB)
 
     @property
@@ -176,7 +177,7 @@ class Member:
 
     def rows(self, rows: Tensor | slice) -> "Member":
         """The member for some rows of those that its tensors are for."""
-        some = {
+        some: dict[str, Any] = {
             name: value[rows]
             for name in ("beta", "w_q", "w_p")
             if isinstance(value := getattr(self, name), Tensor)
@@ -252,6 +253,7 @@ def value_and_score(
 
 def clipped_off(p: Tensor, q: Tensor, x: Tensor, member: Member) -> Tensor:
     """How much the clip takes off the value of every entry, [R, V]; arguments as above."""
+    assert member.entry_clip is not None
     f, _, textbook, _ = _unclipped(p, q, x, member, needs_score=False)
     return (f if textbook is None else textbook).sub_(member.entry_clip).clamp_(min=0)
 

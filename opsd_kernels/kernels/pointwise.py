@@ -45,16 +45,15 @@ LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 def formula_of(member: Member, temperature: float) -> Formula:
     """The member of the family as every kernel gets it; what differs from token to token is in
     `PerToken`."""
-    # 1 − β in fp64: near 1 that is more than fp32 knows of β.
-    exchanged = not member.beta_per_token and member.beta > 0.5
-
-    def number(value: float) -> float:
-        return value if isinstance(value, float) else 0.0
-
+    beta, w_q, w_p = (
+        value if isinstance(value, float) else 0.0
+        for value in (member.beta, member.w_q, member.w_p)
+    )
+    exchanged = beta > 0.5
     return Formula(
-        number(1 - member.beta if exchanged else member.beta),
-        number(member.w_q),
-        number(member.w_p),
+        1 - beta if exchanged else beta,  # in fp64: near 1 that is more than fp32 knows of β
+        w_q,
+        w_p,
         member.entry_clip or 0.0,
         1 / temperature,
         FAMILY=tl.constexpr(member.family.value),
