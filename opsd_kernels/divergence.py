@@ -1,26 +1,78 @@
-"""Rows of logits into values and gradients, in PyTorch; the family itself is in `family.py`.
+"""The family of divergences, entry by entry: value f and score a, in PyTorch.
 
-A row's ℓ = Σ f and its gradient a − G p are made of every entry's value and score. With c = a/p at
-the student's top entry, the scores a − c p are 0 there: for a confident token a − G p would
-otherwise be a small difference of large numbers.
+Notation (used everywhere in this package):
 
-Of the student alone are the log-probability of a sampled token ŷ, which is all of the vocabulary
-that the sampled-token objective needs (paper, Eq. 8), and the entropy, whose value and score are
-the same:
+    h_S, h_T  [N, D]    last hidden states of student and teacher, one row for each token
+    W         [V, D]    LM head
+    z_S, z_T  [N, V]    logits h Wᵀ / T, temperature T; always fp32 or wider
+    L_S, L_T  [N]       log-sum-exp of a row of logits
+    p, q      [N, V]    softmax of z_S (student) and of z_T (teacher)
+    x                   log q − log p, the log-ratio; small where the two agree
+    m                   β q + (1 − β) p, the mixture: β weighs the TEACHER (OPSD paper, Eq. 6)
+    f, a                value of an entry, and its score a = p ∂f/∂p
+    G         [N]       Σ_v a_v
 
-    log p(ŷ)          ∂/∂z_S = 1[v = ŷ] − p
-    −Σ p log p        f = a = p (L_S − z_S), shifted p (top_S − z_S)
+A token's divergence is ℓ = Σ_v f_v. Its gradient, for every member of the family, is
 
-A policy term −A log p(ŷ) with a constant A adds −A 1[v = ŷ] to the scores, and −A to G.
+    ∂ℓ/∂z_S = a − G p.
+
+Every divergence here is a sum of two halves, each with a weight and a mixture of its own:
+
+    ℓ = w_q KL(q‖m_q) + w_p KL(p‖m_p),    m_q = β_q q + (1 − β_q) p,  m_p = β_p q + (1 − β_p) p
+
+    member                  β_q   β_p   w_q   w_p     family
+    JSD_β, 0 < β < 1        β     β     β     1 − β   JSD
+    skewed KLs              β     β     any   any     MIXTURE
+    forward KL(q‖p), β = 0  0           1     0       KLS
+    reverse KL(p‖q), β = 1        1     0     1       KLS
+    both KLs                0     1     any   any     KLS
+
+β = 0 and β = 1 *name* the two KLs, as everywhere in the field. Eq. 6 itself vanishes at both ends,
+so the family jumps there: β = 0.01 gives about a hundredth of the forward KL. A β for each token is
+a MIXTURE too: a KL is the half whose mixture is the other side, so β_q = 0 or β_p = 1.
+
+With an entry clip τ the value of an entry is min(f, τ), and the score of a clipped entry is 0. A
+clipped KL can be negative: negative values are not clipped.
+
+Values. Self-distillation lives where p ≈ q. There the textbook values f = w_q q log(q/m_q) + w_p p
+log(p/m_p) are sums of first-order terms that cancel to noise. The values computed here add a null
+term κ (q − p), which sums to zero over the vocabulary and makes each half a sum of terms ≥ 0 of
+second order. With lm = log(m/p), d = log(q/m) = x − lm and t = expm1(x):
+
+    KL(q‖m)    q d − (1 − β) (q − p)  =  q (e^−d − 1 + d)
+    KL(p‖m)    β (q − p) − p lm       =  p (β t − lm)
+
+    κ = w_p β_p − w_q (1 − β_q)
+
+For JSD_β κ is 0, and both halves together are p (β (1 + t) d − (1 − β) lm). A clipped value carries
+the null term too, so that the clipped sum keeps its accuracy, unless the clip takes most of the
+mass of the row: then the sum without the null terms is the more accurate one.
+
+Sides are exchanged where β > ½: p, q, x and β become q, p, −x and 1 − β. The forms above would lose
+digits there, by another factor 1/(1 − β). Below, capital P and Q name the sides after that.
+
+Scores. a ← a − c p, G ← G − c leaves a − G p as it is for any c. The scores computed here are
+shifted by the null term, which makes them of first order in x, as the gradient is:
+
+    JSD and MIXTURE    κ p (q − m)/m − w_p p lm
+    KLS                w_q (p − q) − w_p p x
+
+and −κ p is the score of a clipped entry.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .family import HUGE, Family, Member, clipped_off, value_and_score
+# Log-ratios are held within ±HUGE, so that 0 · x stays 0 where one side is −∞ and the other is not.
+HUGE = 1e30
+# Above this log-ratio the value of a mixture no longer depends on it, and eˣ still fits fp32.
+SATURATED = 80.0
 
 # What `token_divergence` tells of a token beside its loss: the fields of [STATISTICS, N] fp32. The
 # last three are those of a sampled token ŷ: log p(ŷ), log q(ŷ), and their difference log q − log p.
@@ -28,349 +80,307 @@ from .family import HUGE, Family, Member, clipped_off, value_and_score
 STATISTICS = 8
 
 
-class Softmax(NamedTuple):
-    """What is known of rows of logits [R, V]."""
+class Family(IntEnum):
+    """Which formulas ℓ has: a compile-time constant of the kernels."""
 
-    p: Tensor  # [R, V]
-    top: Tensor  # [R, 1], as all that follow: the two parts of L = top + rest
-    rest: Tensor
-    here: Tensor | None  # bool, whether the largest logit is among these columns; None: all are
-
-
-class Vocabulary:
-    """What is made of all columns of rows of logits [R, V], of which there is none elsewhere."""
-
-    def softmaxes(self, *logits: Tensor) -> list[Softmax]:
-        """The softmax of each."""
-        return [_softmax(z) for z in logits]
-
-    def sums(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Sums over all columns, [R, 1] each, of those over these columns."""
-        return parts
+    JSD = 0
+    MIXTURE = 1  # both halves of a JSD by weights; or a β for each token
+    KLS = 2  # the forward KL, the reverse KL, or both by weights
+    LOG_PROB = 3  # no divergence: log p(ŷ) of a sampled token ŷ
+    ENTROPY = 4  # no divergence: the student's entropy
 
 
-WHOLE = Vocabulary()
+Weight = float | Tensor
 
 
-def member_rows_(
-    z_S: Tensor,
-    z_T: Tensor | None,
+@dataclass(frozen=True)
+class Member:
+    """What ℓ of a token is, apart from a policy term: a member of the family and its clip."""
+
+    family: Family
+    beta: Weight = 0.0  # of the mixture, a number or [R]; KLS have none
+    # Weights of the halves, numbers or [R]; None where a β for each token says them.
+    w_q: Weight | None = None
+    w_p: Weight | None = None
+    entry_clip: float | None = None
+
+    @staticmethod
+    def of(
+        beta: float | Tensor | None,
+        entry_clip: float | None = None,
+        w_q: Tensor | None = None,
+        w_p: Tensor | None = None,
+    ) -> "Member":
+        """The divergence of a β; or with weights the halves of that β's JSD, or both KLs if β is
+        None."""
+        if w_q is not None and w_p is not None:
+            family = Family.KLS if beta is None else Family.MIXTURE
+            return Member(family, 0.0 if beta is None else beta, w_q, w_p, entry_clip)
+        assert beta is not None
+        if isinstance(beta, Tensor):
+            return Member(Family.MIXTURE, beta, None, None, entry_clip)
+        if beta in (0, 1):
+            return Member(Family.KLS, 0.0, 1.0 - beta, float(beta), entry_clip)
+        return Member(Family.JSD, beta, beta, 1 - beta, entry_clip)
+
+    @property
+    def is_divergence(self) -> bool:
+        """Whether ℓ compares two sides; log p(ŷ) and the entropy are the student's alone."""
+        return self.family not in (Family.LOG_PROB, Family.ENTROPY)
+
+    @property
+    def beta_per_token(self) -> bool:
+        return isinstance(self.beta, Tensor)
+
+    def is_wide(self, needs_statistics: bool) -> bool:
+        """Whether kernels compute more of an entry than one divergence with the same parameters
+        for all tokens."""
+        per_token = any(isinstance(t, Tensor) for t in (self.beta, self.w_q, self.w_p))
+        return per_token or (needs_statistics and self.is_divergence)
+
+    @property
+    def has_forward_kl(self) -> bool:
+        """Whether ℓ of some token may hold KL(q‖p) itself."""
+        return self.beta_per_token or (self.family == Family.KLS and not _is_zero(self.w_q))
+
+    @property
+    def has_reverse_kl(self) -> bool:
+        """Whether ℓ of some token may hold KL(p‖q) itself."""
+        return self.beta_per_token or (self.family == Family.KLS and not _is_zero(self.w_p))
+
+    @property
+    def may_be_infinite(self) -> bool:
+        """Whether ℓ is infinite where one side has mass and the other has none."""
+        return self.entry_clip is None and (self.has_forward_kl or self.has_reverse_kl)
+
+    @property
+    def knows_G(self) -> bool:
+        """Whether G follows from sums that need no second pass over the vocabulary: that of the
+        unclipped KLs, of log p(ŷ) and of the entropy does."""
+        return not self.is_divergence or (self.family == Family.KLS and self.entry_clip is None)
+
+    @property
+    def has_bounded_scores(self) -> bool:
+        """Whether no score exceeds 1, and G neither. Scores of the reverse KL grow with the
+        log-ratio; those of the entropy, and weights, have no bound."""
+        if self.family == Family.KLS:
+            return not self.has_reverse_kl and not isinstance(self.w_q, Tensor) and self.w_q == 1
+        return self.family in (Family.JSD, Family.LOG_PROB)
+
+    @property
+    def mean_limit(self) -> float:
+        """Bound on |d − d_top|, d = z_T − z_S, in its mean over the student's distribution; 0 where
+        that mean is not needed.
+
+        G of the reverse KL and of the entropy is that mean, and needs all of it. Mixtures only
+        guess G from it (see `shift` in kernels/pointwise.py), and differences of logits beyond 32
+        would not improve the guess.
+        """
+        if self.family in (Family.JSD, Family.MIXTURE):
+            return 32.0
+        return HUGE if self.has_reverse_kl or self.family == Family.ENTROPY else 0.0
+
+    def rows(self, rows: Tensor | slice) -> "Member":
+        """The member for some rows of those that its tensors are for."""
+        some: dict[str, Any] = {
+            name: value[rows]
+            for name in ("beta", "w_q", "w_p")
+            if isinstance(value := getattr(self, name), Tensor)
+        }
+        return replace(self, **some)
+
+    def columns(self) -> tuple[Weight, Weight, Weight]:
+        """β, w_q and w_p: numbers, or [R, 1]."""
+        beta, w_q, w_p = (
+            t[:, None] if isinstance(t, Tensor) else t for t in (self.beta, self.w_q, self.w_p)
+        )
+        assert beta is not None
+        if w_q is not None and w_p is not None:
+            return beta, w_q, w_p
+        assert isinstance(beta, Tensor)
+        is_kl = (beta == 0) | (beta == 1)
+        return beta, torch.where(is_kl, 1 - beta, beta), torch.where(is_kl, beta, 1 - beta)
+
+    def kl_weights(self) -> tuple[Tensor, Tensor]:
+        """The weights of KL(q‖p) and KL(p‖q) in ℓ, [] or [R, 1]."""
+        if isinstance(self.beta, Tensor):
+            beta = self.beta[:, None]
+            return (beta == 0).to(beta.dtype), (beta == 1).to(beta.dtype)
+        _, w_q, w_p = self.columns() if self.family == Family.KLS else (0.0, 0.0, 0.0)
+        return torch.as_tensor(w_q), torch.as_tensor(w_p)
+
+
+def _is_zero(weight: Weight | None) -> bool:
+    return not isinstance(weight, Tensor) and weight == 0
+
+
+def _itself(sums: Tensor) -> Tensor:
+    return sums
+
+
+def value_and_score(
+    p: Tensor,
+    q: Tensor,
+    x: Tensor,
     member: Member,
-    needs_score: bool,
-    statistics: Tensor | None = None,
-    targets: Tensor | None = None,
-    advantages: Tensor | None = None,
-    known: tuple[Tensor, Tensor] | None = None,
-    vocabulary: Vocabulary = WHOLE,
-) -> Tensor:
-    """Turn rows of logits into each row's ℓ and, in place, its gradient: see `divergence_rows_`,
-    `log_prob_rows_` and `entropy_rows_`. z_T may be None of what is of the student alone."""
-    if member.family == Family.LOG_PROB:
-        assert targets is not None
-        return log_prob_rows_(z_S, z_T, targets, needs_score, statistics, known, vocabulary)
-    if member.family == Family.ENTROPY:
-        return entropy_rows_(z_S, needs_score, known, vocabulary)
-    assert z_T is not None
-    return divergence_rows_(
-        z_S, z_T, member, needs_score, statistics, targets, advantages, known, vocabulary
-    )
-
-
-def divergence_rows_(
-    z_S: Tensor,
-    z_T: Tensor,
-    member: Member,
-    needs_score: bool,
-    statistics: Tensor | None = None,
-    targets: Tensor | None = None,
-    advantages: Tensor | None = None,
-    known: tuple[Tensor, Tensor] | None = None,
-    vocabulary: Vocabulary = WHOLE,
-) -> Tensor:
-    """Turn rows of logits into each row's divergence ℓ and, in place, its gradient.
+    needs_score: bool = True,
+    of_vocabulary: Callable[[Tensor], Tensor] = _itself,
+) -> tuple[Tensor, Tensor | None]:
+    """Value f and score a of every entry, both with the null term of the module docstring.
 
     Args:
-        z_S, z_T: [R, V] float32 or float64 logits after temperature. Both are overwritten: z_S by
-            the gradient ∂ℓ/∂z_S = a − G p if `needs_score`, z_T by scratch.
-        member: the divergence.
-        needs_score: whether the gradient is wanted; without it only the values are computed.
-        statistics: [STATISTICS, R], filled, the last three fields if there are `targets`.
-        targets: [R] ids of sampled tokens, −1 for those that are not among the columns.
-        advantages: [R] A of a policy term −A log p(ŷ) that ℓ has besides.
-        known: stats [STATS, R] and top [R], filled if `needs_score`: all that `logit_gradient_`
-            needs to make some columns of the gradient once more; top −1 where it is not among them.
-        vocabulary: what the columns are of.
+        p, q: [R, V] probabilities of student and teacher.
+        x: [R, V] finite log-ratio log q − log p. Overwritten.
+        member: a divergence.
+        needs_score: without it a is None and costs nothing.
+        of_vocabulary: makes of sums [R, 1] over these columns those over the vocabulary.
 
     Returns:
-        [R] ℓ. An entry at −∞ on both sides counts for nothing. Where an unclipped KL whose weight
-        is not 0 is infinite (no mass where the other side has some) ℓ is +∞, or −∞ if no weight is
-        positive, and the row's gradient 0; as it is where log p(ŷ) is −∞ and A not 0. A NaN logit
-        makes its row NaN, and no other.
+        f and a, each [R, V].
     """
-    student, teacher = vocabulary.softmaxes(z_S, z_T)
-    p, q = student.p, teacher.p
-    # Sums over these columns, by name.
-    parts: dict[str, Tensor] = {}
-    if statistics is not None:
-        parts |= {"entropy_S": _entropy(z_S, student), "entropy_T": _entropy(z_T, teacher)}
-    at_target = here = None
-    if targets is not None and (statistics is not None or advantages is not None):
-        at_target, here = targets[:, None].clamp(min=0), targets[:, None] >= 0
-        parts["z_Sy"] = z_S.gather(-1, at_target).where(here, 0)
-        if statistics is not None:
-            parts["z_Ty"] = z_T.gather(-1, at_target).where(here, 0)
-        if advantages is not None and needs_score:
-            # 1 − p(ŷ), without the subtraction.
-            p_y = p.gather(-1, at_target)
-            _put(p, at_target, here, torch.zeros_like(p_y))
-            parts["not_sampled"] = p.sum(-1, keepdim=True)
-            _put(p, at_target, here, p_y)
-    # x = (z_T − z_S) − (L_T − L_S), not log q − log p: nearly equal logits subtract without
-    # rounding. The two parts of L are subtracted one by one: beside a large top logit the other,
-    # which is all that tells two confident tokens apart, would be rounded away.
-    x = z_T.sub_(z_S).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
-    # Where one side has no mass and the other has some, the KL to the former is infinite.
-    if statistics is not None or (member.may_be_infinite and member.has_forward_kl):
-        parts["nowhere_S"] = (x.amax(-1, True) == math.inf).to(x.dtype)
-    if statistics is not None or (member.may_be_infinite and member.has_reverse_kl):
-        parts["nowhere_T"] = (x.amin(-1, True) == -math.inf).to(x.dtype)
-    x.clamp_(-HUGE, HUGE).sub_(teacher.top - student.top).sub_(teacher.rest - student.rest)
-    if statistics is not None:
-        for name, kl in (("forward", Member.of(0.0)), ("reverse", Member.of(1.0))):
-            f, _ = value_and_score(p, q, x.clone(), kl, needs_score=False)
-            parts[name] = f.sum(-1, keepdim=True)
-            del f  # [R, V], as what follows is
-        if member.entry_clip is not None:
-            parts["removed"] = clipped_off(p, q, x.clone(), member).sum(-1, keepdim=True)
-
-    f, a = value_and_score(p, q, x, member, needs_score, lambda sums: vocabulary.sums(sums)[0])
-    parts["loss"] = f.sum(-1, keepdim=True)
-    c = top = None
+    f, a, textbook, kappa = _unclipped(p, q, x, member, needs_score)
+    tau = member.entry_clip
+    if tau is None:
+        return f, a
+    if textbook is None:
+        if a is not None:
+            a.masked_fill_(f > tau, 0)
+        return f.clamp_(max=tau), a
+    clipped = textbook > tau
+    torch.where(clipped, (q - p).mul_(kappa).add_(tau), f, out=f)
+    # The null term trades the rounding of the unclipped mass for that of the clipped mass.
+    mass = of_vocabulary(torch.maximum(p, q).mul_(clipped).sum(-1, keepdim=True))
+    torch.where(mass > 0.5, textbook.clamp_(max=tau), f, out=f)
     if a is not None:
-        top = p.argmax(-1, keepdim=True)
-        c = a.gather(-1, top).div_(p.gather(-1, top))
-        if student.here is not None:
-            (c,) = vocabulary.sums(c.where(student.here, 0))
-        a.addcmul_(p, c, value=-1)
-        _put(a, top, student.here, torch.zeros_like(c))
-        parts["G"] = a.sum(-1, keepdim=True)
-    total = dict(zip(parts, vocabulary.sums(*parts.values()), strict=True))
-
-    loss = total["loss"]
-    if member.may_be_infinite:
-        loss = _infinite_where(loss, total, member)
-    whole = loss
-    if advantages is not None:
-        A = advantages[:, None]
-        loss = _with_policy_term(loss, A, total["z_Sy"] - student.top - student.rest)
-    if a is not None and c is not None and top is not None:
-        G = total["G"]
-        own_top = top if student.here is None else top.where(student.here, -1)
-        torch.addcmul(a, p, G, value=-1, out=z_S)
-        if advantages is not None and at_target is not None:
-            g_y = z_S.gather(-1, at_target).sub_(A * total["not_sampled"])
-            z_S.addcmul_(p, A)
-            _put(z_S, at_target, here, g_y)
-            c = c - A
-        if known is not None:
-            fields = (student.top, student.rest, teacher.top, teacher.rest, c + G)
-            _remember(known, (*fields, z_S.gather(-1, top)), own_top)
-        if member.may_be_infinite or advantages is not None:
-            z_S.masked_fill_(loss.isinf(), 0)
-    if statistics is not None:
-        forward = total["forward"].masked_fill(total["nowhere_S"] > 0, torch.inf)
-        reverse = total["reverse"].masked_fill(total["nowhere_T"] > 0, torch.inf)
-        statistics[FORWARD_KL], statistics[REVERSE_KL] = forward.squeeze(-1), reverse.squeeze(-1)
-        for field, side, name in ((ENTROPY_S, student, "S"), (ENTROPY_T, teacher, "T")):
-            statistics[field] = (side.rest + total[f"entropy_{name}"]).squeeze(-1)
-        if targets is not None:
-            _log_probs(statistics, total["z_Sy"], total["z_Ty"], student, teacher)
-        statistics[CLIPPED_SHARE].zero_()
-        if member.entry_clip is not None:
-            # A KL has terms of both signs; its stable form is right where it is small.
-            w_q, w_p = member.kl_weights()
-            kls = _counting(w_q, forward) + _counting(w_p, reverse)
-            taken = total["removed"]
-            whole = torch.where((w_q != 0) | (w_p != 0), kls, whole + taken)
-            share = torch.where(whole.isinf(), 1, taken / whole)
-            statistics[CLIPPED_SHARE] = torch.where(taken == 0, 0, share).squeeze(-1)
-    return loss.squeeze(-1)
+        torch.where(clipped, p * -kappa, a, out=a)
+    return f, a
 
 
-def log_prob_rows_(
-    z_S: Tensor,
-    z_T: Tensor | None,
-    targets: Tensor,
-    needs_score: bool,
-    statistics: Tensor | None = None,
-    known: tuple[Tensor, Tensor] | None = None,
-    vocabulary: Vocabulary = WHOLE,
-) -> Tensor:
-    """Turn rows of logits into log p(ŷ) of each row's sampled token and, in place, its gradient.
+def clipped_off(p: Tensor, q: Tensor, x: Tensor, member: Member) -> Tensor:
+    """How much the clip takes off the value of every entry, [R, V]; arguments as above."""
+    assert member.entry_clip is not None
+    f, _, textbook, _ = _unclipped(p, q, x, member, needs_score=False)
+    return (f if textbook is None else textbook).sub_(member.entry_clip).clamp_(min=0)
 
-    Args:
-        z_S, z_T, needs_score, statistics, known, vocabulary: as in `divergence_rows_`, the gradient
-            being that of log p(ŷ), 1[v = ŷ] − p; of the statistics only the last three are filled,
-            and without them z_T may be None.
-        targets: [R] ids of the sampled tokens ŷ, −1 for those that are not among the columns.
 
-    Returns:
-        [R] log p(ŷ).
-    """
-    logits = [z_S] if statistics is None or z_T is None else [z_S, z_T]
-    student, *teachers = vocabulary.softmaxes(*logits)
-    p, at_target, here = student.p, targets[:, None].clamp(min=0), targets[:, None] >= 0
-    z_y = [z.gather(-1, at_target).where(here, 0) for z in logits]
-    others = []
+def _unclipped(
+    p: Tensor, q: Tensor, x: Tensor, member: Member, needs_score: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Weight]:
+    """f and a without a clip; the textbook value, which the clip is defined on, if there is a clip
+    and that value is not f; and κ. Overwrites x."""
+    if member.family == Family.JSD:
+        return *_jensen_shannon(p, q, x, member, needs_score), None, 0.0
+    formulas = _kullback_leiblers if member.family == Family.KLS else _mixture
+    return formulas(p, q, x, member, needs_score)
+
+
+def _jensen_shannon(
+    p: Tensor, q: Tensor, x: Tensor, member: Member, needs_score: bool
+) -> tuple[Tensor, Tensor | None]:
+    assert not isinstance(member.beta, Tensor)
+    exchanged = member.beta > 0.5
+    P, Q, b, y = (q, p, 1 - member.beta, x.neg_()) if exchanged else (p, q, member.beta, x)
+    y.clamp_(max=SATURATED)
+    t = torch.expm1(y)
+    lm = torch.mul(t, b).log1p_()  # log(m/P)
+    d = y.sub_(lm)  # log(Q/m)
+    a = None
     if needs_score:
-        _put(p, at_target, here, torch.zeros_like(student.top))
-        # 1 − p(ŷ), without the subtraction.
-        others = [p.sum(-1, keepdim=True)]
-    z_Sy, *found = vocabulary.sums(*z_y, *others)
-    if statistics is not None:
-        _log_probs(statistics, z_Sy, found[0], student, *teachers)
-    log_p = (z_Sy - student.top - student.rest).squeeze(-1)
-    if needs_score:
-        torch.neg(p, out=z_S)
-        _put(z_S, at_target, here, found[-1])
-        if known is not None:
-            nothing = torch.zeros_like(student.top)
-            fields = (student.top, student.rest, nothing, nothing, nothing, found[-1])
-            _remember(known, fields, targets[:, None])
-    return log_p
+        a = torch.mul(d, Q).mul_(b) if exchanged else torch.mul(lm, P).mul_(b - 1)
+    f = t.add_(1).mul_(b).mul_(d).sub_(lm.mul_(1 - b))
+    # Past saturation P has no digits left, and Q e^−y stands for it.
+    scale = torch.maximum(P, Q * math.exp(-SATURATED))
+    return f.mul_(scale).clamp_(min=0), a
 
 
-def entropy_rows_(
-    z_S: Tensor,
-    needs_score: bool,
-    known: tuple[Tensor, Tensor] | None = None,
-    vocabulary: Vocabulary = WHOLE,
-) -> Tensor:
-    """Turn rows of logits into each row's entropy −Σ p log p and, in place, its gradient.
-
-    Args:
-        z_S, needs_score, known, vocabulary: as in `divergence_rows_`.
-
-    Returns:
-        [R] the entropies, in nats.
-    """
-    (student,) = vocabulary.softmaxes(z_S)
-    p = student.p
-    y = torch.sub(student.top, z_S, out=z_S).clamp_(max=HUGE)
-    a = y.mul_(p)
-    (G,) = vocabulary.sums(a.sum(-1, keepdim=True))
-    if needs_score:
-        a.addcmul_(p, G, value=-1)
-        if known is not None:
-            top = p.argmax(-1, keepdim=True)
-            nothing = torch.zeros_like(G)
-            fields = (student.top, student.rest, nothing, nothing, G, a.gather(-1, top))
-            _remember(known, fields, top if student.here is None else top.where(student.here, -1))
-    return (student.rest + G).squeeze(-1)
-
-
-def logit_gradient_(
-    z_S: Tensor,
-    z_T: Tensor,
-    first: int,
-    known: tuple[Tensor, Tensor],
-    member: Member,
-    targets: Tensor | None = None,
-    advantages: Tensor | None = None,
-) -> None:
-    """Turn some columns of rows of logits, of which the whole was seen before, into the gradient
-    in place.
-
-    Args:
-        z_S, z_T: [R, columns] logits; z_S is overwritten by ∂ℓ/∂z_S, z_T by scratch.
-        first: the vocabulary's entry that is the first column.
-        known: what `member_rows_` filled for these rows.
-        member: what ℓ is.
-        targets, advantages: [R] of the policy term, if ℓ has one.
-    """
-    stats, top = known
-    _columns_gradient(z_S, z_T, stats, member)
-    columns = torch.arange(first, first + z_S.shape[1], device=z_S.device)
-    if targets is not None and advantages is not None:
-        sampled = columns == targets[:, None]
-        z_S.sub_(advantages[:, None] * sampled)
-    torch.where(columns == top[:, None], stats[G_TOP, :, None], z_S, out=z_S)
-
-
-# The field of what is known of a row that is the gradient of its top entry.
-G_TOP = 5
-
-
-def _columns_gradient(z_S: Tensor, z_T: Tensor, stats: Tensor, member: Member) -> None:
-    """All but the top entry's, and the policy term at ŷ."""
-    top_S, rest_S, top_T, rest_T, G = stats[:G_TOP, :, None]
-    p = (z_S - top_S).exp_().mul_(rest_S.neg().exp_())
-    if member.family == Family.LOG_PROB:
-        torch.neg(p, out=z_S)
-    elif member.family == Family.ENTROPY:
-        y = torch.sub(top_S, z_S, out=z_S).clamp_(max=HUGE)
-        y.sub_(G).mul_(p)
+def _mixture(
+    p: Tensor, q: Tensor, x: Tensor, member: Member, needs_score: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Weight]:
+    beta, w_q, w_p = member.columns()
+    kappa = w_p * beta - w_q * (1 - beta)
+    exchanged = beta > 0.5
+    b = _either(exchanged, 1 - beta, beta)
+    P, Q = _either(exchanged, q, p), _either(exchanged, p, q)
+    w_P, w_Q = _either(exchanged, w_q, w_p), _either(exchanged, w_p, w_q)
+    y = x.mul_(_either(exchanged, -1.0, 1.0))
+    if isinstance(b, Tensor):
+        y = torch.minimum(y, _either(b == 0, HUGE, SATURATED), out=y)  # a KL does not saturate
+        t = torch.expm1(y.clamp(max=SATURATED))
     else:
-        q = (z_T - top_T).exp_().mul_(rest_T.neg().exp_())
-        x = z_T.sub_(z_S).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
-        x.clamp_(-HUGE, HUGE).sub_(top_T - top_S).sub_(rest_T - rest_S)
-        _, a = value_and_score(p, q, x, member)
-        assert a is not None
-        torch.addcmul(a, p, G, value=-1, out=z_S)
+        t = torch.expm1(y.clamp_(max=SATURATED))
+    near = (y > -0.5) & (y < 0.5)
+    lm = torch.mul(t, b).log1p_()  # log(m/P)
+    d = y.sub_(lm)  # log(Q/m)
+    Q_minus_P = torch.where(near, P * t, Q - P)
+    f = torch.expm1(-d).add_(d).mul_(Q)
+    far = torch.mul(Q_minus_P, b - 1).addcmul_(Q, d)
+    torch.where(near, f, far, out=f).clamp_(min=0).mul_(w_Q)
+    of_P = torch.mul(t, b, out=far).sub_(lm).mul_(P)
+    far = torch.mul(Q_minus_P, b).addcmul_(P, lm, value=-1)
+    f.add_(torch.where(near, of_P, far, out=of_P).clamp_(min=0).mul_(w_P))
+    del of_P, far
+    a = textbook = None
+    if needs_score:
+        # κ p (q − m)/m is κ (1 − b) (Q − P)/(1 + b t), or with sides exchanged −κ b Q t/(1 + b t).
+        a = _either(exchanged, Q * t, Q_minus_P).mul_(_either(exchanged, -b, 1 - b) * kappa)
+        a.div_(t.mul_(b).add_(1))
+    del t, Q_minus_P
+    of_Q, of_P = d.mul_(Q).mul_(w_Q), lm.mul_(P).mul_(w_P).neg_()
+    if a is not None:
+        a.add_(_either(exchanged, of_Q, of_P))
+    if member.entry_clip is not None:
+        textbook = of_Q.add_(of_P)
+    return f, a, textbook, kappa
 
 
-def _put(rows: Tensor, at: Tensor, here: Tensor | None, value: Tensor) -> None:
-    """Into each of rows [R, V] at an entry [R, 1] a value [R, 1], unless it is not here."""
-    rows.scatter_(-1, at, value if here is None else value.where(here, rows.gather(-1, at)))
+def _kullback_leiblers(
+    p: Tensor, q: Tensor, x: Tensor, member: Member, needs_score: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Weight]:
+    _, w_q, w_p = member.columns()
+    forward, reverse = member.has_forward_kl, member.has_reverse_kl
+    # With u = −|x|, t = expm1(u) and the larger of p and q in front, x of one sign has the form
+    # `near`, x of the other `far`; the reverse KL is the forward KL with sides exchanged.
+    base = torch.maximum(p, q)
+    # Selecting by lerp with a float mask is many times faster on a CPU than torch.where.
+    positive = torch.gt(x, 0, out=torch.empty_like(x))
+    u = x.abs().neg_()
+    t = torch.expm1(u)
+    a = None
+    if needs_score:
+        if forward:
+            # p − q = ∓base t, without the subtraction where it would cancel.
+            a = _weighed_(torch.mul(base, t).copysign_(x).neg_(), w_q)
+        if reverse:
+            of_reverse = _weighed_(torch.mul(x, p).neg_(), w_p)
+            a = of_reverse if a is None else a.add_(of_reverse)
+            del of_reverse
+    near = (t + 1).mul_(u).sub_(t)
+    far = t.sub_(u)
+    del u, t
+    halves = []
+    if forward:
+        halves.append(_weighed_(near.lerp(far, positive).clamp_(min=0), w_q))
+    if reverse:
+        halves.append(_weighed_(far.lerp_(near, positive).clamp_(min=0), w_p))
+    f = halves[0] if len(halves) == 1 else halves[0].add_(halves[1])
+    f.mul_(base)
+    del base, positive, near, far, halves
+    textbook = None
+    if member.entry_clip is not None:
+        side = q * w_q if forward else p * -w_p
+        if forward and reverse:
+            side.sub_(p * w_p)
+        textbook = x.mul_(side)
+    return f, a, textbook, w_p - w_q
 
 
-def _remember(known: tuple[Tensor, Tensor], fields: tuple[Tensor, ...], top: Tensor) -> None:
-    """Fill what is known of rows from [R, 1] each."""
-    stats, tops = known
-    stats[: len(fields)] = torch.cat(fields, -1).t()
-    tops.copy_(top.squeeze(-1))
+def _either(condition: bool | Tensor, a, b):  # type: ignore[no-untyped-def]
+    """a where the condition holds, else b."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, a, b)
+    return a if condition else b
 
 
-def _infinite_where(loss: Tensor, total: dict[str, Tensor], member: Member) -> Tensor:
-    """ℓ [R, 1], but infinite where a KL in it is: see `divergence_rows_`."""
-    w_q, w_p = member.kl_weights()
-    limit = torch.where((w_q <= 0) & (w_p <= 0), -torch.inf, torch.inf).to(loss.dtype)
-    for name, weight in (("nowhere_S", w_q), ("nowhere_T", w_p)):
-        if name in total:
-            loss = torch.where((total[name] > 0) & (weight != 0), limit, loss)
-    return loss
-
-
-def _with_policy_term(loss: Tensor, advantages: Tensor, log_p: Tensor) -> Tensor:
-    """ℓ − A log p(ŷ); where A is 0, ℓ, and where that is infinite, ℓ as well."""
-    given = (advantages != 0) & ~loss.isinf()
-    return torch.where(given, loss - advantages * log_p, loss)
-
-
-def _counting(weight: Tensor, value: Tensor) -> Tensor:
-    """weight · value, 0 where the weight is 0, whatever the value is."""
-    return torch.where(weight == 0, 0, weight * value)
-
-
-def _entropy(z: Tensor, side: Softmax) -> Tensor:
-    """−Σ p log p − rest [R, 1] as a sum of terms ≥ 0."""
-    return (side.p * (side.top - z).clamp_(max=HUGE)).sum(-1, keepdim=True)
-
-
-def _log_probs(
-    statistics: Tensor, z_Sy: Tensor, z_Ty: Tensor, student: Softmax, teacher: Softmax
-) -> None:
-    """Fill the fields of the sampled token, whose logits these are."""
-    x = (z_Ty - z_Sy).nan_to_num_(nan=0.0, posinf=HUGE, neginf=-HUGE).clamp_(-HUGE, HUGE)
-    x.sub_(teacher.top - student.top).sub_(teacher.rest - student.rest)
-    statistics[LOG_P] = (z_Sy - student.top - student.rest).squeeze(-1)
-    statistics[LOG_Q] = (z_Ty - teacher.top - teacher.rest).squeeze(-1)
-    statistics[LOG_RATIO] = x.squeeze(-1)
-
-
-def _softmax(z: Tensor) -> Softmax:
-    """Of rows [R, V] that are all there is."""
-    top = z.amax(-1, keepdim=True)
-    p = (z - top).exp_()
-    total = p.sum(-1, keepdim=True)
-    return Softmax(p.div_(total), top, total.log_(), None)
+def _weighed_(t: Tensor, weight: Weight) -> Tensor:
+    """t · weight, in place."""
+    return t if not isinstance(weight, Tensor) and weight == 1 else t.mul_(weight)

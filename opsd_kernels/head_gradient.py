@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import kernels, planning
-from opsd_kernels.divergence import logit_gradient_
 from opsd_kernels.planning import BLOCK_TEMPORARIES
 from opsd_kernels.problem import Problem
 from opsd_kernels.products import (
@@ -33,6 +32,7 @@ from opsd_kernels.products import (
     score_dtype,
     score_scale,
 )
+from opsd_kernels.rows import logit_gradient_
 from opsd_kernels.vocabulary_parallel import summed_
 
 # In PyTorch: entries of a tile of logits, on a CPU few enough for the cache, and rows of it.

@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from opsd_kernels import kernels
-from opsd_kernels.family import Family
+from opsd_kernels.divergence import Family
 from opsd_kernels.head import LogitMap
 from opsd_kernels.kernels import cdiv, finish, gradient, lse, pair, tiles
 from opsd_kernels.kernels.pointwise import formula_of

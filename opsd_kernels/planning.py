@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from opsd_kernels import kernels
 from opsd_kernels.kernels import tiles
@@ -13,7 +14,8 @@ from opsd_kernels.products import PART_MULTIPLE, copied_bytes, multiplied_dtype,
 MIB = 2**20
 
 # [block, V] fp32 temporaries that PyTorch's rows have alive at once, at most. One more with
-# statistics, one for the slope of a softcap, one for weights of each token.
+# statistics, one for the slope of a softcap, one for weights of each token; three more with a β of
+# each token, whose sides are exchanged row by row.
 BLOCK_TEMPORARIES = 8
 # Rows of a chunk at most: hidden states are copied a chunk at a time, and V may be small.
 MAX_ROWS = 4096
@@ -113,6 +115,7 @@ def _bytes(problem: Problem, needs_statistics: bool = False) -> tuple[int, int, 
         g_dtype = multiplied_dtype(problem.W.device, score_dtype(dtype, bounded=False))
         row += 0 if g_dtype == torch.float32 else g_dtype.itemsize * stride
         more = (problem.softcap is not None) + (problem.w_q is not None) + needs_statistics
+        more += 3 * isinstance(problem.beta, Tensor)
         block_row = 4 * (BLOCK_TEMPORARIES + more) * stride
     return row, block_row, max(copied_bytes(W, dtype) for W in problem.heads)
 

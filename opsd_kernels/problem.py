@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd_kernels.family import Family, Member
+from opsd_kernels.divergence import Family, Member
 from opsd_kernels.head import LogitMap
 
 

@@ -21,7 +21,6 @@ from opsd_kernels.checks import (
     check_reduction,
 )
 from opsd_kernels.description import Divergence
-from opsd_kernels.divergence import member_rows_
 from opsd_kernels.head import LMHead, LogitMap
 from opsd_kernels.loss import (
     Reduction,
@@ -34,6 +33,7 @@ from opsd_kernels.loss import (
     tokens_of,
 )
 from opsd_kernels.problem import Problem
+from opsd_kernels.rows import member_rows_
 from opsd_kernels.scalars import check_clip
 
 DTYPES = (*FLOAT_DTYPES, torch.float64)

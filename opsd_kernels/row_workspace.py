@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import kernels, planning
-from opsd_kernels.divergence import WHOLE, member_rows_
-from opsd_kernels.family import Family
+from opsd_kernels.divergence import Family
 from opsd_kernels.kernels import tiles
 from opsd_kernels.planning import PARTS, Plan, budget_beside_head, is_split, make_plan, row_stride
 from opsd_kernels.problem import Outputs, Problem
@@ -33,6 +32,7 @@ from opsd_kernels.products import (
     score_dtype,
     score_scale,
 )
+from opsd_kernels.rows import WHOLE, member_rows_
 from opsd_kernels.vocabulary_parallel import VocabularyShard, smallest, summed_
 
 

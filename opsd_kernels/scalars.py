@@ -3,7 +3,7 @@
 import math
 from numbers import Real
 
-from opsd_kernels.family import HUGE
+from opsd_kernels.divergence import HUGE
 
 
 def number(name: str, value: float) -> float:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opsd_kernels.divergence import Softmax, Vocabulary
+from opsd_kernels.rows import Softmax, Vocabulary
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -17,31 +17,31 @@ RUNS = "train_step train_opsd train_run train_failures evaluate train_small_worl
 FAULTS = [
     # The maths, in PyTorch.
     Fault(
-        "opsd_kernels/divergence.py",
+        "opsd_kernels/rows.py",
         "x.clamp_(-HUGE, HUGE).sub_(teacher.top - student.top).sub_(teacher.rest - student.rest)",
         "x.clamp_(-HUGE, HUGE).sub_(teacher.top + teacher.rest - (student.top + student.rest))",
         f"divergence {OP}",
     ),
     Fault(
-        "opsd_kernels/family.py",
+        "opsd_kernels/divergence.py",
         "scale = torch.maximum(P, Q * math.exp(-SATURATED))",
         "scale = P",
         f"divergence {OP}",
     ),
     Fault(
-        "opsd_kernels/divergence.py",
+        "opsd_kernels/rows.py",
         "share = torch.where(whole.isinf(), 1, taken / whole)",
         "share = taken / whole",
         f"token_divergence {OP}",
     ),
     Fault(
-        "opsd_kernels/divergence.py",
+        "opsd_kernels/rows.py",
         "z_S.sub_(advantages[:, None] * sampled)",
         "z_S.add_(advantages[:, None] * sampled)",
         f"family {OP}",
     ),
     Fault(
-        "opsd_kernels/family.py",
+        "opsd_kernels/divergence.py",
         "kappa = w_p * beta - w_q * (1 - beta)",
         "kappa = w_p * (1 - beta) - w_q * beta",
         f"family {OP}",

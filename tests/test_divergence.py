@@ -9,8 +9,8 @@ from accuracy import exact
 from inputs import random_inputs
 
 from opsd_kernels import divergence_name, reference_jsd_loss, reference_token_divergence
-from opsd_kernels.divergence import divergence_rows_
-from opsd_kernels.family import Member
+from opsd_kernels.divergence import Member
+from opsd_kernels.rows import divergence_rows_
 
 BETAS = [0.0, 1e-3, 0.3, 0.5, 0.8, 0.999, 1.0]
 

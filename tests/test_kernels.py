@@ -18,8 +18,8 @@ from inputs import language_like_inputs, random_inputs
 from schedules import DEVICE, LOGIT_FREE
 from triton.runtime.jit import KernelInterface
 
-from opsd_kernels import divergence, kernels, logit_free, row_workspace
-from opsd_kernels.family import Member, value_and_score
+from opsd_kernels import kernels, logit_free, row_workspace, rows
+from opsd_kernels.divergence import Member, value_and_score
 from opsd_kernels.kernels import pointwise, tiles
 from opsd_kernels.kernels.logits_tile import INTERPRETED, round_to
 from opsd_kernels.kernels.records import Tokens
@@ -328,7 +328,7 @@ def test_rows(beta, entry_clip, g_dtype, mixed):
     z_S = torch.randn(5, 1300, generator=torch.Generator().manual_seed(0)) * 3
     z_T = z_S + 0.3 * torch.randn(5, 1300, generator=torch.Generator().manual_seed(1))
     exact_g = z_S.double() / 0.7
-    exact_loss = divergence.divergence_rows_(
+    exact_loss = rows.divergence_rows_(
         exact_g, z_T.double() / 0.7, Member.of(beta, entry_clip), needs_score=True
     )
     workspace = torch.cat([z_S, z_T]).to(DEVICE)
@@ -357,9 +357,7 @@ def test_rows_of_infinite_divergence(beta, mixed):
     z_S, z_T = torch.randn(3, 9), torch.randn(3, 9)
     z_S[0, 4], z_T[1, 5], z_S[2, 6], z_T[2, 6] = (-math.inf,) * 4
     expected_g = z_S.clone()
-    expected = divergence.divergence_rows_(
-        expected_g, z_T.clone(), Member.of(beta), needs_score=True
-    )
+    expected = rows.divergence_rows_(expected_g, z_T.clone(), Member.of(beta), needs_score=True)
     loss, workspace = torch.empty(3, device=DEVICE), torch.cat([z_S, z_T]).to(DEVICE)
     betas = torch.full((3,), beta, device=DEVICE) if mixed else beta
     problem = problem_of(torch.empty(3, 1), torch.empty(3, 1), torch.empty(9, 1), beta=betas)

@@ -34,10 +34,10 @@ from opsd_kernels import (
     reference_token_divergence,
     token_divergence,
 )
-from opsd_kernels.divergence import divergence_rows_
-from opsd_kernels.family import Member
+from opsd_kernels.divergence import Member
 from opsd_kernels.kernels import lse
 from opsd_kernels.problem import STATS
+from opsd_kernels.rows import divergence_rows_
 
 interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="needs Triton's interpreter")
 # Of errors in units, as in accuracy.py; those of dW and db are below 2.3 in thousands of cases.

@@ -1,6 +1,6 @@
 """The Triton kernels, one a file, each with its maths.
 
-    pointwise.py    the family of divergences, entry by entry; what family.py is for PyTorch
+    pointwise.py    the family of divergences, entry by entry; what divergence.py is for PyTorch
     logits_tile.py  a tile of products h Wᵀ of both sides, in registers
     head.py         products → logits, where a head is more than a matrix
     lse.py          hidden states → log-sum-exp of both sides, the student's top entry

@@ -1,6 +1,6 @@
-"""The family of divergences, entry by entry, in Triton: what `family.py` is for PyTorch.
+"""The family of divergences, entry by entry, in Triton: what `divergence.py` is for PyTorch.
 
-Notation and formulas are those of `opsd_kernels/family.py`. This file computes them in fp32, on
+Notation and formulas are those of `opsd_kernels/divergence.py`. This file computes them in fp32, on
 tiles of any shape, compiled and interpreted alike. Triton has neither expm1 nor log1p (libdevice
 has both, but the interpreter has no libdevice), so near 0 they are series here. That pays twice: a
 series gives eʸ − 1 − y and log(1 + w) − w without a subtraction, and near agreement every value is
@@ -29,8 +29,8 @@ import triton.language as tl
 from triton.language.core import builtin
 from triton.language.extra.cuda import libdevice
 
-from .. import family
-from ..family import Family, Member
+from .. import divergence
+from ..divergence import Family, Member
 from .records import Formula
 
 # A constant for the kernels: the interpreter has no machine instructions to choose from.
@@ -38,7 +38,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 # The families are compile-time constants, so that a kernel holds one formula.
 JSD, MIXTURE, KLS, LOG_PROB, ENTROPY = (tl.constexpr(family.value) for family in Family)
-HUGE, SATURATED = tl.constexpr(family.HUGE), tl.constexpr(family.SATURATED)
+HUGE, SATURATED = tl.constexpr(divergence.HUGE), tl.constexpr(divergence.SATURATED)
 LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 
 

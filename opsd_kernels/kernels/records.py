@@ -67,7 +67,7 @@ class Tokens(NamedTuple):
 
 
 class Formula(NamedTuple):
-    """A member of the family (see `Member` in family.py), and the temperature."""
+    """A member of the family (see `Member` in divergence.py), and the temperature."""
 
     beta: Any  # β, or 1 − β if EXCHANGED
     w_q: Any
