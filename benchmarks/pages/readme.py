@@ -77,7 +77,7 @@ def _saving(path: Path) -> str:
     return wrapped(
         f"For {N:,} tokens and the head of Qwen3-8B in bf16, the first three lines and their "
         f"backward take **{memory.amount(eager)}**, the last line **{memory.amount(ours)}**. "
-        "(Counted: the bytes of all tensors alive at once, beside the inputs; "
+        "(Counted: the bytes of all tensors alive at once, without the inputs; "
         f"{report.source(path)}.)"
     )
 
@@ -92,7 +92,7 @@ def _accuracy(results: Path) -> str:
         if row.method == "eager, bf16 logits" and row.divergence == rows[0].divergence
     )
     on_gpus = "".join(
-        f", {_largest_of_ours(gpu.rows('accuracy', accuracy.Row)):.1f} on {gpu.name} "
+        f", and {_largest_of_ours(gpu.rows('accuracy', accuracy.Row)):.1f} times on {gpu.name} "
         f"({report.source(of_gpu)})"
         for gpu in gpus(results)
         if (of_gpu := gpu.csv("accuracy"))
@@ -100,9 +100,8 @@ def _accuracy(results: Path) -> str:
     return wrapped(
         "It is accurate in bf16 too. Where student and teacher nearly agree, at a mean JSD of "
         f"1e-5, eager code with bf16 logits has a gradient that is off by {eager:.0%}. The error "
-        "of ours is at most the rounding of the exact gradient to bf16, times "
-        f"{_largest_of_ours(rows):.1f} on a CPU ({report.source(path)}){on_gpus}: "
-        "[how](docs/maths.md)."
+        f"of ours is at most {_largest_of_ours(rows):.1f} times that of rounding the exact "
+        f"gradient to bf16, on a CPU ({report.source(path)}){on_gpus}. [How](docs/maths.md)."
     )
 
 
@@ -152,8 +151,8 @@ def _table_of(gpu: Gpu, timed: list[speed.Row], results: Path) -> str:
     left_out = [name for name in METHODS if name not in at and (name, N) not in counted]
     setting, _ = report.read(gpu.folder / "speed.csv", speed.Row)
     notes = [
-        f"{gpu.name}, {versions(setting, 'torch', 'triton', *report.PEERS)}; D = {D}, V = {V}, "
-        f"bf16; medians; {report.source(gpu.folder / 'speed.csv')}.",
+        f"{gpu.name}, {versions(setting, 'torch', 'triton', *report.PEERS)}; {D:,} features, "
+        f"{V:,} entries, bf16; medians; {report.source(gpu.folder / 'speed.csv')}.",
         f"Memory is counted ([how near that is](docs/benchmarks.md#memory)); "
         f"{report.source(results / 'memory.csv')}.",
         "Liger, chunked takes less when it is compiled." * ("Liger, chunked" not in left_out),
@@ -213,8 +212,8 @@ def _tests(measured: list[Gpu]) -> str:
     """What GPUs said of the tests."""
     found = "; ".join(f"on {gpu.name} {gpu.tests}" for gpu in measured)
     return wrapped(
-        f"Tested on a GPU: {found or 'no'}. AMD's GPUs are compiled for, and untried "
-        "([details](docs/compatibility.md))."
+        f"Tested on a GPU: {found or 'no'} ([more](docs/compatibility.md)). No AMD GPU has run "
+        "the kernels; they compile for it."
     )
 
 

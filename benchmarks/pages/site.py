@@ -10,9 +10,18 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 PATTERNS = (
-    *("*.md", "LICENSE", "docs/**/*.md", "docs/**/*.png", "benchmarks/README.md"),
-    *("examples/*", "benchmarks/results/**/*.png", "benchmarks/results/*.csv"),
-    *("benchmarks/**/*.py", "benchmarks/gpu/*.txt", "opsd_train/**/*.py"),
+    "*.md",
+    "LICENSE",
+    "docs/**/*.md",
+    "docs/**/*.png",
+    "docs/site.css",
+    "examples/*",
+    "opsd_train/**/*.py",
+    "benchmarks/README.md",
+    "benchmarks/**/*.py",
+    "benchmarks/gpu/*.txt",
+    "benchmarks/results/*.csv",
+    "benchmarks/results/**/*.png",
 )
 
 
