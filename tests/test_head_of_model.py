@@ -196,6 +196,12 @@ def test_a_head_that_is_not_whole_is_refused(change, message):
         LMHead.of(model)
 
 
+def test_a_quantized_backbone_is_no_concern_of_the_head():
+    model = model_of("Llama")
+    quantized(model.model.layers[0].mlp.down_proj)
+    assert LMHead.of(model).weight is model.lm_head.weight
+
+
 def test_a_loss_refuses_a_sharded_weight_too():
     h_S, h_T, W = random_inputs(5, 20, 8)
     with pytest.raises(TypeError, match=r"W\.weight is a DTensor.*W\.weight\.full_tensor\(\)"):

@@ -137,6 +137,27 @@ def test_code_of_a_page_runs(page, monkeypatch):
         exec(compile(code, page, "exec"), values)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+def test_what_the_page_says_of_liger():
+    """Its arguments, ours, and that they are one loss, where some labels are −100."""
+    fused_linear_jsd = pytest.importorskip("liger_kernel.transformers.fused_linear_jsd")
+    h_student, h_teacher, W = random_inputs(6, 40, 8, distance=1.0)
+    shift_labels = torch.tensor([3, -100, 5, 7, -100, 2])
+    with torch.no_grad():
+        theirs = fused_linear_jsd.LigerFusedLinearJSD(jsd_beta=0.3)(
+            h_student, W, h_teacher, W, shift_labels
+        )
+        ours = opsd_kernels.fused_jsd_loss(
+            h_student, h_teacher, W, W_teacher=W, beta=0.3, token_weights=shift_labels != -100
+        )
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    page = (ROOT / "docs/coming_from.md").read_text()
+    assert (
+        "LigerFusedLinearJSD(jsd_beta=0.5)(h_student, W, h_teacher, W_teacher, shift_labels)"
+        in page
+    )
+
+
 class Fetched(HTMLParser):
     """What a page has its reader's browser fetch."""
 
