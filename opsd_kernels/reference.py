@@ -1,290 +1,291 @@
-"""The oracle: the same losses in float64 from materialized logits, with a closed-form backward.
+"""The oracle: every loss as a textbook writes it, in float64, from whole logits, by autograd.
 
-Slow and large on purpose. What it shares with the fused ops is the pointwise family
-(`divergence.py`); that the family, and the closed-form backward, are right is proven in the tests
-against autograd through the formulas as they are written in the paper.
+    z = C tanh(σ (h Wᵀ + b) / C) / T        logits of a side, whose head has b, σ and C
+    log p, log q                            log_softmax of the student's z and of the teacher's
+    m_b = b q + (1 − b) p                   a mixture
+    f = w_q q log(q / m_{b_q}) + w_p p log(p / m_{b_p})
+    ℓ = Σ_v min(f_v, τ) − A log p(ŷ)        entry clip τ, advantage A of the sampled token ŷ
+
+    divergence       w_q    w_p      b_q   b_p
+    JSD_β            β      1 − β    β     β
+    forward KL       1      0        0     –
+    reverse KL       0      1        –     1
+    both KLs         given  given    0     1
+    skewed KLs       given  given    β     β
+
+It uses the package's checks of arguments and the records that a caller passes, and none of its
+mathematics. It is slow and large on purpose: a dozen [N, V] tensors in float64.
+
+The terms of f cancel where student and teacher agree. ℓ is right to about 1e-15 of the larger
+weight: a divergence of 1e-9 has six digits. A gradient is right to about 1e-15 of the
+probabilities.
 """
 
-from dataclasses import replace
-from typing import Any
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from opsd_kernels import divergence
-from opsd_kernels.autograd import refuse_second_derivative
-from opsd_kernels.checks import (
-    FLOAT_DTYPES,
-    Arguments,
-    check_arguments,
-    check_number_beta,
-    check_reduction,
-)
-from opsd_kernels.description import Divergence
-from opsd_kernels.head import LMHead, LogitMap
-from opsd_kernels.loss import (
-    Reduction,
+from .checks import FLOAT_DTYPES, check_arguments, check_reduction
+from .description import Divergence
+from .head import LMHead
+from .loss import (
     SampledTokenLoss,
     TokenDivergence,
-    Tokens,
     check_divergence_arguments,
     either_divergence,
-    reduce_tokens,
-    tokens_of,
+    fused_divergence_loss,
+    fused_entropy,
+    fused_jsd_loss,
+    fused_log_probs,
+    fused_sampled_token_loss,
+    token_divergence,
 )
-from opsd_kernels.problem import Problem
-from opsd_kernels.rows import member_rows_
-from opsd_kernels.scalars import check_clip
+from .scalars import check_clip
 
-DTYPES = (*FLOAT_DTYPES, torch.float64)
+# Stands for log 0: 0 · log 0 is 0 with it, and a log-ratio with it exceeds every clip.
+LOG_ZERO = -1e30
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def reference_jsd_loss(
-    h_student: Tensor,
-    h_teacher: Tensor,
-    W: Tensor | LMHead,
-    *,
-    beta: float | Tensor = 0.5,
-    temperature: float = 1.0,
-    entry_clip: float | None = None,
-    token_weights: Tensor | None = None,
-    reduction: Reduction = "mean",
-    W_teacher: Tensor | LMHead | None = None,
-    workspace_mib: float | None = None,
-) -> Tensor:
+@dataclass(kw_only=True)
+class _Call:
+    """The arguments of a call; a loss that does not take one leaves it at its default."""
+
+    W: Tensor | LMHead
+    h: Any = None
+    h_student: Any = None
+    h_teacher: Any = None
+    beta: Any = 0.5
+    entry_clip: float | None = None
+    divergence: Divergence | None = None
+    targets: Tensor | None = None
+    advantages: Tensor | None = None
+    advantage_clip: float | None = None
+    temperature: float = 1.0
+    token_weights: Tensor | None = None
+    reduction: Any = "none"
+    W_teacher: Tensor | LMHead | None = None
+    workspace_mib: float | None = None
+    return_log_probs: bool = False
+
+    def check(self, check: Callable[..., Any], **described: Any) -> None:
+        """Refuse what the fused loss refuses, but for float64, and a head that is not whole."""
+        if isinstance(self.W, LMHead) and self.W.group is not None:
+            raise ValueError("the oracle takes the whole head: W.group must be None")
+        check_reduction(self.reduction)
+        self.advantage_clip = check_clip("advantage_clip", self.advantage_clip)
+        hidden = {"h_student": self.h_student, "h_teacher": self.h_teacher}
+        check(
+            {"h": self.h} if self.h_student is None else hidden,
+            self.W,
+            W_teacher=self.W_teacher,
+            temperature=self.temperature,
+            token_weights=self.token_weights,
+            reduction=self.reduction,
+            targets=self.targets,
+            dtypes=(*FLOAT_DTYPES, torch.float64),
+            **described,
+        )
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """[...] w; the tokens that count, R of them, are those where it is not 0."""
+        h = self.h if self.h_student is None else self.h_student
+        if self.token_weights is None:
+            return torch.ones(h.shape[:-1], dtype=torch.float64, device=h.device)
+        return self.token_weights.detach().double()
+
+    def of_tokens(self, value: Any) -> Tensor:
+        """What the tokens that count have of a number or [...], a constant [R, 1]."""
+        value = torch.as_tensor(value, dtype=torch.float64, device=self.weights.device).detach()
+        return value.expand_as(self.weights)[self.weights != 0, None]
+
+    def log_softmax(self, h: Tensor, W: Tensor | LMHead) -> Tensor:
+        """[R, V] log softmax of a side's logits."""
+        head = W if isinstance(W, LMHead) else LMHead(W)
+        V = head.vocab_size
+        z = h[self.weights != 0].double() @ head.weight[:V].double().t()
+        if head.bias is not None:
+            z = z + head.bias[:V].double()
+        z = head.scale * z
+        if head.softcap is not None:
+            z = torch.where(z == -torch.inf, z, head.softcap * (z / head.softcap).tanh())
+        log_p = (z / self.temperature).log_softmax(-1)
+        return log_p.masked_fill(log_p == -torch.inf, LOG_ZERO)
+
+    def both_sides(self) -> tuple[Tensor, Tensor]:
+        """log p and log q [R, V]; the teacher's is a constant."""
+        with torch.no_grad():
+            W_T = self.W if self.W_teacher is None else self.W_teacher
+            log_q = self.log_softmax(self.h_teacher, W_T)
+        return self.log_softmax(self.h_student, self.W), log_q
+
+    def at_targets(self, log_p: Tensor) -> Tensor:
+        """[R] log p(ŷ); NaN where ŷ is outside the vocabulary."""
+        assert self.targets is not None
+        targets, V = self.targets[self.weights != 0].long(), log_p.shape[1]
+        found = log_p.gather(-1, targets.clamp(0, V - 1)[:, None]).squeeze(-1)
+        found = torch.where(found == LOG_ZERO, -torch.inf, found)
+        return torch.where((targets >= 0) & (targets < V), found, torch.nan)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[...] from [R]; 0 for the tokens that do not count."""
+        return torch.zeros_like(self.weights).masked_scatter(self.weights != 0, values)
+
+    def reduced(self, values: Tensor) -> Tensor:
+        """Σ w ℓ / Σ w, Σ w ℓ, or w ℓ [...], from ℓ [R]."""
+        weighted = self.weights * self.spread(values)
+        if self.reduction == "none":
+            return weighted
+        total = self.weights.sum() if self.reduction == "mean" else 1
+        return weighted.sum() / (total if total > 0 else 1)
+
+
+def _oracle_of(fused: Callable[P, R]) -> Callable[[Callable[[_Call], R]], Callable[P, R]]:
+    """Give a function of a `_Call` the signature of a fused loss."""
+    signature = inspect.signature(fused)
+
+    def decorate(oracle: Callable[[_Call], R]) -> Callable[P, R]:
+        @wraps(oracle)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return oracle(_Call(**bound.arguments))
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+@_oracle_of(fused_jsd_loss)
+def reference_jsd_loss(call: _Call) -> Tensor:
     """`fused_jsd_loss` in float64: same arguments, same meaning, and float64 inputs besides.
 
-    `workspace_mib` is accepted and ignored: [N, V] float64 logits of both sides are materialized.
+    `workspace_mib` is accepted and ignored.
 
     Returns:
         float64 scalar, or [...] with reduction "none". The gradient has the dtype of `h_student`;
-        pass `h_student.double()` to have it unrounded.
+        pass `h_student.double()` to have it unrounded. There is a second derivative.
     """
-    check_reduction(reduction)
-    checked = check_arguments(
-        {"h_student": h_student, "h_teacher": h_teacher},
-        W,
-        W_teacher,
-        beta=check_number_beta(beta),
-        temperature=temperature,
-        entry_clip=entry_clip,
-        token_weights=token_weights,
-        reduction=reduction,
-        dtypes=DTYPES,
-    )
-    tokens = _compute(checked)
-    return reduce_tokens(tokens.value, tokens.weights, reduction)
+    return call.reduced(_divergence(call, either_divergence(call.beta, call.entry_clip, None)).loss)
 
 
-def reference_token_divergence(
-    h_student: Tensor,
-    h_teacher: Tensor,
-    W: Tensor | LMHead,
-    *,
-    beta: float | Tensor = 0.5,
-    temperature: float = 1.0,
-    entry_clip: float | None = None,
-    divergence: Divergence | None = None,
-    targets: Tensor | None = None,
-    advantages: Tensor | None = None,
-    token_weights: Tensor | None = None,
-    W_teacher: Tensor | LMHead | None = None,
-    workspace_mib: float | None = None,
-) -> TokenDivergence:
-    """`token_divergence` in float64; see `reference_jsd_loss`."""
-    checked = check_divergence_arguments(
-        {"h_student": h_student, "h_teacher": h_teacher},
-        W,
-        either_divergence(beta, entry_clip, divergence),
-        temperature=temperature,
-        token_weights=token_weights,
-        targets=targets,
-        advantages=advantages,
-        W_teacher=W_teacher,
-        dtypes=DTYPES,
-    )
-    tokens = _compute(checked)
-    return tokens.divergence()
-
-
-def reference_divergence_loss(
-    h_student: Tensor,
-    h_teacher: Tensor,
-    W: Tensor | LMHead,
-    divergence: Divergence,
-    *,
-    targets: Tensor | None = None,
-    advantages: Tensor | None = None,
-    temperature: float = 1.0,
-    token_weights: Tensor | None = None,
-    reduction: Reduction = "mean",
-    W_teacher: Tensor | LMHead | None = None,
-    workspace_mib: float | None = None,
-) -> Tensor:
+@_oracle_of(fused_divergence_loss)
+def reference_divergence_loss(call: _Call) -> Tensor:
     """`fused_divergence_loss` in float64; see `reference_jsd_loss`."""
-    check_reduction(reduction)
-    checked = check_divergence_arguments(
-        {"h_student": h_student, "h_teacher": h_teacher},
-        W,
-        divergence,
-        targets=targets,
-        advantages=advantages,
-        temperature=temperature,
-        token_weights=token_weights,
-        reduction=reduction,
-        W_teacher=W_teacher,
-        dtypes=DTYPES,
-    )
-    tokens = _compute(checked)
-    return reduce_tokens(tokens.value, tokens.weights, reduction)
+    return call.reduced(_divergence(call, call.divergence).loss)
 
 
-def reference_sampled_token_loss(
-    h_student: Tensor,
-    h_teacher: Tensor,
-    W: Tensor | LMHead,
-    targets: Tensor,
-    *,
-    temperature: float = 1.0,
-    advantage_clip: float | None = None,
-    token_weights: Tensor | None = None,
-    reduction: Reduction = "mean",
-    W_teacher: Tensor | LMHead | None = None,
-    workspace_mib: float | None = None,
-    return_log_probs: bool = False,
-) -> Tensor | SampledTokenLoss:
+@_oracle_of(token_divergence)
+def reference_token_divergence(call: _Call) -> TokenDivergence:
+    """`token_divergence` in float64; see `reference_jsd_loss`."""
+    described = either_divergence(call.beta, call.entry_clip, call.divergence)
+    loss, *rest = _divergence(call, described)
+    statistics: list[Any] = [None if t is None else call.spread(t.detach()) for t in rest]
+    return TokenDivergence(call.reduced(loss), *statistics)
+
+
+@_oracle_of(fused_sampled_token_loss)
+def reference_sampled_token_loss(call: _Call) -> Tensor | SampledTokenLoss:
     """`fused_sampled_token_loss` in float64; see `reference_jsd_loss`."""
-    check_reduction(reduction)
-    advantage_clip = check_clip("advantage_clip", advantage_clip)
-    checked = check_arguments(
-        {"h_student": h_student, "h_teacher": h_teacher},
-        W,
-        W_teacher,
-        beta=None,
-        temperature=temperature,
-        token_weights=token_weights,
-        reduction=reduction,
-        targets=targets,
-        dtypes=DTYPES,
-    )
-    tokens = _compute(checked)
-    return tokens.sampled_token_loss(advantage_clip, reduction, return_log_probs)
+    call.check(check_arguments, beta=None)
+    log_p, log_q = (call.at_targets(log) for log in call.both_sides())
+    A = (log_q - log_p).detach()
+    if call.advantage_clip is not None:
+        A = A.clamp(-call.advantage_clip, call.advantage_clip)
+    # Without mass on a side A or log p is infinite: so is ℓ, without a gradient.
+    infinite = A.isinf() | log_p.isinf()
+    limit = (-A * log_p.detach()).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    loss = call.reduced(torch.where(infinite, limit, -A.masked_fill(infinite, 0) * log_p))
+    if not call.return_log_probs:
+        return loss
+    return SampledTokenLoss(loss, call.spread(log_p.detach()), call.spread(log_q))
 
 
-def reference_log_probs(
-    h: Tensor,
-    W: Tensor | LMHead,
-    targets: Tensor,
-    *,
-    temperature: float = 1.0,
-    token_weights: Tensor | None = None,
-    workspace_mib: float | None = None,
-) -> Tensor:
+@_oracle_of(fused_log_probs)
+def reference_log_probs(call: _Call) -> Tensor:
     """`fused_log_probs` in float64; see `reference_jsd_loss`."""
-    checked = check_arguments(
-        {"h": h},
-        W,
-        None,
-        beta=None,
-        temperature=temperature,
-        token_weights=token_weights,
-        targets=targets,
-        dtypes=DTYPES,
-    )
-    return _compute(checked).log_probs()
+    call.check(check_arguments, beta=None)
+    return call.reduced(call.at_targets(call.log_softmax(call.h, call.W)))
 
 
-def reference_entropy(
-    h: Tensor,
-    W: Tensor | LMHead,
-    *,
-    temperature: float = 1.0,
-    token_weights: Tensor | None = None,
-    workspace_mib: float | None = None,
-) -> Tensor:
+@_oracle_of(fused_entropy)
+def reference_entropy(call: _Call) -> Tensor:
     """`fused_entropy` in float64; see `reference_jsd_loss`."""
-    checked = check_arguments(
-        {"h": h},
-        W,
-        None,
-        beta=None,
-        temperature=temperature,
-        token_weights=token_weights,
-        entropy=True,
-        dtypes=DTYPES,
+    call.check(check_arguments, beta=None, entropy=True)
+    return call.reduced(_entropy(call.log_softmax(call.h, call.W)))
+
+
+def _divergence(call: _Call, described: Any) -> TokenDivergence:
+    """ℓ and all statistics of the tokens that count, [R] each."""
+    call.check(check_divergence_arguments, described=described, advantages=call.advantages)
+    log_p, log_q = call.both_sides()
+    w_q, w_p, b_q, b_p, clip = _halves(call, described)
+    f_q = w_q * _kl(log_q, _mixture(log_p, log_q, b_q))
+    f = f_q + w_p * _kl(log_p, _mixture(log_p, log_q, b_p))
+    forward, reverse = _total_kl(log_q, log_p), _total_kl(log_p, log_q)
+    infinite = (w_q != 0) & (b_q == 0) & forward.isinf()[:, None]
+    infinite |= (w_p != 0) & (b_p == 1) & reverse.isinf()[:, None]
+    loss, share = f.sum(-1), torch.zeros_like(forward)
+    if clip is None:
+        limit = torch.where((w_q <= 0) & (w_p <= 0), -torch.inf, torch.inf)
+        loss = torch.where(infinite, limit, loss[:, None]).squeeze(-1)
+    else:
+        taken = (f - clip).clamp(min=0).sum(-1)
+        share = torch.where(taken == 0, 0, torch.where(infinite.squeeze(-1), 1, taken / loss))
+        loss = f.clamp(max=clip).sum(-1)
+    logp = None if call.targets is None else call.at_targets(log_p)
+    logq = None if call.targets is None else call.at_targets(log_q)
+    if call.advantages is not None and logp is not None:
+        A = call.of_tokens(call.advantages).squeeze(-1)
+        # An infinite ℓ, with or without the policy term, stays as it is and has no gradient.
+        loss = loss + torch.where((A == 0) | loss.isinf(), 0, -A * logp)
+        loss = torch.where(loss.isinf(), loss.detach(), loss)
+    return TokenDivergence(
+        loss, forward, reverse, _entropy(log_p), _entropy(log_q), share, logp, logq
     )
-    return _compute(checked).entropies()
 
 
-def _compute(checked: Arguments) -> Tokens:
-    problem = checked.problem
-    if problem.group is not None:
-        raise ValueError("the oracle takes the whole head: W.group must be None")
-    # What belongs to a token as the fused ops round it, so that it is the same loss.
-    rounded: dict[str, Any] = {
-        name: getattr(problem, name) for name in ("beta", "w_q", "w_p", "advantages")
-    }
-    of_tokens: dict[str, Any] = {
-        k: t.double() if isinstance(t, Tensor) else t for k, t in rounded.items()
-    }
-    targets = None if problem.targets is None else problem.targets.long()
-    weights = None if checked.weights is None else checked.weights.double()
-    problem = replace(problem, targets=targets, **of_tokens)
-    results = _ReferenceDivergence.apply(checked.h_S, checked.weight, checked.bias, problem)
-    return tokens_of(checked._replace(weights=weights), *results)
+def _halves(call: _Call, described: Any) -> tuple[Any, ...]:
+    """w_q, w_p, b_q and b_p [R, 1] of the table above, and τ."""
+    if not isinstance(described, Divergence):
+        described = Divergence(beta=described[0], entry_clip=described[1])
+    beta, weights = described.beta, described.weights
+    if weights is not None:
+        mixtures = (0, 1) if beta is None else (beta, beta)
+        return *map(call.of_tokens, (*weights, *mixtures)), described.entry_clip
+    beta = call.of_tokens(beta)
+    is_kl = (beta == 0) | (beta == 1)
+    w_q = torch.where(is_kl, 1 - beta, beta)
+    return w_q, 1 - w_q, beta, beta, described.entry_clip
 
 
-class _ReferenceDivergence(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, h_S: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem
-    ) -> tuple[Tensor, Tensor | None]:
-        W, temperature = problem.W, problem.temperature
-        map_S, map_T = problem.logit_maps
-        z_S, slope = _logits(h_S, W, map_S, temperature)
-        z_T = statistics = None
-        if problem.h_T is not None:
-            W_T = W if problem.W_T is None else problem.W_T
-            z_T, _ = _logits(problem.h_T, W_T, map_T, temperature)
-            statistics = z_S.new_zeros(divergence.STATISTICS, z_S.shape[0])
-        loss = member_rows_(
-            z_S,
-            z_T,
-            problem.member,
-            True,
-            statistics,
-            problem.targets,
-            problem.advantages,
-        )
-        if slope is not None:
-            z_S.mul_(slope)
-        ctx.save_for_backward(z_S, h_S, weight, bias)  # z_S now holds the gradient
-        ctx.temperature = temperature
-        if statistics is not None:
-            ctx.mark_non_differentiable(statistics)
-        return loss, statistics
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
-        dz_S, h_S, weight, bias = ctx.saved_tensors
-        # Selected, not multiplied: what does not count may hold NaN.
-        counts = (grad_loss != 0)[:, None]
-        dz_S = torch.where(counts, grad_loss[:, None] * dz_S / ctx.temperature, 0)
-        V = dz_S.shape[1]
-        dh_S = (dz_S @ weight[:V].double()).to(h_S.dtype)
-        dW, db = torch.zeros_like(weight), None
-        dW[:V] = dz_S.t() @ torch.where(counts, h_S.double(), 0)
-        if bias is not None:
-            db = torch.zeros_like(bias)
-            db[:V] = dz_S.sum(0)
-        return dh_S, dW, db, None
+def _mixture(log_p: Tensor, log_q: Tensor, b: Tensor) -> Tensor:
+    """log m_b."""
+    log_b, log_rest = (weight.log().clamp(min=LOG_ZERO) for weight in (b, 1 - b))
+    # torch.logaddexp has no second derivative where its arguments lie far apart.
+    return torch.stack([log_q + log_b, log_p + log_rest]).logsumexp(0)
 
 
-def _logits(
-    h: Tensor, W: Tensor, logit_map: LogitMap, temperature: float
-) -> tuple[Tensor, Tensor | None]:
-    """Logits [N, V], and the slope of a softcap where they are."""
-    z = h.double() @ W.double().t()
-    slope = logit_map.apply_(z, needs_slope=True)
-    return z.div_(temperature), slope
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """a log(a / b) of every entry."""
+    return log_a.exp() * (log_a - log_b)
+
+
+def _total_kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """[R] KL(a‖b), infinite where b has no mass and a has some."""
+    infinite = ((log_a > LOG_ZERO) & (log_b == LOG_ZERO)).any(-1)
+    return torch.where(infinite, torch.inf, _kl(log_a, log_b).sum(-1))
+
+
+def _entropy(log_p: Tensor) -> Tensor:
+    """[R] −Σ p log p."""
+    return -(log_p.exp() * log_p).sum(-1)

@@ -4,15 +4,16 @@ A result that is stored in some dtype, and made from fp32 logits, cannot be near
 two roundings allow: that of the exact result to its dtype, and what the last bit of the logits, and
 of the entries made from them, does to it; and, on tensor cores, what these cut off (derived in
 tests/tensor_cores.py). Errors are counted in their sum, the *unit*; the truth is the float64
-oracle.
+oracle, and where float64 is too coarse, 60 digits.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from heads import as_head, logits_of_products
+from heads import as_head, logits, logits_of_products
+from high_precision import row
 from tensor_cores import ARCHITECTURES, TensorCore, truncation
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -81,17 +82,93 @@ def errors(
             `Divergence`, with targets and advantages if there are such.
     """
     exact_loss, exact_grad = exact(h_S, h_T, W, **divergence)
-    loss_noise, grad_noise = noise(
+    loss_noise, grad_noise = noise_of_rows(
         h_S, h_T, W, tiles=tiles, normalizers=normalizers, core=tensor_core(), **divergence
     )
-    loss_unit = (exact_loss.float().double() - exact_loss).norm() + loss_noise
-    grad_unit = (exact_grad.to(grad.dtype).double() - exact_grad).norm() + grad_noise
+    found = [in_units(loss, exact_loss, loss_noise), in_units(grad, exact_grad, grad_noise)]
+    doubts = textbook_doubts(h_S, W, divergence)
+    if any(e.unit < 20 * doubt for e, doubt in zip(found, doubts, strict=True)):
+        exact_loss, exact_grad = in_high_precision(h_S, h_T, W, **divergence)
+        rows = slice(len(exact_loss))
+        found = [
+            in_units(loss[rows], exact_loss, loss_noise[rows]),
+            in_units(grad[rows], exact_grad, grad_noise[rows]),
+        ]
+    return Errors(found[0].units, found[1].units)
+
+
+class Error(NamedTuple):
+    units: float
+    unit: float
+
+
+def in_units(found: Tensor, true: Tensor, noise: Tensor) -> Error:
+    """The error of what was found [R, ...], given the noise [R] of its rows."""
     # With a vocabulary of one everything is 0, and so is the unit; below this fp32 has no digits.
     floor = torch.finfo(torch.float32).tiny
-    return Errors(
-        float((loss.double() - exact_loss).norm() / (loss_unit + floor)),
-        float((grad.double() - exact_grad).norm() / (grad_unit + floor)),
-    )
+    unit = float((true.to(found.dtype).double() - true).norm() + noise.norm()) + floor
+    return Error(float((found.double() - true).norm()) / unit, unit)
+
+
+def textbook_doubts(
+    h_S: Tensor, W: Tensor | LMHead, divergence: dict[str, Any]
+) -> tuple[float, float]:
+    """How far from the truth the oracle's losses and gradient may be, in norm."""
+    head = as_head(W)
+    doubt = textbook_doubt(head.weight.shape[0], divergence.get("divergence"))
+    doubt *= len(h_S) ** 0.5
+    largest = float(head.weight.double().norm(dim=1).max())
+    return doubt, doubt * largest * head.scale / divergence.get("temperature", 1.0)
+
+
+def textbook_doubt(V: int, divergence: Divergence | None = None) -> float:
+    """How far from the truth the oracle's ℓ of a row, or its gradient with respect to logits, may
+    be.
+
+    Terms have the size of q |log q| and p |log p|, log V nats in sum at most, and so do the
+    log-sum-exps, which move all terms of a side; each is rounded to 2^-53 of itself. ℓ may be small
+    because student and teacher agree, its gradient also because both are certain of the same entry:
+    then the terms cancel, and their rounding stays.
+    """
+    weights = (1.0,) if divergence is None or divergence.weights is None else divergence.weights
+    largest = max(float(torch.as_tensor(w).abs().max()) for w in weights)
+    return 4 * 2.0**-53 * (1 + math.log(V)) * max(largest, 1.0)
+
+
+def in_high_precision(
+    h_S: Tensor,
+    h_T: Tensor,
+    W: Tensor | LMHead,
+    *,
+    beta: float | Tensor = 0.5,
+    temperature: float = 1.0,
+    entry_clip: float | None = None,
+    divergence: Divergence | None = None,
+    targets: Tensor | None = None,
+    advantages: Tensor | None = None,
+    W_teacher: Tensor | LMHead | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Losses [R] and gradient [R, D] of the first rows, as many as have a thousand entries in all;
+    arguments as in `errors`.
+
+    Logits are float64: their rounding moves ℓ by 2^-53 of what separates both sides, and the last
+    product is float64, whose terms are exact.
+    """
+    head, divergence = as_head(W), divergence or Divergence(beta=beta, entry_clip=entry_clip)
+    R = min(len(h_S), max(1, 1000 // len(head.weight)))
+    products = h_S[:R].double() @ head.weight.double().t()
+    z_S, slope = (t / temperature for t in logits_of_products(products, head))
+    z_T = logits(h_T[:R], W if W_teacher is None else W_teacher, temperature)
+    losses, gradients = [], []
+    for n in range(R):
+        policy: tuple[Any, ...] = ()
+        if targets is not None and advantages is not None:
+            policy = int(targets[n]), float(advantages[n])
+        loss, gradient = row(z_S[n].tolist(), z_T[n].tolist(), divergence, n, *policy)
+        losses.append(float(loss))
+        gradients.append([float(g) for g in gradient])
+    found, dz_S = (h_S.new_tensor(t, dtype=torch.float64) for t in (losses, gradients))
+    return found, (dz_S * slope) @ head.weight.double()
 
 
 def exact(h_S: Tensor, h_T: Tensor, W: Tensor | LMHead, **divergence: Any) -> tuple[Tensor, Tensor]:
@@ -105,7 +182,13 @@ def exact(h_S: Tensor, h_T: Tensor, W: Tensor | LMHead, **divergence: Any) -> tu
     return loss.detach(), h.grad
 
 
-def noise(
+def noise(*args: Any, **options: Any) -> tuple[float, float]:
+    """`noise_of_rows` of all rows together, in norm."""
+    loss, grad = noise_of_rows(*args, **options)
+    return float(loss.norm()), float(grad.norm())
+
+
+def noise_of_rows(
     h_S: Tensor,
     h_T: Tensor,
     W: Tensor | LMHead,
@@ -123,9 +206,9 @@ def noise(
     advantages: Tensor | None = None,
     W_teacher: Tensor | LMHead | None = None,
     draws: int = 4,
-) -> tuple[float, float]:
-    """RMS change of losses and gradient when the last fp32 bit is noise: of every logit, and of
-    every entry's value and score.
+) -> tuple[Tensor, Tensor]:
+    """RMS change [N] of each row's loss and gradient when the last fp32 bit is noise: of every
+    logit, and of every entry's value and score.
 
     Args:
         h_S, h_T, W: as in `errors`; or in float64, if `dtype` tells what they were.
@@ -176,7 +259,9 @@ def noise(
             size = size + head.bias.nan_to_num(neginf=0.0).abs()
         return u, size
 
-    def logits(u: Tensor, head: LMHead, bits: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    def logits_and_slope(
+        u: Tensor, head: LMHead, bits: Tensor | float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         # And the size of a logit's log-sum-exp; where it is capped, its own.
         z, slope = logits_of_products(u, head)
         size = 1 + math.log(u.shape[1])
@@ -185,7 +270,7 @@ def noise(
         return z / temperature + bits * size, slope / temperature
 
     (u_S, size_S), (u_T, size_T) = products(h_S, head_S), products(h_T, head_T)
-    (z_S, slope), (z_T, _) = logits(u_S, head_S), logits(u_T, head_T)
+    (z_S, slope), (z_T, _) = logits_and_slope(u_S, head_S), logits_and_slope(u_T, head_T)
     log_p, log_q = z_S.log_softmax(-1), z_T.log_softmax(-1)
     p, q, x = log_p.exp(), log_q.exp(), (log_q - log_p).nan_to_num(0.0, HUGE, -HUGE)
     size_f = (p + q) * x.abs() * largest  # of the terms whose difference a value is
@@ -217,8 +302,8 @@ def noise(
             of_T = common + apart.clamp(max=1) * randn(u_S.shape)
             moved_S -= cut_S.mean + cut_S.common * common + cut_S.own * randn(u_S.shape)
             moved_T -= cut_T.mean + cut_T.common * of_T + cut_T.own * randn(u_S.shape)
-        moved_S, moved_slope = logits(moved_S, head_S, bits_S)
-        return moved_S, logits(moved_T, head_T, bits_T)[0], moved_slope
+        moved_S, moved_slope = logits_and_slope(moved_S, head_S, bits_S)
+        return moved_S, logits_and_slope(moved_T, head_T, bits_T)[0], moved_slope
 
     g = z_S.clone()
     loss = divergence_rows_(g, z_T.clone(), member, needs_score=True, **policy)
@@ -255,9 +340,9 @@ def noise(
         if core is not None:
             spread = (cut.common.square() + cut.own.square()).sqrt() * math.sqrt(chains)
             moved_grad -= chains * cut.mean + spread * randn(grad.shape)
-        changes.append([(moved_loss - loss).norm(), (moved_grad - grad).norm()])
-    rms = torch.tensor(changes).square().mean(0).sqrt()
-    return float(rms[0]), float(rms[1])
+        changes.append(torch.stack([moved_loss - loss, (moved_grad - grad).norm(dim=-1)]))
+    of_loss, of_grad = torch.stack(changes).square().mean(0).sqrt()
+    return of_loss, of_grad
 
 
 def member_of(divergence: Divergence, N: int) -> Member:

@@ -1,14 +1,23 @@
 """The family and the oracle, proven against autograd through the formulas as they are written."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import textbook
 import torch
-from accuracy import exact
+from accuracy import exact, textbook_doubt
+from high_precision import row
 from inputs import random_inputs
+from mpmath import mp
 
-from opsd_kernels import divergence_name, reference_jsd_loss, reference_token_divergence
+from opsd_kernels import (
+    Divergence,
+    divergence_name,
+    reference_divergence_loss,
+    reference_jsd_loss,
+    reference_token_divergence,
+)
 from opsd_kernels.divergence import Member
 from opsd_kernels.rows import divergence_rows_
 
@@ -30,13 +39,53 @@ def test_oracle_is_the_formula(beta, entry_clip, temperature):
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_oracle_gradcheck(beta):
+    """The first derivative and the second."""
     h_S, h_T, W = (t.double() for t in random_inputs(3, 11, 4, distance=0.5))
-    assert torch.autograd.gradcheck(
-        lambda h: reference_jsd_loss(
-            h, h_T, W, beta=beta, temperature=1.3, token_weights=torch.tensor([1.0, 0.0, 2.0])
-        ),
-        h_S.requires_grad_(),
-    )
+    options = {"temperature": 1.3, "token_weights": torch.tensor([1.0, 0.0, 2.0])}
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(
+            lambda h: reference_jsd_loss(h, h_T, W, beta=beta, **options), h_S.requires_grad_()
+        )
+
+
+FAMILY = [
+    *(Divergence(beta=beta) for beta in (0.0, 0.1, 0.5, 0.9, 1.0)),
+    Divergence(beta=torch.tensor([0.0, 0.3, 1.0])),
+    Divergence(forward=0.5, reverse=-2.0),
+    Divergence(beta=0.3, forward=1.5),
+    Divergence(beta=0.8, forward=torch.tensor([0.5, -1.0, 0.0]), reverse=1.0),
+]
+
+
+@pytest.mark.parametrize("distance", [1.0, 1e-3, 1e-7])
+@pytest.mark.parametrize("entry_clip", [None, 0.02])
+@pytest.mark.parametrize("divergence", FAMILY, ids=str)
+def test_oracle_against_sixty_digits(divergence, entry_clip, distance):
+    """Value and gradient with respect to logits, with a policy term, within what `textbook_doubt`
+    allows; and the gradient of 60 digits is that of its values."""
+    V = 9
+    z_S, z_T, _ = (t.double() for t in random_inputs(3, 1, V, size=2.0, distance=distance))
+    divergence = replace(divergence, entry_clip=entry_clip)
+    A, targets = torch.tensor([0.0, 1.5, -0.5]), torch.tensor([0, 4, 8])
+    z = z_S.clone().requires_grad_()
+    options = {"targets": targets, "advantages": A, "reduction": "none"}
+    loss = reference_divergence_loss(z, z_T, torch.eye(V).double(), divergence, **options)
+    loss.sum().backward()
+    doubt = textbook_doubt(V, divergence)
+    for n in range(3):
+        policy = int(targets[n]), float(A[n])
+
+        def true_loss(*student, n=n, policy=policy):
+            return row(student, z_T[n].tolist(), divergence, n, *policy)[0]
+
+        at = z_S[n].tolist()
+        true, gradient = row(at, z_T[n].tolist(), divergence, n, *policy)
+        assert abs(float(true - loss[n].item())) < doubt * (1 + abs(loss[n].item()))
+        for v in range(V):
+            assert abs(float(gradient[v] - z.grad[n, v].item())) < 2 * doubt
+        v = n + 3
+        by_difference = mp.diff(true_loss, at, tuple(int(v == u) for u in range(V)))
+        assert abs(float(by_difference - gradient[v])) < 1e-15
 
 
 @pytest.mark.parametrize("entry_clip", [None, 1e-3, 0.05])
@@ -46,9 +95,7 @@ def test_oracle_of_a_beta_of_each_token_is_that_of_each_beta(entry_clip):
     loss, grad = exact(h_S, h_T, W, beta=betas, entry_clip=entry_clip)
     for beta in BETAS:
         rows = betas == beta
-        # β is fp32 where it is a tensor.
-        b = float(torch.tensor(beta))
-        expected = exact(h_S[rows], h_T[rows], W, beta=b, entry_clip=entry_clip)
+        expected = exact(h_S[rows], h_T[rows], W, beta=beta, entry_clip=entry_clip)
         torch.testing.assert_close(loss[rows], expected[0], rtol=1e-13, atol=1e-15)
         torch.testing.assert_close(grad[rows], expected[1], rtol=1e-13, atol=1e-15)
 

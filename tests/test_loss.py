@@ -151,8 +151,6 @@ def test_a_second_derivative_is_refused(op):
     loss = op(h_S, h_T, W, reduction="sum") + h_S.square().sum()
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(loss, h_S, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(reference_jsd_loss(h_S, h_T, W), h_S, create_graph=True)
 
 
 def test_inputs_made_in_inference_mode(op):
