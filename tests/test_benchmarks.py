@@ -626,6 +626,7 @@ def test_where_peers_do_better_is_counted():
     ]  # fmt: skip
     told = wins(rows, lambda row: row.N, {"time": "floors", "the backward": "backward_s"})
     assert told == (
-        "Better than the better of ours in time: a in 2 of 2 cases; b in 1 of 2 cases. "
+        "Better in time than our logit-free: a in 2 of 2 cases; b in 1 of 2 cases. "
+        "Better in time than our row workspace: a in 1 of 1 cases; b in 1 of 1 cases. "
         "No peer was better than ours in the backward."
     )

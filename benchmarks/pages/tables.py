@@ -42,7 +42,9 @@ def _errors(path: Path) -> str:
     def case(row: accuracy.Row) -> tuple[str, float]:
         return row.divergence, row.mean_jsd
 
-    told = wins(rows, case, {"the gradient's error": "grad_error", "the loss's": "loss_error"})
+    told = wins(
+        rows, case, {"the gradient's error": "grad_error", "the loss's error": "loss_error"}
+    )
     return f"{accuracy.summary(path)}\n\n{wrapped(told)}"
 
 
@@ -61,23 +63,18 @@ def _speed(path: Path) -> str:
 
 
 def _step(path: Path) -> str:
-    """The loss alone differs between these methods; one whose layers differ too is not compared."""
+    """Compared are the methods that differ in the loss alone."""
     _, rows = report.read(path, step.Row)
-    told = " ".join(
-        wins(
-            [row for row in rows if row.device != "counted" and row.method in (ours, *peers)],
-            lambda row: row.N,
-            {f"{what}{suffix}": field for what, field in STEP_FIGURES.items()},
-        )
-        for ours, peers, suffix in (
-            ("ours, row workspace", ("eager", "TRL"), ""),
-            ("ours, sampled token", ("eager, sampled token",), ", with sampled tokens alone"),
-        )
-    )
-    return f"{step.summary(path)}\n\n{wrapped(told)}"
-
-
-STEP_FIGURES = {"a step's memory": "peak_mib", "a step's time": "seconds"}
+    measured = [row for row in rows if row.device != "counted"]
+    told = []
+    for methods, what in (
+        (("ours, row workspace", "eager", "TRL"), "a step"),
+        (("ours, sampled token", "eager, sampled token"), "a step with sampled tokens"),
+    ):
+        of_them = [row for row in measured if row.method in methods]
+        figures = {f"the memory of {what}": "peak_mib", f"the time of {what}": "seconds"}
+        told.append(wins(of_them, lambda row: row.N, figures))
+    return f"{step.summary(path)}\n\n{wrapped(' '.join(told))}"
 
 
 def _agreement(gpu: Gpu, results: Path) -> str:

@@ -11,7 +11,7 @@ OUT_OF_MEMORY = ("out of memory", report.DOES_NOT_FIT)
 
 
 def wins(rows: list[Any], case: Callable[[Any], Any], figures: dict[str, str]) -> str:
-    """Which peers did better than the better of ours, and in how many cases.
+    """Which peers did better than ours, either of ours, and in how many cases.
 
     Args:
         rows: of several methods.
@@ -29,18 +29,21 @@ def _wins(rows: list[Any], case: Callable[[Any], Any], name: str, field: str) ->
             value = math.inf
         if not math.isnan(value):
             cases.setdefault(case(row), {})[row.method] = value
-    won, compared = Counter[str](), Counter[str]()
-    for figures in cases.values():
-        best = min((x for method, x in figures.items() if _is_ours(method)), default=math.nan)
-        for method, x in figures.items():
-            if not _is_ours(method) and not math.isnan(best):
-                compared[method] += 1
-                won[method] += x < best
-    better = [f"{peer} in {n} of {compared[peer]} cases" for peer, n in won.items() if n]
-    if not better:
+    found = dict[str, list[str]]()
+    for ours in dict.fromkeys(row.method for row in rows if row.method.startswith("ours")):
+        won, compared = Counter[str](), Counter[str]()
+        for of in cases.values():
+            for peer, x in of.items():
+                if ours in of and not peer.startswith("ours"):
+                    compared[peer] += 1
+                    won[peer] += x < of[ours]
+        if compared:
+            found[ours] = [
+                f"{peer} in {n} of {compared[peer]} cases" for peer, n in won.items() if n
+            ]
+    if not any(found.values()):
         return f"No peer was better than ours in {name}."
-    return f"Better than the better of ours in {name}: {'; '.join(better)}."
-
-
-def _is_ours(method: str) -> bool:
-    return method.startswith("ours")
+    return " ".join(
+        f"Better in {name} than our {ours.removeprefix('ours, ')}: {'; '.join(peers) or 'no peer'}."
+        for ours, peers in found.items()
+    )

@@ -597,14 +597,15 @@ def in_a_sentence(results: Results) -> str:
 
 def clip_in_a_sentence(results: Results) -> str:
     """How the divergences ended, and the clipped forward KL beside the unclipped one."""
-    plain = (SELF_DISTILLATION, "reverse KL", "forward KL")
-    ends = {name: finals(results.of(name)) for name in (*plain, "forward KL, clipped")}
-    listing = ", ".join(f"{name} at {fmean(ends[name]):.0%}" for name in plain)
-    of = difference(ends["forward KL, clipped"], ends["forward KL"])
+    plain, clipped = (SELF_DISTILLATION, "reverse KL", "forward KL"), "forward KL, clipped"
+    ends = {name: finals(results.of(name)) for name in (*plain, clipped)}
+    listing = ", ".join(f"{fmean(ends[name]):.0%} with {name}" for name in plain)
+    of = difference(ends[clipped], ends["forward KL"])
     low, high = sorted(abs(100 * x) for x in (of.low, of.high))
     return wrapped(
-        f"In our toy world held-out accuracy ended for {listing}, and the forward KL with entries "
-        f"clipped at 0.05 at {fmean(ends['forward KL, clipped']):.0%}. So the clipped forward KL "
-        f"ended {100 * abs(of.mean):.0f} points {'below' if of.mean < 0 else 'above'} the "
-        f"unclipped one (95% interval {low:.0f} to {high:.0f}; {results.source})."
+        f"In our toy world held-out accuracy ended at {listing}, and at "
+        f"{fmean(ends[clipped]):.0%} with forward KL whose entries are clipped at 0.05. So the "
+        f"clipped forward KL ended {100 * abs(of.mean):.0f} points "
+        f"{'below' if of.mean < 0 else 'above'} the unclipped one (95% interval {low:.0f} to "
+        f"{high:.0f}; {results.source})."
     )
