@@ -332,24 +332,24 @@ def page(findings: list[Finding]) -> str:
     )
 
 
-INTRODUCTION = """# Which heads `LMHead.of` knows
+INTRODUCTION = """# Which heads does `LMHead.of` know?
 
 `LMHead.of(model)` runs no forward. It knows by its class what a model of transformers makes of its
-last hidden states: the product with its head's weight, a bias, a scale, a softcap. It reads the
-numbers where the forward of that class reads them, and no others: some vision-language models have
-a text config with a cap or a scale that their own forward never applies.
+last hidden states: the product with the head's weight, and a bias, a scale or a softcap. It reads
+these numbers where the forward of that class reads them, and nowhere else: some vision-language
+models have a text config with a cap or a scale that their own forward never applies.
 
-It refuses, with what to do instead:
+It refuses, and says what to do instead:
 
-- a class that is not in the table below, models with code of their own among them;
-- a forward that was replaced, of the model, of its head or of what stands between, by anything but
-  accelerate, FSDP2, DeepSpeed, TRL and transformers; a subclass is taken while its forward is that
-  of a class in the table;
-- a hook on any of these, forward or backward, by anybody else: the loss calls neither the head nor
+- a class that is not in the table below, and models that come with code of their own;
+- a forward that was replaced by something other than accelerate, FSDP2, DeepSpeed, TRL or
+  transformers: the model's, its head's, or that of a module between them. A subclass is taken as
+  long as its forward is that of a class in the table;
+- a hook of anything else on these modules, forward or backward: the loss calls neither the head nor
   its hooks;
-- a head with an adapter, parametrized, quantized, sharded, or on no device.
+- a head that has an adapter, is parametrized, quantized or sharded, or is on no device.
 
-For these make the head by hand, and compare it once with the model's own logits:
+In these cases make the head by hand, and compare it once with the model's own logits:
 
 ```python
 from opsd_kernels import LMHead
@@ -365,14 +365,14 @@ check_head(  # ValueError, with a figure, where the loss would have other logits
 )
 ```
 
-The harness, and the adapter for TRL, compare so on the first batch: what was changed later, or by
-an adapter's wrapper, is seen there.
+The harness and the adapter for TRL make this comparison on the first batch. So they also see what
+was changed later, or by an adapter's wrapper.
 
-The table is of transformers {version}, every class for causal language models and for text from
-images: of {total} classes {known} are equal, the rest is refused. Each was built as small as it
-goes, with random weights, biases, caps and scales, and its own logits compared with those that the
-head makes of its backbone's last hidden states (`python benchmarks/heads.py --write`). Some could
-not be built on a CPU without further packages or images; they are refused for that alone.
+The table is of transformers {version}: every class for causal language models, and for text from
+images. Of {total} classes {known} are equal; the others are refused. Each was built as small as
+possible, with random weights, biases, caps and scales, and its own logits were compared with those
+that the head makes of its backbone's last hidden states (`python benchmarks/heads.py --write`). A
+class that could not be built on a CPU, for want of a package or of images, is refused too.
 """
 
 
