@@ -1,7 +1,7 @@
-"""What every schedule is given, and what it fills.
+"""The two records that every schedule takes: a `Problem`, which it reads, and `Outputs`, which it
+fills.
 
-`Problem` is the one list of what a call of a loss is made of: `checks` makes it of the arguments,
-and all that follows passes it on as it is.
+`checks` makes the problem from the arguments of a loss. All later code passes it on unchanged.
 """
 
 from dataclasses import dataclass, replace
@@ -16,35 +16,36 @@ from opsd_kernels.head import LogitMap
 
 @dataclass(frozen=True)
 class Problem:
-    """N tokens whose divergence is wanted, or log p(ŷ), or the entropy; the notation is that of
-    `divergence.py`."""
+    """N tokens, both heads, and which value ℓ every token has; the notation is that of
+    `divergence.py`. Gradients do not flow through it: every tensor is a constant."""
 
     h_S: Tensor  # [N, D]
-    h_T: Tensor | None  # [N, D_T]; None where there is no teacher, who is of no use to either
+    h_T: Tensor | None  # [N, D_T]; None if ℓ and the statistics need no teacher
     W: Tensor  # [V, D]
-    W_T: Tensor | None  # [V, D_T]; None if W serves both, whose logits may differ by what follows
-    operand_dtype: torch.dtype  # whose rounding the operands of the matrix products have
-    # A number or [N] fp32. None: of both KLs, where there are w_q and w_p; else log p(ŷ), or the
-    # entropy where there are no targets, takes the loss's place.
+    W_T: Tensor | None  # [V, D_T]; None if both sides have W
+    operand_dtype: torch.dtype  # operands of the matrix products are rounded to it
+    # A number or [N] fp32. Without β: both KLs if there are w_q and w_p, else log p(ŷ) if there are
+    # targets, else the entropy.
     beta: float | Tensor | None
     temperature: float = 1.0
     entry_clip: float | None = None
     keep: Tensor | None = None  # [N] bool, the tokens that will count; None for all
     targets: Tensor | None = None  # [N] int32 ids ŷ of sampled tokens, all within the vocabulary
-    # What makes logits of products; the student's scale is part of the temperature.
-    bias: Tensor | None = None  # [V] in operand_dtype, contiguous, as is …
-    bias_T: Tensor | None = None  # … that of the teacher
+    # Logits are made from products h Wᵀ by these; the student's scale is part of the temperature.
+    bias: Tensor | None = None  # [V] in operand_dtype, contiguous
+    bias_T: Tensor | None = None  # likewise, the teacher's
     softcap: float | None = None
     softcap_T: float | None = None
-    scale_T: float = 1.0  # the teacher's, over the student's
-    # [N] fp32 within ±1: gradients are those of Σ w ℓ. None: dh_S is that of each token's own ℓ.
+    scale_T: float = 1.0  # the teacher's scale over the student's
+    # [N] fp32: the gradients are those of Σ w ℓ; within ±1 in forward. None: row n of dh_S is the
+    # gradient of ℓ_n.
     weights: Tensor | None = None
-    # Of a vocabulary of which W holds some rows, and other processes the others, in the order of
-    # ranks: the name of their group, and the first of these rows, [] int64. Targets are counted
-    # from it, and −1 where they are not among these rows.
+    # If processes share the vocabulary and W is one process's shard: the name of their group, and
+    # the place of the shard's first row in the vocabulary, [] int64. Targets are then counted from
+    # that row, and −1 where they belong to another process.
     group: str | None = None
     offset: Tensor | None = None
-    # [N] fp32, the weights of a divergence's two halves; None for those that β stands for.
+    # [N] fp32, the weights of a divergence's two halves; None if β implies them.
     w_q: Tensor | None = None
     w_p: Tensor | None = None
     advantages: Tensor | None = None  # [N] fp32, A of a policy term −A log p(ŷ)
@@ -55,12 +56,12 @@ class Problem:
 
     @property
     def sides(self) -> int:
-        """Of whom logits are made: 2, or 1 where there is no teacher."""
+        """Number of sides that have logits: 2, or 1 without a teacher."""
         return 1 if self.h_T is None else 2
 
     @property
     def logit_maps(self) -> tuple[LogitMap, LogitMap]:
-        """What makes logits of products, the student's and the teacher's."""
+        """The student's and the teacher's map from products to logits."""
         student = LogitMap(self.bias, self.softcap, 1.0)
         return student, LogitMap(self.bias_T, self.softcap_T, self.scale_T)
 
@@ -85,11 +86,11 @@ class Problem:
         return replace(self, **some)
 
     def without_teacher(self) -> "Problem":
-        """The same problem for what is of the student alone: of a teacher, nothing."""
+        """The same problem without h_T and the teacher's head."""
         return replace(self, h_T=None, W_T=None, bias_T=None, softcap_T=None, scale_T=1.0)
 
     def with_contiguous_rows(self) -> "Problem":
-        """The same problem with hidden states that can be read a row at a time."""
+        """The same problem with hidden states whose rows are contiguous."""
         h_T = None if self.h_T is None else _with_contiguous_rows(self.h_T)
         return replace(self, h_S=_with_contiguous_rows(self.h_S), h_T=h_T)
 
@@ -98,23 +99,24 @@ def _with_contiguous_rows(h: Tensor) -> Tensor:
     return h if h.stride(1) == 1 else h.contiguous()
 
 
-STATS = 8  # numbers of a row of logits that is made once more
+STATS = 8  # numbers that forward keeps of a row of logits, for backward to make it once more
 
-# Those that have a number, or a row, for each token, where they are tensors.
+# Fields that have a number or a row for each token, where they are tensors.
 OF_TOKENS = ("h_S", "h_T", "beta", "keep", "targets", "weights", "w_q", "w_p", "advantages")
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a schedule fills, zeros at first. Results of tokens that are not kept are undefined."""
+    """The tensors that a schedule fills, zeros at first; None where a result is not wanted. Results
+    of tokens that are not kept are undefined."""
 
-    loss: Tensor  # [N] fp32, ℓ; or log p(ŷ) or the entropy, where no divergence is wanted
+    loss: Tensor  # [N] fp32, ℓ
     statistics: Tensor | None = None  # [STATISTICS, N] fp32, see `divergence.py`
     dh_S: Tensor | None = None  # [N, D] fp32, the gradient with respect to h_S
-    # For gradients that are made in backward: what is known of each row of logits, [STATS, N] fp32,
-    # as `Stats` of the kernels or of `divergence.py`; and the entry treated apart, [N] int32.
+    # For gradients that are made in backward: numbers of each row of logits, [STATS, N] fp32, in
+    # the order of the kernels' `Stats`, or that of `logit_gradient_` if PyTorch made them; and the
+    # entry whose gradient is one of these numbers, [N] int32, −1 if it is not one of W's rows.
     stats: Tensor | None = None
-    # Where that is not one of W's rows, it is −1.
     top: Tensor | None = None
     # The gradients of Σ w ℓ with respect to the student's head, where there are weights.
     dW: Tensor | None = None  # [V, D] fp32
@@ -122,17 +124,17 @@ class Outputs:
 
     @property
     def needs_score(self) -> bool:
-        """Whether more is wanted than values."""
+        """Whether a gradient is wanted, now or in backward."""
         return self.dh_S is not None or self.stats is not None or self.dW is not None
 
     @property
     def stride(self) -> int:
-        """Of `statistics` and `stats`, from one field to the next."""
+        """Entries from one field of `statistics` and `stats` to the next."""
         given = self.stats if self.statistics is None else self.statistics
         return 0 if given is None else given.stride(0)
 
     def tokens(self, rows: slice | Tensor) -> "Outputs":
-        """Some of the tokens: views of a slice, copies of indices."""
+        """Outputs of some of the tokens: views if `rows` is a slice, copies if it is indices."""
         return replace(
             self,
             loss=self.loss[rows],
