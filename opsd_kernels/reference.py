@@ -22,7 +22,7 @@ probabilities.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from typing import Any, ParamSpec, TypeVar
@@ -75,7 +75,7 @@ class _Call:
     workspace_mib: float | None = None
     return_log_probs: bool = False
 
-    def check(self, check: Callable[..., Any], **described: Any) -> None:
+    def check(self, check: Callable[..., Any], **others: Any) -> None:
         """Refuse what the fused loss refuses, but for float64, and a head that is not whole."""
         if isinstance(self.W, LMHead) and self.W.group is not None:
             raise ValueError("the oracle takes the whole head: W.group must be None")
@@ -91,7 +91,7 @@ class _Call:
             reduction=self.reduction,
             targets=self.targets,
             dtypes=(*FLOAT_DTYPES, torch.float64),
-            **described,
+            **others,
         )
 
     @cached_property
@@ -187,8 +187,8 @@ def reference_divergence_loss(call: _Call) -> Tensor:
 @_oracle_of(token_divergence)
 def reference_token_divergence(call: _Call) -> TokenDivergence:
     """`token_divergence` in float64; see `reference_jsd_loss`."""
-    described = either_divergence(call.beta, call.entry_clip, call.divergence)
-    loss, *rest = _divergence(call, described)
+    divergence = either_divergence(call.beta, call.entry_clip, call.divergence)
+    loss, *rest = _divergence(call, divergence)
     statistics: list[Any] = [None if t is None else call.spread(t.detach()) for t in rest]
     return TokenDivergence(call.reduced(loss), *statistics)
 
@@ -224,11 +224,12 @@ def reference_entropy(call: _Call) -> Tensor:
     return call.reduced(_entropy(call.log_softmax(call.h, call.W)))
 
 
-def _divergence(call: _Call, described: Any) -> TokenDivergence:
+def _divergence(call: _Call, divergence: Any) -> TokenDivergence:
     """ℓ and all statistics of the tokens that count, [R] each."""
-    call.check(check_divergence_arguments, described=described, advantages=call.advantages)
+    call.check(check_divergence_arguments, divergence=divergence, advantages=call.advantages)
+    clip = divergence.entry_clip
     log_p, log_q = call.both_sides()
-    w_q, w_p, b_q, b_p, clip = _halves(call, described)
+    w_q, w_p, b_q, b_p = _halves(call, divergence)
     f_q = w_q * _kl(log_q, _mixture(log_p, log_q, b_q))
     f = f_q + w_p * _kl(log_p, _mixture(log_p, log_q, b_p))
     forward, reverse = _total_kl(log_q, log_p), _total_kl(log_p, log_q)
@@ -254,18 +255,15 @@ def _divergence(call: _Call, described: Any) -> TokenDivergence:
     )
 
 
-def _halves(call: _Call, described: Any) -> tuple[Any, ...]:
-    """w_q, w_p, b_q and b_p [R, 1] of the table above, and τ."""
-    if not isinstance(described, Divergence):
-        described = Divergence(beta=described[0], entry_clip=described[1])
-    beta, weights = described.beta, described.weights
+def _halves(call: _Call, divergence: Divergence) -> Iterable[Tensor]:
+    """w_q, w_p, b_q and b_p of the table above, [R, 1] each."""
+    beta, weights = divergence.beta, divergence.weights
     if weights is not None:
-        mixtures = (0, 1) if beta is None else (beta, beta)
-        return *map(call.of_tokens, (*weights, *mixtures)), described.entry_clip
+        return map(call.of_tokens, (*weights, *((0, 1) if beta is None else (beta, beta))))
     beta = call.of_tokens(beta)
     is_kl = (beta == 0) | (beta == 1)
     w_q = torch.where(is_kl, 1 - beta, beta)
-    return w_q, 1 - w_q, beta, beta, described.entry_clip
+    return w_q, 1 - w_q, beta, beta
 
 
 def _mixture(log_p: Tensor, log_q: Tensor, b: Tensor) -> Tensor:
