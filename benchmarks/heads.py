@@ -298,7 +298,7 @@ def numbers_left_out(kind: Any, head: LMHead) -> list[str]:
 
 
 def read_without_list(model: Any) -> LMHead:
-    return read_head(*check_model(model))
+    return LMHead(*read_head(*check_model(model)))
 
 
 def first_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from opsd_kernels.head import LMHead
 from opsd_kernels.planning import MIB, default_workspace_mib
 from opsd_kernels.problem import Problem
 from opsd_kernels.scalars import check_beta, check_clip, check_temperature, number
-from opsd_kernels.vocabulary_parallel import check_group, find_shard, local_ids
+from opsd_kernels.vocabulary_parallel import check_group, find_shard, is_dtensor, local_ids
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -314,11 +314,6 @@ def _check_shapes(head: Head) -> None:
         )
     if _readable(bias) and not (bias[: head.V] < math.inf).all():
         raise ValueError(f"{head.name}.bias must be finite, or −∞ for entries that are banned")
-
-
-def is_dtensor(t: Tensor) -> bool:
-    """Whether t is one of torch.distributed, which is not imported for it."""
-    return type(t).__name__ == "DTensor"
 
 
 def is_same_weight(student: Head, teacher: Head) -> bool:

@@ -70,7 +70,7 @@ class LMHead(NamedTuple):
         """
         from opsd_kernels.head_of_model import head_of_model
 
-        return head_of_model(model)
+        return LMHead(*head_of_model(model))
 
     def detach(self) -> "LMHead":
         """The same head, without gradients."""

@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from opsd_kernels.checks import is_dtensor
-from opsd_kernels.head import LMHead
 from opsd_kernels.known_models import KNOWN
+from opsd_kernels.vocabulary_parallel import is_dtensor
 
 # What a forward multiplies its logits by: where in a model the number stands, its power, and the
 # classes. Logits of a class that is in no list here are h Wᵀ + b, whatever its config says: some
@@ -121,7 +120,11 @@ def _as_it_is(t: Tensor) -> Tensor:
     return t
 
 
-def head_of_model(model: Any, gather: Callable[[Tensor], Tensor] = _as_it_is) -> LMHead:
+# The first fields of an `LMHead`: weight, bias, softcap, scale, vocab_size.
+Fields = tuple[Tensor, Tensor | None, float | None, float, int | None]
+
+
+def head_of_model(model: Any, gather: Callable[[Tensor], Tensor] = _as_it_is) -> Fields:
     """See `LMHead.of`. `gather` makes a weight or bias that is sharded whole."""
     causal_lm, known = check_model(model)
     if known not in KNOWN:
@@ -175,7 +178,7 @@ def backbone_of(model: Any) -> Any:
     return None
 
 
-def read_head(model: Any, known: str, gather: Callable[[Tensor], Tensor] = _as_it_is) -> LMHead:
+def read_head(model: Any, known: str, gather: Callable[[Tensor], Tensor] = _as_it_is) -> Fields:
     """The head of a model whose forward is that of the class `known` of transformers."""
     module = model.get_output_embeddings()
     _check_module(module)
@@ -198,7 +201,7 @@ def read_head(model: Any, known: str, gather: Callable[[Tensor], Tensor] = _as_i
         number = _number(model, known, ((path, classes),))
         if number is not None:
             scale *= float(number) ** power
-    return LMHead(weight, bias, softcap, scale, None if vocab_size == rows else vocab_size)
+    return weight, bias, softcap, scale, None if vocab_size == rows else vocab_size
 
 
 def _number(model: Any, known: str, places: Iterable[tuple[str, tuple[str, ...]]]) -> Any:

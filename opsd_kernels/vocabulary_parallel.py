@@ -100,6 +100,11 @@ _operator = torch.library.custom_op(
 _operator.register_fake(lambda h, own_rows, group: h.new_empty(2, dtype=torch.int64))
 
 
+def is_dtensor(t: Tensor) -> bool:
+    """Whether t is a DTensor of torch.distributed, which need not be imported."""
+    return type(t).__name__ == "DTensor"
+
+
 def gathered(t: Tensor, group: str) -> Tensor:
     """[processes, ...] what each has."""
     process_group = _find(group)

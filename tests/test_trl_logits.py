@@ -37,8 +37,8 @@ def trainer_of(model: Any, processes: int = 1) -> Any:
 @pytest.mark.parametrize("trainer", ["GKDTrainer", "SDFTTrainer"])
 def test_other_logits_than_the_models_are_left_to_trl(trainer, folder, monkeypatch, caplog):
     theirs = run_of(make_trainer(trainer, folder, max_steps=1))
-    real = heads.head_of_model
-    monkeypatch.setattr(heads, "head_of_model", lambda *given: real(*given)._replace(scale=0.9))
+    real = heads.head_of
+    monkeypatch.setattr(heads, "head_of", lambda model: real(model)._replace(scale=0.9))
     with apply_opsd_kernels_to_trl(), caplog.at_level(logging.WARNING, "opsd_kernels.trl"):
         ours = run_of(make_trainer(trainer, folder, max_steps=1))
     assert difference(ours, theirs) == (0, 0)

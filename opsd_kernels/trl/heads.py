@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from opsd_kernels.checks import is_dtensor
 from opsd_kernels.head import LMHead
 from opsd_kernels.head_of_model import head_of_model
+from opsd_kernels.vocabulary_parallel import is_dtensor
 
 
 @contextmanager
@@ -21,11 +21,11 @@ def heads_of_models(student: Any, teacher: Any) -> Iterator[tuple[LMHead, LMHead
     """
     module, module_T = student.get_output_embeddings(), teacher.get_output_embeddings()
     with gathered(module.weight, module.bias, module_T.weight, module_T.bias):
-        W = head_of_model(student, whole)._replace(vocab_size=None)
+        W = head_of(student)._replace(vocab_size=None)
         if module_T is module:
             yield W, None
         else:
-            yield W, head_of_model(teacher, whole).detach()._replace(vocab_size=None)
+            yield W, head_of(teacher).detach()._replace(vocab_size=None)
 
 
 @contextmanager
@@ -33,6 +33,11 @@ def gathered(weight: Any, bias: Any, weight_T: Any, bias_T: Any) -> Iterator[Non
     """With parameters that ZeRO-3 has partitioned made whole, the teacher's by its own engine."""
     with maybe_gather_lm_head_ctx(weight, bias), maybe_gather_lm_head_ctx(weight_T, bias_T):
         yield
+
+
+def head_of(model: Any) -> LMHead:
+    """The head of a model, whole."""
+    return LMHead(*head_of_model(model, whole))
 
 
 def whole(t: Tensor) -> Tensor:
@@ -77,7 +82,7 @@ def _to(W: LMHead, dtype: torch.dtype) -> LMHead:
 def why_no_head(model: Any) -> str | None:
     """Why the loss cannot take a model's head, if it cannot; told without gathering it."""
     try:
-        dtype = head_of_model(model, _stand_in).weight.dtype
+        dtype = head_of_model(model, _stand_in)[0].dtype
     except (TypeError, ValueError) as error:
         return str(error)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
