@@ -261,7 +261,8 @@ def plot(path: Path, to: Path) -> None:
         labels = [row.failure or f"{row.floors:.2f}" for row in of_it]
         axis.bar_label(bars, labels, padding=3, fontsize=8)
         axis.axvline(1, color="#333333", linewidth=0.9, linestyle=":")
-        axis.set_title(name, fontsize=9, loc="left")
+        title = name.replace(", V", "\nV") if across > 2 else name
+        axis.set_title(title, fontsize=9, loc="left")
         report.style(axis)
         axis.margins(x=0.15)
     title = "forward and backward, as multiples of three bare products"
