@@ -166,10 +166,10 @@ def _scaled(
 def _launch(scratch: Tensor, chunk: Problem, seen: tuple[Tensor, Tensor], tile: slice) -> Tensor:
     """w (a − G p) of a chunk's tokens and a tile of the vocabulary, times `score_scale`, by the
     kernel: [R, columns]."""
-    from opsd_kernels.logit_free import gradient_launcher
+    from .kernels import gradient  # needs Triton
 
     g = scratch[: chunk.h_S.shape[0]]
-    gradient_launcher(g, chunk, *seen)(tile.start)
+    gradient.launch(g, chunk, *seen, tile.start)
     return g[:, : tile.stop - tile.start]
 
 

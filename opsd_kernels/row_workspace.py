@@ -14,14 +14,12 @@ holds dW in fp32; otherwise both are made in backward (see `head_gradient`).
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from opsd_kernels import kernels, planning
-from opsd_kernels.divergence import Family
-from opsd_kernels.kernels import tiles
+from opsd_kernels import planning
 from opsd_kernels.planning import PARTS, Plan, budget_beside_head, is_split, make_plan, row_stride
 from opsd_kernels.problem import Outputs, Problem
 from opsd_kernels.products import (
@@ -29,7 +27,6 @@ from opsd_kernels.products import (
     project_back,
     project_back_in_parts,
     project_onto_head,
-    score_dtype,
     score_scale,
 )
 from opsd_kernels.rows import WHOLE, member_rows_
@@ -122,7 +119,9 @@ class LogitGradient:
         else:
             project_back([(dh_S, self.g)], W, dtype, tile, first=True)
         if self.top is not None and self.g_top is not None:
-            launch_top_row(dh_S, product, self, chunk)
+            from .kernels import top_row  # needs Triton
+
+            top_row.launch(dh_S, product, self.top, self.g_top, self.scale, chunk)
         elif temperature != 1:
             dh_S.div_(temperature)
 
@@ -187,74 +186,10 @@ def _step_2(
 def launch_rows(
     outputs: Outputs, z_S: Tensor, z_T: Tensor | None, problem: Problem, needs_score: bool
 ) -> LogitGradient:
-    """Step 2 by the kernel: fills what there is in `outputs`, and z_S with the gradient if that is
-    needed here."""
-    import triton.language as tl
+    """Step 2 by the kernel."""
+    from .kernels import rows  # needs Triton
 
-    from opsd_kernels.kernels import rows
-    from opsd_kernels.kernels.pointwise import formula_of
-    from opsd_kernels.kernels.records import Results, RowGradient, Rows, for_kernels
-
-    map_S, map_T = problem.logit_maps
-    statistics, member = outputs.statistics, problem.member
-    needs_mean = needs_score or outputs.stats is not None or member.family == Family.ENTROPY
-    # What is narrower than fp32 lies in the first part of each row.
-    g = z_S.view(score_dtype(problem.operand_dtype, problem.has_bounded_scores))
-    g = g[:, : z_S.shape[1]]
-    top, g_top = z_S.new_empty(z_S.shape[0], dtype=torch.int32), z_S.new_empty(z_S.shape[0])
-    row = tiles.lookup(z_S.device, problem.operand_dtype)
-    sweep = row.rows_wide if member.is_wide(statistics is not None) else row.rows
-    with kernels.current(z_S.device):
-        rows.rows_kernel[(z_S.shape[0],)](
-            results=Results(outputs.loss, statistics, stats=outputs.stats, top=outputs.top),
-            gradient=RowGradient(
-                tl.constexpr(needs_score),
-                tl.constexpr(member.mean_limit if needs_mean else 0.0),
-                g,
-                top,
-                g_top,
-                g.stride(0),
-                SCALE=tl.constexpr(score_scale(g.dtype)),
-                weights=problem.weights,
-            ),
-            logits=Rows(
-                z_S, z_T, z_S.shape[1], z_S.stride(0), *for_kernels(map_S)[:2], *for_kernels(map_T)
-            ),
-            targets=problem.targets,
-            beta=problem.beta if isinstance(problem.beta, Tensor) else None,
-            w_q=problem.w_q,
-            w_p=problem.w_p,
-            advantages=problem.advantages,
-            stride_statistics=outputs.stride,
-            formula=formula_of(member, problem.temperature),
-            **asdict(sweep),
-        )
-    return LogitGradient(g, top, g_top)
-
-
-def launch_top_row(
-    dh_S: Tensor, product: Tensor, gradient: LogitGradient, problem: Problem
-) -> None:
-    """dh_S ← (product + g_top W_top) / T, of a product [parts, R, D] with a scaled g."""
-    import triton.language as tl
-
-    from opsd_kernels.kernels import top_row
-    from opsd_kernels.kernels.records import DTYPE_NAMES, Accumulated, Side
-
-    (R, D), W = dh_S.shape, problem.W
-    with kernels.current(dh_S.device):
-        top_row.top_row_kernel[(R, kernels.cdiv(D, top_row.BLOCK.value))](
-            dh_S=dh_S,
-            accumulated=Accumulated(product, None, SCALE=tl.constexpr(gradient.scale)),
-            W=W,
-            student=Side(W.shape[0], D, D, W.stride(0), W.stride(1)),
-            top=gradient.top,
-            g_top=gradient.g_top,
-            stride=product.stride(0),
-            inverse_temperature=1 / problem.temperature,
-            PARTS=product.shape[0],
-            OPERAND=tl.dtype(DTYPE_NAMES[problem.operand_dtype]),
-        )
+    return LogitGradient(*rows.launch(outputs, z_S, z_T, problem, needs_score))
 
 
 def _kept(keep: Tensor | None) -> Tensor | None:

@@ -128,7 +128,7 @@ FAULTS = [
     ),
     Fault(
         "opsd_kernels/kernels/head.py",
-        'u = tl.where(u == float("-inf"), u, t * softcap)  # banned, cap or not',
+        'u = tl.where(u == float("-inf"), u, t * softcap)  # a ban stays a ban',
         "u = t * softcap",
         f"head {KERNELS}",
     ),

@@ -20,9 +20,9 @@ from triton.runtime.jit import KernelInterface
 
 from opsd_kernels import kernels, logit_free, row_workspace, rows
 from opsd_kernels.divergence import Member, value_and_score
-from opsd_kernels.kernels import pointwise, tiles
+from opsd_kernels.kernels import lse, pair, pointwise, tiles
 from opsd_kernels.kernels.logits_tile import INTERPRETED, round_to
-from opsd_kernels.kernels.records import Tokens
+from opsd_kernels.kernels.records import PerToken
 from opsd_kernels.problem import Outputs, Problem
 
 BETAS = [0.0, 1e-3, 0.3, 0.5, 0.8, 0.999, 1.0]
@@ -70,7 +70,7 @@ def test_pointwise_is_the_family(beta, mixed):
     f, a = torch.empty_like(x, device=DEVICE), torch.empty_like(x, device=DEVICE)
     betas = torch.full((4096,), beta, device=DEVICE)
     formula = pointwise.formula_of(Member.of(betas if mixed else beta), temperature=1.0)
-    tokens = Tokens(beta=betas if mixed else None)
+    tokens = PerToken(beta=betas if mixed else None)
     if mixed:
         beta = float(betas[0])
     pointwise_kernel[(1,)](
@@ -190,9 +190,11 @@ def test_lse(case, dtype):
     h_S, h_T, W = CASES[case](dtype)
     problem = problem_of(h_S, h_T, W, temperature=0.7, beta=1.0)
     scratch = scratch_of(problem)
-    logit_free.launch_lse(scratch, problem)
+    lse.launch(scratch, problem)
     N = h_S.shape[0]
-    top_S, p_max, top_T, q_max, log_sums, c, _plain, _s_top = scratch.stats[:, :N].cpu().double()
+    top_S, p_max, top_T, q_max, log_sums, c, _without_null, _s_top = (
+        scratch.stats[:, :N].cpu().double()
+    )
     top_S, top_T = top_S / 0.7, top_T / 0.7  # kept as logits are before temperature
     z_S, z_T = (h.double() @ W.double().T / 0.7 for h in (h_S, h_T))
     size = 1 + z_S.abs().max()
@@ -213,7 +215,7 @@ def test_the_first_of_equal_entries_is_the_top():
     W[::7] = 10 * h_S[0] / h_S[0].norm()
     problem = problem_of(h_S, h_T, W)
     scratch = scratch_of(problem)
-    logit_free.launch_lse(scratch, problem)
+    lse.launch(scratch, problem)
     assert scratch.top[0] == 0
 
 
@@ -225,8 +227,8 @@ def test_pair(beta, entry_clip, dtype):
     h_S, h_T, W = language_like_inputs(37, 200, 40, dtype, 0.3)
     problem = problem_of(h_S, h_T, W, beta=beta, entry_clip=entry_clip)
     scratch = scratch_of(problem)
-    logit_free.launch_lse(scratch, problem)
-    logit_free.pair_launcher(scratch, problem)(0)
+    lse.launch(scratch, problem)
+    pair.launch(pair.arguments(scratch, problem), 0)
     N, top = 37, scratch.top[:37].cpu().long()[:, None]
     stored_s, stored_p = scratch.s_and_p(N)
     # What fp16 can hold only scaled is; the reverse KL's scores have no bound to scale by.
@@ -258,10 +260,10 @@ def test_s_vanishes_with_the_divergence():
     for beta in (0.3, 0.5, 0.9, 1.0):
         problem = problem_of(h_S, h_T, W, beta=beta)
         scratch = scratch_of(problem)
-        logit_free.launch_lse(scratch, problem)
-        launch_pair = logit_free.pair_launcher(scratch, problem)
+        lse.launch(scratch, problem)
+        arguments = pair.arguments(scratch, problem)
         for v in range(0, 600, scratch.columns):
-            launch_pair(v)
+            pair.launch(arguments, v)
         missed = scratch.sums[1, :, :20].sum(0) + scratch.stats[7, :20]
         scale = scratch.s_p[:20].abs().sum(1)
         spread = scratch.stats[1, :20] < 0.9  # p_top
@@ -381,7 +383,7 @@ def test_a_row_of_nan_points_at_no_entry_beyond_the_last(schedule):
     if schedule == "logit-free":
         problem = problem_of(h_S, h_T, W)
         scratch = scratch_of(problem)
-        logit_free.launch_lse(scratch, problem)
+        lse.launch(scratch, problem)
         top = scratch.top[:5]
     else:
         z_S, z_T = (h @ W.T for h in (h_S.to(DEVICE), h_T.to(DEVICE)))

@@ -23,11 +23,11 @@ from opsd_kernels import (
     row_workspace,
     token_divergence,
 )
-from opsd_kernels.kernels import tiles
+from opsd_kernels.kernels import tiles, top_row
 from opsd_kernels.kernels.logits_tile import INTERPRETED
 from opsd_kernels.problem import Problem
 from opsd_kernels.products import project_back, project_back_in_parts
-from opsd_kernels.row_workspace import LogitGradient, launch_top_row
+from opsd_kernels.row_workspace import LogitGradient
 
 QWEN3 = 151936
 MIB = 2**20
@@ -178,7 +178,7 @@ def test_top_row(dtype, strided):
     for parts in (1, 4):
         dh_S = product[0].clone()
         given = dh_S[None] if parts == 1 else product
-        launch_top_row(dh_S, given, gradient, problem)
+        top_row.launch(dh_S, given, top, g_top, gradient.scale, problem)
         expected = product[:parts].sum(0) / gradient.scale + g_top[:, None] * W[top.long()].float()
         assert dh_S.equal(2 * expected)
 

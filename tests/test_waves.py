@@ -12,6 +12,7 @@ from benchmarks.lib.allocations import fake_device
 from opsd_kernels import head_gradient, logit_free
 from opsd_kernels.head_gradient import HeadGradients
 from opsd_kernels.kernels import cdiv, pair, tiles
+from opsd_kernels.kernels.scratch import SCRATCH_MIB
 from opsd_kernels.problem import Problem
 
 QWEN3, LLAMA3, GEMMA3 = 151936, 128256, 262144
@@ -46,9 +47,9 @@ def counted(V: int, row: tiles.Row) -> tuple[int, int, int]:
         given = problem(V)
         tensors = logit_free.allocate(given, needs_gradient=True, needs_statistics=False)
         scratch = logit_free.Scratch.of(tensors, given, needs_statistics=False)
-        launch = logit_free.pair_launcher(scratch, given)
+        arguments = pair.arguments(scratch, given)
         for v in range(0, V, scratch.columns):
-            launch(v)
+            pair.launch(arguments, v)
     waves = sum(cdiv(programs, row.multiprocessors) for programs in grids.programs)
     return scratch.columns, len(grids.programs), waves
 
@@ -115,7 +116,7 @@ def test_scratch_is_bounded_whatever_the_size_of_a_gpu(arch, dtype):
                 with mock.patch.object(tiles, "lookup", return_value=row):
                     tensors = logit_free.allocate(given, True, needs_statistics=True)
                     scratch = logit_free.Scratch.of(tensors, given, needs_statistics=True)
-                room = logit_free.SCRATCH_MIB * 2**20 * max(1, D / 4096)
+                room = SCRATCH_MIB * 2**20 * max(1, D / 4096)
                 assert sum(t.nbytes for t in tensors) <= room - copied
                 widths.add(scratch.columns)
             assert len(widths) == 1

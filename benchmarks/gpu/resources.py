@@ -33,9 +33,10 @@ from benchmarks.gpu import launches, sass
 from benchmarks.lib import report
 from opsd_kernels import divergence, head_gradient, logit_free, row_workspace
 from opsd_kernels.head_gradient import HeadGradients
-from opsd_kernels.kernels import tiles
+from opsd_kernels.kernels import finish, gradient, lse, pair, tiles, top_row
 from opsd_kernels.kernels.tiles import Row, Tile
 from opsd_kernels.problem import STATS, Outputs, Problem
+from opsd_kernels.products import score_scale
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -220,21 +221,21 @@ def _launch(variant: Variant, row: Row, stored: torch.dtype) -> None:
         return
     if variant.kernel == "top_row":
         dh_S, top = empty(R, D), empty(R, dtype=torch.int32)
-        gradient = row_workspace.LogitGradient(empty(R, V, dtype=stored), top, empty(R))
-        row_workspace.launch_top_row(dh_S, dh_S[None], gradient, problem)
+        scale = score_scale(stored)
+        top_row.launch(dh_S, dh_S[None], top, empty(R), scale, problem)
         return
     tensors = logit_free.allocate(problem, True, case.statistics)
     scratch = logit_free.Scratch.of(tensors, problem, case.statistics)
     if variant.kernel in ("lse", "merge"):
-        logit_free.launch_lse(scratch, problem)
+        lse.launch(scratch, problem)
     elif variant.kernel == "shard":
-        logit_free.launch_shard(scratch, problem)
+        lse.launch_shard(scratch, problem)
     elif variant.kernel == "pair":
-        logit_free.pair_launcher(scratch, problem)(0)
+        pair.launch(pair.arguments(scratch, problem), 0)
     elif variant.kernel == "gradient":
         launch_gradient(problem)
     else:
-        logit_free.launch_finish(outputs, scratch, problem)
+        finish.launch(outputs, scratch, problem)
 
 
 def launch_gradient(problem: Problem) -> None:
@@ -245,7 +246,7 @@ def launch_gradient(problem: Problem) -> None:
     g = head_gradient.allocate(problem, gradients, 0)[0]
     stats = h_S.new_empty(STATS, len(h_S), dtype=torch.float32)
     top = h_S.new_empty(len(h_S), dtype=torch.int32)
-    logit_free.gradient_launcher(g, problem, stats, top)(0)
+    gradient.launch(g, problem, stats, top, 0)
 
 
 def _some_problem(divergence: str) -> Problem:

@@ -41,7 +41,7 @@ from benchmarks.gpu.resources import Variant
 from benchmarks.lib import report
 from benchmarks.lib.hashes import settle_hashes
 from opsd_kernels import logit_free, planning, row_workspace
-from opsd_kernels.kernels import tiles
+from opsd_kernels.kernels import lse, pair, tiles, top_row
 from opsd_kernels.kernels.tiles import Row, Sweep
 from opsd_kernels.problem import Outputs, Problem
 from opsd_kernels.products import score_dtype
@@ -256,15 +256,15 @@ def measure(kernel: str, candidate: Any, row: Row, problem: Problem, timer: Time
         with mock.patch.object(tiles, "lookup", return_value=changed):
             tensors = logit_free.allocate(case, needs_gradient=True, needs_statistics=False)
             scratch = logit_free.Scratch.of(tensors, case, needs_statistics=False)
-        logit_free.launch_lse(scratch, case)
+        lse.launch(scratch, case)
 
         def sweep(case: Problem = case, scratch: logit_free.Scratch = scratch) -> None:
             if kernel == "lse":
-                logit_free.launch_lse(scratch, case)
+                lse.launch(scratch, case)
                 return
-            launch = logit_free.pair_launcher(scratch, case)
+            arguments = pair.arguments(scratch, case)
             for v in range(0, len(problem.W), scratch.columns):
-                launch(v)
+                pair.launch(arguments, v)
 
         times.append(timer(sweep))
     return statistics.mean(times)
@@ -314,7 +314,10 @@ def measure_last_product(problem: Problem, split: bool, timer: Timer) -> float:
 def launch_end_of_last_product(problem: Problem, split: bool) -> None:
     """The kernel alone."""
     dh_S, parts, gradient = _last_product(problem.tokens(slice(1)), split)
-    row_workspace.launch_top_row(dh_S, parts[0] if split else dh_S[None], gradient, problem)
+    product = parts[0] if split else dh_S[None]
+    assert gradient.top is not None
+    assert gradient.g_top is not None
+    top_row.launch(dh_S, product, gradient.top, gradient.g_top, gradient.scale, problem)
 
 
 def _last_product(

@@ -1,19 +1,20 @@
-"""The Triton kernels, one a file, each with its maths.
+"""The Triton kernels, one in each file, with its maths and its launcher.
 
     pointwise.py    the family of divergences, entry by entry; what divergence.py is for PyTorch
     logits_tile.py  a tile of products h Wᵀ of both sides, in registers
     head.py         products → logits, where a head is more than a matrix
     lse.py          hidden states → log-sum-exp of both sides, the student's top entry
-    pair.py         hidden states → per-token sums, and the tiles of scores that dh_S is made of
+    pair.py         hidden states → sums of each token, and the tiles of scores for dh_S
     finish.py       sums and accumulators → ℓ and dh_S
-    gradient.py     hidden states, and all that is known of a row → the gradient of a tile of logits
-    rows.py         rows of logits that exist → ℓ and their gradient in place (row workspace)
+    gradient.py     hidden states and stats of a row → the gradient of a tile of logits
+    rows.py         rows of logits in memory → ℓ, and the gradient in their place (row workspace)
     top_row.py      a product of that gradient and W → dh_S (row workspace)
-    records.py      what kernels are given: sides, tokens, formula, tiling; what they fill
+    records.py      the records that kernels take
+    scratch.py      the scratch of the logit-free schedule
     tiles.py        tile sizes and warp counts, in one table
 
-Under TRITON_INTERPRET=1, set before Python starts, Triton interprets them on CPU tensors; that is
-how they are tested without a GPU.
+Under TRITON_INTERPRET=1, set before Python starts, Triton interprets the kernels on CPU tensors, so
+that tests need no GPU.
 """
 
 import importlib.util
@@ -22,7 +23,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
-# What a machine has is a constant to PyTorch's compiler, which need not trace how it is asked.
+# To PyTorch's compiler the properties of a machine are constants, which it does not trace.
 @torch.compiler.assume_constant_result
 def available(device: torch.device) -> bool:
     """Whether the kernels run on a device: a GPU of compute capability 8.0 or above (or AMD's), or
@@ -30,7 +31,7 @@ def available(device: torch.device) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     if device.type == "cpu":
-        from opsd_kernels.kernels.pointwise import INTERPRETED
+        from .pointwise import INTERPRETED
 
         return bool(INTERPRETED.value)
     if device.type != "cuda":
@@ -40,25 +41,25 @@ def available(device: torch.device) -> bool:
 
 @torch.compiler.assume_constant_result
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of an NVIDIA GPU. Where there is none, and tensors are fake, the least
-    that the kernels run on."""
+    """Compute capability of an NVIDIA GPU; without a GPU, for fake tensors, the least that the
+    kernels run on."""
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)
 
 
 @torch.compiler.assume_constant_result
 def multiprocessors(device: torch.device) -> int | None:
-    """Multiprocessors of a GPU; None where there is none, and tensors are fake."""
+    """Multiprocessors of a GPU; None without a GPU, for fake tensors."""
     if not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Within it kernels are launched on `device`, and on its current stream: Triton takes the
-    current device, which need not be that of the inputs."""
+    """A context in which kernels are launched on `device` and its current stream. Triton itself
+    takes the current device, which may not be the device of the inputs."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def cdiv(a: int, b: int) -> int:
-    """⌈a / b⌉; triton.cdiv is one that PyTorch's compiler cannot look into."""
+    """⌈a / b⌉. PyTorch's compiler cannot trace triton.cdiv."""
     return -(-a // b)

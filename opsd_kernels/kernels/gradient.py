@@ -1,32 +1,71 @@
 """gradient: the gradient with respect to logits, of one tile of the vocabulary, from hidden states.
 
-Where all that a row's logits sum to is known, G too (`Stats` of the row, see `lse`, with G in place
-of c and the gradient of the top entry in place of its score), the logits are made once more, and
+Where all sums over a row's logits are known, G too (`Stats` of the row, see `lse`, with G in place
+of c and the gradient of the top entry in place of its score), the logits are computed once more,
+and
 
     g = w (a − G p)      and at the top entry   g = w g_top
 
 for upstream weights w of the rows. The tile goes to scratch, in the dtype of the operands of the
-two products that follow, one for the hidden states and one for a head that is trained:
+two products that follow, one for the hidden states and one for a trained head:
 
     dh_S += g W,   dW += gᵀ h_S
 
 Where the student's logits are capped (see `head`), g is multiplied by the slope of the cap; g_top
-has its own already. For log p(ŷ) of a sampled token, whose gradient is 1[v = ŷ] − p, ŷ takes the
-top entry's place. Rows of weight 0 are 0, whatever their hidden states hold.
+contains its slope already. For log p(ŷ) of a sampled token, whose gradient is 1[v = ŷ] − p, ŷ takes
+the place of the top entry. Rows of weight 0 are 0, whatever their hidden states contain.
 
-As in `pair`, entries are made in PARTS parts of the columns, one after the other.
+As in `pair`, a tile is processed in PARTS parts of its columns, one after the other.
 """
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from opsd_kernels.kernels.head import logits_and_slope
-from opsd_kernels.kernels.logits_tile import halves, logits_tiles, round_to
-from opsd_kernels.kernels.pair import entries, load_stats, top_of, with_policy_term
-from opsd_kernels.kernels.pointwise import columns_of, parameters_of
+from ..divergence import Family
+from ..problem import Problem
+from ..products import score_scale
+from . import cdiv, tiles
+from .head import logits_and_slope
+from .logits_tile import halves, logits_tiles, operands, round_to
+from .pair import entries, load_stats, top_of, with_policy_term
+from .pointwise import columns_of, formula_of, parameters_of
+from .records import PerToken, Weighed
 
 
-# What depends on the batch is no reason to compile again.
+def launch(g: Tensor, chunk: Problem, stats: Tensor, top: Tensor, v: int) -> None:
+    """g [R, columns] ← the gradient with respect to logits of the columns from v on, weighed, times
+    `score_scale`.
+
+    Args:
+        g: in a `score_dtype`; its columns are a multiple of the tile's.
+        chunk: the tokens, with weights.
+        stats, top: see `Outputs`.
+    """
+    tile = tiles.lookup(g.device, chunk.operand_dtype).pair_for(chunk.member, False)
+    R, columns = chunk.h_S.shape[0], min(g.shape[1], chunk.W.shape[0] - v)
+    policy = chunk.advantages is not None
+    needs_targets = chunk.member.family == Family.LOG_PROB or policy
+    if not chunk.member.is_divergence:
+        chunk = chunk.without_teacher()
+    gradient_kernel[(cdiv(R, tile.BM), cdiv(columns, tile.BV))](
+        weighed=Weighed(
+            g,
+            chunk.weights,
+            begin=v,
+            stride=g.stride(0),
+            SCALE=tl.constexpr(score_scale(g.dtype)),
+            POLICY=tl.constexpr(policy),
+        ),
+        tokens=PerToken.of(chunk, stats, top, needs_keep=False, needs_targets=needs_targets),
+        R=R,
+        stride=stats.stride(0),
+        formula=formula_of(chunk.member, chunk.temperature),
+        **operands(chunk, tile),
+    )
+
+
+# Numbers that depend on the batch do not cause a recompilation.
 @triton.jit(do_not_specialize=["R", "stride"])
 def gradient_kernel(
     weighed,
@@ -42,18 +81,17 @@ def gradient_kernel(
     formula,
     tiling,
 ):
-    """Grid (row tiles, column tiles): of the columns from `weighed.begin` on, up to the
-    vocabulary's end.
+    """Grid (row tiles, column tiles), of the columns from `weighed.begin` on.
 
     Writes:
-        weighed: g, 0 beyond the vocabulary's end, up to a multiple of BV.
+        weighed: g, with 0 beyond the vocabulary's end, up to a multiple of BV.
 
     Reads:
         weighed: the weights.
-        h_S, h_T, W, W_T: see `logits_tiles`; of LOG_PROB the student's alone.
+        h_S, h_T, W, W_T: see `logits_tiles`.
         student, teacher, formula, tiling: the records.
-        tokens: stats and top; of LOG_PROB targets instead; what is given of each. A tile of rows
-            that all have weight 0 is not computed.
+        tokens: all fields but keep; for LOG_PROB targets take the place of top. A tile of rows that
+            all have weight 0 is not computed.
         stride: of `stats`.
     """
     BM: tl.constexpr = tiling.BM
@@ -69,13 +107,13 @@ def gradient_kernel(
         tl.store(g_ptrs + col, zero, mask=exists[:, None])
         return
     parameters = columns_of(parameters_of(tokens, row, exists, formula))
-    advantage, target = weight, row  # any: a tuple holds no None
+    advantage, target = weight, row  # a tuple cannot hold None
     if weighed.POLICY:
         advantage = tl.load(tokens.advantages + row, mask=exists, other=0.0)
         target = tl.load(tokens.targets + row, mask=exists, other=-1)
     policy = (advantage[:, None], target[:, None])
     V = student.V
-    # One turn: see `pair`.
+    # The loop has one iteration: see `pair`.
     for begin in range(first, tl.minimum(first + BV, V), BV):
         z_S, z_T = logits_tiles(
             h_S, h_T, W, W_T, student, teacher, tl.program_id(0) * BM, begin, R, tiling
@@ -103,13 +141,13 @@ def _columns(
     weighed,
     PARTS: tl.constexpr,
 ):
-    """The columns `begin` … of g, stored, in PARTS parts one after the other.
+    """Store the columns of g from `begin` on, in PARTS parts one after the other.
 
     Args:
         V: the vocabulary's end, or None if all columns are before it.
-        of_rows: top entry, `Stats`, parameters, advantage and sampled token if `weighed.POLICY`,
-            weight and whether it exists, of each row [BM, 1].
-        g_ptrs: to rows of g, to which a column of the vocabulary is added.
+        of_rows: of each row [BM, 1] the top entry, the `Stats`, the parameters, the advantage and
+            the sampled token if `weighed.POLICY`, the weight, and whether it exists.
+        g_ptrs: to g of each row; the index of a column is added.
     """
     if PARTS > 1:
         z_S0, z_S1 = halves(z_S)
@@ -136,5 +174,5 @@ def _columns(
             g = with_policy_term(g, col, policy)
         g = tl.where(col == top, stats.s_top, g * slope) * weight
         g = tl.where(weight == 0, 0.0, g) * weighed.SCALE
-        # No mask but that of the rows: it would hide that columns are contiguous.
+        # A mask of the columns would hide that they are contiguous.
         tl.store(g_ptrs + col, round_to(g, g_ptrs.dtype.element_ty), mask=exists)

@@ -1,29 +1,29 @@
-"""What makes logits of products h Wᵀ, entry by entry: what `LogitMap` is for PyTorch.
+"""The map from products h Wᵀ to logits, entry by entry: what `LogitMap` is for PyTorch.
 
     u = h Wᵀ + b,   z = C tanh(v),  v = σ u / C;   without a cap z = σ u
 
-and with a cap, where a gradient is wanted, the slope ∂z/∂(σ u) = 1 − tanh² v = 1/cosh² v. Bias,
-softcap and scale are each None where there is none, and then cost nothing.
+and with a cap, where a gradient is needed, the slope ∂z/∂(σ u) = 1 − tanh² v = 1/cosh² v. Bias,
+softcap and scale are None if absent, and then cost nothing.
 
-Both are made of e = exp(−2|v|), which is at most 1:
+Both come from e = exp(−2|v|), which is at most 1:
 
     tanh |v| = (1 − e) / (1 + e)        1/cosh² v = 4 e / (1 + e)²
 
-The slope so keeps its digits where the cap is reached, which 1 − tanh² v would not, and tanh near 0
-is a series: equal to a rounding or two however small it is, as the difference of two logits wants
-it.
+This slope keeps its digits where the cap is reached; 1 − tanh² v would not. tanh near 0 (|v| < ½)
+is a series, which has one or two roundings however small v is: the difference of two logits needs
+that.
 """
 
 import triton
 import triton.language as tl
 
-from opsd_kernels.kernels.pointwise import exp, quotient
+from .pointwise import exp, quotient
 
 
 @triton.jit
 def logits_and_slope(u, col, V, bias, softcap, scale):
-    """Logits z of products u [BM, BV], whose columns are `col` [1, BV], and the slope [BM, BV]; 1,
-    a number that multiplies for nothing, where there is no cap.
+    """Logits z of products u [BM, BV] at the columns `col` [1, BV], and the slope [BM, BV]; without
+    a cap the slope is the number 1, which costs nothing.
 
     Args:
         V: the vocabulary's end, or None if all columns are before it.
@@ -35,7 +35,7 @@ def logits_and_slope(u, col, V, bias, softcap, scale):
 
 @triton.jit
 def biased(u, col, V, bias):
-    """u with the bias of its columns, see `logits_and_slope`."""
+    """u plus the bias of its columns, see `logits_and_slope`."""
     if bias is not None:
         if V is not None:
             u += tl.load(bias + col, mask=col < V, other=0.0).to(tl.float32)
@@ -46,7 +46,7 @@ def biased(u, col, V, bias):
 
 @triton.jit
 def capped(u, softcap, scale):
-    """z and slope of u, bias included, of any shape: a function that grows with u."""
+    """z and slope of u, bias included, of any shape; z increases with u."""
     slope = 1.0
     if softcap is not None:
         if scale is not None:
@@ -54,7 +54,7 @@ def capped(u, softcap, scale):
         else:
             v = u * (1.0 / softcap)
         t, slope = _tanh_and_slope(v)
-        u = tl.where(u == float("-inf"), u, t * softcap)  # banned, cap or not
+        u = tl.where(u == float("-inf"), u, t * softcap)  # a ban stays a ban
     elif scale is not None:
         u *= scale
     return u, slope
@@ -65,7 +65,7 @@ def _tanh_and_slope(v):
     y = tl.abs(v)
     e = exp(y, -2.0)
     t = quotient(1.0 - e, 1.0 + e)
-    # y − y³/3 + 2 y⁵/15 − …: what is left out is below 2⁻²⁵ of the sum.
+    # y − y³/3 + 2 y⁵/15 − … to y¹⁵: the rest is below 2⁻²⁵ of the sum.
     y2 = y * y
     series = 21844 / 6081075 - y2 * (929569 / 638512875)
     series = -1382 / 155925 + y2 * series

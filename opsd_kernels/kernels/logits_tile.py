@@ -1,25 +1,81 @@
-"""A tile of products of both sides, in registers: h[rows] · W[cols]ᵀ, fp32. They are the logits
+"""A tile of products of both sides, in registers: h[rows] · W[cols]ᵀ, fp32. These are the logits
 before temperature, unless a head is more than a matrix: see `head`.
 
 Every kernel that needs logits makes them here. Operands are loaded by pointers, or in bulk, by
-descriptors: then the copy engine of a GPU (9.0 or above) does what otherwise takes registers and
-instructions of every thread.
+descriptors: then the copy engine of a GPU (9.0 or above) does work that otherwise takes registers
+and instructions of every thread.
 
-By pointers, rows and columns beyond the last are loaded from the last, which needs no mask in the
-inner loop; only a D that BK does not divide is masked. In bulk they are 0. Either way what they
-give is for the caller to leave out. Any strides of the head are right; contiguous features, and a D
-divisible by 16 as language models have it, are fast.
+By pointers, rows and columns beyond the end are loaded from the last one, which needs no mask in
+the inner loop; only a D that BK does not divide is masked. In bulk they are 0. Either way the
+caller ignores them. Heads may have any strides; contiguous features, and a D divisible by 16 as
+language models have it, are fast.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from opsd_kernels.kernels.pointwise import INTERPRETED
+from ..problem import Problem
+from .pointwise import INTERPRETED
+from .records import DTYPE_NAMES, Side, Tiling
+from .tiles import Tile
+
+
+def operands(chunk: Problem, tile: Tile) -> dict[str, Any]:
+    """The arguments of kernels that call `logits_tiles`, by name."""
+    hidden: dict[str, Any] = {"h_S": chunk.h_S, "h_T": chunk.h_T}
+    heads: dict[str, Any] = {"W": chunk.W, "W_T": chunk.W_T}  # one for both sides is loaded once
+    tensors = [t for t in (hidden | heads).values() if t is not None]
+    if any(t.itemsize > chunk.operand_dtype.itemsize for t in tensors):
+        tile = tile.widened()
+    bulk = tile.BULK and all(
+        t.dtype == chunk.operand_dtype and _has_bulk_strides(t) for t in tensors
+    )
+    map_S, map_T = chunk.logit_maps
+    student = Side.of(chunk.h_S, chunk.W, map_S)
+    h_T = chunk.h_S if chunk.h_T is None else chunk.h_T
+    teacher = Side.of(h_T, chunk.W if chunk.W_T is None else chunk.W_T, map_T)
+    even_D = student.D % tile.BK == 0 and teacher.D % tile.BK == 0
+    even_V = student.V % tile.BV == 0
+    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    tiling = Tiling(*map(tl.constexpr, (
+        tile.BM, tile.BV, tile.BK, tile.PARTS, bulk,
+        even_D, even_V, DTYPE_NAMES[chunk.operand_dtype], precision,
+    )))  # fmt: skip
+    if bulk:
+        hidden = _descriptors(hidden, [tile.BM, tile.BK])
+        heads = _descriptors(heads, [tile.BV, tile.BK])
+    return {
+        **hidden,
+        **heads,
+        "student": student,
+        "teacher": teacher,
+        "tiling": tiling,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def _descriptors(named: dict[str, Any], block: list[int]) -> dict[str, Any]:
+    return {
+        name: None if t is None else TensorDescriptor.from_tensor(t, block)
+        for name, t in named.items()
+    }
+
+
+def _has_bulk_strides(t: Tensor) -> bool:
+    """Whether descriptors can describe t: contiguous features, rows at multiples of 16 bytes."""
+    apart = t.stride(1) == 1 and t.stride(0) >= t.shape[1]
+    return apart and t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0
 
 
 @triton.jit
 def round_to(t, DTYPE: tl.constexpr):
-    """t in DTYPE, rounded to nearest even. The interpreter alone would truncate fp32 to bf16."""
+    """t in DTYPE, rounded to nearest even. Triton's interpreter itself truncates fp32 to bf16."""
     if INTERPRETED and DTYPE == tl.bfloat16 and t.dtype == tl.float32:
         bits = t.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -29,15 +85,15 @@ def round_to(t, DTYPE: tl.constexpr):
 
 @triton.jit
 def logits_tiles(h_S, h_T, W, W_T, student, teacher, row, col, R, tiling):
-    """z_S, z_T [BM, BV] fp32, what h Wᵀ has of them, of the rows from `row` and the columns from
+    """The products h Wᵀ of both sides [BM, BV], fp32, of the rows from `row` and the columns from
     `col` on.
 
     Args:
-        h_S, h_T: [R, D], [R, D_T], features contiguous: pointers; if BULK descriptors of blocks
-            [BM, BK]. Where h_T is None nothing is multiplied for the teacher, and z_T is 0.
-        W, W_T: [V, D], [V, D_T], any strides: pointers; if BULK, for which features are contiguous,
-            descriptors of blocks [BV, BK]. W_T is None where both sides have the head W: each tile
-            of it is loaded once.
+        h_S, h_T: [R, D], [R, D_T], features contiguous: pointers; with BULK descriptors of blocks
+            [BM, BK]. Where h_T is None there is no product for the teacher, and z_T is 0.
+        W, W_T: [V, D], [V, D_T], any strides: pointers; with BULK, which needs contiguous features,
+            descriptors of blocks [BV, BK]. W_T is None where both sides have the head W: then each
+            tile of W is loaded once.
         student, teacher: each a `Side`.
         tiling: a `Tiling`.
     """
@@ -96,7 +152,7 @@ def logits_tiles(h_S, h_T, W, W_T, student, teacher, row, col, R, tiling):
 
 @triton.jit
 def _columns_of(W, cols, k, side):
-    """Pointers [BK, BV] to the first features of columns of logits, which are rows of W."""
+    """Pointers [BK, BV] to the first features of some columns of logits, that is rows of W."""
     return W + cols[None, :] * side.stride_v + k[:, None].to(tl.int64) * side.stride_d
 
 
@@ -111,11 +167,11 @@ def _load(ptrs, mask, tiling):
 
 @triton.jit
 def operand(t, OPERAND: tl.constexpr):
-    """t as it is multiplied, with the rounding of OPERAND."""
+    """t as it is multiplied: rounded to OPERAND."""
     if t.dtype != OPERAND:
         t = round_to(t.to(tl.float32), OPERAND)
     if INTERPRETED and OPERAND == tl.bfloat16:
-        t = t.to(tl.float32)  # the interpreter multiplies the bit patterns of bf16
+        t = t.to(tl.float32)  # the interpreter would multiply the bit patterns of bf16
     return t
 
 

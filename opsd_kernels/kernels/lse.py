@@ -2,89 +2,154 @@
 
     top_S = max_v z_S,   sum_S = Σ_v exp((z_S − top_S)/T),   L_S = top_S/T + log sum_S
 
-and likewise of z_T. They are kept as p = exp((z_S − top_S)/T) p_max and L_T − L_S =
-(top_T − top_S)/T + log_sums need them: p_max = 1 / sum_S, the largest probability, and
-log_sums = log(sum_T / sum_S), each rounded once. Logits are those before temperature: they are
-subtracted first, without a rounding where they are near, and the difference is multiplied by 1/T.
+and likewise of z_T. They are stored as what p = exp((z_S − top_S)/T) p_max and L_T − L_S =
+(top_T − top_S)/T + log_sums need: p_max = 1 / sum_S, the largest probability, and log_sums =
+log(sum_T / sum_S), each rounded once. Logits are those before temperature: their difference, which
+is exact where they are close, is multiplied by 1/T.
 
-A matrix product with an online log-sum-exp for an epilogue: logits exist in registers only. The
-vocabulary is split into spans, so that a few tokens fill a GPU too; a program takes one tile of
-rows and one span, tile by tile of the vocabulary, and writes what it found:
+The kernel is a matrix product whose epilogue is an online log-sum-exp: logits exist in registers
+only. The vocabulary is split into spans, so that a few tokens fill a GPU too. A program takes one
+tile of rows and one span, tile by tile of the vocabulary, and writes for each row
 
-    top_S, sum_S = Σ exp((z_S − top_S)/T), top_T, sum_T over the span,
+    top_S, sum_S, top_T, sum_T over the span,
     the column where z_S is largest, and z_T there,
     E = Σ exp((z_S − top_S)/T) (d − d_top),  d = z_T − z_S, d_top that of the former column,
-    z_S and z_T of the sampled token ŷ, if it lies in the span
+    z_S and z_T of the sampled token ŷ, if the span contains it
 
-Until its span is done a program keeps all that in BV / PARTS states a row, each of the columns that
-lie so far apart: these the same thread holds, so that nothing passes between threads but once, at
-the end (`combined`). `merge` then puts the spans together by the same
-function, in their order, and finds the shift c of the row's scores. How the vocabulary is split
-depends on its size alone, never on the number of tokens: a token's numbers are the same in any
-batch. Where processes share the vocabulary, `shard` puts the spans of each together, and `merge`
-those states, for which each process is a span.
+Within its span a program keeps BV / PARTS states a row, each of the columns that the same thread
+holds. So nothing passes between threads until the states are combined at the end (`combined`).
+`merge` combines the spans of a row by the same function, in their order, and finds the shift c of
+its scores. The spans depend on the size of the vocabulary alone, not on the number of tokens: a
+token gets the same numbers in any batch. Where processes share the vocabulary, `shard` combines the
+spans of each process, and `merge` the states of the processes, each as one span.
 
-E / sum_S is the student's mean of d − d_top. From it follows the reverse KL's G, to the last digit
-because only differences to the top entry enter it, and for the others a guess of G (see `shift`).
-Without a teacher, z_T = 0, it is the mean of top_S − z_S, of which the entropy is made.
+E / sum_S is the student's mean of d − d_top. From it follows G of the reverse KL, to the last digit
+because only differences to the top entry enter it, and a guess of G for the other members (see
+`shift`). Without a teacher, with z_T = 0, it is the mean of top_S − z_S, and the entropy follows
+from it.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from opsd_kernels.kernels import cdiv
-from opsd_kernels.kernels.head import capped, logits_and_slope
-from opsd_kernels.kernels.logits_tile import halves, logits_tiles
-from opsd_kernels.kernels.pointwise import (
+from ..divergence import Family
+from ..problem import Problem
+from ..vocabulary_parallel import gathered, local_ids
+from . import cdiv
+from .head import capped, logits_and_slope
+from .logits_tile import halves, logits_tiles, operands
+from .pointwise import (
     ENTROPY,
     HUGE,
     LOG_PROB,
     difference,
     exp,
+    formula_of,
     log_quotient,
     log_ratio,
     parameters_of,
     shift,
     within,
 )
-from opsd_kernels.kernels.records import State, Stats
-from opsd_kernels.kernels.tiles import Row
+from .records import PARTIALS, STATS, STATS_OF_TARGETS, Partials, PerToken, State, Stats
+from .scratch import Scratch
+from .tiles import span
 
-# Fields of `Partials`, the last two those of the sampled tokens: by their number in `State`.
+# Fields of `Partials.fields`; the last two are those of the sampled tokens.
 TOP_S, SUM_S, TOP_T, SUM_T, E_SUM, Z_S = (
     tl.constexpr(State._fields.index(name))
     for name in ("top_S", "sum_S", "top_T", "sum_T", "E", "z_Sy")
 )
-PARTIALS = tl.constexpr(State._fields.index("index"))
-# Fields of `Tokens.stats`: those of `Stats`, and of the sampled token log p, log q, log q − log p.
+# Fields of `PerToken.stats`.
 P_MAX, Q_MAX, C, S_TOP = (
     tl.constexpr(Stats._fields.index(name)) for name in ("p_max", "q_max", "c", "s_top")
 )
-STATS, STATS_OF_TARGETS = tl.constexpr(len(Stats._fields)), tl.constexpr(3)
 LAST = tl.constexpr(2**31 - 1)  # beyond every column
 # Rows of a program of `merge`.
 MERGE_BM = tl.constexpr(8)
-# Parts of the vocabulary at most, which bounds the size of `partials`.
-MAX_SPANS = 160
 
 
-def span(V: int, row: Row) -> int:
-    """Columns of one program of `lse`: as many tiles of the vocabulary as leave the fewest
-    multiprocessors idle at the end of a full chunk, and no more of them, so that a few tokens fill
-    many multiprocessors too. (Nothing here depends on the number of tokens.)"""
-    all_tiles, row_tiles = cdiv(V, row.lse.BV), row.chunk // row.lse.BM
+def launch(scratch: Scratch, chunk: Problem) -> None:
+    """stats, top ← L_S, L_T, c and the top entry of a chunk's tokens."""
+    R, V = chunk.h_S.shape[0], chunk.W.shape[0]
+    partials, tile = _partials(scratch, chunk), scratch.row.lse
+    spans, stride = scratch.index.shape
+    lse_kernel[(cdiv(R, tile.BM), spans)](
+        partials=partials,
+        tokens=PerToken(chunk.keep, chunk.targets),
+        R=R,
+        stride=stride,
+        inverse_temperature=1 / chunk.temperature,
+        **operands(chunk, tile),
+    )
+    if chunk.group is not None:
+        partials = _partials_of_all(scratch, chunk)
+        spans = partials.index.shape[0]
+    merge_kernel[(cdiv(R, MERGE_BM.value),)](
+        tokens=PerToken.of(chunk, scratch.stats, scratch.top, needs_keep=False),
+        partials=partials,
+        R=R,
+        spans=spans,
+        stride=stride,
+        formula=formula_of(chunk.member, chunk.temperature),
+        SCALE=scratch.scale,
+        SPANS=triton.next_power_of_2(spans),
+    )
+    if chunk.offset is not None:
+        scratch.top[:R] = local_ids(scratch.top[:R], chunk.offset, V)
 
-    def duration(tiles: int) -> int:  # in tiles, one after the other
-        return cdiv(row_tiles * cdiv(all_tiles, tiles), row.multiprocessors) * tiles
 
-    best = least = cdiv(all_tiles, min(MAX_SPANS, row.multiprocessors))
-    for tiles in range(least, 2 * least + 1):
-        if duration(tiles) < duration(best):
-            best = tiles
-    return best * row.lse.BV
+def _partials(scratch: Scratch, chunk: Problem) -> Partials:
+    # The mean is for scores, and is the value of the entropy.
+    needs_mean = scratch.scores or chunk.member.family == Family.ENTROPY
+    return Partials(
+        scratch.partials,
+        scratch.index,
+        span(chunk.W.shape[0], scratch.row),
+        LIMIT=tl.constexpr(chunk.member.mean_limit if needs_mean else 0.0),
+        TEACHER=tl.constexpr(chunk.h_T is not None),
+    )
 
 
-# What depends on the batch is no reason to compile again.
+def _partials_of_all(scratch: Scratch, chunk: Problem) -> Partials:
+    """The states of all shards of a group, each as one span."""
+    assert chunk.group is not None
+    assert chunk.offset is not None
+    R, stride = chunk.h_S.shape[0], scratch.rows
+    own = launch_shard(scratch, chunk)
+    own[-1] += chunk.offset  # now an entry of the whole vocabulary
+    found = gathered(own[:, :R], chunk.group)
+    of_all = own.new_empty(found.shape[1], found.shape[0], stride)
+    of_all[:, :, :R] = found.transpose(0, 1)
+    return _of_spans(_partials(scratch, chunk), of_all)
+
+
+def launch_shard(scratch: Scratch, chunk: Problem) -> Tensor:
+    """The state of a shard from those of its spans, [7 or 9, R] int32: the bits of the fp32 fields
+    of `Partials`, and below them the index."""
+    R, (spans, stride) = chunk.h_S.shape[0], scratch.index.shape
+    partials = _partials(scratch, chunk)
+    own = scratch.index.new_empty(scratch.partials.shape[0] + 1, stride)
+    shard_kernel[(cdiv(R, MERGE_BM.value),)](
+        own=_of_spans(partials, own),
+        tokens=PerToken(targets=chunk.targets),
+        partials=partials,
+        R=R,
+        spans=spans,
+        stride=stride,
+        inverse_temperature=1 / chunk.temperature,
+        SPANS=triton.next_power_of_2(spans),
+    )
+    return own
+
+
+def _of_spans(partials: Partials, found: Tensor) -> Partials:
+    return partials._replace(fields=found[:-1].view(torch.float32), index=found[-1])
+
+
+# Numbers that depend on the batch do not cause a recompilation.
 @triton.jit(do_not_specialize=["R", "stride"])
 def lse_kernel(
     partials,
@@ -103,14 +168,14 @@ def lse_kernel(
     """Grid (row tiles, spans).
 
     Writes:
-        partials: `Partials`, of sampled tokens too if there are targets.
+        partials: the last two fields only if there are targets.
 
     Reads:
-        h_S, h_T, W, W_T: see `logits_tiles`. Without a teacher nothing is written that comes of
-            it, and so nothing made: compilers leave it out.
+        h_S, h_T, W, W_T: see `logits_tiles`. Without a teacher its results are not written, and
+            compilers drop their computation.
         student, teacher, tiling: the records.
-        tokens: keep and targets, or None of either. A tile of rows none of which is kept is left
-            out.
+        tokens: keep and targets, each may be None. A tile of rows is skipped if none of them
+            counts.
     """
     BM: tl.constexpr = tiling.BM
     LIMIT: tl.constexpr = partials.LIMIT
@@ -162,7 +227,7 @@ def lse_kernel(
 
 @triton.jit
 def nothing(BM: tl.constexpr, WIDTH: tl.constexpr):
-    """The state [BM, WIDTH] of BM rows of which no logit was seen yet."""
+    """The state [BM, WIDTH] of BM rows before their first logit."""
     zeros = tl.zeros((BM, WIDTH), tl.float32)
     low = tl.full((BM, WIDTH), float("-inf"), tl.float32)
     index = tl.zeros((BM, WIDTH), tl.int32)
@@ -183,10 +248,10 @@ def absorb(
     EVEN_V: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """A tile of products [BM, BV] of the columns `begin` … into the state [BM, BV / PARTS] of its
-    rows; columns ≥ V count for nothing unless EVEN_V. `maps` makes logits of them: bias, softcap
-    and scale of the student, and of the teacher (see `head`). `target` [BM] is the column of the
-    sampled token, or None."""
+    """The state [BM, BV / PARTS] of rows after one more tile of products [BM, BV], of the columns
+    from `begin` on. Unless EVEN_V, columns ≥ V are ignored. `maps` turns products into logits:
+    bias, softcap and scale of the student, and of the teacher (see `head`). `target` [BM] is the
+    column of the sampled token, or None."""
     top_S, sum_S, top_T, sum_T, at_top, E, z_Sy, z_Ty, index = state
     tops = (top_S, top_T, at_top, index, z_Sy, z_Ty)
     if maps[1] is None and maps[4] is None:
@@ -198,7 +263,7 @@ def absorb(
     scale = exp(top_S - safe_S, inverse_temperature)
     d_top = difference(new_top_S, new_at_top)
     if LIMIT > 0:
-        # The reference is the top entry, and has moved with it.
+        # E is relative to the top entry, which may be a new one.
         moved = within(difference(top_S, at_top) - d_top, LIMIT)
         E = (E + sum_S * moved) * scale
     sum_S *= scale
@@ -215,8 +280,8 @@ def absorb(
 def _capped_tops(
     u_S, u_T, begin, V, maps, target, state, EVEN_V: tl.constexpr, PARTS: tl.constexpr
 ):
-    """`_tops` where a side has a softcap, which is costly: it grows with what is capped, so that it
-    is enough to cap what is largest."""
+    """`_tops` where a side has a softcap. A cap is costly, and increases with its argument, so only
+    the largest product of a tile is capped."""
     _bias_S, softcap_S, scale_S, _bias_T, softcap_T, scale_T = maps
     top_S, top_T, at_top, index, z_Sy, z_Ty = state
     zeros, low = tl.zeros(top_S.shape, tl.float32), tl.full(top_S.shape, float("-inf"), tl.float32)
@@ -231,7 +296,7 @@ def _capped_tops(
     at_top = tl.where(higher, at_z_S, at_top)
     index = tl.where(higher, of_tile[3], index)
     if target is not None:
-        # 0 wherever the sampled token is not.
+        # The products are 0 in tiles without the sampled token, and so are the capped ones.
         z_Sy += capped(of_tile[4], softcap_S, scale_S)[0]
         z_Ty += capped(of_tile[5], softcap_T, scale_T)[0]
     return top_S, tl.maximum(top_T, z_T), at_top, index, z_Sy, z_Ty
@@ -239,7 +304,7 @@ def _capped_tops(
 
 @triton.jit
 def _tops(u_S, u_T, begin, V, maps, target, state, EVEN_V: tl.constexpr, PARTS: tl.constexpr):
-    """What is largest, and what is asked for by name, in PARTS parts one after the other."""
+    """The largest logits, and those of the sampled token, in PARTS parts one after the other."""
     if PARTS > 1:
         u_S0, u_S1 = halves(u_S)
         u_T0, u_T1 = halves(u_T)
@@ -278,7 +343,7 @@ def _sums(
     EVEN_V: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """What is summed, beside the largest logits, in PARTS parts one after the other."""
+    """The sums relative to the largest logits, in PARTS parts one after the other."""
     if PARTS > 1:
         u_S0, u_S1 = halves(u_S)
         u_T0, u_T1 = halves(u_T)
@@ -301,7 +366,7 @@ def _sums(
             z_T = tl.where(col < V, z_T, float("-inf"))
         e = exp(z_S - safe_S, inverse_temperature)
         if LIMIT > 0:
-            # Where both are −∞ their difference is NaN, which the bounds turn into a number.
+            # Where both are −∞ the difference is NaN, which the bounds turn into a number.
             E += e * within((z_T - z_S) - d_top, LIMIT)
         return sum_S + e, sum_T + exp(z_T - safe_T, inverse_temperature), E
 
@@ -317,13 +382,13 @@ def _logits(u_S, u_T, col, V, maps):
 
 @triton.jit
 def finite_or_zero(top):
-    """What to subtract from logits before exp: −∞ − (−∞) would be NaN."""
+    """The number to subtract from logits before exp: −∞ − (−∞) would be NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
 def combined(state, AXIS: tl.constexpr, inverse_temperature, LIMIT: tl.constexpr):
-    """One state of each row from several, which lie along an axis."""
+    """One state of each row from several states along an axis."""
     top_Ss, sum_Ss, top_Ts, sum_Ts, at_tops, Es, z_Sys, z_Tys, indices = state
     top_S, top_T = tl.max(top_Ss, AXIS), tl.max(top_Ts, AXIS)
     safe_S = tl.expand_dims(finite_or_zero(top_S), AXIS)
@@ -345,7 +410,7 @@ def combined(state, AXIS: tl.constexpr, inverse_temperature, LIMIT: tl.constexpr
     return State(top_S, sum_S, top_T, sum_T, at_top, E, z_Sy, z_Ty, index)
 
 
-# What depends on the batch is no reason to compile again.
+# Numbers that depend on the batch do not cause a recompilation.
 @triton.jit(do_not_specialize=["R", "spans", "stride"])
 def merge_kernel(
     tokens,
@@ -357,15 +422,15 @@ def merge_kernel(
     SCALE: tl.constexpr,
     SPANS: tl.constexpr,
 ):
-    """Grid (row tiles). Put the spans together.
+    """Grid (row tiles). Combine the spans.
 
     Writes:
-        tokens: stats and top; of sampled tokens too if there are targets.
+        tokens: stats and top; the last three fields of stats if there are targets.
 
     Reads:
-        tokens: what is given of each.
-        partials: what `lse_kernel` wrote.
-        SCALE: what scores will be multiplied by.
+        tokens: all other fields.
+        partials: see `lse_kernel`.
+        SCALE: the factor of scores in `Scored`.
         SPANS: a power of two, at least `spans`.
     """
     row = tl.program_id(0) * MERGE_BM + tl.arange(0, MERGE_BM)
@@ -387,7 +452,7 @@ def merge_kernel(
 
 @triton.jit
 def merged(partials, row, R, spans, stride, tokens, inverse_temperature, SPANS: tl.constexpr):
-    """The state of rows from those of all spans."""
+    """The state of rows from the states of all spans."""
     LIMIT: tl.constexpr = partials.LIMIT
     s = tl.arange(0, SPANS)
     exists = (s[:, None] < spans) & (row[None, :] < R)
@@ -398,7 +463,7 @@ def merged(partials, row, R, spans, stride, tokens, inverse_temperature, SPANS: 
         if (i == E_SUM and LIMIT == 0) or (i >= Z_S and tokens.targets is None):
             found = tl.zeros(at.shape, tl.float32)
         elif not (partials.TEACHER or i == TOP_S or i == SUM_S or i == E_SUM or i == Z_S):
-            # The logits that E is made of are 0; of a sum that there is not, nothing is made.
+            # E has z_T = 0; the other fields are not used without a teacher.
             found = tl.full(at.shape, 1.0 if i == SUM_T else 0.0, tl.float32)
         elif i == TOP_S or i == TOP_T:
             found = tl.load(partials.fields + i * field + at, mask=exists, other=float("-inf"))
@@ -409,15 +474,15 @@ def merged(partials, row, R, spans, stride, tokens, inverse_temperature, SPANS: 
     return combined(state, 0, inverse_temperature, LIMIT)
 
 
-# What depends on the batch is no reason to compile again.
+# Numbers that depend on the batch do not cause a recompilation.
 @triton.jit(do_not_specialize=["R", "spans", "stride"])
 def shard_kernel(own, tokens, partials, R, spans, stride, inverse_temperature, SPANS: tl.constexpr):
-    """Grid (row tiles). Put the spans of a shard together, where other processes have others.
+    """Grid (row tiles). Combine the spans of one shard of a vocabulary that processes share.
 
     Writes:
-        own: `Partials` of one span, which is all of the shard.
+        own: `Partials` of one span, the whole shard.
 
-    For the others see `merge_kernel`.
+    The other arguments are those of `merge_kernel`.
     """
     row = tl.program_id(0) * MERGE_BM + tl.arange(0, MERGE_BM)
     state = merged(partials, row, R, spans, stride, tokens, inverse_temperature, SPANS)
@@ -429,28 +494,28 @@ def shard_kernel(own, tokens, partials, R, spans, stride, inverse_temperature, S
 
 @triton.jit
 def normalizers(state, parameters, advantage, formula, SCALE: tl.constexpr):
-    """The `Stats` [BM] from the state of rows of which every logit was seen; `advantage` is None
-    without a policy term."""
+    """The `Stats` [BM] from the state of rows after all their logits; `advantage` is None without a
+    policy term."""
     top_S, sum_S, top_T, sum_T = state.top_S, state.sum_S, state.top_T, state.sum_T
     p_max, q_max, log_sums = 1.0 / sum_S, 1.0 / sum_T, log_quotient(sum_S, sum_T)
-    c, s_top, plain = sum_S, sum_S, sum_S  # never read for log p(ŷ)
+    c, s_top, without_null = sum_S, sum_S, sum_S  # never read for log p(ŷ)
     mean_d = state.E / sum_S * formula.inverse_temperature
     if formula.FAMILY == ENTROPY:
         c, s_top = mean_d, -mean_d * p_max
     elif formula.FAMILY != LOG_PROB:
         d_top = difference(top_S, state.at_top)
-        c, s_top, plain = shift(
+        c, s_top, without_null = shift(
             top_S, p_max, top_T, q_max, log_sums, d_top, mean_d, parameters, formula
         )
         if SCALE != 1:
-            # What is scaled has few exponents. |G| ≤ 1 where scores are bounded, so c may be too.
+            # A scaled dtype has few exponents. Bounded scores have |G| ≤ 1, so |c| ≤ 1 will do.
             bounded = tl.minimum(tl.maximum(c, -1.0), 1.0, propagate_nan=tl.PropagateNan.ALL)
             s_top = tl.where(bounded == c, s_top, s_top + (c - bounded) * p_max)
             c = bounded
     if advantage is not None:
-        # It is known beforehand what −A adds to G.
+        # The policy term adds −A to G.
         c, s_top = c - advantage, s_top + advantage * p_max
-    return Stats(top_S, p_max, top_T, q_max, log_sums, c, plain, s_top)
+    return Stats(top_S, p_max, top_T, q_max, log_sums, c, without_null, s_top)
 
 
 @triton.jit
@@ -458,7 +523,7 @@ def log_probs(state, inverse_temperature):
     """log p, log q and log q − log p of the sampled token."""
     top_S, sum_S, top_T, sum_T = state.top_S, state.sum_S, state.top_T, state.sum_T
     d = state.z_Ty - state.z_Sy
-    d = within(tl.where(d == d, d, 0.0), HUGE)  # 0 where neither side gives it any mass
+    d = within(tl.where(d == d, d, 0.0), HUGE)  # 0 where neither side gives ŷ any mass
     x = log_ratio(d, top_S, top_T, log_quotient(sum_S, sum_T), inverse_temperature)
     log_p = (state.z_Sy - top_S) * inverse_temperature - tl.log(sum_S)
     return log_p, (state.z_Ty - top_T) * inverse_temperature - tl.log(sum_T), x

@@ -1,71 +1,112 @@
 """pair: values and scores of one tile of the vocabulary, from hidden states.
 
-With L_S, L_T and c of every row known (see `lse`), the logits are made once more, and with them
+With L_S, L_T and c of every row known (see `lse`), the logits are computed once more, and from them
 
-    Σ f          the divergence's part
+    Σ f          this tile's part of the divergence
     s = a − c p  the score, shifted by c ≈ G
-    Σ s          what c missed of G, its part
+    Σ s          this tile's part of G − c
 
-The tiles s and p go to scratch, in the dtype of the operands of the product that follows,
+The tiles s and p go to scratch, in the dtype of the operands of the products that follow,
 
     A += s W,   P += p W   over tiles of the vocabulary, in fp32
     dh_S = (A − (G − c) P + g_top W_top) / T
 
-because Σ_v (s − (G − c) p) W is linear: G may be known last. Where it is known first (`knows_G`),
-so that c = G, P is not needed. Stored apart, a and p would cancel only after they were rounded;
+because Σ_v (s − (G − c) p) W is linear in G: G may be known last. Where it is known first
+(`KNOWS_G`), c = G and P is not needed. Tiles of a and p would cancel only after they were rounded;
 with c near G the second term is a small correction. The student's top entry, often nearly all of
-the mass, is stored as 0 in either tile: `finish` adds its part of the gradient in fp32.
+the mass, is stored as 0 in both tiles: `finish` adds its part of the gradient in fp32.
 
-For log p(ŷ) of a sampled token, whose gradient is 1[v = ŷ] − p, only the student's logits are made
-and only one tile, s = −p, which is 0 at ŷ: that takes the top entry's place. So it is for the
-entropy, s = p ((top_S − z_S)/T − c) with c the student's mean of the former term.
+For log p(ŷ) of a sampled token, whose gradient is 1[v = ŷ] − p, there are the student's logits
+alone, and one tile, s = −p. It is 0 at ŷ, which takes the place of the top entry. The entropy has
+one tile too, s = p ((top_S − z_S)/T − c), with c the student's mean of (top_S − z_S)/T.
 
-Of a policy term −A log p(ŷ) nothing is seen here: c is lower by A, and `finish` adds what is of ŷ.
+A policy term −A log p(ŷ) changes nothing here: c is lower by A, and `finish` adds the part of ŷ.
 
 Where the student's logits are capped (see `head`), s and p are multiplied by the slope of the cap
-as they are stored, and what is summed is not: G is the sum of scores. `finish` is told the slope at
-the top entry, and where there is a policy term at ŷ.
+as they are stored. The sums are without it: G is the sum of scores. `finish` gets the slope at the
+top entry, and for a policy term the slope at ŷ.
 
-What `token_divergence` tells besides are sums over the same entries: of both KLs' terms, of the
-entropies' p (top_S − z_S) and q (top_T − z_T), and of what the clip took.
+The statistics of `token_divergence` are sums over the same entries: of the values of both KLs, of
+p (top_S − z_S) and q (top_T − z_T) for the entropies, and of what the clip took off.
 
-Sums go to slots, one a block of columns, which the next tile of the vocabulary adds to: no atomics,
-and one order of summation whatever runs first.
+Sums go to slots, one for each block of columns, and the next tile of the vocabulary adds to them:
+no atomics, and one order of summation whichever program runs first.
 
-An entry's terms are made in PARTS parts of the columns, one after the other: the registers that
-hold two tiles of logits leave no room for the rest at once. Parts are added column by column, where
-nothing passes between threads; a row's columns meet once, at the end.
+A tile is processed in PARTS parts of its columns, one after the other: the registers that hold two
+tiles of logits leave no room for everything else at once. Parts are added column by column, which
+passes nothing between threads; the columns of a row are added up once, at the end.
 """
+
+from typing import Any
 
 import triton
 import triton.language as tl
 
-from opsd_kernels.kernels.head import logits_and_slope
-from opsd_kernels.kernels.logits_tile import halves, logits_tiles, round_to
-from opsd_kernels.kernels.lse import STATS
-from opsd_kernels.kernels.pointwise import (
+from ..divergence import Family
+from ..problem import Problem
+from . import cdiv
+from .head import logits_and_slope
+from .logits_tile import halves, logits_tiles, operands, round_to
+from .pointwise import (
     ENTROPY,
     HUGE,
     LOG_PROB,
     columns_of,
     difference,
     exp,
+    formula_of,
     infinite_where,
     kullback_leiblers,
     log_ratio,
     parameters_of,
     value_and_score,
 )
-from opsd_kernels.kernels.records import Stats
-
-# Fields of `Scored.sums` [2 to 9, slots, stride] fp32: Σ f, and Σ s without the top entry's; with
-# statistics also those of forward and reverse KL, of both entropies, and of what the clip took, if
-# one is set; last slopes, if the student has a softcap.
-VALUE, SCORE = tl.constexpr(0), tl.constexpr(1)
-SUMS, SUMS_OF_STATISTICS = tl.constexpr(2), tl.constexpr(5)
+from .records import SCORE, STATS, SUMS, SUMS_OF_STATISTICS, PerToken, Scored, Stats
+from .scratch import Scratch
 
 
-# What depends on the batch is no reason to compile again.
+def arguments(scratch: Scratch, chunk: Problem) -> dict[str, Any]:
+    """The arguments of `launch` for a chunk of tokens, whatever the columns."""
+    R, tile = chunk.h_S.shape[0], scratch.pair
+    needs_targets = chunk.member.family == Family.LOG_PROB or scratch.slopes == 2
+    tokens = PerToken.of(chunk, scratch.stats, scratch.top, needs_targets=needs_targets)
+    if not chunk.member.is_divergence:
+        chunk = chunk.without_teacher()
+    s, p = scratch.s_and_p(R)
+    return {
+        "scored": scored_of(scratch)._replace(
+            s=s, p=p, stride=scratch.columns, SCALE=tl.constexpr(scratch.scale)
+        ),
+        "tokens": tokens,
+        "R": R,
+        "stride": scratch.rows,
+        "formula": formula_of(chunk.member, chunk.temperature),
+        **operands(chunk, tile),
+    }
+
+
+def launch(arguments: dict[str, Any], v: int) -> None:
+    """sums, s, p ← those of the columns from v on, as many as there are slots."""
+    scored, tiling = arguments["scored"], arguments["tiling"]
+    row_tiles = cdiv(arguments["R"], tiling.BM.value)
+    slots = min(scored.slots, cdiv(arguments["student"].V - v, tiling.BV.value))
+    pair_kernel[(row_tiles, slots)](**arguments | {"scored": scored._replace(begin=v)})
+
+
+def scored_of(scratch: Scratch) -> Scored:
+    """The sums alone."""
+    fields, slots, _rows = scratch.sums.shape
+    statistics = fields - scratch.slopes > SUMS.value
+    return Scored(
+        scratch.sums,
+        slots,
+        SCORES=tl.constexpr(scratch.scores),
+        STATISTICS=tl.constexpr(statistics),
+        SLOPES=tl.constexpr(scratch.slopes),
+    )
+
+
+# Numbers that depend on the batch do not cause a recompilation.
 @triton.jit(do_not_specialize=["R", "stride"])
 def pair_kernel(
     scored,
@@ -81,18 +122,18 @@ def pair_kernel(
     formula,
     tiling,
 ):
-    """Grid (row tiles, slots): of a slot the columns from `scored.begin` + slot · BV on, up to the
-    vocabulary's end.
+    """Grid (row tiles, slots). A slot is the BV columns from `scored.begin` + slot · BV on, as far
+    as the vocabulary goes.
 
     Writes:
-        scored: sums, added to unless `begin` is 0; s and p, as far as they are there, 0 beyond the
+        scored: sums, added to unless `begin` is 0; s and p unless None, with 0 beyond the
             vocabulary's end, up to a multiple of BV.
 
     Reads:
         h_S, h_T, W, W_T: see `logits_tiles`.
         student, teacher, formula, tiling: the records.
-        tokens: stats and top; of LOG_PROB targets instead; what is given of each; and keep, or
-            None: a tile of rows none of which is kept is left out.
+        tokens: all fields; for LOG_PROB targets take the place of top. A tile of rows is skipped
+            if none of them counts.
     """
     BM: tl.constexpr = tiling.BM
     BV: tl.constexpr = tiling.BV
@@ -113,8 +154,8 @@ def pair_kernel(
         p_ptrs += at_tile
     V = student.V
     stop = tl.minimum(scored.slots, tl.cdiv(V - scored.begin, BV))
-    # One turn. Without a loop a compiler loads what belongs to the rows before it multiplies, and
-    # spills ten times as much.
+    # The loop has one iteration. Without a loop the compiler loads the numbers of the rows before
+    # the products, and spills ten times as much.
     for slot in range(tl.program_id(1), stop, tl.num_programs(1)):
         begin = scored.begin + slot * BV
         z_S, z_T = logits_tiles(
@@ -122,7 +163,7 @@ def pair_kernel(
         )
         stats = load_stats(tokens, stride, row, exists)
         top = top_of(tokens, row, exists, formula)[:, None]
-        target = top  # any: a tuple holds no None
+        target = top  # a tuple cannot hold None
         if scored.SLOPES == 2:
             target = tl.load(tokens.targets + row, mask=exists, other=-1)[:, None]
         of_rows = (top, target, stats, parameters, exists[:, None])
@@ -131,7 +172,7 @@ def pair_kernel(
             (s_ptrs, p_ptrs), zeros(FIELDS, BM, BV // tiling.PARTS), formula, scored,
             tiling.PARTS,
         )  # fmt: skip
-        # A mask of a tensor and a number is one that Triton 3.9's interpreter refuses.
+        # Triton 3.9's interpreter refuses a mask that is made of a tensor and a number.
         earlier = row < tl.where(scored.begin > 0, R, 0)
         for i in tl.static_range(FIELDS):
             if i != SCORE or scored.SCORES:
@@ -155,15 +196,14 @@ def _columns(
     scored,
     PARTS: tl.constexpr,
 ):
-    """The columns `begin` … into `sums` [BM, BV / PARTS], and their s and p stored, in PARTS parts
-    one after the other.
+    """Add the columns from `begin` on to `sums` [BM, BV / PARTS] and store their s and p, in PARTS
+    parts one after the other.
 
     Args:
         V: the vocabulary's end, or None if all columns are before it.
-        of_rows: top entry, sampled token if `scored.SLOPES` are 2, `Stats`, parameters and whether
-            it exists, of each row [BM, 1].
-        pointers: to rows of s and p, to which a column of the vocabulary is added; None of what is
-            not stored.
+        of_rows: of each row [BM, 1] the top entry, the sampled token if `scored.SLOPES` is 2, the
+            `Stats`, the parameters, and whether it exists.
+        pointers: to s and p of each row; the index of a column is added. None if not stored.
     """
     if PARTS > 1:
         z_S0, z_S1 = halves(z_S)
@@ -185,7 +225,7 @@ def _columns(
             z_T = tl.where(col < V, z_T, float("-inf"))
         top, target, stats, parameters, exists = of_rows
         terms, p = entries(z_S, z_T, col == top, stats, parameters, formula, scored.STATISTICS)
-        # No mask but that of the rows: it would hide that columns are contiguous.
+        # A mask of the columns would hide that they are contiguous.
         s_ptrs, p_ptrs = pointers
         if s_ptrs is not None:
             s = terms[1] * scored.SCALE * slope
@@ -202,7 +242,7 @@ def _columns(
 
 @triton.jit
 def zeros(FIELDS: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr):
-    """FIELDS sums [BM, WIDTH] of nothing."""
+    """FIELDS sums [BM, WIDTH], all 0."""
     sums = ()
     for _i in tl.static_range(FIELDS):
         sums = sums + (tl.zeros((BM, WIDTH), tl.float32),)
@@ -211,12 +251,12 @@ def zeros(FIELDS: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def entries(z_S, z_T, is_top, stats, parameters, formula, STATISTICS: tl.constexpr):
-    """What entries contribute, from logits [BM, BV], and the `Stats` and parameters
-    [BM, 1] of their rows.
+    """The terms of entries, from logits [BM, BV] and the `Stats` and parameters [BM, 1] of their
+    rows.
 
     Returns:
-        A tuple of the terms of all `sums`, of which the first two are f and s = a − c p, and p. s
-        and p are 0 at the top entry. The terms of the entropies are those before temperature.
+        A tuple of the terms of all `sums`, which begins with f and s = a − c p; and p. s and p are
+        0 at the top entry. The terms of the entropies are those before temperature.
     """
     FAMILY: tl.constexpr = formula.FAMILY
     inverse_temperature = formula.inverse_temperature
@@ -232,7 +272,7 @@ def entries(z_S, z_T, is_top, stats, parameters, formula, STATISTICS: tl.constex
     d = difference(z_S, z_T)
     q = exp(z_T - top_T, inverse_temperature) * stats.q_max
     x = log_ratio(d, top_S, top_T, stats.log_sums, inverse_temperature)
-    f, a, excess = value_and_score(p, q, x, stats.plain, parameters, formula)
+    f, a, excess = value_and_score(p, q, x, stats.without_null, parameters, formula)
     if (formula.FORWARD or formula.REVERSE) and not formula.CLIPPED:
         f = infinite_where(f, d, z_S, parameters, formula)
     s = tl.where(is_top, 0.0, a - stats.c * p)
@@ -249,15 +289,15 @@ def entries(z_S, z_T, is_top, stats, parameters, formula, STATISTICS: tl.constex
 
 @triton.jit
 def with_policy_term(g, col, policy):
-    """g with −A at the sampled token, which G has already; `policy` is
-    A and ŷ, [BM, 1] each."""
+    """g with the −A of the sampled token; G contains it already. `policy` is A and ŷ, [BM, 1]
+    each."""
     advantage, target = policy
     return tl.where(col == target, g - advantage, g)
 
 
 @triton.jit
 def _mean_term(p, below_top):
-    """p · (top − z), 0 where z is −∞."""
+    """p (top − z), 0 where z is −∞."""
     return p * tl.where(below_top > HUGE, 0.0, below_top)
 
 
@@ -283,7 +323,8 @@ def load_stats(tokens, stride, row, exists):
 
 @triton.jit
 def top_of(tokens, row, mask, formula):
-    """The entry of rows [BM] whose gradient is given apart: the student's most likely, or ŷ."""
+    """The entry of each row [BM] whose gradient is computed apart: the student's most likely entry,
+    or for LOG_PROB ŷ."""
     if formula.FAMILY == LOG_PROB:
         top = tl.load(tokens.targets + row, mask=mask, other=0)
     else:

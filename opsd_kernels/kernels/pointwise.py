@@ -83,13 +83,13 @@ def _quotient_instruction(a, b, _semantic=None):
 
 @triton.jit
 def exp(y, factor=1.0):
-    """exp(factor · y). The factor is a scalar, and multiplied by log₂ e but once."""
+    """exp(factor · y), the factor a scalar, which is multiplied by log₂ e once."""
     return tl.exp2(y * (factor * LOG2_E))
 
 
 @triton.jit
 def log_far(w):
-    """log w of fp32 w > 0, off by 2⁻²² or so: for w that are not near 1."""
+    """log w of fp32 w > 0 that is not near 1; the error is about 2⁻²²."""
     if INTERPRETED:
         log2 = tl.log2(w)
     else:
@@ -99,7 +99,8 @@ def log_far(w):
 
 @triton.jit
 def quotient(a, b):
-    """a / b of fp32, for b whose reciprocal is no denormal number: off by two of the last bit."""
+    """a / b of fp32, for b whose reciprocal is no denormal number; the error is two of the last
+    bit."""
     if INTERPRETED:
         return a / b
     else:
@@ -108,15 +109,15 @@ def quotient(a, b):
 
 @triton.jit
 def within(d, limit):
-    """d within ±limit, and −limit where it is NaN."""
+    """d clamped to ±limit; −limit where d is NaN."""
     if INTERPRETED:
-        d = tl.where(d == d, d, -limit)  # a GPU's maximum does so by itself
+        d = tl.where(d == d, d, -limit)  # a GPU's maximum does so itself
     return tl.minimum(tl.maximum(d, -limit), limit)
 
 
 @triton.jit
 def difference(z_S, z_T):
-    """d = z_T − z_S within ±HUGE; −HUGE where both are −∞, an entry without mass on either side."""
+    """d = z_T − z_S clamped to ±HUGE; −HUGE where both are −∞: no side has mass there."""
     return within(z_T - z_S, HUGE)
 
 
@@ -124,16 +125,16 @@ def difference(z_S, z_T):
 def log_ratio(d, top_S, top_T, log_sums, inverse_temperature):
     """x = log q − log p from d = z_T − z_S.
 
-    L_T − L_S is subtracted in its two parts, the largest logits and log Σ e^(z − top) of either
-    side: beside a large top the other, which is all that tells two confident tokens apart, would be
-    rounded away.
+    L_T − L_S is subtracted in two parts, from the largest logits and from log Σ e^(z − top) of both
+    sides. Added to a large top the latter, the only difference between two confident tokens, would
+    be rounded away.
     """
     return (d - (top_T - top_S)) * inverse_temperature - log_sums
 
 
 @triton.jit
 def log_quotient(sum_S, sum_T):
-    """log(sum_T / sum_S), of which nothing is lost where the two are nearly equal."""
+    """log(sum_T / sum_S), accurate where the two are nearly equal."""
     w = (sum_T - sum_S) / sum_S
     o, small = _log1p_beyond(w)
     return tl.where(small, w + o, tl.log(sum_T / sum_S))
@@ -377,8 +378,8 @@ def _at_most(y, high):
 
 @triton.jit
 def _expm1_beyond(y):
-    """eʸ − 1 − y where y is near 0, and where that is."""
-    # y² (1/2! + y/3! + … + y⁶/8!): what is left out is below 2⁻²⁵ of the sum.
+    """eʸ − 1 − y, and where y is near enough to 0 for it."""
+    # y² (1/2! + y/3! + … + y⁶/8!): where |y| < ½ the rest is below 2⁻²⁴ of the sum.
     series = 1 / 5040 + y * (1 / 40320)
     series = 1 / 720 + y * series
     series = 1 / 120 + y * series
@@ -390,8 +391,9 @@ def _expm1_beyond(y):
 
 @triton.jit
 def _log1p_beyond(w):
-    """log(1 + w) − w where w is near 0, and where that is."""
+    """log(1 + w) − w, and where w is near enough to 0 for it."""
     # log(1 + w) = 2 atanh(r) = 2 (r + r³/3 + … + r⁹/9) with r = w / (2 + w), and 2 r − w = −w r.
+    # Where |w| < 0.35, |r| is below 0.22 and the rest below 2⁻²³ of the sum.
     r = quotient(w, 2.0 + w)
     r2 = r * r
     series = 2 / 7 + r2 * (2 / 9)

@@ -1,21 +1,24 @@
-"""What kernels are given: a few records, each a NamedTuple, which Triton takes as it takes tuples.
+"""The records that kernels take: NamedTuples, which Triton handles as it handles tuples.
 
-Something that belongs to a side (a bias of its head, a softcap) is one more field of `Side`;
-something that belongs to a token, of `Tokens`. What Triton (3.6 and 3.7) makes of records decided
-what is in them, and what is not:
+What belongs to a side (a bias of its head, a softcap) is a field of `Side`; what belongs to a token
+is a field of `PerToken`. The properties of Triton 3.6 and 3.7 decided what is a record and what is
+not:
 
-- It specializes for a record's pointers and numbers as it does for parameters: whether 16 divides
-  them, whether a number is 1, what is None. But `do_not_specialize`, and its likes, do not reach
-  into a record. So what depends on the batch alone (R, strides of scratch) is a parameter.
+- Triton specializes for the pointers and numbers of a record as it does for parameters: whether 16
+  divides them, whether a number is 1, which are None. But `do_not_specialize` and its variants do
+  not reach into a record. So a number that depends on the batch alone (R, strides of scratch) is a
+  parameter.
 - Launchers look for tensor descriptors among the parameters alone. So h and W of both sides, which
   are descriptors where tiles are loaded in bulk, are parameters.
-- What a compiler is to know is a `tl.constexpr` when the record is made; its name is in capitals.
-  A dtype goes by its name: as a constexpr within a record it would fail as soon as one of Triton's
-  hooks is set, for whom arguments are written as JSON.
-- A kernel that gives a record a name of its own (`x = record`) gets what was known to the compiler
-  as ordinary numbers: records are passed on as they came. Triton 3.6 forgets it in a record within
-  a record, and in what a function returns: there is neither. And fields cannot be called `values`
-  or `type`, which Triton's own tuples have.
+- A compile-time constant is a `tl.constexpr` in the record; its name is in capitals. A dtype goes
+  by its name: as a constexpr in a record it would fail as soon as one of Triton's hooks is set,
+  because the arguments are written as JSON for hooks.
+- A kernel that gives a record a second name (`x = record`) gets its constants as ordinary numbers,
+  so records are passed on under their own names. Triton 3.6 also loses the constants of a record
+  inside a record, and of a record that a function returns, so neither occurs. Fields cannot be
+  called `values` or `type`: Triton's own tuples have these.
+
+To a launcher a pointer is a Tensor. None means absent.
 """
 
 from typing import Any, NamedTuple
@@ -24,17 +27,15 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from opsd_kernels.head import LogitMap
-from opsd_kernels.kernels.tiles import Tile
-
-# In these a pointer is a Tensor to the launchers; None stands for what there is not.
+from ..head import LogitMap
+from ..problem import Problem
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 class Side(NamedTuple):
-    """Student or teacher: what there is to know of h [R, D], whose features are contiguous, and of
-    its head W [V, D], of any strides, and of what makes logits of products (see `head`)."""
+    """The student or the teacher: sizes and strides of its h [R, D], whose features are contiguous,
+    and of its head W [V, D], of any strides; and its map from products to logits (see `head`)."""
 
     V: Any
     D: Any
@@ -45,25 +46,49 @@ class Side(NamedTuple):
     softcap: Any = None
     scale: Any = None
 
+    @staticmethod
+    def of(h: Tensor, W: Tensor, logit_map: LogitMap) -> "Side":
+        strides = h.stride(0), W.stride(0), W.stride(1)
+        return Side(W.shape[0], h.shape[1], *strides, *for_kernels(logit_map))
+
 
 def for_kernels(logit_map: LogitMap) -> tuple[Tensor | None, float | None, float | None]:
-    """Bias, softcap and scale as kernels are given them: None of each that does nothing."""
+    """Bias, softcap and scale, each None if it changes nothing."""
     bias, softcap, scale = logit_map
     return bias, softcap, None if scale == 1 else scale
 
 
-class Tokens(NamedTuple):
-    """What is known of R tokens: `stats` and `top` as `lse` found them, the others as given, where
-    there are such."""
+class PerToken(NamedTuple):
+    """The numbers of R tokens: the caller's, and `stats` and `top`, which `lse` finds."""
 
-    keep: Any = None  # [R] bool, the tokens that will count
+    keep: Any = None  # [R] bool, whether the token counts
     targets: Any = None  # [R] int32, the sampled tokens ŷ
-    beta: Any = None  # [R] fp32, if the family is MIXED
-    stats: Any = None  # [8 or 11, stride] fp32, see `Stats`; three fields more if there are targets
-    top: Any = None  # [stride] int32, the student's most likely entry
-    w_q: Any = None  # [R] fp32, if weights of both halves are given, as is …
-    w_p: Any = None  # … this
+    beta: Any = None  # [R] fp32, a β for each token
+    w_q: Any = None  # [R] fp32, weights of the two halves
+    w_p: Any = None
     advantages: Any = None  # [R] fp32, A of a policy term −A log p(ŷ)
+    stats: Any = None  # [8 or 11, stride] fp32, see `Stats`; the last three only with targets
+    top: Any = None  # [stride] int32, the student's most likely entry
+
+    @staticmethod
+    def of(
+        chunk: Problem,
+        stats: Tensor | None = None,
+        top: Tensor | None = None,
+        *,
+        needs_keep: bool = True,
+        needs_targets: bool = True,
+    ) -> "PerToken":
+        return PerToken(
+            chunk.keep if needs_keep else None,
+            chunk.targets if needs_targets else None,
+            chunk.beta if isinstance(chunk.beta, Tensor) else None,
+            chunk.w_q,
+            chunk.w_p,
+            chunk.advantages,
+            stats,
+            top,
+        )
 
 
 class Formula(NamedTuple):
@@ -75,16 +100,16 @@ class Formula(NamedTuple):
     entry_clip: Any  # τ, read if CLIPPED
     inverse_temperature: Any
     FAMILY: Any
-    EXCHANGED: Any  # whether student and teacher are exchanged, since β > ½
+    EXCHANGED: Any  # whether student and teacher are exchanged, because β > ½
     BETA_PER_TOKEN: Any
-    FORWARD: Any  # whether ℓ may hold KL(q‖p) itself …
+    FORWARD: Any  # whether ℓ may contain KL(q‖p) itself …
     REVERSE: Any  # … and KL(p‖q)
     CLIPPED: Any
     KNOWS_G: Any  # whether c = G
 
 
 class Tiling(NamedTuple):
-    """How tiles of logits are made, all of it known to the compiler: see `tiles.Tile`; and …"""
+    """How tiles of logits are made; see `tiles.Tile`. All fields are compile-time constants."""
 
     BM: Any
     BV: Any
@@ -93,42 +118,31 @@ class Tiling(NamedTuple):
     BULK: Any
     EVEN_D: Any  # BK divides D and D_T
     EVEN_V: Any  # BV divides V
-    OPERAND: Any  # name of the dtype whose rounding operands have; with BULK it is their own
+    OPERAND: Any  # name of the dtype that operands are rounded to; with BULK it is their own
     PRECISION: Any  # of fp32 products, as in tl.dot
-
-    @staticmethod
-    def of(
-        tile: Tile, even_d: bool, even_v: bool, operand: torch.dtype, precision: str
-    ) -> "Tiling":
-        values = (
-            tile.BM, tile.BV, tile.BK, tile.PARTS, tile.BULK,
-            even_d, even_v, DTYPE_NAMES[operand], precision,
-        )  # fmt: skip
-        return Tiling(*map(tl.constexpr, values))
 
 
 class Partials(NamedTuple):
-    """What `lse` found in each span of the vocabulary: see `State`."""
+    """The states that `lse` finds, one for each span of the vocabulary: see `State`."""
 
     fields: Any  # [6 or 8, spans, stride] fp32, the first fields of `State`
-    index: Any  # [spans, stride] int32, the last
-    span: Any  # columns of each, a multiple of BV
-    LIMIT: Any  # `mean_limit` of β, or 0: E is not wanted
-    TEACHER: Any  # whether there is one; else E is made of z_T = 0
+    index: Any  # [spans, stride] int32, the last field
+    span: Any  # columns of a span, a multiple of BV
+    LIMIT: Any  # `Member.mean_limit`, or 0 if E is not needed
+    TEACHER: Any  # whether there is a teacher; without one E is a sum with z_T = 0
 
 
 class Scored(NamedTuple):
-    """What `pair` makes of entries: sums, one slot for each block of columns; and the tiles that
-    are multiplied by W, of the columns from `begin` on, times SCALE."""
+    """What `pair` makes of entries: sums, one slot for each block of columns; and the tiles that W
+    is multiplied by, of the columns from `begin` on, times SCALE."""
 
-    sums: Any  # [2 to 8, slots, stride] fp32: Σ f, Σ s; what STATISTICS are made of;
+    sums: Any  # [2 to 9, slots, stride] fp32: Σ f, Σ s, sums of the statistics, slopes
     slots: Any
-    SCORES: Any  # whether Σ s is wanted
-    STATISTICS: Any
-    SLOPES: Any  # and slopes, where there is a softcap: at the top entry, and 2 of them with a
-    # policy term, at ŷ
-    s: Any = None  # [R, stride]; None without gradient
-    p: Any = None  # [R, stride]; None also where G is known
+    SCORES: Any  # whether Σ s is needed
+    STATISTICS: Any  # whether there are sums of the statistics
+    SLOPES: Any  # slopes of a softcap: 0; 1, at the top entry; or 2, at ŷ too, for a policy term
+    s: Any = None  # [R, stride]; None without a gradient
+    p: Any = None  # [R, stride]; None without a gradient, and where G is known
     begin: Any = None
     stride: Any = None
     SCALE: Any = None
@@ -137,44 +151,46 @@ class Scored(NamedTuple):
 class Accumulated(NamedTuple):
     """A = s W and P = p W, times SCALE."""
 
-    A: Any  # [R, D] fp32; None without gradient
-    P: Any  # [R, D] fp32; None also where c = G
+    A: Any  # [R, D] fp32; None without a gradient
+    P: Any  # [R, D] fp32; None without a gradient, and where G is known
     SCALE: Any
 
 
 class Results(NamedTuple):
-    """What a caller wants, and gets 0 of for a token that is not kept."""
+    """The outputs of a call; zero for tokens that do not count."""
 
     loss: Any  # [R] fp32: ℓ, or log p(ŷ), or the entropy
-    statistics: Any = None  # [STATISTICS, R] fp32, at the stride of …
+    statistics: Any = None  # [STATISTICS, R] fp32
     dh_S: Any = None  # [R, D] fp32
-    # … these, for a gradient that is made later: `Stats` [8, R], with G in place of c and g_top in
-    # place of s_top; and the entry [R] int32 that g_top is of.
+    # For a gradient that is made in backward: `Stats` [8, R], with G in place of c and g_top in
+    # place of s_top; and the entry [R] int32 that g_top belongs to. One stride serves `statistics`
+    # and `stats`.
     stats: Any = None
     top: Any = None
 
 
 class Weighed(NamedTuple):
-    """The gradient with respect to logits, weighed, of the columns from `begin` on."""
+    """The gradient with respect to logits times weights, of the columns from `begin` on."""
 
     g: Any  # [R, stride], times SCALE
     weights: Any  # [R] fp32, within ±1
+    begin: Any
     stride: Any
     SCALE: Any
     POLICY: Any  # whether ℓ has a policy term
-    begin: Any = None
 
 
 class Rows(NamedTuple):
-    """Rows of products h Wᵀ [R, V] fp32, and what makes logits of them (see `head`)."""
+    """Rows of products h Wᵀ [R, V] fp32, and their maps to logits (see `head`). The student's scale
+    is part of the temperature."""
 
     u_S: Any
     u_T: Any  # None without a teacher
     V: Any
     stride: Any
-    bias: Any = None  # [V], the student's, as is …
+    bias: Any = None  # [V]
     softcap: Any = None
-    bias_T: Any = None  # … and the teacher's, as are …
+    bias_T: Any = None
     softcap_T: Any = None
     scale_T: Any = None
 
@@ -182,26 +198,26 @@ class Rows(NamedTuple):
 class RowGradient(NamedTuple):
     """The gradient with respect to u_S."""
 
-    NEEDED: Any  # whether it is to be made
-    LIMIT: Any  # `mean_limit` of what ℓ is, 0 where no mean is needed
-    g: Any  # [R, V] in the memory of u_S or its first part, times SCALE; but 0 at the top entry …
-    top: Any  # [R] int32, … which is this one, …
-    g_top: Any  # [R] fp32, … with this gradient
+    NEEDED: Any  # whether it is made
+    LIMIT: Any  # `Member.mean_limit`, or 0 if no mean is needed
+    g: Any  # [R, V] in the memory of u_S or the first part of it, times SCALE; 0 at the top entry
+    top: Any  # [R] int32, the top entry
+    g_top: Any  # [R] fp32, the gradient at the top entry
     stride: Any
     SCALE: Any
-    # [R] fp32 within ±1, or None. With weights g is multiplied by them, and is itself at the top
-    # entry, rounded; g_top is then what the rounding took.
+    # [R] fp32 within ±1, or None. With weights g is multiplied by them and holds the rounded
+    # gradient at the top entry too; g_top is then what that rounding took off.
     weights: Any = None
 
 
 class State(NamedTuple):
-    """What was seen of rows of logits: see `lse`."""
+    """What one pass over some logits of a row finds: see `lse`."""
 
     top_S: Any
     sum_S: Any
     top_T: Any
     sum_T: Any
-    at_top: Any  # z_T at the student's top
+    at_top: Any  # z_T at the student's top entry
     E: Any
     z_Sy: Any  # z_S and z_T of the sampled token
     z_Ty: Any
@@ -209,7 +225,7 @@ class State(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """What is known of a row of which every logit was seen."""
+    """What is known of a row after a pass over all its logits."""
 
     top_S: Any
     p_max: Any
@@ -217,5 +233,15 @@ class Stats(NamedTuple):
     q_max: Any
     log_sums: Any
     c: Any  # the shift of its scores
-    plain: Any  # whether its clipped KL is better summed without the null term
+    without_null: Any  # 1 if its clipped values are summed without the null term, else 0
     s_top: Any  # the score of its top entry after the shift
+
+
+# The number of fields of `Partials.fields` with targets, and of `PerToken.stats`: those of `Stats`,
+# and for a sampled token log p, log q, log q − log p.
+PARTIALS = tl.constexpr(State._fields.index("index"))
+STATS, STATS_OF_TARGETS = tl.constexpr(len(Stats._fields)), tl.constexpr(3)
+# `Scored.sums`: Σ f, and Σ s without the top entry's; with statistics the sums of forward KL, of
+# reverse KL, of both entropies, and of what the clip took off, if there is one; slopes last.
+VALUE, SCORE = tl.constexpr(0), tl.constexpr(1)
+SUMS, SUMS_OF_STATISTICS = tl.constexpr(2), tl.constexpr(5)

@@ -1,59 +1,97 @@
-"""rows: rows of products u = h Wᵀ that exist in memory → ℓ, and the gradient in their place.
+"""rows: ℓ of rows of products u = h Wᵀ in memory, and the gradient in their place.
 
-One program a row, which is too long for registers and for the cache, so that what counts is how
-often it is swept over:
+A program takes one row. A row fits neither registers nor the cache, so the number of sweeps over it
+decides the time:
 
     1. read u_S, u_T:  L_S, L_T, the student's top entry (see `lse`)
     2. read u_S, u_T:  ℓ = Σ f, G − c = Σ s                 s = a − c p
-    3. read u_S, u_T:  g = s − (G − c) p, written where u_S was
+    3. read u_S, u_T:  g = s − (G − c) p, written over u_S
 
-Logits z are u, or what a head makes of it, each time anew (see `head`); where they are capped, g is
-multiplied by the slope of the cap.
+Logits z are u, or what a head makes of u, computed in each sweep (see `head`); where they are
+capped, g is multiplied by the slope of the cap.
 
-Where G is known after the first sweep (`knows_G`), the second writes g and there is no third. The
-gradient at the student's top, or for log p(ŷ) that at ŷ, is given apart, in fp32: as in `finish`,
-the entry with the most mass is never rounded.
+Where G is known after the first sweep (`KNOWS_G`), the second writes g and there is no third. The
+gradient at the student's top entry, or for log p(ŷ) at ŷ, is written apart, in fp32: as in
+`finish`, the entry with the most mass is never rounded.
 
-g may be narrower than u_S: it is then written into the first part of the row, over entries that
-were read before. The matrix product that follows reads it there, with no copy made.
+g may be narrower than u_S. It is then written to the first part of the row, over entries that were
+read before. The matrix product that follows reads it there, without a copy.
 """
 
+from dataclasses import asdict
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from opsd_kernels.kernels.finish import (
-    LOG_P,
-    policy_gradient,
-    statistics,
-    top_gradient,
-    with_policy,
-)
-from opsd_kernels.kernels.head import logits_and_slope
-from opsd_kernels.kernels.logits_tile import round_to
-from opsd_kernels.kernels.lse import (
-    S_TOP,
+from ..divergence import Family
+from ..problem import Outputs, Problem
+from ..products import score_dtype, score_scale
+from . import current, tiles
+from .finish import LOG_P, policy_gradient, statistics, top_gradient, with_policy
+from .head import logits_and_slope
+from .logits_tile import round_to
+from .lse import S_TOP, C, absorb, combined, log_probs, normalizers, nothing
+from .pair import add_each, entries, with_policy_term, zeros
+from .pointwise import ENTROPY, LOG_PROB, columns_of, formula_of, parameters_of
+from .records import (
     STATS,
     STATS_OF_TARGETS,
-    C,
-    absorb,
-    combined,
-    log_probs,
-    normalizers,
-    nothing,
-)
-from opsd_kernels.kernels.pair import (
     SUMS,
     SUMS_OF_STATISTICS,
-    add_each,
-    entries,
-    with_policy_term,
-    zeros,
+    PerToken,
+    Results,
+    RowGradient,
+    Rows,
+    Stats,
+    for_kernels,
 )
-from opsd_kernels.kernels.pointwise import ENTROPY, LOG_PROB, columns_of, parameters_of
-from opsd_kernels.kernels.records import Stats, Tokens
 
 
-# What depends on the batch is no reason to compile again.
+def launch(
+    outputs: Outputs, u_S: Tensor, u_T: Tensor | None, problem: Problem, needs_score: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill loss, statistics, stats and top as far as `outputs` has them, and if `needs_score` u_S
+    with the gradient.
+
+    Returns:
+        g, top, g_top of `RowGradient`.
+    """
+    (R, V), member = u_S.shape, problem.member
+    map_S, map_T = problem.logit_maps
+    needs_statistics = outputs.statistics is not None
+    needs_mean = needs_score or outputs.stats is not None or member.family == Family.ENTROPY
+    g = u_S.view(score_dtype(problem.operand_dtype, problem.has_bounded_scores))[:, :V]
+    top, g_top = u_S.new_empty(R, dtype=torch.int32), u_S.new_empty(R)
+    row = tiles.lookup(u_S.device, problem.operand_dtype)
+    with current(u_S.device):
+        rows_kernel[(R,)](
+            results=Results(outputs.loss, outputs.statistics, None, outputs.stats, outputs.top),
+            gradient=RowGradient(
+                tl.constexpr(needs_score),
+                tl.constexpr(member.mean_limit if needs_mean else 0.0),
+                g,
+                top,
+                g_top,
+                g.stride(0),
+                SCALE=tl.constexpr(score_scale(g.dtype)),
+                weights=problem.weights,
+            ),
+            logits=Rows(u_S, u_T, V, u_S.stride(0), *for_kernels(map_S)[:2], *for_kernels(map_T)),
+            targets=problem.targets,
+            beta=problem.beta if isinstance(problem.beta, Tensor) else None,
+            w_q=problem.w_q,
+            w_p=problem.w_p,
+            advantages=problem.advantages,
+            stride_statistics=outputs.stride,
+            formula=formula_of(member, problem.temperature),
+            **asdict(row.rows_for(member, needs_statistics)),
+        )
+    return g, top, g_top
+
+
+# Numbers that depend on the batch do not cause a recompilation.
 @triton.jit(
     do_not_specialize=["stride_statistics"],
     do_not_specialize_on_alignment=["targets", "beta", "w_q", "w_p", "advantages"],
@@ -75,24 +113,24 @@ def rows_kernel(
     """Grid (rows).
 
     Writes:
-        results: loss; of statistics what there is of sampled tokens if there are targets; stats
-            and top.
+        results: loss; statistics, those of sampled tokens if there are targets; stats and top.
         gradient: if NEEDED.
 
     Reads:
         logits, formula: the records.
-        targets, beta, w_q, w_p, advantages: as in `Tokens`, or None.
+        targets, beta, w_q, w_p, advantages: see `PerToken`; each may be None. As parameters they
+            are not specialized for their alignment, which depends on the chunk.
         BLOCK, PARTS: see `tiles.Sweep`.
     """
     NEEDS_SCORE: tl.constexpr = gradient.NEEDED
     LIMIT: tl.constexpr = gradient.LIMIT
-    tokens = Tokens(None, targets, beta, None, None, w_q, w_p, advantages)
+    tokens = PerToken(None, targets, beta, w_q, w_p, advantages)
     KNOWS_G: tl.constexpr = formula.KNOWS_G
     FOR_LATER: tl.constexpr = results.stats is not None
     HAS_STATISTICS: tl.constexpr = results.statistics is not None
     STATISTICS: tl.constexpr = HAS_STATISTICS and formula.FAMILY != LOG_PROB
     OF_STATISTICS: tl.constexpr = SUMS_OF_STATISTICS - 1 + formula.CLIPPED
-    # Log-probabilities alone need no second sweep.
+    # log p(ŷ) and the entropy themselves need no second sweep.
     IS_DIVERGENCE: tl.constexpr = formula.FAMILY != LOG_PROB and formula.FAMILY != ENTROPY
     SECOND: tl.constexpr = NEEDS_SCORE or FOR_LATER or IS_DIVERGENCE
     row = tl.program_id(0).to(tl.int64)
@@ -112,7 +150,7 @@ def rows_kernel(
         advantage = tl.load(advantages + one)
         policy = advantage[:, None], target[:, None]
 
-    state = seen(start, logits, target, inverse_temperature, LIMIT, BLOCK, PARTS)
+    state = first_sweep(start, logits, target, inverse_temperature, LIMIT, BLOCK, PARTS)
     if targets is not None:
         sampled = log_probs(state, inverse_temperature)
     top = state.index
@@ -120,7 +158,7 @@ def rows_kernel(
         top = target
     stats = normalizers(state, parameters, advantage, formula, gradient.SCALE)
     column = column_of(stats)
-    if NEEDS_SCORE or FOR_LATER:  # before it is written over
+    if NEEDS_SCORE or FOR_LATER:  # before u_S is written over
         _z, _z_T, slope_top = _load(start, logits, top)
     factor = gradient.SCALE
     if gradient.weights is not None:
@@ -142,7 +180,7 @@ def rows_kernel(
         loss = sampled[0]
     elif formula.FAMILY == ENTROPY:
         loss = stats.c - tl.log(stats.p_max)
-    whole = loss  # what a clip takes of
+    before_policy = loss
     if advantages is not None:
         loss = with_policy(loss, advantage, sampled[0])
     tl.store(results.loss + one, loss)
@@ -150,7 +188,7 @@ def rows_kernel(
         totals = ()
         for i in tl.static_range(SUMS, len(sums)):
             totals = totals + (tl.sum(sums[i], 1),)
-        found = statistics(totals, whole, stats.p_max, stats.q_max, parameters, formula)
+        found = statistics(totals, before_policy, stats.p_max, stats.q_max, parameters, formula)
         for i in tl.static_range(len(found)):
             tl.store(results.statistics + i * stride_statistics + one, found[i])
     if HAS_STATISTICS and targets is not None:
@@ -160,22 +198,22 @@ def rows_kernel(
     if NEEDS_SCORE or FOR_LATER:
         others = tl.sum(sums[1], 1)
         if advantages is not None:
-            g_top, missed = policy_gradient(
+            g_top, G_minus_c = policy_gradient(
                 stats.s_top, others, stats.p_max, advantage, target == top, formula
             )
             g_top *= slope_top
         else:
             g_top = top_gradient(stats.s_top, others, stats.p_max, formula) * slope_top
-            missed = stats.s_top + others  # G − c
+            G_minus_c = stats.s_top + others
         infinite = tl.abs(loss) == float("inf")
     if FOR_LATER:
         for i in tl.static_range(STATS):
-            known = stats[i]
+            value = stats[i]
             if i == C and not KNOWS_G:
-                known += missed
+                value += G_minus_c
             elif i == S_TOP:
-                known = g_top
-            tl.store(results.stats + i * stride_statistics + one, known)
+                value = g_top
+            tl.store(results.stats + i * stride_statistics + one, value)
         tl.store(results.top + one, top)
     if NEEDS_SCORE:
         g_top = tl.where(infinite, 0.0, g_top)
@@ -188,7 +226,7 @@ def rows_kernel(
                 col = v + block
                 z_S, z_T, slope = _load(start, logits, col)
                 terms, p = entries(z_S, z_T, col == top, column, of_entries, formula, False)
-                g = terms[1] - missed[:, None] * p
+                g = terms[1] - G_minus_c[:, None] * p
                 if advantages is not None:
                     g = _policy_term(g, col, top, policy)
                 if formula.FORWARD or formula.REVERSE or advantages is not None:
@@ -198,20 +236,20 @@ def rows_kernel(
             rounded = round_to(_weighed(g_top, weight * gradient.SCALE, gradient.weights), DTYPE)
             g_top = _weighed(g_top, weight, gradient.weights)
             g_top -= rounded.to(tl.float32) * (1 / gradient.SCALE)
-            tl.debug_barrier()  # others have written 0 there
+            tl.debug_barrier()  # other threads have written 0 there
             tl.store(g_ptr + top, rounded)
             tl.store(gradient.g_top + one, g_top)
 
 
 @triton.jit
 def _policy_term(g, col, top, policy):
-    """`with_policy_term`, but for the top entry, which is 0 here."""
+    """`with_policy_term`, except at the top entry, which is 0 here."""
     return tl.where(col == top[:, None], g, with_policy_term(g, col, policy))
 
 
 @triton.jit
 def _weighed(g, factor, weights):
-    """g · factor, 0 where a weight in the factor is 0, whatever g holds."""
+    """g · factor, and 0 where the weight in the factor is 0, even if g is NaN."""
     product = g * factor
     if weights is not None:
         product = tl.where(factor == 0, 0.0, product)
@@ -219,7 +257,7 @@ def _weighed(g, factor, weights):
 
 
 @triton.jit
-def seen(
+def first_sweep(
     start,
     logits,
     target,
@@ -228,12 +266,12 @@ def seen(
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """First sweep: the `State` [1] of a row."""
+    """The `State` [1] of a row."""
     state, V = nothing(1, BLOCK), logits.V
     blocks = tl.arange(0, BLOCK * PARTS)[None, :]
     for v in range(0, V, BLOCK * PARTS):
         z_S, z_T, _slope = _load(start, logits, v + blocks)
-        # They are logits already.
+        # These are logits already.
         maps = (None, None, None, None, None, None)
         state = absorb(z_S, z_T, v, V, maps, target, state, inverse_temperature, LIMIT, True, PARTS)
     return combined(state, 1, inverse_temperature, LIMIT)
@@ -241,7 +279,7 @@ def seen(
 
 @triton.jit
 def column_of(stats):
-    """`Stats` [1, 1] from those [1] of a row."""
+    """The `Stats` [1] of a row as [1, 1]."""
     column = ()
     for i in tl.static_range(len(stats)):
         column = column + (stats[i][:, None],)
@@ -260,14 +298,14 @@ def _erase(g_ptr, infinite, block, V):
 
 @triton.jit
 def _load(start, logits, col):
-    """A block of logits of both sides, −∞ beyond the last, and the slope of the student's, of a row
-    that begins at `start`; of the shape of `col`."""
+    """Logits of both sides at the columns `col` of the row that begins at `start`, −∞ beyond the
+    last, and the slope of the student's cap."""
     V = logits.V
     u_S = tl.load(logits.u_S + start + col, mask=col < V, other=float("-inf"))
     if logits.u_T is not None:
         u_T = tl.load(logits.u_T + start + col, mask=col < V, other=float("-inf"))
     else:
-        u_T = tl.zeros(u_S.shape, tl.float32)  # any number: nothing is made of it
+        u_T = tl.zeros(u_S.shape, tl.float32)  # any number: it is not used
     z_S, slope = logits_and_slope(u_S, col, V, logits.bias, logits.softcap, None)
     z_T, _ = logits_and_slope(u_T, col, V, logits.bias_T, logits.softcap_T, logits.scale_T)
     return z_S, z_T, slope
@@ -275,6 +313,6 @@ def _load(start, logits, col):
 
 @triton.jit
 def _store(g_ptr, g, col, V):
-    # g lies over u_S: what this block holds of it must have been read by every thread.
+    # g overwrites u_S: every thread must have read this block before.
     tl.debug_barrier()
     tl.store(g_ptr + col, round_to(g, g_ptr.dtype.element_ty), mask=col < V)

@@ -2,24 +2,25 @@
 
 Nothing is tuned when the package is imported or a kernel first called. `benchmarks/gpu/tune.py`
 measures the rows and their rivals on a GPU and prints rows for this table.
-`benchmarks/gpu/resources.py` compiles every row and prints what it takes of a multiprocessor, and a
-test holds the rows to that.
+`benchmarks/gpu/resources.py` compiles every row and prints its registers and shared memory; a test
+holds the rows to these.
 
-Nothing here depends on the number of tokens: a token's value is the same in any batch.
+Nothing here depends on the number of tokens: a token gets the same value in any batch.
 """
 
 from dataclasses import dataclass, replace
 
 import torch
 
-from opsd_kernels.kernels import capability, cdiv, multiprocessors
+from ..divergence import Member
+from . import capability, cdiv, multiprocessors
 
 
 @dataclass(frozen=True)
 class Tile:
-    """BM rows by BV columns of logits, of each side, in steps of BK features; then PARTS parts of
-    the columns one after the other, for what is made of the logits. With BULK loads are done by
-    descriptors, where operands lie as these want it."""
+    """BM rows by BV columns of logits, of each side, in steps of BK features. The logits are then
+    processed in PARTS parts of the columns. With BULK operands are loaded by descriptors, where
+    their strides allow it."""
 
     BM: int
     BV: int
@@ -30,15 +31,15 @@ class Tile:
     BULK: bool = False
 
     def widened(self) -> "Tile":
-        """The same for operands of 4 bytes that are rounded to 2 on the way, under autocast: steps
-        of as many bytes, rounded in registers, which bulk copies pass by."""
+        """The same for operands of 4 bytes that autocast rounds to 2 bytes, in registers: steps of
+        as many bytes, and no bulk copies, which do not pass through registers."""
         return replace(self, BK=self.BK // 2, BULK=False)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """How `rows` goes over a row of logits: BLOCK columns at a time, in the first sweep PARTS times
-    as many, since that has work to do for each block as well."""
+    """How `rows` goes over a row of logits: BLOCK columns at a time; in the first sweep, which has
+    work for each block as well, PARTS times as many."""
 
     BLOCK: int
     PARTS: int
@@ -47,27 +48,33 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Row:
-    """What the launchers need to know about an architecture and a dtype."""
+    """The tiles for an architecture and a dtype."""
 
     lse: Tile
     pair: Tile
-    pair_wide: Tile  # where more is made of an entry: with statistics, or a β of each row
+    pair_wide: Tile  # for more work on each entry, see `Member.is_wide`
     rows: Sweep = Sweep(2048, 4, 8)
     rows_wide: Sweep = Sweep(1024, 4, 8)
-    # Up to as many rows of a row workspace its last product is made in parts of the vocabulary, at
-    # once: 0 for none. What a GPU is fastest with is for `benchmarks/gpu/tune.py` to say.
+    # A row workspace of up to this many rows makes its last product in parts of the vocabulary at
+    # once. `benchmarks/gpu/tune.py` measures whether that is faster.
     split_rows: int = 0
     chunk: int = 1024  # rows in flight, a multiple of each BM
-    # Of the vocabulary in flight at most (see `slots`) where scores have two bytes, half as many
-    # where they have four: a multiple of each BV of `pair` either way.
+    # Columns of the vocabulary in flight, at most (see `slots`), where scores have two bytes; half
+    # as many where scores have four bytes. Both are multiples of each BV of `pair`.
     columns: int = 9216
-    multiprocessors: int = 128  # for whose number work is shared out: a GPU's own (see `lookup`)
+    multiprocessors: int = 128  # of the GPU itself, see `lookup`
+
+    def pair_for(self, member: Member, needs_statistics: bool) -> Tile:
+        return self.pair_wide if member.is_wide(needs_statistics) else self.pair
+
+    def rows_for(self, member: Member, needs_statistics: bool) -> Sweep:
+        return self.rows_wide if member.is_wide(needs_statistics) else self.rows
 
 
-# Architectures by the name that code is generated for. sm_89 stands for all with 99 KiB of shared
-# memory a block (sm_86, sm_89, sm_120).
+# Architectures by the name that code is generated for. sm_89 stands for every architecture with
+# 99 KiB of shared memory a block (sm_86, sm_89, sm_120).
 _NARROW = {
-    # Two blocks a multiprocessor: one multiplies while the other is at its entries.
+    # Two blocks a multiprocessor: one multiplies while the other processes its entries.
     "sm_80": Row(
         lse=Tile(64, 128, 64, 16, 4, 3),
         pair=Tile(64, 128, 64, 16, 4, 3),
@@ -80,10 +87,10 @@ _NARROW = {
         pair_wide=Tile(128, 64, 32, 8, 8, 3),
         columns=9088,  # 71 blocks by 8 of rows: four for each of the 142 of an L40S
     ),
-    # Measured on an H200 (benchmarks/results/nvidia-h200). One block: two smaller ones would read
-    # twice as much from L2, which has no more to give. Bulk copies leave registers and issue slots
-    # to the products; 256 rows are two programs a multiprocessor, of 16 warps that hide each
-    # other's loads.
+    # Measured on an H200 (benchmarks/results/nvidia-h200). One block a multiprocessor: two smaller
+    # ones would read twice as much from L2, whose bandwidth is used up. Bulk copies leave registers
+    # and issue slots to the products. 256 rows of `rows` are two programs a multiprocessor, of 16
+    # warps that hide each other's loads.
     "sm_90": Row(
         lse=Tile(128, 128, 64, 16, 8, 4, BULK=True),
         pair=Tile(128, 128, 64, 8, 8, 4, BULK=True),
@@ -92,7 +99,7 @@ _NARROW = {
         rows_wide=Sweep(2048, 1, 16),
         multiprocessors=132,
     ),
-    # Accumulators lie in tensor memory, which two tiles of 256 columns fill.
+    # Accumulators are in tensor memory, which two tiles of 256 columns fill.
     "sm_100": Row(
         lse=Tile(128, 256, 64, 32, 8, 3),
         pair=Tile(128, 256, 64, 32, 8, 3),
@@ -108,7 +115,7 @@ _NARROW = {
         multiprocessors=304,
     ),
 }
-# Without tensor cores (TF32 is for PyTorch's switch to allow) small tiles do.
+# fp32 products do without tensor cores (unless PyTorch allows TF32), and small tiles suffice.
 _FP32 = Row(
     lse=Tile(64, 64, 16, 8, 4, 2),
     pair=Tile(64, 64, 16, 8, 4, 2),
@@ -121,9 +128,10 @@ TABLE: dict[tuple[str, str], Row] = {
         for arch, row in _NARROW.items()
     },
 }
-# Rivals of the tiles of `lse` and `pair`, for bf16 and fp16: predicted to be about as fast, or not
-# to be predicted, as what overlaps because loads go by descriptors. (One loop over tiles and
-# K-steps, so that the loads of a tile begin before the last is done, was slower on an H200.)
+# Candidates to benchmark against the tiles of `lse` and `pair`, for bf16 and fp16: predicted to be
+# about as fast, or unpredictable because loads by descriptors overlap with other work. (One loop
+# over tiles and K-steps, so that the loads of a tile begin before the last tile is done, was slower
+# on an H200.)
 RIVALS: dict[str, dict[str, tuple[Tile, ...]]] = {
     "sm_80": {
         "lse": (Tile(128, 128, 64, 16, 8, 3), Tile(64, 256, 64, 32, 8, 3)),
@@ -178,8 +186,8 @@ INTERPRETER = Row(
 
 
 def lookup(device: torch.device, dtype: torch.dtype) -> Row:
-    """The row for a device, and the operands of its matrix products. One architecture has GPUs of
-    many sizes: the multiprocessors are the device's."""
+    """The row for a device and for the dtype of the operands of its products, with the number of
+    multiprocessors of that device."""
     if device.type != "cuda":
         return INTERPRETER
     row = TABLE[architecture(device), str(dtype).removeprefix("torch.")]
@@ -188,11 +196,11 @@ def lookup(device: torch.device, dtype: torch.dtype) -> Row:
 
 
 def slots(V: int, tile: Tile, row: Row, rows: int, columns: int) -> int:
-    """Tiles of the vocabulary of one launch over `rows` rows, at most `columns` columns: the number
-    with which launches over all of the vocabulary, the short last one too, take the least time.
+    """Tiles of the vocabulary in one launch over `rows` rows, at most `columns` columns: the number
+    for which all launches over the vocabulary, with a short last one, take the least time.
 
-    A launch takes a wave for each time that its programs fill all multiprocessors, the last wave
-    perhaps in part, and half a wave besides: the product that follows has a beginning and an end.
+    A launch takes a wave each time its programs fill all multiprocessors, or part of them at the
+    end; and half a wave more, in which the product that follows begins and ends.
     """
     all_tiles, row_tiles = cdiv(V, tile.BV), cdiv(rows, tile.BM)
 
@@ -209,8 +217,28 @@ def slots(V: int, tile: Tile, row: Row, rows: int, columns: int) -> int:
     return best
 
 
+# The most spans of `lse`, which bounds the size of `partials`.
+MAX_SPANS = 160
+
+
+def span(V: int, row: Row) -> int:
+    """Columns of one program of `lse`: the number of tiles that leaves the fewest multiprocessors
+    idle at the end of a full chunk, and not many more than the least, so that a few tokens fill
+    many multiprocessors too. It does not depend on the number of tokens."""
+    all_tiles, row_tiles = cdiv(V, row.lse.BV), row.chunk // row.lse.BM
+
+    def duration(tiles: int) -> int:  # in tiles, one after the other
+        return cdiv(row_tiles * cdiv(all_tiles, tiles), row.multiprocessors) * tiles
+
+    best = least = cdiv(all_tiles, min(MAX_SPANS, row.multiprocessors))
+    for tiles in range(least, 2 * least + 1):
+        if duration(tiles) < duration(best):
+            best = tiles
+    return best * row.lse.BV
+
+
 def architecture(device: torch.device) -> str:
-    """The architecture of the table that a GPU is nearest to, of those with bf16 matrix units."""
+    """The architecture of the table that is nearest to that of a GPU with bf16 matrix units."""
     if torch.version.hip is not None:
         return "gfx942"
     known = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}

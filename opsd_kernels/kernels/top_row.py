@@ -1,22 +1,46 @@
-"""top_row: the end of a product of the gradient of logits with W, in the row workspace.
+"""top_row: the last step of dh_S in the row workspace, after the product of g and W.
 
     dh_S = (g W + g_top W_top) / T
 
-The gradient at the student's top entry, or for log p(ŷ) that at ŷ, is not in g, or what its
-rounding took is not: it multiplies W_top in fp32, as in `finish`. A product that was made in parts
-of the vocabulary is added up here, in their order. One pass over dh_S, whatever there is to do.
+The gradient at the student's top entry, or for log p(ŷ) at ŷ, is not in g, or only rounded: the
+rest, g_top, multiplies W_top in fp32, as in `finish`. A product that was made in parts of the
+vocabulary is added up here, in their order. All in one pass over dh_S.
 """
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from opsd_kernels.kernels.logits_tile import round_to
+from ..problem import Problem
+from . import cdiv, current
+from .logits_tile import round_to
+from .records import DTYPE_NAMES, Accumulated, Side
 
 # Features of a program.
 BLOCK = tl.constexpr(1024)
 
 
-# What depends on the batch is no reason to compile again.
+def launch(
+    dh_S: Tensor, product: Tensor, top: Tensor, g_top: Tensor, scale: float, problem: Problem
+) -> None:
+    """dh_S ← (Σ product / scale + g_top W_top) / T, from a product [parts, R, D]."""
+    (R, D), W = dh_S.shape, problem.W
+    with current(dh_S.device):
+        top_row_kernel[(R, cdiv(D, BLOCK.value))](
+            dh_S=dh_S,
+            accumulated=Accumulated(product, None, SCALE=tl.constexpr(scale)),
+            W=W,
+            student=Side(W.shape[0], D, D, W.stride(0), W.stride(1)),
+            top=top,
+            g_top=g_top,
+            stride=product.stride(0),
+            inverse_temperature=1 / problem.temperature,
+            PARTS=product.shape[0],
+            OPERAND=tl.dtype(DTYPE_NAMES[problem.operand_dtype]),
+        )
+
+
+# Numbers that depend on the batch do not cause a recompilation.
 @triton.jit(do_not_specialize=["stride"])
 def top_row_kernel(
     dh_S,
@@ -36,10 +60,10 @@ def top_row_kernel(
         dh_S: [R, D] fp32.
 
     Reads:
-        accumulated: A [PARTS, R, D], `stride` apart, times SCALE; may lie where dh_S is to be.
-        W: [V, D], and of it `student`, a `Side`.
+        accumulated: A [PARTS, R, D], `stride` apart, times SCALE; may be in the memory of dh_S.
+        W, student: W [V, D] and its `Side`.
         top, g_top: [R], see `RowGradient`.
-        OPERAND: the dtype whose rounding W has.
+        OPERAND: the dtype that W is rounded to.
     """
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
