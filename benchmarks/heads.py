@@ -164,11 +164,13 @@ class Finding:
         if self.head is None:
             return self.reason
         parts = ["h Wᵀ + b" if self.head.bias is not None else "h Wᵀ"]
-        for path, power, classes in SCALES:
-            if self.name in classes:
-                parts.append(f"{'times' if power == 1 else 'over'} `{path}`")
-        parts += [f"capped at `{path}`" for path, classes in SOFTCAPS if self.name in classes]
-        parts += [f"the first `{path}`" for path, classes in VOCABULARIES if self.name in classes]
+        if self.name in SCALES:
+            path, power = SCALES[self.name]
+            parts.append(f"{'times' if power == 1 else 'over'} `{path}`")
+        if self.name in SOFTCAPS:
+            parts.append(f"capped at `{SOFTCAPS[self.name]}`")
+        if self.name in VOCABULARIES:
+            parts.append(f"the first `{VOCABULARIES[self.name]}`")
         return ", ".join(parts)
 
 

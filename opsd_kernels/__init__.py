@@ -1,8 +1,8 @@
 """Full-vocabulary self-distillation losses from hidden states, without vocabulary-sized logits."""
 
-from opsd_kernels.description import Divergence, divergence_name
-from opsd_kernels.head import LMHead
-from opsd_kernels.loss import (
+from .description import Divergence, divergence_name
+from .head import LMHead
+from .loss import (
     SampledTokenLoss,
     TokenDivergence,
     fused_divergence_loss,
@@ -12,8 +12,8 @@ from opsd_kernels.loss import (
     fused_sampled_token_loss,
     token_divergence,
 )
-from opsd_kernels.module import FusedJSDLoss
-from opsd_kernels.reference import (
+from .module import FusedJSDLoss
+from .reference import (
     reference_divergence_loss,
     reference_entropy,
     reference_jsd_loss,

@@ -1,10 +1,10 @@
-"""What a divergence is described by, and what it is called."""
+"""`Divergence`, the description of a divergence, and its name in words."""
 
 from dataclasses import dataclass, fields
 
 from torch import Tensor
 
-from opsd_kernels.scalars import check_beta, check_clip, check_weight
+from .scalars import check_beta, check_clip, check_weight
 
 Weight = float | Tensor
 
@@ -15,28 +15,31 @@ class Divergence:
 
         forward · KL(q‖m) + reverse · KL(p‖m),   m = beta · q + (1 − beta) · p
 
-        Divergence(beta=0.5)                    JSD_β: its weights are β and 1 − β
-        Divergence(beta=0)                      forward KL(q‖p), and 1 the reverse KL(p‖q)
-        Divergence(forward=0.5, reverse=0.5)    both KLs, to the other side in place of m
-        Divergence(beta=0.1, forward=1)         skewed KL, KL(q‖m) (DistiLLM, Ko et al. 2024)
-        Divergence(beta=0.9, reverse=1)         likewise KL(p‖m)
+        Divergence(beta=0.5)                    JSD_β, with weights β and 1 − β
+        Divergence(beta=0)                      forward KL(q‖p)
+        Divergence(beta=1)                      reverse KL(p‖q)
+        Divergence(forward=0.5, reverse=0.5)    both KLs: without beta, KL(q‖p) and KL(p‖q)
+        Divergence(beta=0.1, forward=1)         skewed KL(q‖m) (DistiLLM, Ko et al. 2024)
+        Divergence(beta=0.9, reverse=1)         skewed KL(p‖m)
 
     Raises:
-        TypeError, ValueError: a field is not as said; the message names it. What weights of tokens
-            hold, and their shape, is checked when the loss is called.
+        TypeError, ValueError: a field has a wrong type or value; the message names the field. The
+            shapes and contents of tensors are checked when the loss is called.
     """
 
     beta: float | Tensor | None = None
-    """In [0, 1], the teacher's weight in the mixture, a number or one for each token: see
-    `fused_jsd_loss`. Beside weights a number strictly between 0 and 1, or None."""
+    """The teacher's weight in the mixture, in [0, 1]: a number, or a tensor with one for each
+    token, see `fused_jsd_loss`. With `forward` or `reverse` it is a number strictly between 0 and
+    1, or None."""
     forward: Weight | None = None
-    """The weight of KL(q‖m): a finite number of either sign, or a float tensor [...] of one for
-    each token; a constant. 0 if only `reverse` is given; if neither is, what β stands for."""
+    """The weight of KL(q‖m): a finite number of either sign, or a float tensor [...] with one for
+    each token; a constant. It is 0 if only `reverse` is given. If neither is given, β determines
+    both."""
     reverse: Weight | None = None
-    """Likewise of KL(p‖m)."""
+    """The weight of KL(p‖m), likewise."""
     entry_clip: float | None = None
-    """τ > 0: what a vocabulary entry adds to the sum, weights included, is min(f, τ), and a clipped
-    entry has no gradient of its own."""
+    """τ > 0: a vocabulary entry whose value is f, weights included, adds min(f, τ) to the loss, and
+    a clipped entry has no gradient of its own."""
 
     def __post_init__(self) -> None:
         beta = self.beta
@@ -64,7 +67,7 @@ class Divergence:
         if not isinstance(other, Divergence):
             return NotImplemented
         pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
-        # Tensors are the same if they are one.
+        # Tensors are compared by identity.
         return all(
             a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a == b for a, b in pairs
         )
@@ -74,7 +77,7 @@ class Divergence:
 
     @property
     def weights(self) -> tuple[Weight, Weight] | None:
-        """Those of KL(q‖m) and KL(p‖m); None where they are what β stands for."""
+        """The weights of KL(q‖m) and KL(p‖m); None if β determines them."""
         if self.forward is None and self.reverse is None:
             return None
         return (
@@ -87,10 +90,10 @@ class Divergence:
 
 
 def divergence_name(beta: float | Tensor | Divergence, entry_clip: float | None = None) -> str:
-    """Name the divergence that `beta` and `entry_clip` select, or a `Divergence`, for logs and
+    """The name of a `Divergence`, or of the one that `beta` and `entry_clip` select, for logs and
     plots.
 
-    Libraries disagree on what β weighs and on which KL is "forward"; a name that says it does not.
+    Libraries disagree on which side β weighs and on which KL is "forward". The name says both.
     """
     if isinstance(beta, Divergence):
         described, entry_clip = beta, beta.entry_clip

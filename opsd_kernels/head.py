@@ -1,11 +1,11 @@
-"""An LM head that is more than a matrix, and what makes logits of its products.
+"""An LM head with everything beside its matrix, and the map from its products to logits.
 
-    u = h Wᵀ + b                    the product, and a bias
-    z = C tanh(σ u / C)             logits: scale σ, softcap C; without a cap z = σ u
+    u = h Wᵀ + b                    product and bias b
+    z = C tanh(σ u / C)             logits, with scale σ and softcap C; without a softcap z = σ u
 
-A temperature divides z afterwards. Every head of the field is of this form: Gemma has a cap, Cohere
-and Granite a scale, Phi a bias. A bias of −∞ bans an entry: its logit is −∞, also under a cap,
-which would otherwise make −C of it.
+A temperature divides z afterwards. The heads of all common models have this form: Gemma has a
+softcap, Cohere and Granite a scale, Phi a bias. A bias of −∞ bans an entry: its logit is −∞ under a
+softcap too, although C tanh(−∞) = −C.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
@@ -22,29 +22,31 @@ class LMHead(NamedTuple):
 
         z = softcap · tanh(scale · (h Wᵀ + bias) / softcap),  or scale · (h Wᵀ + bias)
 
-    What is given is checked when a loss is called. A weight or bias that requires grad gets one, of
-    the student's head; as the teacher's it is a constant. A weight that FSDP2 has sharded is given
-    as `weight.full_tensor(grad_placements=[Partial()])`, where every rank of the mesh has tokens of
-    its own: its gradient is then summed over them, which without placements it is not. One of
-    which every rank has some rows, and all ranks the same tokens, goes with its `group`.
+    The fields are checked when a loss is called. In the student's head a weight or bias that
+    requires grad gets a gradient; the teacher's head is a constant.
+
+    A weight that FSDP2 has sharded takes one of two ways. If each rank has tokens of its own, pass
+    `weight.full_tensor(grad_placements=[Partial()])`: its gradient is then summed over the ranks,
+    which it is not without the placements. If all ranks have the same tokens, and each has some
+    rows of the weight, pass `weight.to_local()` and the `group`.
     """
 
     weight: Tensor
-    """[V, D], or more rows than there are entries of the vocabulary."""
+    """[V, D], or with more rows than the vocabulary has entries."""
     bias: Tensor | None = None
     """One number for each row of `weight`, in its dtype. −∞ bans an entry."""
     softcap: float | None = None
-    """C > 0: logits lie within ±C."""
+    """C > 0: logits lie within ±C. None for no softcap."""
     scale: float = 1.0
-    """σ > 0. Without a softcap 1/σ is a temperature of this side alone."""
+    """σ > 0. Without a softcap 1/σ acts as a temperature of this side alone."""
     vocab_size: int | None = None
-    """V, where the weight is padded with rows that count for nothing; by default all count."""
+    """V: the first V rows are the vocabulary, the others are padding and ignored. None for all."""
     group: Optional["ProcessGroup"] = None
     """The processes that share the vocabulary, each of which holds some of its rows, in the order
-    of ranks. `weight` [rows, D] is one's own (of a sharded DTensor `weight.to_local()`), as many as
-    of the other side's head, perhaps none, and `bias` and `vocab_size` are of these rows. Every
-    process passes all tokens and the same arguments, and gets the whole loss and the whole gradient
-    of its hidden states: neither is to be summed over the group once more."""
+    of ranks. A process passes its own rows as `weight` [rows, D], perhaps none, and `bias` and
+    `vocab_size` for these rows; the other side's head has as many. Every process passes all tokens
+    and the same other arguments, and gets the whole loss and the whole gradient of its hidden
+    states. Do not sum either over the group again."""
 
     def __repr__(self) -> str:
         """Shapes, dtypes and devices in place of the numbers of a matrix."""
@@ -54,26 +56,26 @@ class LMHead(NamedTuple):
     @staticmethod
     def of(model: Any) -> "LMHead":
         """The head of a causal language model of transformers: weight and bias of its output
-        embeddings (as they are, not detached), and softcap, scale and vocabulary where the forward
-        of its class reads them. docs/heads.md lists the classes that are known. No forward is run;
-        `opsd_kernels.head_check.check_head` runs a short one, and compares logits.
+        embeddings, not detached, and the softcap, scale and vocabulary that the forward of its
+        class uses. docs/heads.md lists the known classes. No forward is run;
+        `opsd_kernels.head_check.check_head` runs a short one and compares logits.
 
-        What enters it is what enters the model's head: the last hidden states after the final norm,
-        `model.model(...).last_hidden_state`.
+        Give a loss the hidden states that enter the model's own head: the last ones, after the
+        final norm, `model.model(...).last_hidden_state`.
 
         Raises:
-            TypeError: no such model.
-            ValueError: a class that is not known; a forward that was replaced, or a hook, of the
-                model or its head, but by accelerate, FSDP2, DeepSpeed, TRL or transformers; a head
-                with an adapter, parametrized, quantized, sharded or not on this device. The message
-                says what to do.
+            TypeError: model is no causal language model of transformers.
+            ValueError: the class is not known; the model or its head has a hook or a replaced
+                forward that is not of accelerate, FSDP2, DeepSpeed, TRL or transformers; the head
+                has an adapter or a parametrization, is quantized or sharded, or is on the meta
+                device. The message says what to do.
         """
-        from opsd_kernels.head_of_model import head_of_model
+        from .head_of_model import head_of_model
 
         return LMHead(*head_of_model(model))
 
     def detach(self) -> "LMHead":
-        """The same head, without gradients."""
+        """The same head as a constant."""
         bias = None if self.bias is None else self.bias.detach()
         return self._replace(weight=self.weight.detach(), bias=bias)
 
@@ -86,7 +88,7 @@ def _in_short(value: Any) -> str:
 
 
 class LogitMap(NamedTuple):
-    """What makes logits z of products h Wᵀ, entry by entry."""
+    """The map from products h Wᵀ to logits z, entry by entry."""
 
     bias: Tensor | None  # [V]
     softcap: float | None
@@ -100,8 +102,7 @@ class LogitMap(NamedTuple):
         """Turn rows of products [R, V] into logits in place.
 
         Returns:
-            The slope 1 − (z/C)² [R, V], which a gradient with respect to logits is multiplied by to
-            be one with respect to σ u; None where it is 1, or not needed.
+            The slope ∂z/∂(σ u) = 1 − (z/C)² [R, V]; None where it is 1 or not needed.
         """
         if self.bias is not None:
             z.add_(self.bias)
@@ -111,7 +112,7 @@ class LogitMap(NamedTuple):
             return None
         v = z.mul_(self.scale / self.softcap)
         banned = v == -torch.inf
-        # 1/cosh² v, not 1 − tanh² v, which has no digits left where the cap is reached.
+        # 1/cosh² v: 1 − tanh² v has no digits left where the softcap is reached.
         slope = torch.cosh(v).square_().reciprocal_() if needs_slope else None
         z.tanh_().mul_(self.softcap)
         z.masked_fill_(banned, -torch.inf)

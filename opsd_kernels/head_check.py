@@ -1,8 +1,8 @@
-"""Whether the logits that a loss makes with a head are the model's own, on a few tokens.
+"""Compare the logits that a loss computes from a head with the model's own, on a few tokens.
 
-`LMHead.of` reads what a model says of itself and runs nothing. What a model does may be more: a
-subclass, a hook that was registered later, a wrapper that changes what its layers do. One short
-forward shows it.
+`LMHead.of` runs nothing: it reads a model's class, config and weights. The model may do more, by a
+subclass, a hook that was registered later, or a wrapper around its layers. One short forward shows
+it.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from opsd_kernels.head import LMHead, LogitMap
+from .head import LMHead, LogitMap
 
 TOKENS = 16
-# Of the logits' spread. TF32 and another order of sums stay below it.
+# Allowed distance, relative to the logits' spread. TF32 and another order of sums stay below it.
 TOLERANCE = 1e-3
-# Units in the last place of logits that are rounded to 16 bits, in between and at the end.
+# Allowed besides, in units in the last place: logits in 16 bits are rounded in between and at the
+# end.
 ROUNDINGS = 4
 
 
@@ -28,20 +29,19 @@ def check_head(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
 ) -> None:
-    """Compare the logits that a loss would make with the model's own, on at most 16 tokens.
+    """Compare the logits that a loss would compute with the model's own, on at most 16 tokens.
 
-    Both are called once, without gradient and in eval mode, so that dropout is off. Where processes
-    share a model (FSDP2, ZeRO-3) all of them must call this at the same time; the result is each
-    process's own.
+    `model` and `make_logits` are called once each, without gradient, and in eval mode so that
+    dropout is off. Where processes share a model (FSDP2, ZeRO-3), all of them must call this at the
+    same time; each process gets its own result.
 
     Args:
-        model: called as `model(input_ids=…, attention_mask=…, use_cache=False)`, in its wrapper
-            (PEFT, DDP, FSDP2, …) as it is; what it returns has `logits` [1, L, V].
-        make_logits: called as `make_logits(input_ids=…, attention_mask=…)` with the same [1, L]:
-            logits [1, L, V] or [L, V] by the way of the loss, that is `head_logits` of the hidden
-            states and the head that the loss is given.
-        input_ids, attention_mask: [B, L] of a batch; a few of its tokens are used, without
-            padding.
+        model: called as `model(input_ids=…, attention_mask=…, use_cache=False)`, with all of its
+            wrappers (PEFT, DDP, FSDP2, …). It returns an object with `logits` [1, L, V].
+        make_logits: called as `make_logits(input_ids=…, attention_mask=…)` with the same [1, L]. It
+            returns the logits [1, L, V] or [L, V] that the loss would compute: `head_logits` of the
+            head and the hidden states that the loss is given.
+        input_ids, attention_mask: [B, L] of a batch. A few of its tokens are used, without padding.
 
     Raises:
         ValueError: the logits differ by more than rounding. The message says by how much.
@@ -61,7 +61,7 @@ def check_head(
     if ours.shape != theirs.shape:
         raise ValueError(
             f"the loss would make logits {list(ours.shape)} where {type(model).__name__} makes "
-            f"{list(theirs.shape)}: the LM head that it is given is not the model's"
+            f"{list(theirs.shape)}: the LM head that the loss is given is not the model's"
         )
     found, allowed = _distance(ours, theirs.to(ours.device))
     if not found <= allowed:
@@ -74,7 +74,7 @@ def check_head(
 
 
 def head_logits(head: LMHead, h: Tensor) -> Tensor:
-    """Logits [..., V] of a few hidden states [..., D], in the dtype that `torch.nn.Linear` has."""
+    """Logits [..., V] of a few hidden states [..., D], in the dtype of `torch.nn.Linear`'s."""
     V = head.weight.shape[0] if head.vocab_size is None else head.vocab_size
     z = linear(h, head.weight[:V])
     logits = z.float()
@@ -83,7 +83,7 @@ def head_logits(head: LMHead, h: Tensor) -> Tensor:
 
 
 def _few_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
-    """The first tokens of the sequence that has most of them."""
+    """The first tokens of the longest sequence, as [1, L] inputs of a model."""
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     real = attention_mask != 0
@@ -95,8 +95,8 @@ def _few_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, T
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
-    """How far logits [n, V] are apart, over their spread, and what rounding may be of it. A number
-    that is added to a whole row changes no probability, and does not count."""
+    """The distance of logits [n, V] over their spread, and the distance that rounding explains. A
+    constant added to a whole row changes no probability, and does not count."""
     narrower = max((ours.dtype, theirs.dtype), key=lambda dtype: torch.finfo(dtype).eps)
     z, z_model = ours.float(), theirs.float()
     banned = z_model == -torch.inf

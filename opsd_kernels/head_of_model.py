@@ -1,9 +1,9 @@
-"""The head of a causal language model of transformers, which is not imported for it.
+"""Read the LM head of a causal language model of transformers, without importing transformers.
 
-No forward is run. What a model's forward makes of hidden states is known by its class: `KNOWN` are
-those whose logits were compared with what is read here (`python benchmarks/heads.py`). Any other
-class is refused by name, and so is a known one on which a hook or a replaced forward may change
-what it does.
+No forward is run: the class of a model tells what its forward does with hidden states. `KNOWN` are
+the classes whose logits were compared with the head that is read here (`python
+benchmarks/heads.py`). Any other class is refused by name. So is a model of a known class if a hook
+or a replaced forward may change its logits.
 """
 
 import functools
@@ -16,93 +16,65 @@ from torch import Tensor
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from opsd_kernels.known_models import KNOWN
-from opsd_kernels.vocabulary_parallel import is_dtensor
+from .known_models import KNOWN
+from .vocabulary_parallel import is_dtensor
 
-# What a forward multiplies its logits by: where in a model the number stands, its power, and the
-# classes. Logits of a class that is in no list here are h Wᵀ + b, whatever its config says: some
-# vision-language models have a text config with a cap or a scale, and never read it.
-SCALES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
-    (
-        "logit_scale",
-        1,
-        (
-            "Cohere2ForCausalLM",
-            "Cohere2MoeForCausalLM",
-            "CohereCompassForCausalLM",
-            "CohereCompassForConditionalGeneration",
-            "CohereForCausalLM",
-        ),
-    ),
-    (
-        "config.logits_scaling",
-        -1,
-        (
-            "GraniteForCausalLM",
-            "GraniteMoeForCausalLM",
-            "GraniteMoeHybridForCausalLM",
-            "GraniteMoeSWAForCausalLM",
-            "GraniteMoeSharedForCausalLM",
-            "GraniteSWAForCausalLM",
-            "MiniCPM3ForCausalLM",
-        ),
-    ),
-    (
-        "config.text_config.logits_scaling",
-        -1,
-        ("Granite4VisionForConditionalGeneration", "GraniteDoclingForConditionalGeneration"),
-    ),
-    ("config.logits_scaling", 1, ("HyperCLOVAXForCausalLM",)),
-    ("config.text_config.logits_scaling", 1, ("HyperCLOVAXVisionV2ForConditionalGeneration",)),
-    ("config.logits_mup_width_multiplier", -1, ("InklingForCausalLM",)),
-    ("model.lm_head_multiplier", 1, ("FalconH1ForCausalLM",)),
-    (
-        "config.text_config.output_multiplier",
-        1,
-        ("MuseGlimmerForConditionalGeneration", "MuseSparkForConditionalGeneration"),
-    ),
-)
-# What a forward caps its logits at, as above.
-SOFTCAPS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (
-        "config.final_logit_softcapping",
-        (
-            "BeamForCausalLM",
-            "Gemma2ForCausalLM",
-            "Gemma3ForCausalLM",
-            "Gemma3nForCausalLM",
-            "Gemma4ForCausalLM",
-            "Gemma4UnifiedForCausalLM",
-            "NanoChatForCausalLM",
-            "VaultGemmaForCausalLM",
-        ),
-    ),
-    (
-        "config.text_config.final_logit_softcapping",
-        (
-            "Gemma4ForConditionalGeneration",
-            "Gemma4UnifiedForConditionalGeneration",
-            "MuseGlimmerForConditionalGeneration",
-            "MuseSparkForConditionalGeneration",
-            "PaliGemmaForConditionalGeneration",
-        ),
-    ),
-    (
-        "logit_softcap.softcap",
-        ("Inkling2ForCausalLM", "Inkling2ForConditionalGeneration"),
-    ),
-    ("final_logit_softcapping", ("MistralLarge4ForConditionalGeneration",)),
-    ("config.logits_soft_cap", ("RecurrentGemmaForCausalLM",)),
-    ("config.output_logit_soft_cap", ("xLSTMForCausalLM",)),
-)
-# Where a forward drops the rows that a head is padded with; elsewhere those beyond the vocabulary
-# of the config are padding.
-VOCABULARIES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("config.unpadded_vocab_size", ("Inkling2ForCausalLM", "InklingForCausalLM")),
-    ("config.text_config.unpadded_vocab_size", ("Inkling2ForConditionalGeneration",)),
-)
-# Code that may stand around a forward, or hook into it: it moves, gathers or casts, and computes
-# nothing else. Not torch.nn.utils, which normalizes and prunes weights in hooks.
+# The number that a forward multiplies its logits by (power 1) or divides them by (power −1): the
+# attribute of the model that holds it, by class. The logits of any other class are h Wᵀ + b,
+# whatever its config says: some vision-language models have a text config with a cap or a scale
+# that their forward never reads.
+SCALES: dict[str, tuple[str, int]] = {
+    "Cohere2ForCausalLM": ("logit_scale", 1),
+    "Cohere2MoeForCausalLM": ("logit_scale", 1),
+    "CohereCompassForCausalLM": ("logit_scale", 1),
+    "CohereCompassForConditionalGeneration": ("logit_scale", 1),
+    "CohereForCausalLM": ("logit_scale", 1),
+    "FalconH1ForCausalLM": ("model.lm_head_multiplier", 1),
+    "Granite4VisionForConditionalGeneration": ("config.text_config.logits_scaling", -1),
+    "GraniteDoclingForConditionalGeneration": ("config.text_config.logits_scaling", -1),
+    "GraniteForCausalLM": ("config.logits_scaling", -1),
+    "GraniteMoeForCausalLM": ("config.logits_scaling", -1),
+    "GraniteMoeHybridForCausalLM": ("config.logits_scaling", -1),
+    "GraniteMoeSharedForCausalLM": ("config.logits_scaling", -1),
+    "GraniteMoeSWAForCausalLM": ("config.logits_scaling", -1),
+    "GraniteSWAForCausalLM": ("config.logits_scaling", -1),
+    "HyperCLOVAXForCausalLM": ("config.logits_scaling", 1),
+    "HyperCLOVAXVisionV2ForConditionalGeneration": ("config.text_config.logits_scaling", 1),
+    "InklingForCausalLM": ("config.logits_mup_width_multiplier", -1),
+    "MiniCPM3ForCausalLM": ("config.logits_scaling", -1),
+    "MuseGlimmerForConditionalGeneration": ("config.text_config.output_multiplier", 1),
+    "MuseSparkForConditionalGeneration": ("config.text_config.output_multiplier", 1),
+}
+# The attribute that holds the cap of the logits.
+SOFTCAPS: dict[str, str] = {
+    "BeamForCausalLM": "config.final_logit_softcapping",
+    "Gemma2ForCausalLM": "config.final_logit_softcapping",
+    "Gemma3ForCausalLM": "config.final_logit_softcapping",
+    "Gemma3nForCausalLM": "config.final_logit_softcapping",
+    "Gemma4ForCausalLM": "config.final_logit_softcapping",
+    "Gemma4ForConditionalGeneration": "config.text_config.final_logit_softcapping",
+    "Gemma4UnifiedForCausalLM": "config.final_logit_softcapping",
+    "Gemma4UnifiedForConditionalGeneration": "config.text_config.final_logit_softcapping",
+    "Inkling2ForCausalLM": "logit_softcap.softcap",
+    "Inkling2ForConditionalGeneration": "logit_softcap.softcap",
+    "MistralLarge4ForConditionalGeneration": "final_logit_softcapping",
+    "MuseGlimmerForConditionalGeneration": "config.text_config.final_logit_softcapping",
+    "MuseSparkForConditionalGeneration": "config.text_config.final_logit_softcapping",
+    "NanoChatForCausalLM": "config.final_logit_softcapping",
+    "PaliGemmaForConditionalGeneration": "config.text_config.final_logit_softcapping",
+    "RecurrentGemmaForCausalLM": "config.logits_soft_cap",
+    "VaultGemmaForCausalLM": "config.final_logit_softcapping",
+    "xLSTMForCausalLM": "config.output_logit_soft_cap",
+}
+# The attribute that holds the size of the vocabulary, for a forward that drops the padded rows of a
+# head. Elsewhere the rows beyond the config's vocabulary are padding.
+VOCABULARIES: dict[str, str] = {
+    "Inkling2ForCausalLM": "config.unpadded_vocab_size",
+    "Inkling2ForConditionalGeneration": "config.text_config.unpadded_vocab_size",
+    "InklingForCausalLM": "config.unpadded_vocab_size",
+}
+# Packages whose code may wrap a forward or hook into it: it moves, gathers or casts, and computes
+# nothing else. torch.nn.utils is not among them: its hooks normalize and prune weights.
 TRUSTED = (
     "transformers",
     "accelerate",
@@ -116,20 +88,16 @@ TRUSTED = (
 )
 
 
-def _as_it_is(t: Tensor) -> Tensor:
-    return t
-
-
 # The first fields of an `LMHead`: weight, bias, softcap, scale, vocab_size.
 Fields = tuple[Tensor, Tensor | None, float | None, float, int | None]
 
 
-def head_of_model(model: Any, gather: Callable[[Tensor], Tensor] = _as_it_is) -> Fields:
-    """See `LMHead.of`. `gather` makes a weight or bias that is sharded whole."""
+def head_of_model(model: Any, gather: Callable[[Tensor], Tensor] | None = None) -> Fields:
+    """The fields of `LMHead.of`. `gather` makes a sharded weight or bias whole."""
     causal_lm, known = check_model(model)
     if known not in KNOWN:
-        kinds = {kind.__name__ for kind in type(causal_lm).__mro__ if _is_trusted_class(kind)}
-        if kinds & KNOWN:
+        kinds = [kind for kind in type(causal_lm).__mro__ if _is_of_transformers(kind.__module__)]
+        if KNOWN.intersection(kind.__name__ for kind in kinds):
             _refuse_forward(type(causal_lm).forward, f"this {type(causal_lm).__name__}")
         raise ValueError(
             f"LMHead.of does not know how a {type(causal_lm).__name__} makes its logits "
@@ -139,11 +107,12 @@ def head_of_model(model: Any, gather: Callable[[Tensor], Tensor] = _as_it_is) ->
 
 
 def check_model(model: Any) -> tuple[Any, str]:
-    """The model itself, out of what wraps it, and the class of transformers whose forward it has.
+    """The model without its wrappers, and the name of the class of transformers whose forward it
+    has; "" if that forward is not of transformers.
 
     Raises:
-        TypeError: no causal language model of transformers.
-        ValueError: a hook or a replaced forward, of the model, a wrapper or its head, that may
+        TypeError: model is no causal language model of transformers.
+        ValueError: the model, a wrapper or its head has a hook or a replaced forward that may
             change logits.
     """
     if not callable(getattr(model, "get_output_embeddings", None)) or not hasattr(model, "config"):
@@ -167,23 +136,24 @@ def check_model(model: Any) -> tuple[Any, str]:
         _check_forward(module, of)
         if not _is_trusted(function := _layers(type(module).forward)[-1]):
             _refuse_forward(function, of)
-    return causal_lm, known if _module_of(forward).startswith("transformers.models.") else ""
+    return causal_lm, known if _is_of_transformers(_module_of(forward)) else ""
 
 
 def backbone_of(model: Any) -> Any:
-    """The part of a model that makes its last hidden states, or None."""
+    """The submodule that makes the last hidden states of a model, or None."""
     for backbone in (getattr(model, name, None) for name in ("base_model", "model")):
         if isinstance(backbone, torch.nn.Module) and backbone is not model:
             return backbone
     return None
 
 
-def read_head(model: Any, known: str, gather: Callable[[Tensor], Tensor] = _as_it_is) -> Fields:
+def read_head(model: Any, known: str, gather: Callable[[Tensor], Tensor] | None = None) -> Fields:
     """The head of a model whose forward is that of the class `known` of transformers."""
     module = model.get_output_embeddings()
     _check_module(module)
-    weight = gather(module.weight)
-    bias = None if module.bias is None else gather(module.bias)
+    weight, bias = module.weight, module.bias
+    if gather is not None:
+        weight, bias = gather(weight), None if bias is None else gather(bias)
     _check_weight(weight)
     config = model.config
     if callable(getattr(config, "get_text_config", None)):
@@ -194,32 +164,27 @@ def read_head(model: Any, known: str, gather: Callable[[Tensor], Tensor] = _as_i
             f"the LM head has {rows} rows, fewer than the vocabulary's {vocab_size}: "
             "a head that is sharded over processes must be gathered first"
         )
-    unpadded = _number(model, known, VOCABULARIES)
+
+    def number(path: str | None) -> Any:
+        return None if path is None else operator.attrgetter(path)(model)
+
+    unpadded = number(VOCABULARIES.get(known))
     vocab_size = vocab_size if unpadded is None else min(unpadded, rows)
-    scale, softcap = 1.0, _number(model, known, SOFTCAPS)
-    for path, power, classes in SCALES:
-        number = _number(model, known, ((path, classes),))
-        if number is not None:
-            scale *= float(number) ** power
+    path, power = SCALES.get(known, (None, 1))
+    scale = number(path)
+    scale = 1.0 if scale is None else float(scale) ** power
+    softcap = number(SOFTCAPS.get(known))
     return weight, bias, softcap, scale, None if vocab_size == rows else vocab_size
 
 
-def _number(model: Any, known: str, places: Iterable[tuple[str, tuple[str, ...]]]) -> Any:
-    """What stands at the place that a class reads, or None."""
-    for path, classes in places:
-        if known in classes:
-            return operator.attrgetter(path)(model)
-    return None
-
-
 _BY_HAND = (
-    "Or pass an LMHead made by hand, LMHead(weight, bias, softcap, scale), of what the model does; "
-    "opsd_kernels.head_check.check_head compares its logits with the model's own"
+    "Or pass an LMHead made by hand, LMHead(weight, bias, softcap, scale), of what the model "
+    "does; opsd_kernels.head_check.check_head compares its logits with the model's own"
 )
 
 
 def _wrappers(model: Any) -> Iterator[Any]:
-    """The model in what wraps it (PEFT, torch.compile), from the outside to the model itself."""
+    """A model's wrappers (PEFT, torch.compile) from the outside in, and the model itself."""
     yield model
     if callable(inner := getattr(model, "get_base_model", None)):
         yield from _wrappers(inner())
@@ -233,7 +198,7 @@ def _compiled(model: Any) -> Any:
 
 
 def _around_backbone(model: Any) -> list[Any]:
-    """The modules that may stand between hidden states and logits, but for the LM head."""
+    """The modules outside the backbone, apart from the LM head: they may change logits."""
     backbone = backbone_of(model)
     if backbone is None:
         return []
@@ -244,10 +209,10 @@ def _around_backbone(model: Any) -> list[Any]:
 
 
 def _check_forward(module: Any, name: str) -> None:
-    """Refuse a forward that is not that of the module's class, but for what may stand around it."""
+    """Refuse a forward that is not that of the module's class, unless trusted code wraps it."""
     kind = type(module)
     if kind.__call__ is not torch.nn.Module.__call__:
-        raise ValueError(f"{name} has a __call__ of its own, whose logits LMHead.of would not have")
+        raise ValueError(f"{name} has a __call__ of its own, which may change logits")
     own = _layers(kind.forward)
     replaced = vars(module).get("forward")
     layers = own if replaced is None else _layers(replaced)
@@ -260,13 +225,13 @@ def _check_forward(module: Any, name: str) -> None:
 
 def _refuse_forward(function: Any, name: str) -> None:
     raise ValueError(
-        f"the forward of {name} was replaced by {_name_of(function)}, and what that makes of "
-        f"logits is not known. Put the forward back. {_BY_HAND}"
+        f"the forward of {name} was replaced by {_name_of(function)}, which may change logits. "
+        f"Put the forward back. {_BY_HAND}"
     )
 
 
 def _check_hooks(module: Any, name: str) -> None:
-    """Refuse a hook that may change what a module is given, what it returns or its gradients."""
+    """Refuse a hook that may change the input, the output or the gradients of a module."""
     hooks = (
         *vars(module).get("_forward_pre_hooks", {}).values(),
         *vars(module).get("_forward_hooks", {}).values(),
@@ -279,20 +244,20 @@ def _check_hooks(module: Any, name: str) -> None:
     for hook in hooks:
         if not _is_trusted(hook):
             raise ValueError(
-                f"{name} has a hook, {_name_of(hook)}, and what that makes of logits is not known: "
-                f"a loss calls neither the LM head nor its hooks. Remove the hook. {_BY_HAND}"
+                f"{name} has a hook, {_name_of(hook)}, which may change logits: a loss calls "
+                f"neither the LM head nor its hooks. Remove the hook. {_BY_HAND}"
             )
 
 
 def _of_accelerate(hook: Any) -> Iterable[Any]:
-    """The hooks that a hook of accelerate is made of."""
+    """The parts of a hook of accelerate."""
     if hook is None:
         return ()
     return getattr(hook, "hooks", (hook,))
 
 
 def _layers(function: Any) -> list[Any]:
-    """A function, and what it says that it wraps, from the outside to the inside."""
+    """A function and the functions that it wraps, by `__wrapped__`, from the outside in."""
     layers = []
     while function is not None:
         wrapped = getattr(function, "__wrapped__", None)
@@ -308,13 +273,13 @@ def _is_trusted(function: Any) -> bool:
     return any(module == name or module.startswith(f"{name}.") for name in TRUSTED)
 
 
-def _is_trusted_class(kind: type) -> bool:
-    return kind.__module__.startswith("transformers.models.")
+def _is_of_transformers(module: str) -> bool:
+    return module.startswith("transformers.models.")
 
 
 def _module_of(function: Any) -> str:
-    """The module whose code a function, or a callable object, runs; `functools.wraps` copies its
-    `__module__` from another."""
+    """The module that a function, or the class of a callable object, was defined in. Its
+    `__module__` may be another's: `functools.wraps` copies it."""
     function = _layers(function)[0]
     if (names := getattr(function, "__globals__", None)) is not None:
         return str(names.get("__name__", ""))
@@ -328,7 +293,7 @@ def _name_of(function: Any) -> str:
 
 
 def _check_module(module: Any) -> None:
-    """Refuse a head whose weight is not all that it multiplies by, or not here."""
+    """Refuse a head that does more than multiply by its weight, or whose weight is not here."""
     name, weight = type(module).__name__, getattr(module, "weight", None)
     if hasattr(module, "base_layer") or hasattr(module, "original_module"):
         raise ValueError(
@@ -340,8 +305,8 @@ def _check_module(module: Any) -> None:
     if not isinstance(weight, Tensor) or _is_packed(weight):
         of = "" if not isinstance(weight, Tensor) else f", {_kind_of(weight)}"
         raise ValueError(
-            f"the LM head is quantized ({name}{of}): load the model without, in "
-            'bitsandbytes with llm_int8_skip_modules=["lm_head"]'
+            f"the LM head is quantized ({name}{of}): load the model with a head that is not, in "
+            'bitsandbytes by llm_int8_skip_modules=["lm_head"]'
         )
     if hasattr(module, "parametrizations"):
         raise ValueError(
@@ -361,7 +326,7 @@ def _check_module(module: Any) -> None:
 
 
 def _is_packed(weight: Tensor) -> bool:
-    """Whether a weight is not the numbers that are multiplied by."""
+    """Whether a weight holds something else than the numbers that a product multiplies by."""
     if not weight.is_floating_point():
         return True
     return not is_dtensor(weight) and is_traceable_wrapper_subclass(weight.data)

@@ -1,17 +1,17 @@
-"""The loss as a module."""
+"""`fused_jsd_loss` as a torch.nn.Module."""
 
 import torch
 from torch import Tensor
 
-from opsd_kernels.checks import check_reduction
-from opsd_kernels.description import divergence_name
-from opsd_kernels.head import LMHead
-from opsd_kernels.loss import Reduction, fused_jsd_loss
-from opsd_kernels.scalars import check_beta, check_clip, check_temperature
+from .checks import check_reduction
+from .description import divergence_name
+from .head import LMHead
+from .loss import Reduction, fused_jsd_loss
+from .scalars import check_beta, check_clip, check_temperature
 
 
 class FusedJSDLoss(torch.nn.Module):
-    """`fused_jsd_loss` as a module: what defines the loss is given once, tensors at each call.
+    """`fused_jsd_loss` as a module: made with the options of the loss, called with tensors.
 
         loss = FusedJSDLoss(beta=0.5)(h_student, h_teacher, model.lm_head.weight.detach())
 

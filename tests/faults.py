@@ -221,8 +221,8 @@ FAULTS = [
     ),
     Fault(
         "opsd_kernels/head_of_model.py",
-        "scale *= float(number) ** power",
-        "scale *= float(number)",
+        "scale = 1.0 if scale is None else float(scale) ** power",
+        "scale = 1.0 if scale is None else float(scale)",
         "head_of_model head_check heads_of_others train_models trl",
     ),
     # TRL.
