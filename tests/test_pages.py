@@ -66,6 +66,15 @@ def test_a_dead_link_is_found(tmp_path):
     assert dead_links(page) == ["#three", "no.md"]
 
 
+NAMED = re.compile(r"`((?:opsd_kernels|opsd_train|benchmarks|examples|tests|docs)/[\w./-]+\.\w+)`")
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=name)
+def test_files_that_a_page_names_are_there(page):
+    missing = [named for named in NAMED.findall(page.read_text()) if not (ROOT / named).exists()]
+    assert missing == []
+
+
 def test_the_readme_is_read_in_four_minutes():
     assert len((ROOT / "README.md").read_text().split()) <= 1100
 
