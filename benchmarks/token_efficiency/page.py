@@ -121,17 +121,17 @@ A problem is a number of {", ".join(map(str, LEVELS[:-1]))} or {LEVELS[-1]} digi
 A solution works it out digit by digit, in {9 * LEVELS[0] + 1} to {9 * LEVELS[-1] + 1} tokens. The
 reference solution has the values alone. The teacher sees it, and SFT trains on it.
 
-The models are transformers' Qwen3 with two layers. Before any method is run they are taught to
-multiply, with faults: {len(WRONG_PAIRS)} pairs of the times table have a wrong value and a carry is
-lost at a zero, in {MISCONCEPTION:.0%} of the cases, and any step slips in {SLIP:.0%}. With a
-reference in view they are taught to make no mistake. So a model that is alone makes mistakes which
-greedy decoding does not remove. Before training the {plan["size"]} model
+The models are transformers' Qwen3 with two layers. In a warm start, before any method is run, they
+are taught to multiply, with faults: {len(WRONG_PAIRS)} pairs of the times table have a wrong value
+and a carry is lost at a zero, in {MISCONCEPTION:.0%} of the cases, and any step slips in
+{SLIP:.0%}. With a reference in view they are taught to make no mistake. So a model that is alone
+makes mistakes which greedy decoding does not remove. Before training the {plan["size"]} model
 ({parameters(results)} parameters)
 solves {start:.0%} of the held-out problems when it samples,
 {begin["greedy"]:.0%} when it decodes greedily, and
 {begin["teacher"]:.0%} with the reference in view. Sampled, by digits:
 {", ".join(f"{level}: {a:.0%}" for level, a in zip(LEVELS, by_level, strict=True))}.
-No pair of numbers is in two of these: the first teaching, training, the search of learning rates,
+No pair of numbers is in two of these: the warm start, training, the search of learning rates,
 the held-out problems.
 
 **What this can show:** how objectives compare when all else is the same code, on a task where the
@@ -146,10 +146,13 @@ truth. Look at orderings more than at sizes.
 ## The rule
 
 Each method has {len(plan["seeds"])} seeds, which decide the adapter, the order of problems and all
-draws. The warm-started model is the same for all. Methods that are compared have the same seeds and
+draws. All start from the same model. Methods that are compared have the same seeds and
 the same {plan["problems"]} held-out problems. A comparison gives the mean of the differences, one
 for each seed, and Student's 95% interval. An ordering *holds here* if the interval is above 0,
-*does not hold here* if it is below, and otherwise *cannot be told from the noise*."""
+*does not hold here* if it is below, and otherwise *cannot be told from the noise*.
+
+"A over B" is A's accuracy less B's. Tables, figures and equations in brackets are the paper's; "no
+claim" marks a comparison that the paper does not make."""
 
 
 def main(results: Results) -> str:
