@@ -9,6 +9,7 @@ import sys
 import warnings
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -569,6 +570,14 @@ def test_where_a_peer_wins_it_is_said(results_of_a_gpu, seconds):
     assert f"in memory ({' against '.join(mib)})" in schedules
     assert "Liger, fused took less memory than our row workspace." in peers
     assert "less memory than our logit-free" not in peers
+
+
+def test_functions_of_the_readme_are_those_that_are_called():
+    assert readme.FUNCTIONS.keys() == peers.METHODS.keys()
+    called = Path(peers.__file__).read_text()
+    for call in readme.FUNCTIONS.values():
+        (function,) = re.findall(r"`([\w.]+)`", call)
+        assert function.rpartition(".")[2] in called
 
 
 def recorded_mib(method, N):
