@@ -29,8 +29,8 @@ from opsd_kernels.products import (
     project_onto_head,
     score_scale,
 )
-from opsd_kernels.rows import WHOLE, member_rows_
-from opsd_kernels.vocabulary_parallel import VocabularyShard, smallest, summed_
+from opsd_kernels.rows import divergence_rows_
+from opsd_kernels.vocabulary_parallel import smallest, summed_
 
 
 def allocate(
@@ -147,7 +147,6 @@ def _step_2(
         in_place = needs_score and outputs.stats is None
         return launch_rows(outputs, z_S, z_T, chunk, in_place)
     map_S, map_T = chunk.logit_maps
-    vocabulary = WHOLE if chunk.group is None else VocabularyShard(chunk.group)
     for i in range(0, R, plan.block):
         rows = slice(i, i + plan.block)
         block, into = chunk.tokens(rows), outputs.tokens(rows)
@@ -159,20 +158,19 @@ def _step_2(
             for z in (block_S, block_T):
                 if z is not None:
                     z.div_(chunk.temperature)
-        targets = None if block.targets is None else block.targets.long()
-        known = None
+        seen = None
         if into.stats is not None and into.top is not None:
-            known = into.stats, into.top
-        loss = member_rows_(
+            seen = into.stats, into.top
+        loss = divergence_rows_(
             block_S,
             block_T,
             block.member,
             needs_score,
             into.statistics,
-            targets,
+            block.targets,
             block.advantages,
-            known,
-            vocabulary,
+            seen,
+            block.group,
         )
         if slope is not None:
             block_S.mul_(slope)

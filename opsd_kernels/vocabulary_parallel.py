@@ -20,8 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opsd_kernels.rows import Softmax, Vocabulary
-
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -88,7 +86,7 @@ def _find_shard(h: Tensor, own_rows: int, group: str) -> Tensor:
             f"the ranks of W.group have {tokens.tolist()} tokens: every rank must have all tokens "
             "that the others have (gather a sequence that is split first)"
         )
-    return torch.stack([rows[: _rank(group)].sum(), rows.sum()])
+    return torch.stack([rows[: rank_in(group)].sum(), rows.sum()])
 
 
 _operator = torch.library.custom_op(
@@ -132,35 +130,7 @@ def smallest(number: int, group: str, device: torch.device) -> int:
     return int(t)
 
 
-class VocabularyShard(Vocabulary):
-    """Some of the vocabulary's columns, the others being those of other processes."""
-
-    def __init__(self, group: str):
-        self.group = group
-
-    def softmaxes(self, *logits: Tensor) -> list[Softmax]:
-        tops = [z.amax(-1, keepdim=True) for z in logits]
-        # A shard may be banned as a whole.
-        safe = [top.masked_fill(top == -torch.inf, 0) for top in tops]
-        exps = [(z - top).exp_() for z, top in zip(logits, safe, strict=True)]
-        totals = [e.sum(-1, keepdim=True) for e in exps]
-        all_tops, all_totals = gathered(torch.stack([*tops, *totals]), self.group).chunk(2, dim=1)
-        found = []
-        for i, p in enumerate(exps):
-            top = all_tops[:, i].amax(0)
-            scale = (all_tops[:, i] - top).exp_()
-            total = (all_totals[:, i] * scale).sum(0)
-            p.mul_((safe[i] - top).exp_().div_(total))
-            # Of equal ones the first has it.
-            here = (all_tops[:, i] == top).int().argmax(0) == _rank(self.group)
-            found.append(Softmax(p, top, total.log_(), here))
-        return found
-
-    def sums(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        return summed_(torch.cat(parts, -1), self.group).split(1, dim=-1)
-
-
-def _rank(group: str) -> int:
+def rank_in(group: str) -> int:
     return _find(group).rank()
 
 

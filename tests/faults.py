@@ -30,8 +30,8 @@ FAULTS = [
     ),
     Fault(
         "opsd_kernels/rows.py",
-        "share = torch.where(whole.isinf(), 1, taken / whole)",
-        "share = taken / whole",
+        "share = torch.where(whole.isinf(), 1, removed / whole)",
+        "share = removed / whole",
         f"token_divergence {OP}",
     ),
     Fault(
@@ -170,9 +170,9 @@ FAULTS = [
         f"trained_head {OP}",
     ),
     Fault(
-        "opsd_kernels/vocabulary_parallel.py",
-        "here = (all_tops[:, i] == top).int().argmax(0) == _rank(self.group)",
-        "here = all_tops[_rank(self.group), i] == top",
+        "opsd_kernels/rows.py",
+        "elsewhere = (all_tops[:, i] == top).int().argmax(0) != rank_in(group)",
+        "elsewhere = all_tops[rank_in(group), i] != top",
         "vocabulary_parallel",
     ),
     Fault(
