@@ -32,7 +32,7 @@ from opsd_kernels.products import (
     score_dtype,
     score_scale,
 )
-from opsd_kernels.rows import logit_gradient_
+from opsd_kernels.rows import logit_gradient_, logits_, weigh_
 from opsd_kernels.vocabulary_parallel import summed_
 
 # In PyTorch: entries of a tile of logits, on a CPU few enough for the cache, and rows of it.
@@ -175,24 +175,17 @@ def _launch(scratch: Tensor, chunk: Problem, seen: tuple[Tensor, Tensor], tile: 
 
 def _compute(scratch: Tensor, chunk: Problem, seen: tuple[Tensor, Tensor], tile: slice) -> Tensor:
     """The same in PyTorch."""
-    weights, columns = chunk.weights, tile.stop - tile.start
-    assert weights is not None
-    z_S, z_T = scratch[:, : chunk.h_S.shape[0], :columns]
-    map_S, map_T = chunk.logit_maps
+    R, columns = chunk.h_S.shape[0], tile.stop - tile.start
+    z_S, z_T = scratch[0, :R, :columns], None
     project(z_S, chunk.h_S, chunk.W[tile], chunk.operand_dtype, columns)
-    slope = map_S.of_columns(tile).apply_(z_S, needs_slope=True)
-    z_S.div_(chunk.temperature)
     if chunk.h_T is not None and chunk.member.is_divergence:
-        W_T = chunk.W if chunk.W_T is None else chunk.W_T
+        z_T, W_T = scratch[1, :R, :columns], chunk.W if chunk.W_T is None else chunk.W_T
         project(z_T, chunk.h_T, W_T[tile], chunk.operand_dtype, columns)
-        map_T.of_columns(tile).apply_(z_T)
-        z_T.div_(chunk.temperature)
+    slope = logits_(z_S, z_T, chunk, True, tile)
     policy = chunk.targets, chunk.advantages
     logit_gradient_(z_S, z_T, tile.start, seen, chunk.member, *policy)
-    if slope is not None:
-        z_S.mul_(slope)
-    # Selected, not multiplied: what does not count may be NaN.
-    return z_S.mul_(weights[:, None]).masked_fill_((weights == 0)[:, None], 0)
+    weigh_(z_S, slope, chunk.weights)
+    return z_S
 
 
 def _add_what_rounding_took(

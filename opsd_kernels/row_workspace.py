@@ -29,7 +29,7 @@ from opsd_kernels.products import (
     project_onto_head,
     score_scale,
 )
-from opsd_kernels.rows import divergence_rows_
+from opsd_kernels.rows import divergence_rows_, logits_, weigh_
 from opsd_kernels.vocabulary_parallel import smallest, summed_
 
 
@@ -146,18 +146,11 @@ def _step_2(
     if planning.uses_rows_kernel(chunk):
         in_place = needs_score and outputs.stats is None
         return launch_rows(outputs, z_S, z_T, chunk, in_place)
-    map_S, map_T = chunk.logit_maps
     for i in range(0, R, plan.block):
         rows = slice(i, i + plan.block)
         block, into = chunk.tokens(rows), outputs.tokens(rows)
         block_S, block_T = z_S[rows], None if z_T is None else z_T[rows]
-        slope = map_S.apply_(block_S, needs_score)
-        if block_T is not None:
-            map_T.apply_(block_T)
-        if chunk.temperature != 1:
-            for z in (block_S, block_T):
-                if z is not None:
-                    z.div_(chunk.temperature)
+        slope = logits_(block_S, block_T, block, needs_score)
         seen = None
         if into.stats is not None and into.top is not None:
             seen = into.stats, into.top
@@ -172,11 +165,7 @@ def _step_2(
             seen,
             block.group,
         )
-        if slope is not None:
-            block_S.mul_(slope)
-        if block.weights is not None:
-            block_S.mul_(block.weights[:, None])
-            block_S.masked_fill_((block.weights == 0)[:, None], 0)
+        weigh_(block_S, slope, block.weights)
         into.loss.copy_(loss)
     return LogitGradient(z_S)
 

@@ -37,6 +37,7 @@ from .divergence import (
     clipped_off,
     value_and_score,
 )
+from .problem import Problem
 from .vocabulary_parallel import gathered, rank_in, summed_
 
 # The field of `stats` that is the gradient of the entry `top`. The fields before it: both parts of
@@ -170,7 +171,7 @@ def divergence_rows_(
 
 def logit_gradient_(
     z_S: Tensor,
-    z_T: Tensor,
+    z_T: Tensor | None,
     first: int,
     seen: tuple[Tensor, Tensor],
     member: Member,
@@ -194,6 +195,7 @@ def logit_gradient_(
     elif member.family == Family.ENTROPY:
         torch.sub(top_S, z_S, out=z_S).clamp_(max=HUGE).sub_(G).mul_(p)
     else:
+        assert z_T is not None
         q = (z_T - top_T).exp_().mul_(rest_T.neg().exp_())
         x = _difference_(z_T, z_S).clamp_(-HUGE, HUGE)
         x.sub_(top_T - top_S).sub_(rest_T - rest_S)
@@ -206,6 +208,38 @@ def logit_gradient_(
         z_S.sub_(advantages[:, None] * sampled)
     # The top entry has its gradient from forward: its score there is 0 exactly.
     torch.where(columns == top[:, None], stats[G_TOP, :, None], z_S, out=z_S)
+
+
+def logits_(
+    z_S: Tensor,
+    z_T: Tensor | None,
+    problem: Problem,
+    needs_slope: bool,
+    columns: slice = slice(None),
+) -> Tensor | None:
+    """Turn products h Wᵀ [R, V] of both sides, or some of their columns, into logits in place.
+
+    Returns:
+        The slope of the student's softcap, see `LogitMap.apply_`; None where it is 1.
+    """
+    map_S, map_T = problem.logit_maps
+    slope = map_S.of_columns(columns).apply_(z_S, needs_slope)
+    if z_T is not None:
+        map_T.of_columns(columns).apply_(z_T)
+    if problem.temperature != 1:
+        for z in (z_S, z_T):
+            if z is not None:
+                z.div_(problem.temperature)
+    return slope
+
+
+def weigh_(g: Tensor, slope: Tensor | None, weights: Tensor | None) -> None:
+    """Multiply a gradient with respect to logits [R, V] by the slope of a softcap and the weights
+    [R] of tokens; a token of weight 0 gets 0, even in place of NaN."""
+    if slope is not None:
+        g.mul_(slope)
+    if weights is not None:
+        g.mul_(weights[:, None]).masked_fill_((weights == 0)[:, None], 0)
 
 
 def softmaxes(logits: list[Tensor], group: str | None) -> list[Softmax]:
