@@ -457,9 +457,9 @@ def of_row(case: Case, *what: Any) -> int:
     if case.function is fused_entropy:
         return 8 + 4  # normalizers; the mean of a
     if case.function is fused_divergence_loss:
-        # Where there is no mass, of both KLs; what a clip takes of both sides; z_S and 1 − p at ŷ.
+        # Where both KLs are infinite; the mass of clipped entries; z_S and 1 − p at ŷ.
         apart = 8 if case.beta is None and case.entry_clip is None else 0
-        return 16 + 4 + 8 + apart + (8 if case.entry_clip is not None else 0) + 8
+        return 16 + 4 + 8 + apart + (4 if case.entry_clip is not None else 0) + 8
     return row_bytes(*what)
 
 
