@@ -1,18 +1,19 @@
-"""TRL's trainers with the losses of this package, by one line before a trainer is made.
+"""The losses of this package in TRL's trainers, by one call before a trainer is made.
 
     from opsd_kernels.trl import apply_opsd_kernels_to_trl
 
     apply_opsd_kernels_to_trl()
 
 `DistillationTrainer`, `SDFTTrainer`, `SDPOTrainer`, `GKDTrainer`, `GOLDTrainer` and `IWOPDTrainer`
-then compute their full-vocabulary losses, and the losses of sampled tokens of SDFT and SDPO, from
-hidden states. What a config asks for and this package does not compute stays TRL's, and is said
-once; and so does the loss of a model whose own logits, on a few tokens of the first batch, are not
-those that its head gives. examples/README.md lists what is whose.
+then compute their full-vocabulary losses from hidden states, and SDFT and SDPO their losses of
+sampled tokens too. TRL's own loss stays where a config asks for something that this package does
+not compute, and where the logits of a model differ from those that its head gives, on a few tokens
+of the first batch. A warning says so once. examples/README.md lists which loss computes what.
 
-What lives here: patches.py replaces functions of TRL's and puts them back; distillation.py,
-self_distillation.py and on_policy.py hold the losses of the trainers; hidden_states.py gets what
-enters a head, through wrappers, and heads.py the head itself. TRL is imported here alone.
+patches.py replaces functions of TRL and puts them back. distillation.py, self_distillation.py and
+on_policy.py hold the losses of the trainers. hidden_states.py runs a model up to its head, inside
+its wrappers; heads.py makes the head whole. hooks.py describes a replacement. No other folder
+imports TRL.
 """
 
 try:
@@ -24,6 +25,6 @@ except ModuleNotFoundError as error:
         "opsd_kernels.trl needs TRL, which is not installed: pip install 'trl>=1.16'"
     ) from error
 
-from opsd_kernels.trl.patches import Applied, apply_opsd_kernels_to_trl
+from .patches import Applied, apply_opsd_kernels_to_trl
 
 __all__ = ["Applied", "apply_opsd_kernels_to_trl"]

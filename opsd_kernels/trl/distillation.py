@@ -1,4 +1,5 @@
-"""The loss of `DistillationTrainer`: one function of hidden states and heads, which TRL has too."""
+"""The loss of `DistillationTrainer`, in place of TRL's function of the same hidden states and
+heads."""
 
 import functools
 import inspect
@@ -8,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd_kernels.checks import FLOAT_DTYPES
-from opsd_kernels.head import LMHead
-from opsd_kernels.loss import token_divergence
-from opsd_kernels.trl.heads import gathered, in_one_dtype, whole
-from opsd_kernels.trl.hooks import Hook, logger
+from ..checks import FLOAT_DTYPES
+from ..head import LMHead
+from ..loss import token_divergence
+from .heads import gathered, in_one_dtype, whole
+from .hooks import Hook, logger
 
 
 def _chunked_divergence_loss(theirs: Callable[..., Any], module: Any) -> Callable[..., Any]:
@@ -34,10 +35,11 @@ def _chunked_divergence_loss(theirs: Callable[..., Any], module: Any) -> Callabl
 
 
 def _loss(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of what the function that is replaced was called with.
+    """The loss for the arguments of the function that is replaced.
 
     Returns:
-        The loss, and of this process the sum of the student's entropies and how many tokens count.
+        The loss; and for the tokens of this process, the sum of the student's entropies and the
+        number of tokens that count.
     """
     at = given["completion_mask"] != 0
     h_S, h_T = given["student_hidden_states"][at], given["teacher_hidden_states"][at]
@@ -49,7 +51,7 @@ def _loss(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     with gathered(*heads):
         W, W_T = _head(given, "student"), _head(given, "teacher").detach()
         if W_T.weight.shape[0] > W.weight.shape[0]:
-            # Of a teacher that is padded further, the rows that the student has.
+            # The teacher's head has more padded rows: use as many as the student's head has.
             W_T = W_T._replace(vocab_size=W.weight.shape[0])
         h_S, W, h_T, W_teacher = in_one_dtype(h_S, W, h_T, W_T)
         stats = token_divergence(

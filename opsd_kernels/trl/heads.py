@@ -1,4 +1,4 @@
-"""LM heads as a loss takes them: whole, wherever they are sharded."""
+"""LM heads made whole for a loss, whatever shards them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from opsd_kernels.head import LMHead
-from opsd_kernels.head_of_model import head_of_model
-from opsd_kernels.vocabulary_parallel import is_dtensor
+from ..head import LMHead
+from ..head_of_model import head_of_model
+from ..vocabulary_parallel import is_dtensor
 
 
 @contextmanager
 def heads_of_models(student: Any, teacher: Any) -> Iterator[tuple[LMHead, LMHead | None]]:
-    """The student's head, and the teacher's if it is another; whole for as long as this lasts.
+    """The student's head, and the teacher's, or None if it is the same. They are whole inside the
+    `with` only.
 
-    All rows count, as in the logits of the models. Every process must enter at the same time.
+    Padded rows count, as in the logits of the models. All processes must enter at the same time.
     """
     module, module_T = student.get_output_embeddings(), teacher.get_output_embeddings()
     with gathered(module.weight, module.bias, module_T.weight, module_T.bias):
@@ -30,20 +31,21 @@ def heads_of_models(student: Any, teacher: Any) -> Iterator[tuple[LMHead, LMHead
 
 @contextmanager
 def gathered(weight: Any, bias: Any, weight_T: Any, bias_T: Any) -> Iterator[None]:
-    """With parameters that ZeRO-3 has partitioned made whole, the teacher's by its own engine."""
+    """Make parameters whole that ZeRO-3 has partitioned, each side's by the engine that has it."""
     with maybe_gather_lm_head_ctx(weight, bias), maybe_gather_lm_head_ctx(weight_T, bias_T):
         yield
 
 
 def head_of(model: Any) -> LMHead:
-    """The head of a model, whole."""
+    """The head of a model, made whole."""
     return LMHead(*head_of_model(model, whole))
 
 
 def whole(t: Tensor) -> Tensor:
-    """A parameter of a head, all of it and for backward too; a gradient finds its way back.
+    """The whole of a parameter of a head, valid in backward too. Gradients flow to the parameter.
 
-    FSDP2's are gathered; their gradients are averaged over the mesh, as FSDP2 averages others.
+    A parameter of FSDP2 is gathered, and its gradient averaged over the mesh, as FSDP2 averages
+    others.
     """
     if is_dtensor(t):
         from torch.distributed.tensor import Partial
@@ -54,7 +56,7 @@ def whole(t: Tensor) -> Tensor:
             full.register_hook(lambda gradient: gradient / mesh.size())
         return full
     if hasattr(t, "ds_id") and t.requires_grad and torch.is_grad_enabled():
-        # ZeRO-3 takes back what it gathered for forward, and backward reads it once more.
+        # ZeRO-3 frees what it gathered for forward, and backward reads it again.
         return t.clone()
     return t
 
@@ -62,16 +64,21 @@ def whole(t: Tensor) -> Tensor:
 def in_one_dtype(
     h_S: Tensor, W: LMHead, h_T: Tensor, W_T: LMHead | None
 ) -> tuple[Tensor, LMHead, Tensor, LMHead | None]:
-    """Heads in the dtype of their hidden states, and both sides in the wider dtype of the two.
-    Under autocast the loss sees to it."""
+    """Each head in the dtype of its hidden states, then both sides in the wider dtype of the two.
+    Under autocast nothing changes, since the loss casts."""
     if torch.is_autocast_enabled(h_S.device.type):
         return h_S, W, h_T, W_T
     dtype = torch.promote_types(h_S.dtype, h_T.dtype)
     if W_T is None and h_T.dtype != h_S.dtype:
         W_T = W.detach()
     if W_T is not None:
-        W_T = _to(_to(W_T, h_T.dtype), dtype)
-    return h_S.to(dtype), _to(_to(W, h_S.dtype), dtype), h_T.to(dtype), W_T
+        W_T = _to(in_dtype_of(h_T, W_T), dtype)
+    return h_S.to(dtype), _to(in_dtype_of(h_S, W), dtype), h_T.to(dtype), W_T
+
+
+def in_dtype_of(h: Tensor, W: LMHead) -> LMHead:
+    """A head in the dtype of its hidden states; under autocast as it is, since the loss casts."""
+    return W if torch.is_autocast_enabled(h.device.type) else _to(W, h.dtype)
 
 
 def _to(W: LMHead, dtype: torch.dtype) -> LMHead:
@@ -80,7 +87,7 @@ def _to(W: LMHead, dtype: torch.dtype) -> LMHead:
 
 
 def why_no_head(model: Any) -> str | None:
-    """Why the loss cannot take a model's head, if it cannot; told without gathering it."""
+    """Why the loss cannot take the head of a model, found without gathering it; None if it can."""
     try:
         dtype = head_of_model(model, _stand_in)[0].dtype
     except (TypeError, ValueError) as error:
@@ -91,6 +98,6 @@ def why_no_head(model: Any) -> str | None:
 
 
 def _stand_in(t: Tensor) -> Tensor:
-    """What has the shape of the whole parameter, and takes no memory."""
+    """A tensor with the shape of the whole parameter that takes no memory."""
     shape = getattr(t, "ds_shape", t.shape)
     return t if t.is_meta else torch.empty((), dtype=t.dtype).expand(shape)

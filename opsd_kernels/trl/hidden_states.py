@@ -1,8 +1,8 @@
-"""What enters a model's head, without calling the head; in the forward of whatever wraps the model.
+"""The hidden states that enter a model's head, computed inside the forward of its wrapper.
 
-A wrapper (DDP, FSDP2, a DeepSpeed engine) makes a model's parameters whole, and prepares for their
-gradients, in its own forward. So that is what is called; in it the model's backbone takes the place
-of the model, and the loss is computed before it ends.
+A wrapper (DDP, FSDP2, a DeepSpeed engine) makes parameters whole, and prepares for their gradients,
+in its own forward. So the wrapper is called. Inside its forward the backbone runs in place of the
+model, and the loss is computed before that forward returns.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from trl.models.utils import _ForwardRedirection
 
-from opsd_kernels.head import LMHead
-from opsd_kernels.head_check import check_head, head_logits
-from opsd_kernels.trl.heads import heads_of_models, in_one_dtype, why_no_head
+from ..head import LMHead
+from ..head_check import check_head, head_logits
+from .heads import heads_of_models, in_dtype_of, in_one_dtype, why_no_head
 
 T = TypeVar("T")
 Loss = Callable[[Tensor, LMHead, Tensor, LMHead | None], T]
@@ -29,14 +29,11 @@ SIGNATURES = {
 
 
 def predicting(mask: Tensor, length: int) -> Tensor:
-    """Which positions of a sequence predict the tokens of a mask.
+    """The positions [B, L] bool of sequences that predict the tokens of a mask.
 
     Args:
-        mask: [B, K] of the last K tokens; what is not 0 counts.
+        mask: [B, K] of the last K tokens; a token counts where it is not 0.
         length: L > K, of the sequences.
-
-    Returns:
-        [B, L] bool.
     """
     return pad(mask != 0, (length - 1 - mask.shape[1], 1))
 
@@ -44,17 +41,20 @@ def predicting(mask: Tensor, length: int) -> Tensor:
 def run_backbone(
     trainer: Any, wrapped: Any, at: Tensor, then: Callable[[Tensor, Any], T], **inputs: Any
 ) -> T:
-    """Run a model up to its head, in the forward of what wraps it, and there what comes after.
+    """Run a model up to its head, and then `then`, inside the forward of its wrapper.
 
     Args:
         at: [B, L] bool, the positions that count.
-        then: of the last hidden states [n, D] there and the model without an adapter's wrapper,
-            makes tensors. Backward goes through what is returned alone.
-        inputs: of the model.
+        then: called with the last hidden states [n, D] at these positions and the model without its
+            adapter's wrapper. Only the tensors that it returns have a backward.
+        inputs: of the model's forward.
+
+    Returns:
+        What `then` returns.
     """
 
     def compute(**inputs: Any) -> T:
-        # What accelerate does in the forward of a model that it prepares, which is not called here.
+        # As accelerate does in the forward of a model that it prepared, which is not called here.
         with trainer.accelerator.autocast():
             h = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
             device = causal_lm.get_output_embeddings().weight.device
@@ -66,7 +66,7 @@ def run_backbone(
 
 
 def teacher_hidden_states(trainer: Any, teacher: Any, at: Tensor, **inputs: Any) -> Tensor:
-    """Last hidden states [n, D_T] of a teacher where `at` [B, L] is set, without gradient."""
+    """The teacher's last hidden states [n, D_T] at the positions `at` [B, L], without gradient."""
     with torch.no_grad():
         return run_backbone(trainer, teacher, at, lambda h, _: h, **inputs)
 
@@ -74,10 +74,11 @@ def teacher_hidden_states(trainer: Any, teacher: Any, at: Tensor, **inputs: Any)
 def loss_of_student(
     trainer: Any, model: Any, loss: Loss[T], h_T: Tensor, teacher: Any, at: Tensor, **inputs: Any
 ) -> T:
-    """A loss of the student's last hidden states where `at` [B, L] is set, and of the teacher's.
+    """Run the student, and compute a loss from both sides at the positions `at` [B, L].
 
     Args:
-        loss: of h_S, the student's head, h_T and the teacher's head, or None if it is the same.
+        loss: called with h_S, the student's head, h_T and the teacher's head, or None if it is the
+            same.
         h_T: [n, D_T] from `teacher_hidden_states`, for the same tokens.
     """
     teacher = _causal_lm(trainer.accelerator.unwrap_model(teacher))
@@ -90,13 +91,13 @@ def loss_of_student(
 
 
 def _causal_lm(model: Any) -> Any:
-    """The model within an adapter, whose layers are in its own modules."""
+    """A model without the wrapper of its adapter; the adapter's layers stay in its modules."""
     return model.base_model.model if is_peft_model(model) else model
 
 
 def why_no_hidden_states(trainer: Any, *models: Any) -> str | None:
-    """Why they, or a head for them, cannot be had of models as they are wrapped, if so. The same on
-    every process."""
+    """Why the hidden states or the head of one of the models cannot be computed inside its wrapper;
+    None if they can. The same on every process."""
     if getattr(trainer.accelerator, "is_fsdp2", False) is False and trainer.is_fsdp_enabled:
         return "FSDP of version 1 flattens the LM head; version 2 does not"
     for model in models:
@@ -118,17 +119,17 @@ def why_no_hidden_states(trainer: Any, *models: Any) -> str | None:
 
 
 def _why_wrapped(model: Any) -> str | None:
-    """Why an adapter's layers do not do its work without the forward of its wrapper, if so."""
+    """Why an adapter needs the forward of its wrapper; None if its layers do all of its work."""
     from peft import AdaLoraModel
     from peft.tuners.tuners_utils import BaseTuner
 
     for name in model.active_adapters:
         config = model.peft_config[name]
         if config.is_prompt_learning:
-            return "an adapter that learns a prompt works in the forward of the whole model"
+            return "an adapter that learns a prompt needs the forward of the whole model"
         if getattr(config, "alora_invocation_tokens", None) is not None:
-            return "the wrapper of an activated LoRA says in its forward where it is active"
-    # AdaLoRA's adds a term to a loss of the model's own, which no trainer here asks for.
+            return "the wrapper of an activated LoRA finds in its forward where it is active"
+    # AdaLoRA's forward adds a term to the model's own loss, which no trainer here asks for.
     if type(model.base_model).forward not in (BaseTuner.forward, AdaLoraModel.forward):
         return f"the adapter's wrapper, {type(model.base_model).__name__}, has a forward of its own"
     return None
@@ -137,8 +138,8 @@ def _why_wrapped(model: Any) -> str | None:
 def why_other_logits(
     trainer: Any, models: Iterable[Any], input_ids: Tensor, attention_mask: Tensor
 ) -> str | None:
-    """Why a loss would not have the logits of models, if so: compared once for each model, on a few
-    tokens of the first batch. The same on every process."""
+    """Why a loss would compute other logits than one of the models; None if it would not. They are
+    compared once for each model, on a few tokens of the first batch. The same on every process."""
     known = vars(trainer).setdefault("_opsd_kernels_compared", {})
     for model in models:
         causal_lm = _causal_lm(trainer.accelerator.unwrap_model(model))
@@ -152,8 +153,7 @@ def why_other_logits(
 def _compare(trainer: Any, model: Any, input_ids: Tensor, attention_mask: Tensor) -> str | None:
     def logits(h: Tensor, causal_lm: Any) -> Tensor:
         with heads_of_models(causal_lm, causal_lm) as (W, _):
-            h, W, _h, _W = in_one_dtype(h, W, h, None)
-            return head_logits(W, h)
+            return head_logits(in_dtype_of(h, W), h)
 
     def make_logits(**inputs: Any) -> Tensor:
         return run_backbone(trainer, model, inputs["attention_mask"] != 0, logits, **inputs)

@@ -1,4 +1,4 @@
-"""What is replaced in TRL, and what is said when it is not used."""
+"""A function of TRL and its replacement, and the warning where TRL's own is used after all."""
 
 import functools
 import inspect
@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .hidden_states import why_no_hidden_states, why_other_logits
+
 logger = logging.getLogger("opsd_kernels.trl")
 
 COMPUTE_LOSS = "self, model, inputs, return_outputs, num_items_in_batch"
@@ -16,33 +18,34 @@ COMPUTE_LOSS = "self, model, inputs, return_outputs, num_items_in_batch"
 
 @dataclass(frozen=True)
 class Hook:
-    """A function of TRL's that is replaced, and the signatures that ours was written for."""
+    """A function of TRL that is replaced, and the signatures that ours was written for."""
 
     trainer: str
     """The trainer's name, as `apply_opsd_kernels_to_trl` takes it."""
     module: str
-    """Where it is imported from."""
+    """The module that holds the trainer."""
     replaced: str
     """`function`, or `Class.method`, in that module."""
     make: Callable[[Callable[..., Any], Any], Callable[..., Any]]
-    """Makes ours of theirs, which is kept for what ours does not compute, and of what holds it."""
+    """Makes our function from TRL's, which it falls back to, and the class or module that holds
+    it."""
     signatures: Mapping[str, str]
-    """Names of the parameters of what is replaced, and of what ours calls or does the work of;
-    after `module:` where that is another."""
+    """The names of the parameters of every function of TRL that is replaced, that ours calls, or
+    whose work ours does; by path, after `module:` if it is in another module."""
 
 
 def compute_loss_or_theirs(
     theirs: Callable[..., Any],
-    why_theirs: Callable[[Any, Any], str | None],
+    why_theirs: Callable[[Any], str | None],
     ours: Callable[[Any, Any, dict[str, Any], Tensor | int | None], Tensor],
-    why_other_logits: Callable[[Any, Any, dict[str, Any]], str | None],
+    text: Callable[[dict[str, Any]], dict[str, Tensor]],
 ) -> Callable[..., Any]:
-    """A trainer's `compute_loss`.
+    """Make the `compute_loss` of a trainer that has a `teacher_model`.
 
     Args:
-        why_theirs: of trainer and model, a reason for which ours cannot compute the loss, if any.
-        why_other_logits: of trainer, model and inputs, a reason that only a forward shows.
-        ours: of trainer, model, inputs and `num_items_in_batch`, the loss.
+        why_theirs: tells for a trainer why its config needs TRL's own loss; None if it does not.
+        ours: the loss, from trainer, model, inputs and `num_items_in_batch`.
+        text: gives the `input_ids` and `attention_mask` of the student from the inputs.
     """
 
     @functools.wraps(theirs)
@@ -53,11 +56,15 @@ def compute_loss_or_theirs(
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        reason = why_theirs(self, model)
+        models = model, self.teacher_model
         if return_outputs:
-            reason = "the model's outputs are asked for, logits among them"
-        if reason is None:
-            reason = why_other_logits(self, model, inputs)
+            reason: str | None = "the model's outputs are asked for, logits among them"
+        else:
+            reason = (
+                why_theirs(self)
+                or why_no_hidden_states(self, *models)
+                or why_other_logits(self, models, **text(inputs))
+            )
         if reason is None:
             return ours(self, model, inputs, num_items_in_batch)
         notice(self, reason)
@@ -67,7 +74,7 @@ def compute_loss_or_theirs(
 
 
 def notice(trainer: Any, reason: str) -> None:
-    """Say that TRL's own loss is used, once for each trainer and reason."""
+    """Warn that TRL's own loss is used, once for each trainer and reason."""
     said = vars(trainer).setdefault("_opsd_kernels_notices", set())
     if reason not in said:
         said.add(reason)
@@ -76,7 +83,8 @@ def notice(trainer: Any, reason: str) -> None:
 
 
 def why_overridden(trainer: Any, base: type, *names: str) -> str | None:
-    """Why a subclass that does part of the work in its own way keeps TRL's loss, if it does."""
+    """Why a trainer needs TRL's own loss: it overrides a method of `base` that ours does not call.
+    None if it overrides none of them."""
     for name in names:
         if inspect.getattr_static(trainer, name) is not inspect.getattr_static(base, name):
             return f"it has a {name} of its own, which ours would not call"

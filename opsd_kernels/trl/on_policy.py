@@ -1,8 +1,9 @@
 """The losses of `GKDTrainer`, `GOLDTrainer` and `IWOPDTrainer`: divergences at the tokens that have
-labels, of two models that read the same text.
+labels. Student and teacher read the same text.
 
-β weighs the teacher in all three, and names the forward KL at 0 and the reverse KL at 1, as here.
-GOLD and IWOPD divide logits by their temperature; GKD samples at its own, and trains at 1.
+In all three β weighs the teacher, and names the forward KL at 0 and the reverse KL at 1, as in
+`fused_jsd_loss`. GOLD and IWOPD divide logits by their temperature. GKD samples at its temperature
+and trains at 1.
 """
 
 from collections.abc import Callable
@@ -10,64 +11,56 @@ from typing import Any
 
 from torch import Tensor
 
-from opsd_kernels.head import LMHead
-from opsd_kernels.loss import fused_jsd_loss
-from opsd_kernels.trl.hidden_states import (
+from ..head import LMHead
+from ..loss import fused_jsd_loss
+from .hidden_states import (
     SIGNATURES,
     loss_of_student,
     predicting,
     teacher_hidden_states,
-    why_no_hidden_states,
-    why_other_logits,
 )
-from opsd_kernels.trl.hooks import COMPUTE_LOSS, Hook, compute_loss_or_theirs, why_overridden
+from .hooks import COMPUTE_LOSS, Hook, compute_loss_or_theirs, why_overridden
 
 
 def _gkd(theirs: Callable[..., Any], GKDTrainer: type) -> Callable[..., Any]:
-    def why_theirs(self: Any, model: Any) -> str | None:
-        return why_overridden(self, GKDTrainer, "generalized_jsd_loss") or why_no_hidden_states(
-            self, model, self.teacher_model
-        )
+    def why_theirs(self: Any) -> str | None:
+        return why_overridden(self, GKDTrainer, "generalized_jsd_loss")
 
     def ours(self: Any, model: Any, inputs: dict[str, Any], items: Tensor | int | None) -> Tensor:
         return _loss(self, model, inputs["labels"][:, 1:], _text(inputs), 1.0, items)
 
-    return compute_loss_or_theirs(theirs, why_theirs, ours, _why_other_logits)
+    return compute_loss_or_theirs(theirs, why_theirs, ours, _text)
 
 
 def _gold(theirs: Callable[..., Any], GOLDTrainer: type) -> Callable[..., Any]:
-    def why_theirs(self: Any, model: Any) -> str | None:
+    def why_theirs(self: Any) -> str | None:
         if self.use_uld_loss and self.teacher_tokenizer is not None:
             return "use_uld_loss compares the texts of two tokenizers"
-        return why_overridden(self, GOLDTrainer, "generalized_jsd_loss") or why_no_hidden_states(
-            self, model, self.teacher_model
-        )
+        return why_overridden(self, GOLDTrainer, "generalized_jsd_loss")
 
     def ours(self: Any, model: Any, inputs: dict[str, Any], items: Tensor | int | None) -> Tensor:
         both = _text(inputs) | self._get_model_forward_kwargs(inputs)
         return _loss(self, model, inputs["labels"][:, 1:], both, self.temperature, items)
 
-    return compute_loss_or_theirs(theirs, why_theirs, ours, _why_other_logits)
+    return compute_loss_or_theirs(theirs, why_theirs, ours, _text)
 
 
 def _iw_opd(theirs: Callable[..., Any], IWOPDTrainer: type) -> Callable[..., Any]:
-    def why_theirs(self: Any, model: Any) -> str | None:
+    def why_theirs(self: Any) -> str | None:
         if self.use_teacher_server:
-            return "a server tells some log-probabilities of the teacher's, not its hidden states"
+            return "a teacher server gives some log-probabilities, not hidden states"
         if self.distillation_objective != "jsd":
             return f"distillation_objective={self.distillation_objective!r} is no divergence"
         if self.loss_top_k > 0:
             return f"loss_top_k={self.loss_top_k} is not the whole vocabulary"
-        return why_overridden(
-            self, IWOPDTrainer, "generalized_jsd_loss", "_get_teacher_logits"
-        ) or why_no_hidden_states(self, model, self.teacher_model)
+        return why_overridden(self, IWOPDTrainer, "generalized_jsd_loss", "_get_teacher_logits")
 
     def ours(self: Any, model: Any, inputs: dict[str, Any], items: Tensor | int | None) -> Tensor:
         self._raise_if_local_teacher_tokenizer_mismatch()
         labels = inputs["labels"][:, self._compute_prompt_length(inputs) :]
         return _loss(self, model, labels, _text(inputs), self.temperature, items)
 
-    return compute_loss_or_theirs(theirs, why_theirs, ours, _why_other_logits)
+    return compute_loss_or_theirs(theirs, why_theirs, ours, _text)
 
 
 def _loss(
@@ -78,23 +71,16 @@ def _loss(
     temperature: float,
     num_items_in_batch: Tensor | int | None,
 ) -> Tensor:
-    """Σ ℓ over `num_items_in_batch`, or over the tokens that have labels.
+    """Σ ℓ divided by `num_items_in_batch`, or by the number of tokens that have labels.
 
     Args:
-        labels: [B, K] of the last K tokens; −100 for those that do not count.
-        inputs: of both models.
+        labels: [B, K] of the last K tokens; −100 for a token that does not count.
+        inputs: of either model's forward.
     """
 
     def total(h_S: Tensor, W: LMHead, h_T: Tensor, W_T: LMHead | None) -> Tensor:
-        return fused_jsd_loss(
-            h_S,
-            h_T,
-            W,
-            beta=trainer.beta,
-            temperature=temperature,
-            reduction="sum",
-            W_teacher=W_T,
-        )
+        options: dict[str, Any] = {"temperature": temperature, "W_teacher": W_T}
+        return fused_jsd_loss(h_S, h_T, W, beta=trainer.beta, reduction="sum", **options)
 
     teacher = trainer.teacher_model
     teacher.eval()
@@ -106,10 +92,6 @@ def _loss(
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(loss.device)
     return loss / num_items_in_batch
-
-
-def _why_other_logits(trainer: Any, model: Any, inputs: dict[str, Any]) -> str | None:
-    return why_other_logits(trainer, (model, trainer.teacher_model), **_text(inputs))
 
 
 def _text(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Functions of TRL's are replaced by ours, and put back."""
+"""Replace functions of TRL by ours, and put them back."""
 
 import importlib
 import inspect
@@ -9,8 +9,8 @@ from importlib.metadata import version
 from types import TracebackType
 from typing import Any
 
-from opsd_kernels.trl import distillation, on_policy, self_distillation
-from opsd_kernels.trl.hooks import Hook
+from . import distillation, on_policy, self_distillation
+from .hooks import Hook
 
 TESTED_VERSIONS = ("1.16.0",)
 HOOKS = (*distillation.HOOKS, *self_distillation.HOOKS, *on_policy.HOOKS)
@@ -18,7 +18,8 @@ TRAINERS = tuple(dict.fromkeys(hook.trainer for hook in HOOKS))
 
 
 class Applied:
-    """Undoes, when called or at the end of a `with`, what `apply_opsd_kernels_to_trl` replaced."""
+    """Puts back what `apply_opsd_kernels_to_trl` replaced, when called or at the end of a
+    `with`."""
 
     def __init__(self, replaced: list[tuple[Any, str, Any, Any]]) -> None:
         self._replaced = replaced  # owner, name, theirs as it was stored, ours
@@ -50,24 +51,24 @@ class Applied:
 def apply_opsd_kernels_to_trl(trainers: Iterable[str] = TRAINERS) -> Applied:
     """Let TRL's trainers compute their losses with this package, in this process, from now on.
 
-    A trainer that exists already is one of them. What a trainer logs, how its loss is masked,
-    scaled and accumulated, stays as it is; what this package does not compute stays TRL's, and a
-    warning in the log says so, once for each trainer and reason. A second call changes nothing.
+    It affects trainers that already exist too. Logs, and the masking, scaling and accumulation of a
+    loss, stay as they are. TRL still computes the losses that this package does not; a warning in
+    the log says so, once for each trainer and reason. A second call changes nothing.
 
     Args:
-        trainers: names of their classes; by default all that are known.
+        trainers: class names of trainers; by default all known ones.
 
     Returns:
-        An `Applied`: called it puts back what was there, as it does at the end of a `with`, which
-        must then hold the training as well.
+        An `Applied`. Call it to put back TRL's own functions, or use it in a `with` that contains
+        the training.
 
     Raises:
-        ValueError: a name in `trainers` that is not known.
-        RuntimeError: this version of TRL lacks a function that would be replaced, or has changed
-            the parameters of one. The message names it; nothing has been replaced then.
+        ValueError: `trainers` holds a name that is not known.
+        RuntimeError: the installed TRL lacks a function that would be replaced, or that function
+            has other parameters. The message names it, and nothing is replaced.
 
     Warns:
-        UserWarning: a version of TRL that this one was not tested with.
+        UserWarning: this package was not tested with the installed version of TRL.
     """
     trainers = (trainers,) if isinstance(trainers, str) else tuple(trainers)
     for name in trainers:
@@ -95,7 +96,8 @@ def apply_opsd_kernels_to_trl(trainers: Iterable[str] = TRAINERS) -> Applied:
 
 
 def _find(hook: Hook, installed: str) -> tuple[Any, Callable[..., Any]]:
-    """What is replaced and what it belongs to, after all signatures were compared."""
+    """The class or module that holds the function to replace, and the function, after comparing all
+    signatures."""
     for path, parameters in hook.signatures.items():
         _, found = _look_up(hook, path, installed)
         here = ", ".join(inspect.signature(found).parameters)
@@ -115,7 +117,7 @@ def _look_up(hook: Hook, path: str, installed: str) -> tuple[Any, Callable[..., 
         *owners, name = path.split(".")
         for part in owners:
             owner = vars(owner)[part]
-        # Its own: one that is inherited belongs to other trainers too.
+        # Only the class's own function: an inherited one serves other trainers too.
         vars(owner)[name]
         return owner, getattr(owner, name)
     except (ModuleNotFoundError, KeyError) as error:
@@ -134,7 +136,7 @@ def _remedy(hook: Hook) -> str:
 
 
 def _import(module: str) -> Any:
-    """Without TRL's word on what is experimental: whoever uses that imports it too."""
+    """Import without TRL's warning about experimental modules: its user imports them anyway."""
     silence = "TRL_EXPERIMENTAL_SILENCE"
     was = os.environ.get(silence)
     os.environ[silence] = "1"

@@ -1,10 +1,11 @@
-"""The losses of `SDFTTrainer` and `SDPOTrainer`: the teacher reads another prompt, and is the same
-model, without its adapter or as it was some steps ago.
+"""The losses of `SDFTTrainer` and `SDPOTrainer`. The teacher reads another prompt. It is the same
+model without its adapter, or as it was some steps ago.
 
-α, their weight of the teacher in the mixture, is our β: the forward KL at 0, the reverse KL at 1.
-The temperature that they sample at divides both sides' logits in the loss as well.
+Their α weighs the teacher in the mixture, as β does here: the forward KL at 0, the reverse KL at 1.
+The loss divides the logits of both sides by the temperature of sampling.
 
-The teacher is forwarded first: what wraps both is left as the student's backward expects it.
+The teacher runs first, so that the wrapper of both models is left as the student's backward expects
+it.
 """
 
 import functools
@@ -14,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd_kernels.head import LMHead
-from opsd_kernels.loss import (
+from ..head import LMHead
+from ..loss import (
     fused_jsd_loss,
     fused_log_probs,
     fused_sampled_token_loss,
     token_divergence,
 )
-from opsd_kernels.trl.heads import heads_of_models, in_one_dtype
-from opsd_kernels.trl.hidden_states import (
+from .heads import heads_of_models, in_dtype_of
+from .hidden_states import (
     SIGNATURES,
     loss_of_student,
     predicting,
@@ -31,9 +32,9 @@ from opsd_kernels.trl.hidden_states import (
     why_no_hidden_states,
     why_other_logits,
 )
-from opsd_kernels.trl.hooks import COMPUTE_LOSS, Hook, compute_loss_or_theirs, why_overridden
+from .hooks import COMPUTE_LOSS, Hook, compute_loss_or_theirs, why_overridden
 
-# What ours does the work of, and a subclass may do in its own way.
+# Methods whose work ours does. A subclass that overrides one keeps TRL's own loss.
 PARTS = {
     "_compute_teacher_student_logits": "self, model, teacher_model, inputs",
     "_compute_self_distillation_loss": "self, model, inputs, distillation_logits",
@@ -42,17 +43,14 @@ PARTS = {
 
 
 def _compute_loss(theirs: Callable[..., Any], base: type) -> Callable[..., Any]:
-    def why_theirs(self: Any, model: Any) -> str | None:
-        return _why_theirs(self, base) or why_no_hidden_states(self, model, self.teacher_model)
+    def why_theirs(self: Any) -> str | None:
+        return _why_theirs(self, base)
 
     def ours(self: Any, model: Any, inputs: dict[str, Any], items: Tensor | int | None) -> Tensor:
         loss = _loss(self, model, inputs)
         return loss / (self.current_gradient_accumulation_steps if self.model.training else 1)
 
-    def other_logits(self: Any, model: Any, inputs: dict[str, Any]) -> str | None:
-        return why_other_logits(self, (model, self.teacher_model), **_text(inputs))
-
-    return compute_loss_or_theirs(theirs, why_theirs, ours, other_logits)
+    return compute_loss_or_theirs(theirs, why_theirs, ours, _text)
 
 
 def _compute_rollout_logps(theirs: Callable[..., Any], base: type) -> Callable[..., Any]:
@@ -89,19 +87,20 @@ def _compute_rollout_logps(theirs: Callable[..., Any], base: type) -> Callable[.
 def _why_theirs(trainer: Any, base: type) -> str | None:
     args = trainer.args
     if args.use_teacher_server:
-        return "a server tells some log-probabilities of the teacher's, not its hidden states"
+        return "a teacher server gives some log-probabilities, not hidden states"
     if args.distillation_mode not in ("full_logits", "sampled_token"):
         return f"distillation_mode={args.distillation_mode!r} is not the whole vocabulary"
     if args.distillation_mode == "sampled_token" and args.distillation_alpha != 1:
         return f"distillation_alpha={args.distillation_alpha} of sampled tokens is refused by TRL"
     weight = getattr(args, "distillation_weight", 1.0)
     if weight != 1:
-        return f"distillation_weight={weight} has a policy loss too, of the student's logits"
+        return f"distillation_weight={weight} adds a policy loss, which needs the student's logits"
     return why_overridden(trainer, base, *PARTS)
 
 
 def _loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
-    """The mean over sequences of their means over tokens; logs the mean over tokens."""
+    """The mean over sequences of each sequence's mean over tokens. Logs the mean over all
+    tokens."""
     mask = _mask(trainer, inputs)  # [B, K]
     teacher, text = trainer.teacher_model, _text(inputs)
 
@@ -137,7 +136,7 @@ def _loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def _text(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """What the student reads, [B, L]."""
+    """Prompts and completions of the student, [B, L]."""
     return {
         "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
         "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
@@ -145,8 +144,8 @@ def _text(inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _mask(trainer: Any, inputs: dict[str, Any]) -> Tensor:
-    """[B, K] of the completion's tokens that count: SDFT skips the first of each, SDPO the
-    sequences that have nothing to learn from."""
+    """[B, K] mask of the completion tokens that count. SDFT skips the first tokens of a completion,
+    SDPO the sequences that have nothing to learn from."""
     mask = inputs["completion_mask"]
     skipped = getattr(trainer, "num_loss_tokens_to_skip", 0)
     of_sequences = inputs.get("self_distillation_mask")
@@ -156,7 +155,7 @@ def _mask(trainer: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def _of_tokens(inputs: dict[str, Any], mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """[n] ids of the tokens that count, and the student's log p of them when they were sampled."""
+    """[n] ids of the tokens that count, and [n] the student's log p when it sampled them."""
     log_p = inputs.get("old_per_token_logps")
     return inputs["completion_ids"][mask != 0], None if log_p is None else log_p[mask != 0]
 
@@ -171,58 +170,35 @@ def _loss_of_tokens(
     h_T: Tensor,
     W_T: LMHead | None,
 ) -> Tensor:
-    """[n], weighed by how much likelier than when it was sampled each token is, up to a clip."""
+    """[n] losses, weighted by the ratio of each token's probability to that when it was sampled, up
+    to a clip."""
     from trl.experimental.sdft.loss_utils import apply_importance_sampling_clipping
 
     ids = ids.to(h_S.device)
-    is_clipped = old_log_p is not None and args.distillation_is_clip is not None
+    clip = None if old_log_p is None else args.distillation_is_clip
+    options: dict[str, Any] = {"temperature": temperature, "W_teacher": W_T}
     if args.distillation_mode == "sampled_token":
         loss, log_p, _ = fused_sampled_token_loss(
-            h_S,
-            h_T,
-            W,
-            ids,
-            temperature=temperature,
-            reduction="none",
-            W_teacher=W_T,
-            return_log_probs=True,
+            h_S, h_T, W, ids, reduction="none", return_log_probs=True, **options
         )
-    elif not is_clipped:
-        return fused_jsd_loss(
-            h_S,
-            h_T,
-            W,
-            beta=args.distillation_alpha,
-            temperature=temperature,
-            reduction="none",
-            W_teacher=W_T,
-        )
+    elif clip is None:
+        beta = args.distillation_alpha
+        return fused_jsd_loss(h_S, h_T, W, beta=beta, reduction="none", **options)
     else:
-        stats = token_divergence(
-            h_S,
-            h_T,
-            W,
-            beta=args.distillation_alpha,
-            temperature=temperature,
-            targets=ids,
-            W_teacher=W_T,
-        )
+        stats = token_divergence(h_S, h_T, W, beta=args.distillation_alpha, targets=ids, **options)
         loss, log_p = stats.loss, stats.logp_student
-    if old_log_p is None or not is_clipped:
+    if old_log_p is None or clip is None:
         return loss
-    return apply_importance_sampling_clipping(
-        loss, log_p, old_log_p.to(loss.device), args.distillation_is_clip
-    )
+    return apply_importance_sampling_clipping(loss, log_p, old_log_p.to(loss.device), clip)
 
 
 def _log_p_of_student(trainer: Any, ids: Tensor, mask: Tensor, text: dict[str, Tensor]) -> Tensor:
-    """[B, K] log p of the sampled tokens; 0 where they do not count."""
+    """[B, K] log p of the sampled tokens; 0 for a token that does not count."""
 
     def log_p(h: Tensor, student: Any) -> Tensor:
         with heads_of_models(student, student) as (W, _):
-            h, W, _h, _W = in_one_dtype(h, W, h, None)
             targets = ids[mask != 0].to(h.device)
-            return fused_log_probs(h, W, targets, temperature=trainer.temperature)
+            return fused_log_probs(h, in_dtype_of(h, W), targets, temperature=trainer.temperature)
 
     with torch.no_grad():
         of_tokens = run_backbone(
