@@ -193,6 +193,9 @@ def test_the_site_is_built_and_fetches_nothing(tmp_path):
     api = (tmp_path / "docs" / "api.html").read_text()
     for public in opsd_kernels.__all__:
         assert f'id="opsd_kernels.{public}"' in api, public
+    architecture = (tmp_path / "docs" / "architecture.html").read_text()
+    assert "flowchart" not in architecture
+    assert "<th>uses</th>" in architecture
     for page in pages:
         fetched = Fetched()
         fetched.feed(page.read_text())
