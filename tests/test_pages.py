@@ -1,6 +1,7 @@
 """The pages: their links lead somewhere, what they quote is in the code, and the site is built."""
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -116,6 +117,16 @@ def test_messages_are_quoted():
 
 def test_the_number_of_known_classes():
     assert f"[{len(KNOWN)} classes](heads.md)" in (ROOT / "docs/heads_and_parallel.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_code_of_a_page_is_python(page):
+    """And what it imports of ours is there."""
+    for kind, code in CODE_BLOCK.findall(page.read_text()):
+        for node in ast.walk(ast.parse(code)) if kind == "python" else ():
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("opsd_"):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), code
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/losses.md", "docs/troubleshooting.md"])
