@@ -62,9 +62,8 @@ and −κ p is the score of a clipped entry.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -179,15 +178,6 @@ class Member:
         if self.family in (Family.JSD, Family.MIXTURE):
             return 32.0
         return HUGE if self.has_reverse_kl or self.family == Family.ENTROPY else 0.0
-
-    def rows(self, rows: Tensor | slice) -> "Member":
-        """The member for some rows of those that its tensors are for."""
-        some: dict[str, Any] = {
-            name: value[rows]
-            for name in ("beta", "w_q", "w_p")
-            if isinstance(value := getattr(self, name), Tensor)
-        }
-        return replace(self, **some)
 
     def columns(self) -> tuple[Weight, Weight, Weight]:
         """β, w_q and w_p: numbers, or [R, 1]."""

@@ -3,15 +3,15 @@
 Notation and formulas are those of `opsd_kernels/divergence.py`. This file computes them in fp32, on
 tiles of any shape, compiled and interpreted alike. Triton has neither expm1 nor log1p (libdevice
 has both, but the interpreter has no libdevice), so near 0 they are series here. That pays twice: a
-series gives eʸ − 1 − y and log(1 + w) − w without a subtraction, and near agreement every value is
-a sum of such second-order terms. Sides are exchanged so that b ≤ ½; P, Q and y are p, q and x
-after that, and t = eʸ − 1, w = b t, lm = log(1 + w) = log(m/P), d = y − lm = log(Q/m):
+series gives e = eʸ − 1 − y and o = log(1 + w) − w without a subtraction, and near agreement every
+value is a sum of such second-order terms. Sides are exchanged so that b ≤ ½; P, Q and y are p, q
+and x after that, and t = eʸ − 1, w = b t, lm = log(1 + w) = log(m/P), d = y − lm = log(Q/m):
 
-    KL(Q‖m)       Q d − (1 − b) (Q − P)    =   Q (e^−d − 1 + d)
-    KL(P‖m)       b (Q − P) − P lm         =   P (w − log(1 + w))
-    JSD           b Q d − (1 − b) P lm     =   P (w d − b (t − y) − (log(1 + w) − w))
-    forward KL    q x − (q − p)            =   p (x t − (t − x))
-    reverse KL    (q − p) − p x            =   p (t − x)
+    KL(Q‖m)       Q d − (1 − b) (Q − P)    =   P (t d − e − o)
+    KL(P‖m)       b (Q − P) − P lm         =   −P o
+    JSD           b Q d − (1 − b) P lm     =   P (w d − b e − o)
+    forward KL    q x − (q − p)            =   p (t x − e)             with y = x
+    reverse KL    (q − p) − p x            =   p e
 
 The right sides are used near 0: |y| < ½, or |w| < 0.35 for what depends on w alone. Elsewhere the
 left sides are used; nothing cancels in them there.
@@ -302,7 +302,7 @@ def _mixture(p, q, x, beta, w_q, w_p, formula):
     lm = tl.where(small, w + o, log_far(1.0 + w))  # log(m/P)
     d = y - lm  # log(Q/m)
     Q_minus_P = tl.where(near, P * t, Q - P)
-    of_Q = tl.where(near, Q * _expm1_beyond(-d)[0], Q * d - (1.0 - b) * Q_minus_P)
+    of_Q = tl.where(near, P * (t * d - e - o), Q * d - (1.0 - b) * Q_minus_P)
     of_P = tl.where(small, -P * o, b * Q_minus_P - P * lm)
     f = w_Q * _at_least_zero(of_Q) + w_P * _at_least_zero(of_P)
     of_Q, of_P = w_Q * (Q * d), -w_P * (P * lm)
