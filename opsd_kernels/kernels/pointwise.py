@@ -175,15 +175,16 @@ def shift(top_S, p_max, top_T, q_max, log_sums, d_top, mean_d, parameters, formu
     guessed = p <= 0.9
     _f, a, excess = value_and_score(p, q, x, zero, parameters, formula)
     _beta, w_q, w_p = parameters
+    # a_others is Σ a over all but the top entry; `from_mean` is what the mean log-ratio says of it.
     if FAMILY == KLS:
-        # Σ (p − q) over all but the top entry follows from that entry's.
-        of_reverse = -w_p * (p_others * x + mean_d)
-        a_others = of_reverse + w_q * unclipped(p, q, x, parameters, formula)[4]
+        from_mean = -w_p * (p_others * x + mean_d)
+        # Σ (p − q) over all entries is 0.
+        a_others = from_mean + w_q * unclipped(p, q, x, parameters, formula)[4]
     else:
         x_others = x + mean_d / tl.maximum(p_others, 1e-30)
         q_others = exp(_at_most(x_others, SATURATED))
-        of_reverse = p_others * unclipped(zero + 1.0, q_others, x_others, parameters, formula)[1]
-        a_others = of_reverse
+        from_mean = p_others * unclipped(zero + 1.0, q_others, x_others, parameters, formula)[1]
+        a_others = from_mean
     if CLIPPED:
         clipped = excess > 0
         if FAMILY == JSD:
@@ -191,12 +192,13 @@ def shift(top_S, p_max, top_T, q_max, log_sums, d_top, mean_d, parameters, formu
         else:
             kl_q, kl_p = kl_weights(parameters, formula)
             without_null = tl.where(clipped & (tl.maximum(p, q) > 0.5), 1.0, 0.0)
-            # Of the forward KL the clip takes mass q of what the student's top entry leaves.
+            # A clipped entry of the forward KL has score p in place of p − q. The mass q of all of
+            # them is 1 − q/p if the others have the ratio q/p of the top entry.
             a_others += kl_q * tl.where(clipped, 0.0, tl.maximum(1.0 - q / p, 0.0))
-            # The mean log-ratio does not know what the clip took: it says nothing where that must
-            # be much. The forward KL does without the mean.
+            # The mean log-ratio does not know what the clip took off. Where that must be much it is
+            # no basis for a guess, except for the forward KL, which needs no mean.
             guessed = guessed & (~clipped | ((kl_q != 0) & (w_p == 0)))
-            guessed = guessed & ((kl_p == 0) | (of_reverse <= entry_clip))
+            guessed = guessed & ((kl_p == 0) | (from_mean <= entry_clip))
     c, s_top = a + a_others, p_others * a - p * a_others
     if not formula.KNOWS_G:
         c = tl.where(guessed, c, a / p)
