@@ -5,8 +5,8 @@
 Each class is built as small as it goes, with random weights, biases, caps and scales. Its own
 logits are compared with those that the head that is read of it makes of the last hidden states of
 its backbone. Classes where both are equal, to the rounding of fp32, are those that `LMHead.of`
-takes; all others it refuses. With --write they are written to opsd_kernels/known_models.py, and
-the whole table to docs/heads.md. About a minute on one core.
+takes; all others it refuses. With --write they are written to opsd_kernels/heads/known_models.py,
+and the whole table to docs/heads.md. About a minute on one core.
 """
 
 import ast
@@ -30,9 +30,9 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from opsd_kernels.head import LMHead
 from opsd_kernels.head_check import head_logits
-from opsd_kernels.head_of_model import (
+from opsd_kernels.heads.head import LMHead
+from opsd_kernels.heads.head_of_model import (
     SCALES,
     SOFTCAPS,
     VOCABULARIES,
@@ -42,7 +42,7 @@ from opsd_kernels.head_of_model import (
 )
 
 ROOT = Path(__file__).parents[1]
-KNOWN_MODELS = ROOT / "opsd_kernels" / "known_models.py"
+KNOWN_MODELS = ROOT / "opsd_kernels" / "heads" / "known_models.py"
 PAGE = ROOT / "docs" / "heads.md"
 
 VERSION = transformers.__version__
@@ -308,7 +308,7 @@ def first_line(error: Exception) -> str:
 
 
 def known_models(findings: list[Finding]) -> str:
-    """The text of opsd_kernels/known_models.py."""
+    """The text of opsd_kernels/heads/known_models.py."""
     names = "\n".join(f'        "{finding.name}",' for finding in findings if finding.known)
     return f'''"""The classes of transformers {VERSION} whose logits are those of the head that
 `LMHead.of` reads of them.

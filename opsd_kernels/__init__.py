@@ -1,7 +1,7 @@
 """Full-vocabulary self-distillation losses from hidden states, without vocabulary-sized logits."""
 
 from .description import Divergence, divergence_name
-from .head import LMHead
+from .heads.head import LMHead
 from .loss import (
     SampledTokenLoss,
     TokenDivergence,

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd_kernels import head_gradient, schedules
-from opsd_kernels.checks import Arguments
-from opsd_kernels.divergence import STATISTICS
-from opsd_kernels.head_gradient import HeadGradients, largest_size
-from opsd_kernels.planning import can_weigh
-from opsd_kernels.problem import STATS, Outputs, Problem
+from .checks import Arguments
+from .divergence import STATISTICS
+from .problem import STATS, Outputs, Problem
+from .schedules import choice, head_gradient
+from .schedules.head_gradient import HeadGradients, largest_size
+from .schedules.planning import can_weigh
 
 
 def divergence_of_tokens(
@@ -144,7 +144,7 @@ class _TrainedHead(torch.autograd.Function):
         problem = replace(problem, h_S=grad, weights=weights)
         scratch = head_gradient.allocate(problem, gradients, ctx.workspace_bytes)
         seen = (stats, top)
-        schedules.fill_head_gradients(gradients, scratch, problem, seen, ctx.workspace_bytes)
+        choice.fill_head_gradients(gradients, scratch, problem, seen, ctx.workspace_bytes)
         if dW is not None:
             dW[V:].zero_()
         if dh_S is not None:
@@ -218,8 +218,8 @@ def _filled(
     N = problem.h_S.shape[0]
     statistics = _zeros(problem, STATISTICS, N) if needs_statistics else None
     outputs = Outputs(_zeros(problem, N), statistics, **gradients)
-    scratch = schedules.allocate(outputs, problem, workspace_bytes)
-    schedules.fill(outputs, scratch, problem, workspace_bytes)
+    scratch = choice.allocate(outputs, problem, workspace_bytes)
+    choice.fill(outputs, scratch, problem, workspace_bytes)
     return outputs
 
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from opsd_kernels import kernels
-from opsd_kernels.description import Weight
-from opsd_kernels.head import LMHead
-from opsd_kernels.planning import MIB, default_workspace_mib
-from opsd_kernels.problem import Problem
-from opsd_kernels.scalars import check_beta, check_clip, check_temperature, number
-from opsd_kernels.vocabulary_parallel import check_group, find_shard, is_dtensor, local_ids
+from . import kernels
+from .description import Weight
+from .heads.head import LMHead
+from .heads.vocabulary_parallel import check_group, find_shard, is_dtensor, local_ids
+from .problem import Problem
+from .scalars import check_beta, check_clip, check_temperature, number
+from .schedules.planning import MIB, default_workspace_mib
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

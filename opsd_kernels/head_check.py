@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .head import LMHead, LogitMap
+from .heads.head import LMHead, LogitMap
 
 TOKENS = 16
 # Allowed distance, relative to the logits' spread. TF32 and another order of sums stay below it.

@@ -15,7 +15,7 @@ from .checks import (
 )
 from .description import Divergence
 from .divergence import CLIPPED_SHARE, HUGE, LOG_P, LOG_Q, LOG_RATIO, STATISTICS
-from .head import LMHead
+from .heads.head import LMHead
 from .scalars import check_clip
 
 Reduction = Literal["mean", "sum", "none"]

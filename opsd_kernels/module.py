@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .checks import check_reduction
 from .description import divergence_name
-from .head import LMHead
+from .heads.head import LMHead
 from .loss import Reduction, fused_jsd_loss
 from .scalars import check_beta, check_clip, check_temperature
 

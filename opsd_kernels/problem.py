@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd_kernels.divergence import Family, Member
-from opsd_kernels.head import LogitMap
+from .divergence import Family, Member
+from .heads.head import LogitMap
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .checks import FLOAT_DTYPES, check_arguments, check_reduction
 from .description import Divergence
-from .head import LMHead
+from .heads.head import LMHead
 from .loss import (
     SampledTokenLoss,
     TokenDivergence,

@@ -3,7 +3,7 @@
 import math
 from numbers import Real
 
-from opsd_kernels.divergence import HUGE
+from .divergence import HUGE
 
 
 def number(name: str, value: float) -> float:

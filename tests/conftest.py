@@ -46,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if arch := config.getoption("--tiles"):
         from benchmarks.gpu.launches import use_tiles
-        from opsd_kernels import logit_free, row_workspace
+        from opsd_kernels.schedules import logit_free, row_workspace
 
         use_tiles(arch)
         logit_free.allocate = poisoned(logit_free.allocate)

@@ -17,7 +17,7 @@ RUNS = "train_step train_opsd train_run train_failures evaluate train_small_worl
 FAULTS = [
     # The maths, in PyTorch.
     Fault(
-        "opsd_kernels/rows.py",
+        "opsd_kernels/schedules/rows.py",
         "x.clamp_(-HUGE, HUGE).sub_(teacher.top - student.top).sub_(teacher.rest - student.rest)",
         "x.clamp_(-HUGE, HUGE).sub_(teacher.top + teacher.rest - (student.top + student.rest))",
         f"divergence {OP}",
@@ -29,13 +29,13 @@ FAULTS = [
         f"divergence {OP}",
     ),
     Fault(
-        "opsd_kernels/rows.py",
+        "opsd_kernels/schedules/rows.py",
         "share = torch.where(whole.isinf(), 1, removed / whole)",
         "share = removed / whole",
         f"token_divergence {OP}",
     ),
     Fault(
-        "opsd_kernels/rows.py",
+        "opsd_kernels/schedules/rows.py",
         "z_S.sub_(advantages[:, None] * sampled)",
         "z_S.add_(advantages[:, None] * sampled)",
         f"family {OP}",
@@ -146,37 +146,37 @@ FAULTS = [
     ),
     # Schedules.
     Fault(
-        "opsd_kernels/products.py",
+        "opsd_kernels/schedules/products.py",
         "if operand_dtype == torch.float16 and not bounded:",
         "if operand_dtype == torch.float64 and not bounded:",
         OP,
     ),
     Fault(
-        "opsd_kernels/planning.py",
+        "opsd_kernels/schedules/planning.py",
         "return budget - 4 * problem.W.numel() - 4 * problem.W.shape[0]",
         "return budget - 2 * problem.W.numel() - 4 * problem.W.shape[0]",
         f"memory trained_head {OP}",
     ),
     Fault(
-        "opsd_kernels/row_workspace.py",
+        "opsd_kernels/schedules/row_workspace.py",
         "h = h.masked_fill(~chunk.keep[:, None], 0)  # what does not count may be NaN",
         "h = h * 1",
         f"trained_head {OP}",
     ),
     Fault(
-        "opsd_kernels/head_gradient.py",
+        "opsd_kernels/schedules/head_gradient.py",
         "taken = exact - exact.to(dtype).float()",
         "taken = 0 * exact",
         f"trained_head {OP}",
     ),
     Fault(
-        "opsd_kernels/rows.py",
+        "opsd_kernels/schedules/rows.py",
         "elsewhere = (all_tops[:, i] == top).int().argmax(0) != rank_in(group)",
         "elsewhere = all_tops[rank_in(group), i] != top",
         "vocabulary_parallel",
     ),
     Fault(
-        "opsd_kernels/vocabulary_parallel.py",
+        "opsd_kernels/heads/vocabulary_parallel.py",
         "return local.masked_fill((local < 0) | (local >= own_rows), -1)",
         "return local.masked_fill(local < 0, -1)",
         "vocabulary_parallel",
@@ -214,13 +214,13 @@ FAULTS = [
     ),
     # Heads.
     Fault(
-        "opsd_kernels/head.py",
+        "opsd_kernels/heads/head.py",
         "slope = torch.cosh(v).square_().reciprocal_() if needs_slope else None",
         "slope = 1 - torch.tanh(v).square_() if needs_slope else None",
         f"head {OP}",
     ),
     Fault(
-        "opsd_kernels/head_of_model.py",
+        "opsd_kernels/heads/head_of_model.py",
         "scale = 1.0 if scale is None else float(scale) ** power",
         "scale = 1.0 if scale is None else float(scale)",
         "head_of_model head_check heads_of_others train_models trl",

@@ -18,12 +18,11 @@ from opsd_kernels import (
     Divergence,
     fused_divergence_loss,
     fused_jsd_loss,
-    planning,
     reference_token_divergence,
-    row_workspace,
     token_divergence,
 )
 from opsd_kernels.loss import TokenDivergence
+from opsd_kernels.schedules import planning, row_workspace
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The schedule, its budget, and whether `rows` takes the place of PyTorch, as on a GPU.

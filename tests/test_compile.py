@@ -17,15 +17,15 @@ from opsd_kernels import (
     fused_jsd_loss,
     fused_log_probs,
     fused_sampled_token_loss,
-    head_gradient,
     kernels,
     token_divergence,
 )
-from opsd_kernels.head_gradient import HeadGradients
 from opsd_kernels.kernels import tiles
-from opsd_kernels.planning import row_stride
 from opsd_kernels.problem import STATS, Outputs, Problem
-from opsd_kernels.schedules import operator_arguments
+from opsd_kernels.schedules import head_gradient
+from opsd_kernels.schedules.choice import operator_arguments
+from opsd_kernels.schedules.head_gradient import HeadGradients
+from opsd_kernels.schedules.planning import row_stride
 
 V = 600
 

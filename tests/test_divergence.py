@@ -19,7 +19,7 @@ from opsd_kernels import (
     reference_token_divergence,
 )
 from opsd_kernels.divergence import Member
-from opsd_kernels.rows import divergence_rows_
+from opsd_kernels.schedules.rows import divergence_rows_
 
 BETAS = [0.0, 1e-3, 0.3, 0.5, 0.8, 0.999, 1.0]
 

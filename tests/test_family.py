@@ -27,12 +27,12 @@ from opsd_kernels import (
     fused_entropy,
     fused_jsd_loss,
     fused_sampled_token_loss,
-    planning,
     reference_divergence_loss,
     reference_entropy,
     reference_token_divergence,
     token_divergence,
 )
+from opsd_kernels.schedules import planning
 
 MIB = 2**20
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

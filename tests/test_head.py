@@ -23,14 +23,14 @@ from opsd_kernels import (
     LMHead,
     fused_jsd_loss,
     fused_sampled_token_loss,
-    planning,
     reference_jsd_loss,
     reference_sampled_token_loss,
     token_divergence,
 )
 from opsd_kernels.checks import check_arguments
-from opsd_kernels.head import LogitMap
+from opsd_kernels.heads.head import LogitMap
 from opsd_kernels.kernels.head import logits_and_slope
+from opsd_kernels.schedules import planning
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 V = 50

@@ -18,12 +18,13 @@ from inputs import language_like_inputs, random_inputs
 from schedules import DEVICE, LOGIT_FREE
 from triton.runtime.jit import KernelInterface
 
-from opsd_kernels import kernels, logit_free, row_workspace, rows
+from opsd_kernels import kernels
 from opsd_kernels.divergence import Member, value_and_score
 from opsd_kernels.kernels import lse, pair, pointwise, tiles
 from opsd_kernels.kernels.logits_tile import INTERPRETED, round_to
 from opsd_kernels.kernels.records import PerToken
 from opsd_kernels.problem import Outputs, Problem
+from opsd_kernels.schedules import logit_free, row_workspace, rows
 
 BETAS = [0.0, 1e-3, 0.3, 0.5, 0.8, 0.999, 1.0]
 DIVERGENCES = [(beta, clip) for beta in (0.0, 0.3, 0.5, 0.8, 1.0) for clip in (None, 0.01)]

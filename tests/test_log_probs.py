@@ -24,10 +24,9 @@ from opsd_kernels import (
     checks,
     fused_log_probs,
     fused_sampled_token_loss,
-    planning,
     reference_log_probs,
-    row_workspace,
 )
+from opsd_kernels.schedules import planning, row_workspace
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MIB = 2**20

@@ -18,16 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.lib.allocations import Allocations
 from benchmarks.lib.measure import counted_dots
-from opsd_kernels import (
-    fused_jsd_loss,
-    fused_sampled_token_loss,
-    logit_free,
-    row_workspace,
-    token_divergence,
-)
+from opsd_kernels import fused_jsd_loss, fused_sampled_token_loss, token_divergence
 from opsd_kernels.kernels import finish, lse, pair, tiles
 from opsd_kernels.kernels.logits_tile import INTERPRETED
 from opsd_kernels.kernels.scratch import SCRATCH_MIB
+from opsd_kernels.schedules import logit_free, row_workspace
 
 MIB = 2**20
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")

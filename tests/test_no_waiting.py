@@ -21,8 +21,8 @@ from opsd_kernels import (
     fused_jsd_loss,
     fused_log_probs,
     token_divergence,
-    vocabulary_parallel,
 )
+from opsd_kernels.heads import vocabulary_parallel
 
 N, V, D = 5, 3000, 64
 # The host reads a number of the device, or how many entries there are.

@@ -18,7 +18,7 @@ from test_head_of_model import model_of
 
 import opsd_kernels
 from benchmarks.pages.gpus import slug
-from opsd_kernels.known_models import KNOWN
+from opsd_kernels.heads.known_models import KNOWN
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(

@@ -14,10 +14,10 @@ from torch import Tensor
 from opsd_kernels import (
     SampledTokenLoss,
     fused_sampled_token_loss,
-    planning,
     reference_sampled_token_loss,
     token_divergence,
 )
+from opsd_kernels.schedules import planning
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -15,19 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu import tune
 from benchmarks.lib import allocations
-from opsd_kernels import (
-    LMHead,
-    fused_jsd_loss,
-    fused_log_probs,
-    planning,
-    row_workspace,
-    token_divergence,
-)
+from opsd_kernels import LMHead, fused_jsd_loss, fused_log_probs, token_divergence
 from opsd_kernels.kernels import tiles, top_row
 from opsd_kernels.kernels.logits_tile import INTERPRETED
 from opsd_kernels.problem import Problem
-from opsd_kernels.products import project_back, project_back_in_parts
-from opsd_kernels.row_workspace import LogitGradient
+from opsd_kernels.schedules import planning, row_workspace
+from opsd_kernels.schedules.products import project_back, project_back_in_parts
+from opsd_kernels.schedules.row_workspace import LogitGradient
 
 QWEN3 = 151936
 MIB = 2**20

@@ -8,7 +8,8 @@ import torch
 from inputs import BETAS, language_like_inputs, random_inputs, some_betas
 from schedules import LOGIT_FREE, ROW_WORKSPACE
 
-from opsd_kernels import planning, reference_token_divergence, row_workspace, token_divergence
+from opsd_kernels import reference_token_divergence, token_divergence
+from opsd_kernels.schedules import planning, row_workspace
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

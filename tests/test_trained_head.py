@@ -28,7 +28,6 @@ from opsd_kernels import (
     autograd,
     fused_jsd_loss,
     fused_sampled_token_loss,
-    planning,
     reference_jsd_loss,
     reference_sampled_token_loss,
     reference_token_divergence,
@@ -37,7 +36,8 @@ from opsd_kernels import (
 from opsd_kernels.divergence import Member
 from opsd_kernels.kernels import lse
 from opsd_kernels.problem import STATS
-from opsd_kernels.rows import divergence_rows_
+from opsd_kernels.schedules import planning
+from opsd_kernels.schedules.rows import divergence_rows_
 
 interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="needs Triton's interpreter")
 # Of errors in units, as in accuracy.py; those of dW and db are below 2.3 in thousands of cases.

@@ -34,11 +34,11 @@ from opsd_kernels import (
     reference_sampled_token_loss,
     reference_token_divergence,
     token_divergence,
-    vocabulary_parallel,
 )
-from opsd_kernels.planning import MIB, make_plan
+from opsd_kernels.heads import vocabulary_parallel
 from opsd_kernels.problem import Problem
-from opsd_kernels.products import add_rows, score_dtype
+from opsd_kernels.schedules.planning import MIB, make_plan
+from opsd_kernels.schedules.products import add_rows, score_dtype
 
 CLIPPED_SHARE = TokenDivergence._fields.index("clipped_share")
 REFERENCES = {

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from benchmarks.lib.allocations import fake_device
-from opsd_kernels import head_gradient, logit_free
-from opsd_kernels.head_gradient import HeadGradients
 from opsd_kernels.kernels import cdiv, pair, tiles
 from opsd_kernels.kernels.scratch import SCRATCH_MIB
 from opsd_kernels.problem import Problem
+from opsd_kernels.schedules import head_gradient, logit_free
+from opsd_kernels.schedules.head_gradient import HeadGradients
 
 QWEN3, LLAMA3, GEMMA3 = 151936, 128256, 262144
 

@@ -21,8 +21,8 @@ from benchmarks.gpu.times import ours
 from benchmarks.lib import report
 from benchmarks.lib.inputs import make_inputs
 from benchmarks.lib.options import Options
-from opsd_kernels.planning import MIB, make_plan
 from opsd_kernels.problem import Problem
+from opsd_kernels.schedules.planning import MIB, make_plan
 
 WORKSPACES = [320, 1280]  # MiB
 SHAPE, TINY = (16384, 4096, 151936), (64, 32, 300)  # N, D, V

@@ -31,12 +31,13 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.gpu import launches, sass
 from benchmarks.lib import report
-from opsd_kernels import divergence, head_gradient, logit_free, row_workspace
-from opsd_kernels.head_gradient import HeadGradients
+from opsd_kernels import divergence
 from opsd_kernels.kernels import finish, gradient, lse, pair, tiles, top_row
 from opsd_kernels.kernels.tiles import Row, Tile
 from opsd_kernels.problem import STATS, Outputs, Problem
-from opsd_kernels.products import score_scale
+from opsd_kernels.schedules import head_gradient, logit_free, row_workspace
+from opsd_kernels.schedules.head_gradient import HeadGradients
+from opsd_kernels.schedules.products import score_scale
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 DTYPES = ("bfloat16", "float16", "float32")

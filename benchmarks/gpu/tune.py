@@ -40,12 +40,12 @@ from benchmarks.gpu.compile import Compiled
 from benchmarks.gpu.resources import Variant
 from benchmarks.lib import report
 from benchmarks.lib.hashes import settle_hashes
-from opsd_kernels import logit_free, planning, row_workspace
 from opsd_kernels.kernels import lse, pair, tiles, top_row
 from opsd_kernels.kernels.tiles import Row, Sweep
 from opsd_kernels.problem import Outputs, Problem
-from opsd_kernels.products import score_dtype
-from opsd_kernels.row_workspace import LogitGradient
+from opsd_kernels.schedules import logit_free, planning, row_workspace
+from opsd_kernels.schedules.products import score_dtype
+from opsd_kernels.schedules.row_workspace import LogitGradient
 
 VOCABULARY = 151936
 DIVERGENCES = [(0.5, None), (0.0, 0.05)]

@@ -93,7 +93,7 @@ def fake_device(
         stack.enter_context(fake_mode or FakeTensorMode())
         redirect = stack.enter_context(_Redirect())
         # Our operator is opaque to the compiler only: its allocations are to be seen here.
-        stack.enter_context(mock.patch("opsd_kernels.schedules.FakeTensor", ()))
+        stack.enter_context(mock.patch("opsd_kernels.schedules.choice.FakeTensor", ()))
         if device == "cuda":
             says = property(
                 lambda t: _real_device(t) if redirect.inside else torch.device("cuda", 0)

@@ -35,8 +35,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..divergence import Family
+from ..heads.vocabulary_parallel import gathered, local_ids
 from ..problem import Problem
-from ..vocabulary_parallel import gathered, local_ids
 from . import cdiv
 from .head import capped, logits_and_slope
 from .logits_tile import halves, logits_tiles, operands

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOAT_DTYPES
-from ..head import LMHead
+from ..heads.head import LMHead
 from ..loss import token_divergence
 from .heads import gathered, in_one_dtype, whole
 from .hooks import Hook, logger

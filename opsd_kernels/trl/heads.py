@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from ..head import LMHead
-from ..head_of_model import head_of_model
-from ..vocabulary_parallel import is_dtensor
+from ..heads.head import LMHead
+from ..heads.head_of_model import head_of_model
+from ..heads.vocabulary_parallel import is_dtensor
 
 
 @contextmanager

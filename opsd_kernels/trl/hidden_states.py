@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from trl.models.utils import _ForwardRedirection
 
-from ..head import LMHead
 from ..head_check import check_head, head_logits
+from ..heads.head import LMHead
 from .heads import heads_of_models, in_dtype_of, in_one_dtype, why_no_head
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..head import LMHead
+from ..heads.head import LMHead
 from ..loss import fused_jsd_loss
 from .hidden_states import (
     SIGNATURES,

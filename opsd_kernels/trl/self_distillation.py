@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..head import LMHead
+from ..heads.head import LMHead
 from ..loss import (
     fused_jsd_loss,
     fused_log_probs,

@@ -8,8 +8,8 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_kernels import LMHead
-from opsd_kernels.head import LogitMap
 from opsd_kernels.head_check import check_head, head_logits
+from opsd_kernels.heads.head import LogitMap
 from opsd_train.models.backbone import Backbone
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from opsd_kernels.planning import MIB, default_workspace_mib, make_plan
 from opsd_kernels.problem import Problem
+from opsd_kernels.schedules.planning import MIB, default_workspace_mib, make_plan
 from opsd_train.config import Config
 from opsd_train.models import adapter_weights, vocab_size
 from opsd_train.opsd import Setup, loss_name, opsd_loss, score, token_weights

@@ -20,10 +20,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from opsd_kernels import kernels, planning
-from opsd_kernels.planning import BLOCK_TEMPORARIES
-from opsd_kernels.problem import Problem
-from opsd_kernels.products import (
+from .. import kernels
+from ..heads.vocabulary_parallel import summed_
+from ..problem import Problem
+from . import planning
+from .planning import BLOCK_TEMPORARIES
+from .products import (
     add_rows,
     copied_bytes,
     project,
@@ -32,8 +34,7 @@ from opsd_kernels.products import (
     score_dtype,
     score_scale,
 )
-from opsd_kernels.rows import logit_gradient_, logits_, weigh_
-from opsd_kernels.vocabulary_parallel import summed_
+from .rows import logit_gradient_, logits_, weigh_
 
 # In PyTorch: entries of a tile of logits, on a CPU few enough for the cache, and rows of it.
 CPU_ENTRIES, GPU_ENTRIES = 2**18, 2**22
@@ -64,7 +65,7 @@ def allocate(problem: Problem, gradients: HeadGradients, workspace_bytes: float)
     N = max(N, 1)
     is_rounded = gradients.dW is not None and gradients.dW.dtype != torch.float32
     if by_kernels(problem, workspace_bytes):
-        from opsd_kernels.kernels import tiles
+        from ..kernels import tiles
 
         row = tiles.lookup(problem.h_S.device, problem.operand_dtype)
         scores = score_dtype(problem.operand_dtype, problem.has_bounded_scores)
@@ -166,7 +167,7 @@ def _scaled(
 def _launch(scratch: Tensor, chunk: Problem, seen: tuple[Tensor, Tensor], tile: slice) -> Tensor:
     """w (a − G p) of a chunk's tokens and a tile of the vocabulary, times `score_scale`, by the
     kernel: [R, columns]."""
-    from .kernels import gradient  # needs Triton
+    from ..kernels import gradient  # needs Triton
 
     g = scratch[: chunk.h_S.shape[0]]
     gradient.launch(g, chunk, *seen, tile.start)
@@ -192,7 +193,7 @@ def _add_what_rounding_took(
     dh_S: Tensor, problem: Problem, seen: tuple[Tensor, Tensor], dtype: torch.dtype
 ) -> None:
     """dh_S ← dh_S + (w g_top − its rounding in the tiles) W_top, all times `score_scale`."""
-    from opsd_kernels.kernels.lse import S_TOP
+    from ..kernels.lse import S_TOP
 
     (stats, top), weights = seen, problem.weights
     assert weights is not None

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .divergence import (
+from ..divergence import (
     CLIPPED_SHARE,
     ENTROPY_S,
     ENTROPY_T,
@@ -37,8 +37,8 @@ from .divergence import (
     clipped_off,
     value_and_score,
 )
-from .problem import Problem
-from .vocabulary_parallel import gathered, rank_in, summed_
+from ..heads.vocabulary_parallel import gathered, rank_in, summed_
+from ..problem import Problem
 
 # The field of `stats` that is the gradient of the entry `top`. The fields before it: both parts of
 # L_S and of L_T, and G with the shift c and the policy term.

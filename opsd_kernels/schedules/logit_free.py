@@ -20,12 +20,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from . import kernels
-from .kernels import finish, lse, pair
-from .kernels.scratch import Scratch, allocate
-from .problem import Outputs, Problem
+from .. import kernels
+from ..heads.vocabulary_parallel import begin_sum_, summed_
+from ..kernels import finish, lse, pair
+from ..kernels.scratch import Scratch, allocate
+from ..problem import Outputs, Problem
 from .products import project_back
-from .vocabulary_parallel import begin_sum_, summed_
 
 __all__ = ["Scratch", "allocate", "fill"]
 

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from opsd_kernels import head_gradient, row_workspace
-from opsd_kernels.head_gradient import HeadGradients
-from opsd_kernels.planning import budget_beside_head
-from opsd_kernels.problem import Outputs, Problem
+from ..problem import Outputs, Problem
+from . import head_gradient, row_workspace
+from .head_gradient import HeadGradients
+from .planning import budget_beside_head
 
 
 def allocate(outputs: Outputs, problem: Problem, workspace_bytes: float) -> list[Tensor]:
     """The scratch of `fill`; a budget of 0 bytes chooses the logit-free schedule."""
     needs_gradient, needs_statistics = outputs.dh_S is not None, outputs.statistics is not None
     if workspace_bytes == 0:
-        from opsd_kernels import logit_free  # needs Triton
+        from . import logit_free  # needs Triton
 
         needs_stats = outputs.stats is not None
         return logit_free.allocate(problem, needs_gradient, needs_statistics, needs_stats)
@@ -36,7 +36,7 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, workspace_by
         arguments = operator_arguments(outputs, scratch, problem, [], workspace_bytes)
         torch.ops.opsd_kernels.fill(*arguments)
     elif workspace_bytes == 0:
-        from opsd_kernels import logit_free
+        from . import logit_free
 
         logit_free.fill(outputs, scratch, problem)
     else:

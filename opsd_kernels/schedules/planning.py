@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opsd_kernels import kernels
-from opsd_kernels.kernels import tiles
-from opsd_kernels.problem import Problem
-from opsd_kernels.products import PART_MULTIPLE, copied_bytes, multiplied_dtype, score_dtype
+from .. import kernels
+from ..kernels import tiles
+from ..problem import Problem
+from .products import PART_MULTIPLE, copied_bytes, multiplied_dtype, score_dtype
 
 MIB = 2**20
 

@@ -19,18 +19,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from opsd_kernels import planning
-from opsd_kernels.planning import PARTS, Plan, budget_beside_head, is_split, make_plan, row_stride
-from opsd_kernels.problem import Outputs, Problem
-from opsd_kernels.products import (
+from ..heads.vocabulary_parallel import smallest, summed_
+from ..problem import Outputs, Problem
+from . import planning
+from .planning import PARTS, Plan, budget_beside_head, is_split, make_plan, row_stride
+from .products import (
     project,
     project_back,
     project_back_in_parts,
     project_onto_head,
     score_scale,
 )
-from opsd_kernels.rows import divergence_rows_, logits_, weigh_
-from opsd_kernels.vocabulary_parallel import smallest, summed_
+from .rows import divergence_rows_, logits_, weigh_
 
 
 def allocate(
@@ -119,7 +119,7 @@ class LogitGradient:
         else:
             project_back([(dh_S, self.g)], W, dtype, tile, first=True)
         if self.top is not None and self.g_top is not None:
-            from .kernels import top_row  # needs Triton
+            from ..kernels import top_row  # needs Triton
 
             top_row.launch(dh_S, product, self.top, self.g_top, self.scale, chunk)
         elif temperature != 1:
@@ -174,7 +174,7 @@ def launch_rows(
     outputs: Outputs, z_S: Tensor, z_T: Tensor | None, problem: Problem, needs_score: bool
 ) -> LogitGradient:
     """Step 2 by the kernel."""
-    from .kernels import rows  # needs Triton
+    from ..kernels import rows  # needs Triton
 
     return LogitGradient(*rows.launch(outputs, z_S, z_T, problem, needs_score))
 
