@@ -148,14 +148,14 @@ def in_high_precision(
     advantages: Tensor | None = None,
     W_teacher: Tensor | LMHead | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Losses [R] and gradient [R, D] of the first rows, as many as have a thousand entries in all;
+    """Losses [R] and gradient [R, D] of the first rows, as many as have 300 entries in all;
     arguments as in `errors`.
 
     Logits are float64: their rounding moves ℓ by 2^-53 of what separates both sides, and the last
     product is float64, whose terms are exact.
     """
     head, divergence = as_head(W), divergence or Divergence(beta=beta, entry_clip=entry_clip)
-    R = min(len(h_S), max(1, 1000 // len(head.weight)))
+    R = min(len(h_S), max(1, 300 // len(head.weight)))
     products = h_S[:R].double() @ head.weight.double().t()
     z_S, slope = (t / temperature for t in logits_of_products(products, head))
     z_T = logits(h_T[:R], W if W_teacher is None else W_teacher, temperature)

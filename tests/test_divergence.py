@@ -44,7 +44,9 @@ def test_oracle_gradcheck(beta):
     options = {"temperature": 1.3, "token_weights": torch.tensor([1.0, 0.0, 2.0])}
     for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
         assert check(
-            lambda h: reference_jsd_loss(h, h_T, W, beta=beta, **options), h_S.requires_grad_()
+            lambda h: reference_jsd_loss(h, h_T, W, beta=beta, **options),
+            h_S.requires_grad_(),
+            fast_mode=True,
         )
 
 
@@ -57,16 +59,16 @@ FAMILY = [
 ]
 
 
-@pytest.mark.parametrize("distance", [1.0, 1e-3, 1e-7])
+@pytest.mark.parametrize("distance", [1.0, 1e-7])
 @pytest.mark.parametrize("entry_clip", [None, 0.02])
 @pytest.mark.parametrize("divergence", FAMILY, ids=str)
 def test_oracle_against_sixty_digits(divergence, entry_clip, distance):
     """Value and gradient with respect to logits, with a policy term, within what `textbook_doubt`
     allows; and the gradient of 60 digits is that of its values."""
-    V = 9
+    V = 6
     z_S, z_T, _ = (t.double() for t in random_inputs(3, 1, V, size=2.0, distance=distance))
     divergence = replace(divergence, entry_clip=entry_clip)
-    A, targets = torch.tensor([0.0, 1.5, -0.5]), torch.tensor([0, 4, 8])
+    A, targets = torch.tensor([0.0, 1.5, -0.5]), torch.tensor([0, 2, 5])
     z = z_S.clone().requires_grad_()
     options = {"targets": targets, "advantages": A, "reduction": "none"}
     loss = reference_divergence_loss(z, z_T, torch.eye(V).double(), divergence, **options)
