@@ -94,8 +94,8 @@ Fields = tuple[Tensor, Tensor | None, float | None, float, int | None]
 
 def head_of_model(model: Any, gather: Callable[[Tensor], Tensor] | None = None) -> Fields:
     """The fields of `LMHead.of`. `gather` makes a sharded weight or bias whole."""
-    causal_lm, known = check_model(model)
-    if known not in KNOWN:
+    causal_lm, class_name = check_model(model)
+    if class_name not in KNOWN:
         kinds = [kind for kind in type(causal_lm).__mro__ if _is_of_transformers(kind.__module__)]
         if KNOWN.intersection(kind.__name__ for kind in kinds):
             _refuse_forward(type(causal_lm).forward, f"this {type(causal_lm).__name__}")
@@ -103,7 +103,7 @@ def head_of_model(model: Any, gather: Callable[[Tensor], Tensor] | None = None) 
             f"LMHead.of does not know how a {type(causal_lm).__name__} makes its logits "
             f"(docs/heads.md lists the models that it knows). {_BY_HAND}"
         )
-    return read_head(causal_lm, known, gather)
+    return read_head(causal_lm, class_name, gather)
 
 
 def check_model(model: Any) -> tuple[Any, str]:
@@ -127,7 +127,7 @@ def check_model(model: Any) -> tuple[Any, str]:
         if _compiled(causal_lm) is None:
             _check_forward(causal_lm, name)
     forward = _layers(type(causal_lm).forward)[-1]
-    known = forward.__qualname__.partition(".")[0]
+    class_name = forward.__qualname__.partition(".")[0]
     if causal_lm.get_output_embeddings() is None:
         raise ValueError(f"model has no LM head: {type(causal_lm).__name__} returns no logits")
     for module in _around_backbone(causal_lm):
@@ -136,7 +136,7 @@ def check_model(model: Any) -> tuple[Any, str]:
         _check_forward(module, of)
         if not _is_trusted(function := _layers(type(module).forward)[-1]):
             _refuse_forward(function, of)
-    return causal_lm, known if _is_of_transformers(_module_of(forward)) else ""
+    return causal_lm, class_name if _is_of_transformers(_module_of(forward)) else ""
 
 
 def backbone_of(model: Any) -> Any:
@@ -147,8 +147,10 @@ def backbone_of(model: Any) -> Any:
     return None
 
 
-def read_head(model: Any, known: str, gather: Callable[[Tensor], Tensor] | None = None) -> Fields:
-    """The head of a model whose forward is that of the class `known` of transformers."""
+def read_head(
+    model: Any, class_name: str, gather: Callable[[Tensor], Tensor] | None = None
+) -> Fields:
+    """The head of a model whose forward is that of the class `class_name` of transformers."""
     module = model.get_output_embeddings()
     _check_module(module)
     weight, bias = module.weight, module.bias
@@ -168,12 +170,12 @@ def read_head(model: Any, known: str, gather: Callable[[Tensor], Tensor] | None 
     def number(path: str | None) -> Any:
         return None if path is None else operator.attrgetter(path)(model)
 
-    unpadded = number(VOCABULARIES.get(known))
+    unpadded = number(VOCABULARIES.get(class_name))
     vocab_size = vocab_size if unpadded is None else min(unpadded, rows)
-    path, power = SCALES.get(known, (None, 1))
+    path, power = SCALES.get(class_name, (None, 1))
     scale = number(path)
     scale = 1.0 if scale is None else float(scale) ** power
-    softcap = number(SOFTCAPS.get(known))
+    softcap = number(SOFTCAPS.get(class_name))
     return weight, bias, softcap, scale, None if vocab_size == rows else vocab_size
 
 

@@ -140,12 +140,12 @@ def why_other_logits(
 ) -> str | None:
     """Why a loss would compute other logits than one of the models; None if it would not. They are
     compared once for each model, on a few tokens of the first batch. The same on every process."""
-    known = vars(trainer).setdefault("_opsd_kernels_compared", {})
+    compared = vars(trainer).setdefault("_opsd_kernels_compared", {})
     for model in models:
         causal_lm = _causal_lm(trainer.accelerator.unwrap_model(model))
-        if id(causal_lm) not in known:
-            known[id(causal_lm)] = _compare(trainer, model, input_ids, attention_mask)
-        if reason := known[id(causal_lm)]:
+        if id(causal_lm) not in compared:
+            compared[id(causal_lm)] = _compare(trainer, model, input_ids, attention_mask)
+        if reason := compared[id(causal_lm)]:
             return str(reason)
     return None
 

@@ -112,9 +112,10 @@ def _loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
             input_ids=inputs["teacher_input_ids"],
             attention_mask=inputs["teacher_attention_mask"],
         )
-    loss_of_tokens = functools.partial(
-        _loss_of_tokens, trainer.args, trainer.temperature, *_of_tokens(inputs, mask)
-    )
+    ids, old_log_p = inputs["completion_ids"][mask != 0], inputs.get("old_per_token_logps")
+    if old_log_p is not None:
+        old_log_p = old_log_p[mask != 0]
+    loss_of_tokens = functools.partial(_loss_of_tokens, trainer, ids, old_log_p)
     of_tokens = loss_of_student(
         trainer,
         model,
@@ -154,15 +155,8 @@ def _mask(trainer: Any, inputs: dict[str, Any]) -> Tensor:
     return mask * (torch.arange(mask.shape[1], device=mask.device) >= skipped)
 
 
-def _of_tokens(inputs: dict[str, Any], mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """[n] ids of the tokens that count, and [n] the student's log p when it sampled them."""
-    log_p = inputs.get("old_per_token_logps")
-    return inputs["completion_ids"][mask != 0], None if log_p is None else log_p[mask != 0]
-
-
 def _loss_of_tokens(
-    args: Any,
-    temperature: float,
+    trainer: Any,
     ids: Tensor,
     old_log_p: Tensor | None,
     h_S: Tensor,
@@ -170,13 +164,18 @@ def _loss_of_tokens(
     h_T: Tensor,
     W_T: LMHead | None,
 ) -> Tensor:
-    """[n] losses, weighted by the ratio of each token's probability to that when it was sampled, up
-    to a clip."""
+    """[n] losses of the tokens that count, weighted by the ratio of a token's probability to that
+    when it was sampled, up to a clip.
+
+    Args:
+        ids: [n] the tokens.
+        old_log_p: [n] the student's log p when it sampled them, or None.
+    """
     from trl.experimental.sdft.loss_utils import apply_importance_sampling_clipping
 
-    ids = ids.to(h_S.device)
+    ids, args = ids.to(h_S.device), trainer.args
     clip = None if old_log_p is None else args.distillation_is_clip
-    options: dict[str, Any] = {"temperature": temperature, "W_teacher": W_T}
+    options: dict[str, Any] = {"temperature": trainer.temperature, "W_teacher": W_T}
     if args.distillation_mode == "sampled_token":
         loss, log_p, _ = fused_sampled_token_loss(
             h_S, h_T, W, ids, reduction="none", return_log_probs=True, **options
