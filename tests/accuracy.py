@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from opsd_kernels import Divergence, LMHead, reference_divergence_loss, reference_jsd_loss
 from opsd_kernels.divergence import HUGE, Member, value_and_score
 from opsd_kernels.kernels import tiles as tile_table
-from opsd_kernels.schedules.products import score_dtype
+from opsd_kernels.products import score_dtype
 from opsd_kernels.schedules.rows import divergence_rows_
 
 # Bounds, over the maxima of thousands of random cases: 2.7 for losses; for gradients 1.0 where

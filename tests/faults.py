@@ -146,7 +146,7 @@ FAULTS = [
     ),
     # Schedules.
     Fault(
-        "opsd_kernels/schedules/products.py",
+        "opsd_kernels/products.py",
         "if operand_dtype == torch.float16 and not bounded:",
         "if operand_dtype == torch.float64 and not bounded:",
         OP,

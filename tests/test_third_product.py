@@ -19,8 +19,8 @@ from opsd_kernels import LMHead, fused_jsd_loss, fused_log_probs, token_divergen
 from opsd_kernels.kernels import tiles, top_row
 from opsd_kernels.kernels.logits_tile import INTERPRETED
 from opsd_kernels.problem import Problem
+from opsd_kernels.products import project_back, project_back_in_parts
 from opsd_kernels.schedules import planning, row_workspace
-from opsd_kernels.schedules.products import project_back, project_back_in_parts
 from opsd_kernels.schedules.row_workspace import LogitGradient
 
 QWEN3 = 151936

@@ -37,8 +37,8 @@ from opsd_kernels import (
 )
 from opsd_kernels.heads import vocabulary_parallel
 from opsd_kernels.problem import Problem
+from opsd_kernels.products import add_rows, score_dtype
 from opsd_kernels.schedules.planning import MIB, make_plan
-from opsd_kernels.schedules.products import add_rows, score_dtype
 
 CLIPPED_SHARE = TokenDivergence._fields.index("clipped_share")
 REFERENCES = {

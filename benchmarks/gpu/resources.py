@@ -35,9 +35,9 @@ from opsd_kernels import divergence
 from opsd_kernels.kernels import finish, gradient, lse, pair, tiles, top_row
 from opsd_kernels.kernels.tiles import Row, Tile
 from opsd_kernels.problem import STATS, Outputs, Problem
+from opsd_kernels.products import score_scale
 from opsd_kernels.schedules import head_gradient, logit_free, row_workspace
 from opsd_kernels.schedules.head_gradient import HeadGradients
-from opsd_kernels.schedules.products import score_scale
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 DTYPES = ("bfloat16", "float16", "float32")

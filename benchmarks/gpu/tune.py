@@ -43,8 +43,8 @@ from benchmarks.lib.hashes import settle_hashes
 from opsd_kernels.kernels import lse, pair, tiles, top_row
 from opsd_kernels.kernels.tiles import Row, Sweep
 from opsd_kernels.problem import Outputs, Problem
+from opsd_kernels.products import score_dtype
 from opsd_kernels.schedules import logit_free, planning, row_workspace
-from opsd_kernels.schedules.products import score_dtype
 from opsd_kernels.schedules.row_workspace import LogitGradient
 
 VOCABULARY = 151936

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..divergence import Family
 from ..problem import Problem
-from ..schedules.products import score_scale
+from ..products import score_scale
 from . import cdiv, tiles
 from .head import logits_and_slope
 from .logits_tile import halves, logits_tiles, operands, round_to

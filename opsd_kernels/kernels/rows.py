@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..divergence import Family
 from ..problem import Outputs, Problem
-from ..schedules.products import score_dtype, score_scale
+from ..products import score_dtype, score_scale
 from . import current, tiles
 from .finish import LOG_P, policy_gradient, statistics, top_gradient, with_policy
 from .head import logits_and_slope

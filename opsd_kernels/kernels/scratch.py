@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
-from ..schedules.products import copied_bytes, score_dtype, score_scale
+from ..products import copied_bytes, score_dtype, score_scale
 from . import cdiv, tiles
 from .records import PARTIALS, STATS, STATS_OF_TARGETS, SUMS, SUMS_OF_STATISTICS
 

@@ -23,9 +23,7 @@ from torch import Tensor
 from .. import kernels
 from ..heads.vocabulary_parallel import summed_
 from ..problem import Problem
-from . import planning
-from .planning import BLOCK_TEMPORARIES
-from .products import (
+from ..products import (
     add_rows,
     copied_bytes,
     project,
@@ -34,6 +32,8 @@ from .products import (
     score_dtype,
     score_scale,
 )
+from . import planning
+from .planning import BLOCK_TEMPORARIES
 from .rows import logit_gradient_, logits_, weigh_
 
 # In PyTorch: entries of a tile of logits, on a CPU few enough for the cache, and rows of it.

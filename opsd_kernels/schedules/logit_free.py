@@ -25,7 +25,7 @@ from ..heads.vocabulary_parallel import begin_sum_, summed_
 from ..kernels import finish, lse, pair
 from ..kernels.scratch import Scratch, allocate
 from ..problem import Outputs, Problem
-from .products import project_back
+from ..products import project_back
 
 __all__ = ["Scratch", "allocate", "fill"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import kernels
 from ..kernels import tiles
 from ..problem import Problem
-from .products import PART_MULTIPLE, copied_bytes, multiplied_dtype, score_dtype
+from ..products import PART_MULTIPLE, copied_bytes, multiplied_dtype, score_dtype
 
 MIB = 2**20
 

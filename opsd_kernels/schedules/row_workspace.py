@@ -21,15 +21,15 @@ from torch import Tensor
 
 from ..heads.vocabulary_parallel import smallest, summed_
 from ..problem import Outputs, Problem
-from . import planning
-from .planning import PARTS, Plan, budget_beside_head, is_split, make_plan, row_stride
-from .products import (
+from ..products import (
     project,
     project_back,
     project_back_in_parts,
     project_onto_head,
     score_scale,
 )
+from . import planning
+from .planning import PARTS, Plan, budget_beside_head, is_split, make_plan, row_stride
 from .rows import divergence_rows_, logits_, weigh_
 
 

@@ -1,0 +1,74 @@
+"""The rooms of opsd_kernels: which imports which. No file needs a file that needs it."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "opsd_kernels"
+
+# What each room, or module beside them, imports of the others: only what is above it.
+ARROWS: dict[str, set[str]] = {
+    "divergence": set(),
+    "products": set(),
+    "scalars": {"divergence"},
+    "description": {"scalars"},
+    "heads": set(),
+    "problem": {"divergence", "heads"},
+    "kernels": {"divergence", "heads", "problem", "products"},
+    "schedules": {"divergence", "heads", "kernels", "problem", "products"},
+    "checks": {"description", "heads", "kernels", "problem", "scalars", "schedules"},
+    "autograd": {"checks", "divergence", "problem", "schedules"},
+    "loss": {"autograd", "checks", "description", "divergence", "heads", "scalars"},
+    "module": {"checks", "description", "heads", "loss", "scalars"},
+    "head_check": {"heads"},
+    # Of the package's mathematics nothing: the oracle is what proves it.
+    "reference": {"checks", "description", "heads", "loss", "scalars"},
+    "trl": {"checks", "head_check", "heads", "loss"},
+}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported(module: str) -> set[str]:
+    """Modules of the package that a module imports, wherever in the file."""
+    path = FILES[module]
+    package = path.parent.relative_to(ROOT).parts
+    found = set[str]()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            base += [node.module] if node.module else []
+            assert node.level or base[0] != "opsd_kernels", f"{path}: imports here are relative"
+            name = ".".join(base)
+            of_names = {f"{name}.{alias.name}" for alias in node.names}
+            # A package that a submodule is imported from counts only for other names of it.
+            found |= of_names if of_names <= FILES.keys() else of_names | {name}
+    return found & FILES.keys() - {module}
+
+
+GRAPH = {module: imported(module) for module in FILES}
+
+
+def test_rooms_import_one_way():
+    above = set[str]()
+    for room, arrows in ARROWS.items():
+        assert arrows <= above, f"{room} imports what is not above it"
+        above.add(room)
+    found: dict[str, set[str]] = {}
+    for module in FILES.keys() - {"opsd_kernels"}:
+        room = module.split(".")[1]
+        rooms = {other.split(".")[1] for other in GRAPH[module]}
+        found.setdefault(room, set()).update(rooms - {room})
+    assert found == ARROWS
+
+
+def test_no_file_needs_one_that_needs_it():
+    list(TopologicalSorter(GRAPH).static_order())  # raises a CycleError
