@@ -8,9 +8,10 @@ import sys
 import textwrap
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
+import huggingface_hub.utils
 import transformers
 import yaml
 
@@ -25,18 +26,17 @@ from opsd_train.config import (
 )
 from opsd_train.errors import did_you_mean
 from opsd_train.presets import DEFAULT_PRESET, find_preset, preset_names, preset_summary
-from opsd_train.worlds import find_world
 
 DESCRIPTION = (
-    "On-policy self-distillation. Without a preset or a file, the small world: a tiny Qwen3 learns "
-    "long multiplication from itself, on a CPU, in about two minutes. The defaults below are those "
-    "of a file."
+    "On-policy self-distillation. Without a preset or a file it runs the demo, small-world: a tiny "
+    "Qwen3 learns long multiplication from itself, on a CPU, in about two minutes. The defaults "
+    "below are those of a file."
 )
 
 
 def parse(arguments: list[str] | None = None) -> Config:
     """Config from the command line: a preset or a YAML file, by default the demo's preset, under
-    what the options say. What does not fit ends the program with a message."""
+    what the options say. Values that do not fit end the program with a message."""
     parser = _parser()
     known, unknown = parser.parse_known_args(with_hyphens(arguments))
     overrides = vars(known)
@@ -44,21 +44,23 @@ def parse(arguments: list[str] | None = None) -> Config:
     if unknown:
         named = unknown[0].partition("=")[0]
         hint = did_you_mean(named, [_flag(f.name) for f in options()])
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        give_up(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     values: dict[str, Any] = {}
     try:
         name = DEFAULT_PRESET if given is None else given
         values = read_yaml(find_preset(name))
         is_preset = name in preset_names()
-        config = (
-            make_config(overrides, preset=values)
-            if is_preset
-            else make_config({**values, **overrides})
-        )
-        find_world(config)  # refuses what its world cannot be asked for
-        return config
+        if is_preset:
+            return make_config(overrides, preset=values)
+        return make_config({**values, **overrides})
     except (ValueError, OSError) as error:
-        parser.error(said_where(str(error), given, values, overrides))
+        give_up(said_where(str(error), given, values, overrides))
+
+
+def give_up(message: str) -> NoReturn:
+    """End the program, with the status of a command line that is wrong."""
+    print(f"opsd_train: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def with_hyphens(arguments: list[str] | None) -> list[str]:
@@ -76,7 +78,7 @@ def with_hyphens(arguments: list[str] | None) -> list[str]:
 def said_where(
     error: str, file: str | None, values: dict[str, Any], overrides: dict[str, Any]
 ) -> str:
-    """A message about options, behind what asked for them: --option, or the file."""
+    """A message about options, after where they were given: --option, or the file."""
     names = {f.name for f in options()}
     words = re.split(r"(\w+)", error)
     # A name of one word is an option's only where the message begins with it.
@@ -89,10 +91,11 @@ def said_where(
 
 
 def quiet_libraries() -> None:
-    """Let libraries say only what has gone wrong."""
+    """Let libraries say only what went wrong, and show the bars of downloads from the hub."""
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # and with it the hub's
+    huggingface_hub.utils.enable_progress_bars()
     datasets.disable_progress_bars()
 
 

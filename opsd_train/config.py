@@ -1,4 +1,4 @@
-"""Everything a run can be asked for, in one place. Each field is a key of a YAML file and an option
+"""All options of a run, in one place. Each field is a key of a YAML file and an option
 of the command line; the defaults are the paper's figures where it gives them.
 
 Plain values become typed ones here by code of our own: jsonargparse, tyro and transformers'
@@ -30,6 +30,9 @@ TEACHER_TEMPLATE = (
     "Work the problem again from the beginning, in your own words and without mentioning the "
     "reference. Reason step by step, and put your final answer within \\boxed{}."
 )
+Template = str | tuple[dict[str, str], ...]
+"""A text, or chat messages: {"role": ..., "content": a text}."""
+
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 SECTIONS = ("model", "teacher", "data", "sampling", "objective", "optimization", "run")
@@ -44,16 +47,19 @@ def option(default: Any = dataclasses.MISSING, *, section: str = "", help: str) 
 @dataclass(frozen=True)
 class Config:
     model: str = option(
-        section="model", help="causal language model, its folder or hub name; or a world's name"
+        section="model", help="causal language model: its folder, or its name on the hub"
     )
     data: str = option(
         section="data",
         help="data set: hub name or folder; or files, with commas between them: .jsonl, .json, "
-        ".csv, .tsv or .parquet; or the world of the model",
+        ".csv, .tsv or .parquet",
     )
 
     dtype: Literal["bfloat16", "float16", "float32"] = option(
         "bfloat16", section="model", help="of the weights"
+    )
+    quantize: Literal["none", "nf4"] = option(
+        "none", help="nf4: base weights in 4 bits (QLoRA, by bitsandbytes); the LM head in dtype"
     )
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = option(
         "auto", help="auto: FlashAttention 2 where it is installed, else sdpa"
@@ -61,10 +67,13 @@ class Config:
     liger: bool = option(False, help="Liger's kernels in the layers (CUDA)")
     activation_checkpointing: bool = option(True, help="recompute layers in backward")
     offload_checkpoints: bool = option(
-        False, help="keep what layers are recomputed from in host memory"
+        False, help="keep the inputs that layers are recomputed from in host memory"
     )
     mlp_tokens: int | None = option(
         None, help="tokens that an MLP takes at a time, recomputed in backward (none: all)"
+    )
+    train: Literal["adapter", "full"] = option(
+        "adapter", help="full: all weights but embeddings and LM head, in float32, no adapter"
     )
     lora_rank: int = option(64, help="rank of the adapter")
     lora_alpha: int = option(128, help="the adapter's scale is alpha / rank")
@@ -72,14 +81,14 @@ class Config:
         LORA_TARGETS, help="layers with an adapter; all-linear: every linear layer but the LM head"
     )
     adapter: Path | None = option(
-        None, help="folder of a LoRA adapter to start from, whose rank, alpha and targets it has"
+        None, help="folder of a LoRA adapter to start from, with its rank, alpha and targets"
     )
 
     teacher: Literal["initial", "base", "live", "ema"] = option(
         "initial",
         section="teacher",
-        help="adapter of the teacher: the one that training began with, none, the student's, or "
-        "the student's average",
+        help="which adapter the teacher has: the one that training began with, none, the "
+        "student's, or the student's average",
     )
     ema_decay: float = option(0.99, help="decay of the ema teacher's average")
     teacher_model: str | None = option(None, help="another model, same vocabulary, as the teacher")
@@ -90,11 +99,11 @@ class Config:
     where: dict[str, Any] | None = option(
         None, help="rows to keep, {column: value} or {column: [values]}"
     )
-    max_problems: int | None = option(None, help="use at most this many rows, the first ones")
+    max_problems: int | None = option(None, help="use only the first rows, at most this many")
     held_out: int | None = option(
         None,
-        help="problems to keep from training and evaluate on, of those whose solution has its "
-        "answer in \\boxed{}",
+        help="problems to keep from training and evaluate on; their solutions must have the answer "
+        "in \\boxed{}",
     )
     skip_bad_rows: bool = option(
         False, help="go on without rows that cannot be read (default: list them, and stop)"
@@ -105,21 +114,24 @@ class Config:
         "positions",
     )
 
-    student_template: str = option(STUDENT_TEMPLATE, help="{problem} stands for the problem")
-    teacher_template: str = option(TEACHER_TEMPLATE, help="{solution} for its reference solution")
+    student_template: Template = option(
+        STUDENT_TEMPLATE, help="{problem} stands for the problem; text, or a list of chat messages"
+    )
+    teacher_template: Template = option(
+        TEACHER_TEMPLATE,
+        help="the same for the teacher; {solution} stands for its reference solution",
+    )
     student_thinking: bool | None = option(None, help="chat template's switch (none: its default)")
     teacher_thinking: bool | None = option(None, help="chat template's switch (none: its default)")
 
-    engine: Literal["generate", "continuous", "vllm"] = option(
-        "generate",
-        section="sampling",
-        help="transformers' generate, its continuous batching, or servers of vLLM",
+    engine: Literal["generate", "vllm"] = option(
+        "generate", section="sampling", help="transformers' generate, or servers of vLLM"
     )
     engine_urls: tuple[str, ...] | None = option(
         None, help="of vLLM servers that run, as http://localhost:8000; with commas between them"
     )
     engine_folder: Path | None = option(
-        None, help="where adapters are put that every server can read (none: the temporary folder)"
+        None, help="a folder that every server can read, for adapters (none: the temporary folder)"
     )
     engine_timeout: float = option(
         3600.0, help="seconds within which a server has to complete a rollout"
@@ -148,7 +160,9 @@ class Config:
     forward_weight: float | None = option(
         None, help="of KL(teacher‖mixture); with beta none of KL(teacher‖student)"
     )
-    reverse_weight: float | None = option(None, help="likewise of KL(student‖...)")
+    reverse_weight: float | None = option(
+        None, help="of KL(student‖mixture); with beta none of KL(student‖teacher)"
+    )
     entry_clip: float | None = option(None, help="clip of each vocabulary entry's value")
     advantage_clip: float | None = option(None, help="clip of the sampled token's log-ratio")
     mean: Literal["rollout", "token"] = option(
@@ -161,8 +175,8 @@ class Config:
     micro_batch_size: int = option(1, help="rollouts a process scores at once")
     micro_batch_tokens: int | None = option(
         None,
-        help="score rollouts of like length together, up to so many tokens, prompts included; in "
-        "place of micro_batch_size",
+        help="score rollouts of similar length together, up to this many tokens with their "
+        "prompts, in place of micro_batch_size",
     )
     learning_rate: float = option(2e-5, help="peak learning rate of AdamW on the adapter")
     schedule: Literal["cosine", "constant"] = option("cosine", help="after warm-up")
@@ -171,7 +185,7 @@ class Config:
     shard: bool = option(False, help="spread the weights over the processes (FSDP2)")
     patience: int | None = option(
         None,
-        help="stop early if the mean loss of this many steps is no less than of as many before",
+        help="stop early if the mean loss of this many steps is not below that of as many before",
     )
     seed: int = option(0, help="of the adapter, the order of problems and all sampling")
 
@@ -189,19 +203,16 @@ class Config:
         False, help="show prompts, lengths and memory, do one step, write nothing"
     )
     record_every: int = option(
-        10, help="steps between those of which some rollouts are in the report, token by token"
+        10, help="steps between two whose rollouts are recorded token by token, for the report"
     )
-    record_rollouts: int = option(2, help="rollouts of such a step to record; 0 for none")
+    record_rollouts: int = option(2, help="rollouts to record of such a step; 0 for none")
     eval_every: int = option(
         10, help="steps between evaluations, where there are held-out problems"
     )
-    eval_problems: int = option(
-        512, help="held-out problems to evaluate before and after, where the world has them"
-    )
 
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
-    """The options that were asked for, not those of a preset: only what nobody asked for may be
-    fitted to a model, or be left without effect."""
+    """The options that the user gave, not those of a preset. Only the others may be fitted to a
+    model, or be left without effect."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -209,7 +220,7 @@ class Config:
             "held_out",
             *("rollout_batch_size", "steps", "batch_size", "micro_batch_size", "patience"),
             *("micro_batch_tokens", "mlp_tokens"),
-            *("save_every", "keep_last", "record_every", "eval_every", "eval_problems"),
+            *("save_every", "keep_last", "record_every", "eval_every"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -230,8 +241,10 @@ class Config:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.offload_checkpoints and not self.activation_checkpointing:
             raise ValueError(
-                "offload_checkpoints wants activation_checkpointing, whose checkpoints it moves"
+                "offload_checkpoints needs activation_checkpointing: it moves its checkpoints"
             )
+        if self.shard and self.quantize != "none":
+            raise ValueError(f"quantize must be none with shard, got {self.quantize}")
         check_temperature(self.temperature)
         for name in ("forward_weight", "reverse_weight"):
             if (weight := getattr(self, name)) is not None:
@@ -251,6 +264,7 @@ class Config:
             )
         if not self.lora_targets:
             raise ValueError("lora_targets must name at least one layer")
+        check_full(self)
         check_templates(self)
         check_effect(self)
 
@@ -285,6 +299,8 @@ def without_effect(config: Config) -> dict[str, str]:
         idle |= dict.fromkeys(of_divergence, "objective divergence; it is sampled_token")
     else:
         idle["advantage_clip"] = "objective sampled_token; it is divergence"
+    if config.train == "full":
+        idle |= dict.fromkeys(("lora_rank", "lora_alpha", "lora_targets"), "train adapter")
     if config.teacher != "ema":
         idle["ema_decay"] = f"teacher ema; it is {config.teacher}"
     if config.micro_batch_tokens is not None:
@@ -292,10 +308,8 @@ def without_effect(config: Config) -> dict[str, str]:
     if config.engine != "vllm":
         of_servers = ("engine_folder", "engine_timeout")
         idle |= dict.fromkeys(of_servers, f"engine vllm; it is {config.engine}")
-    if config.model != config.data:  # as they are in a world that holds out problems of its own
-        idle["eval_problems"] = "a world that has such problems; held_out says how many to keep"
-        if config.held_out is None:
-            idle["eval_every"] = "held_out problems to evaluate"
+    if config.held_out is None:
+        idle["eval_every"] = "held_out problems to evaluate"
     if config.patience is not None and 2 * config.patience >= config.steps:
         idle["patience"] = f"more than {2 * config.patience} steps; they are {config.steps}"
     if not config.record_rollouts:
@@ -305,7 +319,7 @@ def without_effect(config: Config) -> dict[str, str]:
 
 def check_effect(config: Config) -> None:
     """Raises:
-    ValueError: options were asked for that have no effect beside others; a line for each.
+    ValueError: the user gave options that have no effect beside others; a line for each.
     """
     idle = [
         f"{name} has an effect only with {needs}"
@@ -319,12 +333,19 @@ def check_effect(config: Config) -> None:
 PLACEHOLDER = re.compile(r"(?<![\\\w}^_])\{(\w+)\}")  # not what LaTeX has in braces: \boxed{x}
 
 
+def template_text(template: Template) -> str:
+    """All that a template says."""
+    if isinstance(template, str):
+        return template
+    return "\n".join(message["content"] for message in template)
+
+
 def check_templates(config: Config) -> None:
     """Raises:
     ValueError: a template without what it is to show, or with a name that stands for nothing.
     """
     for name in ("student_template", "teacher_template"):
-        template = getattr(config, name)
+        template = template_text(getattr(config, name))
         for word in PLACEHOLDER.findall(template):
             if word not in ("problem", "solution"):
                 hint = did_you_mean(word, ["problem", "solution"])
@@ -334,13 +355,30 @@ def check_templates(config: Config) -> None:
                 )
         if "{problem}" not in template:
             raise ValueError(f"{name} must contain {{problem}}, got {template!r}")
-    if "{solution}" in config.student_template:
+    if "{solution}" in template_text(config.student_template):
         raise ValueError("student_template contains {solution}, which only the teacher may see")
-    if "{solution}" not in config.teacher_template and config.teacher_model is None:
+    if "{solution}" not in template_text(config.teacher_template) and config.teacher_model is None:
         raise ValueError(
             "teacher_template must contain {solution}, without which the teacher knows no more than"
             " the student; only a teacher_model may do without"
         )
+
+
+def check_full(config: Config) -> None:
+    """Raises:
+    ValueError: all weights are to be trained, and another option does not allow it.
+    """
+    if config.train != "full":
+        return
+    for name, wanted, why in (
+        ("dtype", "float32", "16 bits round small updates away"),
+        ("engine", "generate", "vLLM takes adapters alone"),
+        ("quantize", "none", "weights of 4 bits cannot be trained"),
+        ("shard", False, "a sharded model trains an adapter alone"),
+        ("adapter", None, "it is no part of the model"),
+    ):
+        if (value := getattr(config, name)) != wanted:
+            raise ValueError(f"{name} must be {wanted} with train full, got {value}: {why}")
 
 
 def check_engine(config: Config) -> None:
@@ -349,7 +387,7 @@ def check_engine(config: Config) -> None:
     """
     is_vllm, urls = config.engine == "vllm", config.engine_urls or ()
     if is_vllm != bool(urls):
-        needs = "needs engine_urls" if is_vllm else "takes no engine_urls; ask for --engine vllm"
+        needs = "needs engine_urls" if is_vllm else "takes no engine_urls; add --engine vllm"
         raise ValueError(f"engine {config.engine} {needs}")
     for url in urls:
         parts = urlsplit(url)
@@ -359,8 +397,13 @@ def check_engine(config: Config) -> None:
         raise ValueError(f"engine_urls must differ, got {', '.join(urls)}")
     if is_vllm and config.temperature < 0.01:
         raise ValueError(
-            f"temperature must be at least 0.01 for vLLM, which takes a lower one for 0.01; got "
+            f"temperature must be at least 0.01 for vLLM, which raises a lower one to 0.01; got "
             f"{config.temperature}"
+        )
+    if is_vllm and config.quantize != "none":
+        raise ValueError(
+            f"quantize must be none with engine vllm, whose servers have weights of 16 bits; got "
+            f"{config.quantize}"
         )
     if config.ahead not in (0, 1):
         raise ValueError(f"ahead must be 0 or 1, got {config.ahead}")
@@ -372,7 +415,7 @@ def make_config(values: dict[str, Any], preset: dict[str, Any] | None = None) ->
     """Config of plain values, as YAML or the command line give them.
 
     Args:
-        values: what is asked for. An option among them that has no effect beside the others is
+        values: what the user gave. An option among them that has no effect beside the others is
             refused.
         preset: values for what is not among these; they may be left without effect.
 
@@ -461,6 +504,8 @@ def _convert(name: str, value: Any) -> Any:
             raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value}")
         return value
     wanted, convert = _CONVERSIONS[typing.get_origin(kind) or kind]
+    if name.endswith("_template"):
+        wanted, convert = "text, or a list of messages that ends with a user's", _template
     try:
         return convert(value)
     except (KeyError, TypeError, ValueError, yaml.YAMLError):
@@ -476,6 +521,21 @@ def _of(kind: Any, value: Any) -> Any:
 def _words(value: Any) -> tuple[str, ...]:
     words = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
     return tuple(_of(str, word) for word in words)
+
+
+def _template(value: Any) -> Template:
+    if isinstance(value, str) and value.startswith("[{"):
+        value = yaml.load(value, UniqueKeyLoader)
+    if isinstance(value, str):
+        return value
+    for message in _of(list | tuple, value):
+        if set(_of(dict, message)) != {"role", "content"}:
+            raise ValueError
+        _of(str, message["role"])
+        _of(str, message["content"])
+    if not value or value[-1]["role"] != "user":
+        raise ValueError
+    return tuple(value)
 
 
 class UniqueKeyLoader(yaml.SafeLoader):

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class RunFailed(Exception):
@@ -10,6 +11,14 @@ class RunFailed(Exception):
     def __init__(self, message: str, status: int = 1):
         super().__init__(message)
         self.status = status
+
+
+def difference(name: str, was: Any, now: Any) -> tuple[str, str, str]:
+    """Name and both values of what differs: of two mappings the first key that does."""
+    while isinstance(was, dict) and isinstance(now, dict):
+        key = next(k for k in [*was, *now] if was.get(k) != now.get(k))
+        name, was, now = f"{name}.{key}", was.get(key), now.get(key)
+    return name, f"{was!s:.200}", f"{now!s:.200}"
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -20,8 +20,9 @@ from peft import PeftModelForCausalLM
 from opsd_train.command_line import quiet_libraries, read_yaml, with_hyphens
 from opsd_train.config import Config, field_choices, make_config
 from opsd_train.data import Context
-from opsd_train.errors import RunFailed, did_you_mean
-from opsd_train.evaluation import (
+from opsd_train.demo import find_demo
+from opsd_train.errors import RunFailed, did_you_mean, difference
+from opsd_train.grading import (
     Attempt,
     Attempts,
     Grader,
@@ -36,7 +37,6 @@ from opsd_train.evaluation import (
 )
 from opsd_train.models import (
     add_adapter,
-    base_weights_sha256,
     check_ids,
     load_adapter,
     settle_padding,
@@ -44,9 +44,16 @@ from opsd_train.models import (
 from opsd_train.presets import find_preset
 from opsd_train.records import Problem
 from opsd_train.report import write_report
-from opsd_train.run import be_quiet, check_distribution, fail, progress_bar, say
-from opsd_train.sampling import Sampling, draw_seed, make_sampler
-from opsd_train.worlds import find_world
+from opsd_train.run import (
+    be_quiet,
+    check_base,
+    check_distribution,
+    fail,
+    load,
+    progress_bar,
+    say,
+)
+from opsd_train.sampling import Sampling, draw_seed, make_sampler, sampling_of
 
 HELD_OUT = "held-out"
 # 38,912 tokens and top-p 0.95 are the paper's (Table 6), T = 1 of its authors' evaluation script.
@@ -88,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def evaluate_run(options: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Sample what is missing, and show the scores of what there is.
+    """Sample what is missing, and show the scores.
 
     Raises:
         OSError, ValueError: something is not there, or does not fit what is.
@@ -100,18 +107,17 @@ def evaluate_run(options: argparse.Namespace, accelerator: Accelerator) -> None:
     if not all(1 <= k <= options.samples for k in ks):
         raise ValueError(f"k must lie in [1, {options.samples}], the number of samples; got {ks}")
 
-    world = find_world(config)
-    materials = world.load(accelerator, lambda name: nullcontext())
-    context = Context(materials.tokenizer, config.student_template, config.student_thinking)
+    config = find_demo(config, accelerator)
+    materials = load(config)
+    grader = MathGrader()
+    template = config.student_template
+    context = Context(materials.tokenizer, template, config.student_thinking, "student_template")
     sets = []
     for name in options.on or [HELD_OUT]:
-        sampling = world.held_out_sampling() if name == HELD_OUT else OF_BENCHMARKS
+        sampling = sampling_of(config) if name == HELD_OUT else OF_BENCHMARKS
         problems = materials.held_out
         if name != HELD_OUT:
-            problems = load_set(name, options)
-            if isinstance(grader := world.answer_grader(), MathGrader):
-                with grader:
-                    problems = grader.gradable(problems, report=say)
+            problems = grader.gradable(load_set(name, options), report=say)
             if not problems:
                 raise ValueError(f"no answer of {name} can be compared")
         if not problems:
@@ -140,7 +146,7 @@ def evaluate_run(options: argparse.Namespace, accelerator: Accelerator) -> None:
         "adapter_sha256": file_sha256(adapter),
         "seed": options.seed,
         "engine": config.engine,
-        "student_template": config.student_template,
+        "student_template": template if isinstance(template, str) else list(template),
         "student_thinking": config.student_thinking,
         "sets": {s.name: s.settings() for s in sets},
     }
@@ -157,17 +163,7 @@ def evaluate_run(options: argparse.Namespace, accelerator: Accelerator) -> None:
             f"{of.sampling.top_k or 'off'}, up to {of.sampling.max_new_tokens:,} tokens"
         )
         attempts: dict[str, Attempts] = {
-            name: sample_all(
-                options,
-                config,
-                accelerator,
-                of,
-                name,
-                model,
-                context,
-                world.answer_grader(),
-                output,
-            )
+            name: sample_all(options, config, accelerator, of, name, model, context, grader, output)
             for name in names
         }
         results[of.name] = compare(attempts, ks)
@@ -191,11 +187,11 @@ def sample_all(
     grader: Grader,
     output: Path,
 ) -> list[list[Attempt]]:
-    """The samples of one model on one set, by problem: those on the disk, and those that are made
-    for want of them."""
+    """The samples of one model on one set, by problem: those on the disk, and the missing ones,
+    which are sampled now."""
     file = SampleFile(output / "samples.jsonl")
     found = {s.place: s.attempt for s in file.read()}
-    # All problems once before any comes again: what is there after an hour is worth something.
+    # All problems once before any comes again: scores after an hour are then worth something.
     places = [
         (of.name, name, problem, number)
         for number in range(options.samples)
@@ -206,7 +202,7 @@ def sample_all(
     config = replace(config, max_new_tokens=of.sampling.max_new_tokens)
     sampler = make_sampler(config, accelerator, model, model, context.tokenizer, of.sampling)
     state = PartialState()
-    state.wait_for_everyone()  # all have read what there is, before there is more
+    state.wait_for_everyone()  # all have read the file before it grows
     with (
         model.disable_adapter() if name == "base" else nullcontext(),
         progress_bar(f"{of.name}, {name}", len(places)) as bar,
@@ -235,15 +231,20 @@ def find_config(options: argparse.Namespace) -> tuple[Path | None, Config]:
         values = read_yaml(path / "config.yaml" if folder else find_preset(options.run))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{options.run}: {error}") from None
-    if folder:  # whose own adapter is the one that counts
+    if folder:  # the run's own adapter is evaluated, not the one that it started from
         values.pop("adapter", None)
     config = make_config({}, preset=values)
+    if folder and config.train == "full":
+        raise ValueError(
+            f"{folder} trained all weights: name {folder / 'model'} as the model of a config file, "
+            "and evaluate that"
+        )
     return folder, replace(config, **engine_of(options, config), shard=False, ahead=0)
 
 
 def engine_of(options: argparse.Namespace, config: Config) -> dict[str, Any]:
-    """The options of the engine: those asked for, and otherwise the run's. The servers of a run
-    that is sampled from here are of no matter."""
+    """The options of the engine: those given, and otherwise the run's; the run's servers only where
+    vLLM samples."""
     engine = options.engine or ("vllm" if options.engine_urls else config.engine)
     urls = options.engine_urls or (config.engine_urls if engine == "vllm" else None)
     return {"engine": engine, "engine_urls": urls, "rollout_batch_size": None}
@@ -274,11 +275,11 @@ def overridden(sampling: Sampling, options: argparse.Namespace) -> Sampling:
 def fitted(
     of: ProblemSet, options: argparse.Namespace, context: Context, model: torch.nn.Module
 ) -> ProblemSet:
-    """With shorter completions, unless asked otherwise, where the longest prompt and completion
-    would exceed the model's positions; which is said.
+    """With shorter completions, unless a length was given, where the longest prompt and completion
+    would exceed the model's positions; the console says so.
 
     Raises:
-        ValueError: what was asked for does not fit.
+        ValueError: the length that was given does not fit.
     """
     text_config: Any = model.config
     positions = getattr(text_config.get_text_config(), "max_position_embeddings", None)
@@ -300,23 +301,8 @@ def fitted(
     return replace(of, sampling=replace(of.sampling, max_new_tokens=positions - longest))
 
 
-def check_base(folder: Path, model: PeftModelForCausalLM) -> None:
-    """Raises:
-    ValueError: the adapter was trained on other weights than these.
-    """
-    summary = folder / "summary.json"
-    if not summary.exists():  # of a run that has not ended
-        return
-    expected = json.loads(summary.read_text(encoding="utf-8"))["base_weights_sha256"]
-    if base_weights_sha256(model) != expected:
-        raise ValueError(
-            f"the base weights are not those that {folder} was trained on (summary.json): the "
-            "model has changed since, or another dtype was asked for"
-        )
-
-
 def agree_on_settings(output: Path, settings: dict[str, Any]) -> None:
-    """Write what the samples in a folder depend on. What is there may have other sets.
+    """Write what the samples in a folder depend on. The folder may hold other sets already.
 
     Raises:
         ValueError: samples in the folder were made otherwise.
@@ -326,8 +312,9 @@ def agree_on_settings(output: Path, settings: dict[str, Any]) -> None:
     for name, value in (settings | settings["sets"]).items():
         before = (was | was["sets"]).get(name, value)
         if name != "sets" and before != value:
+            what, then, now = difference(name, before, value)
             raise ValueError(
-                f"the samples in {output} were made with {name} {before}, not {value}; ask for the "
+                f"the samples in {output} were made with {what} {then}, not {now}; ask for the "
                 "same, or name another folder with --output-dir"
             )
     output.mkdir(parents=True, exist_ok=True)
@@ -375,7 +362,9 @@ def parser() -> argparse.ArgumentParser:
         f"on the hub; or {HELD_OUT}, what the run kept from training (the default)",
     )
     add(
-        "--adapter", type=Path, help="folder of an adapter, a checkpoint's say (default: the run's)"
+        "--adapter",
+        type=Path,
+        help="folder of another adapter, such as a checkpoint's (default: the run's)",
     )
     add("--samples", type=positive, default=16, help="of each problem (default: 16)")
     add("--k", type=positive, nargs="+", help="of pass@k and maj@k (default: 8 and 16)")

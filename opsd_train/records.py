@@ -62,20 +62,3 @@ class Scores:
     tokens: Tensor  # [N] the ids ŷ_n
     lengths: Tensor  # [rollouts] tokens of each; they sum to N
     logp_sampler: Tensor | None = None  # [N] of the tokens as they were drawn, if that is known
-
-
-@dataclass(frozen=True)
-class Choices:
-    """The likeliest tokens at each position of a rollout, the likeliest first."""
-
-    ids: list[list[int]]
-    log_probs: list[list[float]]
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What is seen at each token of one rollout."""
-
-    statistics: dict[str, list[float]]  # as `TokenDivergence` names them
-    student: Choices
-    teacher: Choices

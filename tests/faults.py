@@ -12,7 +12,7 @@ class Fault(NamedTuple):
 
 OP = "loss divergence token_divergence family kernels logit_free trained_head head log_probs peers"
 KERNELS = f"kernels {OP.replace(' kernels', '')} resources"
-RUNS = "train_step train_opsd train_run train_failures evaluate train_small_world"
+RUNS = "train_step train_opsd train_run train_failures evaluate train_demo"
 
 FAULTS = [
     # The maths, in PyTorch.
@@ -264,7 +264,7 @@ FAULTS = [
         "train_data train_run",
     ),
     Fault(
-        "opsd_train/models/backbone.py",
+        "opsd_train/models/head.py",
         "positions = (mask.cumsum(1) - 1).clamp(min=0)  # counted over real tokens",
         "positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)",
         "train_models train_opsd train_step",
@@ -282,7 +282,7 @@ FAULTS = [
         "train_sampling train_opsd train_run",
     ),
     Fault(
-        "opsd_train/sampling/batch_sampler.py",
+        "opsd_train/sampling/generate.py",
         "next((i + 1 for i, token in enumerate(row) if token in ends), len(row))",
         "next((i for i, token in enumerate(row) if token in ends), len(row))",
         "train_sampling train_opsd",
@@ -313,7 +313,13 @@ FAULTS = [
         f"train_opsd {RUNS}",
     ),
     Fault(
-        "opsd_train/opsd/micro_batches.py",
+        "opsd_train/opsd/teachers.py",
+        "super().__init__(copy.deepcopy(backbone, dict(frozen)).requires_grad_(False))",
+        "super().__init__(backbone)",
+        "train_full",
+    ),
+    Fault(
+        "opsd_train/opsd/step.py",
         "return sum(prompts[i] + completions[i] for i in group)",
         "return sum(completions[i] for i in group)",
         f"train_opsd {RUNS}",
@@ -345,13 +351,13 @@ FAULTS = [
     ),
     # Evaluation and report.
     Fault(
-        "opsd_train/evaluation/metrics.py",
+        "opsd_train/grading/scores.py",
         "return 1 - math.comb(n - c, k) / math.comb(n, k)",
         "return 1 - (1 - c / n) ** k",
         "train_evaluation evaluate",
     ),
     Fault(
-        "opsd_train/evaluation/metrics.py",
+        "opsd_train/grading/scores.py",
         'return most.count(("right", "")) / len(most) if most else 0.0',
         'return float(most[0] == ("right", "")) if most else 0.0',
         "train_evaluation evaluate",
@@ -363,7 +369,7 @@ FAULTS = [
         "report",
     ),
     Fault(
-        "opsd_train/report/reading.py",
+        "opsd_train/report/page.py",
         "steps = [steps[i * last // (STEPS_SHOWN - 1)] for i in range(STEPS_SHOWN)]",
         "steps = steps[:STEPS_SHOWN]",
         "report",

@@ -20,7 +20,7 @@ from training_runs import (
 )
 
 from opsd_train import evaluate
-from opsd_train.evaluation import SampleFile, comparison_table
+from opsd_train.grading import SampleFile, comparison_table
 
 
 def evaluated(capsys, *arguments: object) -> str:
@@ -113,7 +113,7 @@ def test_other_samples_are_not_gone_on_with(capsys, options, tmp_path, problems)
     evaluated(capsys, *options)
     error = refused(capsys, *options, "--temperature", 0.5)
     assert "were made with" in error
-    assert "'temperature': 1.0" in error
+    assert ".temperature 1.0, not 0.5; ask for the same" in error
     assert "--output-dir" in error
     assert "made with seed 0, not 1" in refused(capsys, *options, "--seed", 1)
     # Another set is another matter.

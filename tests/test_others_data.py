@@ -13,7 +13,7 @@ from tiny_qwen3 import config
 from tokenizers.processors import TemplateProcessing
 
 from opsd_train.data import Context, Contexts, join, left_pad, load_problems, those_that_fit
-from opsd_train.evaluation import load_benchmark
+from opsd_train.grading import load_benchmark
 from opsd_train.models import load_tokenizer
 from opsd_train.records import Problem
 
@@ -128,7 +128,7 @@ def test_all_bad_rows_at_once_or_without_them(tmp_path):
     said = []
     asked = config(tmp_path, data=str(tmp_path / "a.jsonl"), skip_bad_rows=True)
     assert load_problems(asked, said.append) == READ + READ
-    assert said == ["Left out: " + message.partition("\nMend")[0]]
+    assert said == ["Left out: " + message.partition("\nCorrect")[0]]
     answers = {"problem_column": "problem", "answer_column": "solution"}
     with pytest.raises(ValueError, match="15 of 19 rows"):
         load_benchmark(str(tmp_path / "a.jsonl"), **answers)
@@ -231,9 +231,9 @@ TURN = "{% for m in messages %}{{ m.content }}|{% endfor %}"
         (TURN.replace("m.content", "m.content | trim"), "Q: 2+2?|"),
         (TURN.replace("m.content", "m.content | lower"), ValueError("changes it: of 'Q: 2+2?")),
         (TURN.replace("m.content", "m.content | replace(' ', '')"), ValueError("changes it")),
-        ("hello", ValueError("leaves out the text of the problem")),
-        ("", ValueError("leaves out the text of the problem")),
-        ("{{ raise_exception('no users') }}", ValueError("chat template fails: no users")),
+        ("hello", ValueError("leaves out a text of a template")),
+        ("", ValueError("leaves out a text of a template")),
+        ("{{ raise_exception('no users') }}", ValueError("fails on a template: no users")),
         ("{% for %}", ValueError("chat template fails")),
         ("{{ messages[3].content }}", ValueError("chat template fails")),
         ("{{ messages[0].content + 1 }}", ValueError("chat template fails")),
@@ -261,7 +261,7 @@ def test_thinking_is_looked_for_in_the_template_that_is_used(tokenizer):
 
 
 def test_a_template_that_ends_in_the_end_token(tokenizer):
-    with pytest.raises(ValueError, match="student_template or teacher_template makes it so"):
+    with pytest.raises(ValueError, match="a template makes it so"):
         Context(tokenizer, "{problem}<|im_end|>").text(P)
 
 

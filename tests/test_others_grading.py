@@ -10,10 +10,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("math_verify")
 
 from opsd_train.data import hold_out, last_boxed
-from opsd_train.evaluation import Attempt, MathGrader
-from opsd_train.evaluation.metrics import maj_at
+from opsd_train.grading import Attempt, MathGrader
+from opsd_train.grading.scores import maj_at
 from opsd_train.records import Problem
-from opsd_train.run.world import hold_out_gradable
+from opsd_train.run.setup import hold_out_gradable
 
 
 @pytest.fixture(scope="module")

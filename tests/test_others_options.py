@@ -19,10 +19,8 @@ from opsd_train.config import make_config, without_effect
 from opsd_train.data import load_problems
 from opsd_train.models import load_model, load_tokenizer
 from opsd_train.presets import find_preset, preset_names
-from opsd_train.run import run_in
-from opsd_train.run.lengths import check_batch, fit_lengths
-from opsd_train.run.setup import make_contexts
-from opsd_train.worlds import find_world
+from opsd_train.run import run_training
+from opsd_train.run.setup import check_batch, fit_lengths, make_contexts
 
 BASE = {"model": "m", "data": "d.jsonl"}
 VLLM = {"engine": "vllm", "engine_urls": ["http://a"]}
@@ -37,9 +35,9 @@ REFUSED = [
     ({"ema_decay": 0.9, "teacher": "live"}, "ema_decay has an effect only with teacher ema"),
     ({"micro_batch_size": 1, "micro_batch_tokens": 99}, "micro_batch_size has an effect only"),
     ({"engine_timeout": 9}, "engine_timeout has an effect only with engine vllm; it is generate"),
-    ({"engine_folder": "/tmp", "engine": "continuous"}, "engine_folder has an effect only with"),
+    ({"engine_folder": "/tmp"}, "engine_folder has an effect only with"),
     ({"record_every": 5, "record_rollouts": 0}, "record_every has an effect only with record_r"),
-    ({"offload_checkpoints": True, "activation_checkpointing": False}, "offload_checkpoints wants"),
+    ({"offload_checkpoints": True, "activation_checkpointing": False}, "offload_checkpoints needs"),
     ({"teacher_template": "{problem}"}, "teacher_template must contain {solution}"),
     ({"teacher_template": "{solution}"}, "teacher_template must contain {problem}"),
     ({"student_template": "Q: {problem} {solution}"}, "student_template contains {solution}"),
@@ -55,7 +53,6 @@ REFUSED = [
     ({"data": []}, "data must be given, and is empty"),
     ({"where": "{a: 1, a: 2}"}, "where must be a mapping"),
     ({"advantage_clip": 5, "ema_decay": 0.9}, "it is divergence\nema_decay has an effect"),
-    ({"eval_problems": 5}, "eval_problems has an effect only with a world that"),
 ]
 ACCEPTED = [
     {"entry_clip": None, **SAMPLED},
@@ -77,12 +74,32 @@ ACCEPTED = [
 @pytest.mark.parametrize(("values", "message"), REFUSED)
 def test_options_without_effect_are_refused(values, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        find_world(make_config({**BASE, **values}))
+        make_config({**BASE, **values})
 
 
 @pytest.mark.parametrize("values", ACCEPTED)
 def test_options_with_an_effect(values):
-    find_world(make_config({**BASE, **values}))
+    make_config({**BASE, **values})
+
+
+MESSAGES = [
+    {"role": "user", "content": "{problem}"},
+    {"role": "assistant", "content": "{solution}"},
+    {"role": "user", "content": "Again."},
+]
+
+
+def test_templates_of_messages_from_files_and_from_the_command_line(tmp_path):
+    asked = make_config({**BASE, "teacher_template": MESSAGES})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(asked.as_dict()))
+    option = f"--teacher-template={json.dumps(MESSAGES)}"
+    assert parse([str(path)]) == parse([str(path), option]) == asked
+    for wrong in ([], MESSAGES[:2], [{"role": "user", "text": "{problem}{solution}"}], 3):
+        with pytest.raises(ValueError, match="teacher_template must be text, or a list of messag"):
+            make_config({**BASE, "teacher_template": wrong})
+    with pytest.raises(ValueError, match="student_template contains"):
+        make_config({**BASE, "student_template": MESSAGES})
 
 
 @pytest.mark.parametrize("name", [n for n in preset_names() if n != "small-world"])
@@ -111,7 +128,7 @@ def test_what_a_run_folder_says_can_be_asked_for_again(values):
 def error_of(capsys, *arguments: str) -> str:
     with pytest.raises(SystemExit):
         parse(list(arguments))
-    return capsys.readouterr().err.partition("error: ")[2]
+    return capsys.readouterr().err.partition("opsd_train: ")[2]
 
 
 def test_an_error_names_what_it_came_from(tmp_path, capsys):
@@ -257,6 +274,6 @@ def test_a_teacher_with_fewer_positions(short, folder):
 def test_a_batch_larger_than_the_data(short):
     asked = asked_for(short, batch_size=21, dry_run=True)
     with pytest.raises(ValueError, match="batch_size must be at most the number of problems, 20"):
-        run_in(find_world(asked), Accelerator(cpu=True))
+        run_training(asked, Accelerator(cpu=True))
     with pytest.raises(ValueError, match="got 32"):
         check_batch(asked_for(short), load_problems(asked))

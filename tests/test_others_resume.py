@@ -23,7 +23,8 @@ from opsd_train.__main__ import main
 from opsd_train.models import adapter_weights, base_model
 from opsd_train.run import RunFolder
 from opsd_train.run.checkpoint import FOLDER
-from opsd_train.run.life import base_weights, count_parameters, describe_start
+from opsd_train.run.loop import base_weights
+from opsd_train.run.plan import count_parameters, describe_start
 
 
 class Runs:
@@ -123,7 +124,7 @@ def test_a_resumed_run_is_made_of_the_same(runs, tmp_path):
     rewrite(mine / "model" / "generation_config.json", temperature=0.3, transformers_version="4")
     rewrite(mine / "model" / "config.json", transformers_version="4")
     was = results(output)
-    assert "Resumed after step 2." in runs(output, *options, "--resume")
+    assert "nothing is left to do" in runs(output, *options, "--resume")
     assert results(output) == was
 
 
@@ -161,7 +162,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_a_warning(runs, tmp_path):
     (output / "fingerprint.json").unlink()
     said = runs(output, "--resume")
     assert "is of an earlier version, without fingerprint.json" in said
-    assert "Resumed after step 2." in said
+    assert "nothing is left to do" in said
     append_five_problems(tmp_path)
     assert "problems: changed since" in runs(output, "--resume"), "from now on it is checked"
 

@@ -19,7 +19,6 @@ from opsd_train.models import add_adapter, base_model, load_model, load_tokenize
 from opsd_train.opsd import opsd_loss
 from opsd_train.records import Scores
 from opsd_train.sampling import GenerateSampler, Sampling
-from opsd_train.sampling.continuous import ContinuousSampler
 
 PROMPTS = [[7, 8, 9], [40, 41, 42, 43, 44]]
 IDS = {"eos_token_id"}  # what is inherited
@@ -85,30 +84,21 @@ def tokenizer(folder):
     return load_tokenizer(str(folder / "model"))
 
 
-def sampled(engine, model, tokenizer) -> list[list[int]]:
-    return engine(model, tokenizer, Sampling(1.5, 12)).sample(PROMPTS, [1, 2])
+def sampled(model, tokenizer) -> list[list[int]]:
+    return GenerateSampler(model, tokenizer, Sampling(1.5, 12)).sample(PROMPTS, [1, 2])
 
 
 def test_no_field_of_a_generation_config_is_inherited(model, tokenizer, monkeypatch):
     base, plain = base_model(model), GenerationConfig(eos_token_id=[2, 0])
     monkeypatch.setattr(base, "generation_config", plain)
-    expected = sampled(GenerateSampler, model, tokenizer)
+    expected = sampled(model, tokenizer)
     for name in FIELDS:
         theirs = GenerationConfig(eos_token_id=[2, 0])
         setattr(theirs, name, PERTURBED.get(name, True))
         monkeypatch.setattr(base, "generation_config", theirs)
         monkeypatch.setattr(model, "generation_config", theirs)
-        assert sampled(GenerateSampler, model, tokenizer) == expected, name
+        assert sampled(model, tokenizer) == expected, name
         assert base.generation_config is theirs
-
-
-def test_continuous_batching_inherits_none_either(model, tokenizer, monkeypatch):
-    expected = sampled(ContinuousSampler, model, tokenizer)
-    theirs = GenerationConfig(eos_token_id=[2, 0])
-    for name in FIELDS:
-        setattr(theirs, name, PERTURBED.get(name, True))
-    monkeypatch.setattr(base_model(model), "generation_config", theirs)
-    assert sampled(ContinuousSampler, model, tokenizer) == expected
 
 
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
@@ -120,7 +110,7 @@ def test_nothing_is_inherited_from_files(folder, tmp_path, model, tokenizer, fil
     if file == "config.json":
         (path / "generation_config.json").unlink()
     setup = prepared(folder, model=str(path), temperature=1.5, max_new_tokens=12)
-    assert setup.sampler.sample(PROMPTS, [1, 2]) == sampled(GenerateSampler, model, tokenizer)
+    assert setup.sampler.sample(PROMPTS, [1, 2]) == sampled(model, tokenizer)
 
 
 def test_ids_of_ends_are_inherited(model, tokenizer, monkeypatch):
@@ -128,7 +118,7 @@ def test_ids_of_ends_are_inherited(model, tokenizer, monkeypatch):
     monkeypatch.setattr(
         base_model(model), "generation_config", GenerationConfig(eos_token_id=every)
     )
-    assert [len(c) for c in sampled(GenerateSampler, model, tokenizer)] == [1, 1]
+    assert [len(c) for c in sampled(model, tokenizer)] == [1, 1]
 
 
 @pytest.mark.parametrize("named", ["<|im_end|>", [[2], [0]]])
@@ -155,7 +145,7 @@ def test_code_of_the_models_own_that_samples_is_refused(
     monkeypatch.undo()
     monkeypatch.setattr(base, name, lambda *_: None, raising=False)
     with pytest.raises(ValueError, match=message):
-        ContinuousSampler(model, tokenizer, Sampling(1.0, 4))
+        GenerateSampler(model, tokenizer, Sampling(1.0, 4))
 
 
 def by_hand(z: torch.Tensor, sampling: Sampling, draws: int) -> torch.Tensor:
@@ -177,29 +167,16 @@ def chi_square(a: torch.Tensor, b: torch.Tensor, entries: int) -> tuple[float, i
     return float(((a - b)[some] ** 2 / (a + b)[some]).sum()), int(some.sum())
 
 
-def of_engine(engine, draws, **options):
-    slow = [pytest.mark.slow] if draws > 200 and engine is ContinuousSampler else []
-    name = f"{engine.__name__}-{'-'.join(options) or 'all'}"
-    return pytest.param(engine, draws, options, id=name, marks=slow)
-
-
 @pytest.mark.parametrize(
-    ("engine", "draws", "options"),
-    [
-        of_engine(GenerateSampler, 1500),
-        of_engine(GenerateSampler, 1500, temperature=0.4),
-        of_engine(GenerateSampler, 1500, top_k=7),
-        of_engine(GenerateSampler, 1500, top_p=0.6),
-        of_engine(GenerateSampler, 1500, top_k=20, top_p=0.9),
-        of_engine(ContinuousSampler, 100, top_k=20, top_p=0.9, temperature=0.8),
-        of_engine(ContinuousSampler, 500),
-    ],
+    "options",
+    [{}, {"temperature": 0.4}, {"top_k": 7}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.9}],
 )
-def test_an_engine_draws_what_gumbel_draws(engine, draws, options, model, tokenizer):
+def test_an_engine_draws_what_gumbel_draws(options, model, tokenizer):
+    draws = 1500
     sampling = Sampling(**{"temperature": 1.2, "max_new_tokens": 1, **options})
     with torch.no_grad():
         z = base_model(model)(torch.tensor([PROMPTS[0]])).logits[0, -1]
-    sampler = engine(model, tokenizer, sampling)
+    sampler = GenerateSampler(model, tokenizer, sampling)
     drawn = sampler.sample([PROMPTS[0]] * draws, list(range(draws)))
     found, entries = chi_square(
         torch.tensor([c[0] for c in drawn]), by_hand(z, sampling, draws), len(z)
@@ -255,14 +232,14 @@ def test_a_pad_id_outside_the_embedding(folder, odd, model, tokenizer):
     theirs.save_pretrained(odd)
     rewrite(odd / "config.json", pad_token_id=4096)
     assert load_tokenizer(str(odd)).pad_token_id > 104
-    assert rollouts(folder, odd) == sampled(GenerateSampler, model, tokenizer)
+    assert rollouts(folder, odd) == sampled(model, tokenizer)
 
 
 def test_neither_pad_nor_end_token(folder, odd, model, tokenizer):
     """Then the ends are the model's, or there is none, which is refused."""
     rewrite(odd / "tokenizer_config.json", pad_token=None, eos_token=None)
     assert load_tokenizer(str(odd)).pad_token_id is None
-    assert rollouts(folder, odd) == sampled(GenerateSampler, model, tokenizer)
+    assert rollouts(folder, odd) == sampled(model, tokenizer)
     rewrite(odd / "generation_config.json", eos_token_id=None)
     with pytest.raises(ValueError, match=r"no eos_token that the model could draw, and generation"):
         rollouts(folder, odd)

@@ -19,10 +19,11 @@ from browser import Browser, find_chromium
 from training_runs import contents, metrics, run, shrunk
 
 from opsd_train.data import join
-from opsd_train.opsd import observe_tokens, score
+from opsd_train.opsd import score
 from opsd_train.report import write_report
 from opsd_train.report.__main__ import main
 from opsd_train.report.page import as_data
+from opsd_train.run.recording import observe_tokens
 from opsd_train.sampling import roll_out
 
 # What is recorded

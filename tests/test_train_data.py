@@ -69,7 +69,10 @@ def test_columns_and_chat_messages(folder, tmp_path):
         ("[1]", "line 2: must be an object, got list"),
         ('{"problem": "x"}', "line 2: no column solution; it has problem. Set solution_column"),
         ('{"problem": null, "solution": "s"}', "line 2: column problem must hold text"),
-        ('{"problem": "x", "solution": " "}', "Mend or remove the rows, or go on without them"),
+        (
+            '{"problem": "x", "solution": " "}',
+            "Correct or remove these rows, or go on without them",
+        ),
         ('{"problem": [{"role": "assistant"}], "solution": "s"}', "one of the user"),
     ],
 )
@@ -118,6 +121,29 @@ def test_prompts_through_the_chat_template(folder):
     (ids,) = off.token_ids([PROBLEM])
     assert tokenizer.decode(ids) == off.text(PROBLEM)
     assert ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
+
+
+MESSAGES = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Q: {problem}"},
+    {"role": "assistant", "content": "{solution}"},
+    {"role": "user", "content": "Again."},
+)
+
+
+def test_a_template_of_several_messages(folder, tmp_path):
+    """A system line, and the solution as an answer already given."""
+    context = Context(load_tokenizer(str(folder / "model")), MESSAGES)
+    assert context.text(Problem("1+1?", "2")) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ: 1+1?<|im_end|>\n"
+        "<|im_start|>assistant\n2<|im_end|>\n<|im_start|>user\nAgain.<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    with pytest.raises(ValueError, match="only the teacher may see"):
+        Contexts(context, context)
+    tiny_qwen3.save_tokenizer(tmp_path, chat_template=None)
+    with pytest.raises(ValueError, match="teacher_template is a list of chat messages, and the"):
+        Context(load_tokenizer(str(tmp_path)), MESSAGES, name="teacher_template")
 
 
 def test_without_a_chat_template_the_template_is_the_prompt(tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opsd_train.data import hold_out, last_boxed, load_answered_problems
-from opsd_train.evaluation import (
+from opsd_train.grading import (
     Accuracy,
     Attempt,
     MathGrader,
@@ -21,7 +21,7 @@ from opsd_train.evaluation import (
     comparison_table,
     load_benchmark,
 )
-from opsd_train.evaluation.metrics import (
+from opsd_train.grading.scores import (
     difference_of,
     maj_at,
     paired_test,
@@ -292,7 +292,7 @@ def test_hold_out():
     assert {p.question for p in [*train, *held_out]} == {p.question for p in data}
     assert hold_out(data, 4, seed=0) == (train, held_out)
     assert hold_out(data, 4, seed=1)[1] != held_out
-    with pytest.raises(ValueError, match=r"held_out=11 asks for so many .* have 10"):
+    with pytest.raises(ValueError, match=r"held_out=11 is more than the data have: 10"):
         hold_out(data, 11, seed=0)
     with pytest.raises(ValueError, match="held_out=2 leaves no problem"):
         hold_out(data[:2], 2, seed=0)

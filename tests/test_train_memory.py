@@ -10,8 +10,8 @@ from tiny_qwen3 import config, prepared, with_adapter
 
 from benchmarks.lib.allocations import Allocations
 from opsd_train.models import adapter_weights
-from opsd_train.run import memory_plan
-from opsd_train.run.memory_plan import GIB, MemoryPlan, Shape, plan_memory, probe
+from opsd_train.run import plan as room
+from opsd_train.run.plan import GIB, MemoryPlan, Shape, plan_memory, probe
 
 
 def counted(run: Callable[[], None]) -> int:
@@ -27,7 +27,7 @@ def test_the_line_through_two_micro_batches(options, folder):
     setup = prepared(folder, max_new_tokens=1500, **options)
     plan = plan_memory(asked, setup, counted, there=0, available=GIB)
     actual = counted(lambda: probe(asked, setup, plan.shape))
-    assert plan.shape.tokens > 1.4 * memory_plan.SHORT
+    assert plan.shape.tokens > 1.4 * room.SHORT
     # Rather more than less: two rollouts take 11 % less than one as long as both.
     assert 0.95 * actual < plan.micro_batch < 1.15 * actual
 
@@ -68,7 +68,7 @@ def test_the_largest_micro_batch(folder):
         ({"micro_batch_tokens": 1}, 1),
         ({"micro_batch_tokens": 4 * (teacher_prompt + 12)}, 4),
     ):
-        largest = memory_plan.largest_micro_batch(config(folder, **options), setup)
+        largest = room.largest_micro_batch(config(folder, **options), setup)
         assert largest == Shape(rollouts, prompt, teacher_prompt, 12)
 
 
@@ -82,10 +82,8 @@ def test_what_is_said(folder):
     setup = prepared(folder)
     largest = Shape(8, 100, 200, 1948)
     with (
-        mock.patch.object(
-            memory_plan, "probe", lambda _config, _setup, shape: shapes.append(shape)
-        ),
-        mock.patch.object(memory_plan, "largest_micro_batch", return_value=largest),
+        mock.patch.object(room, "probe", lambda _config, _setup, shape: shapes.append(shape)),
+        mock.patch.object(room, "largest_micro_batch", return_value=largest),
     ):
         plan = plan_memory(asked, setup, peak, there=16 * GIB, available=80 * GIB)
     assert [shape.tokens for shape in shapes] == [1024, 2048]

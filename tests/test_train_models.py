@@ -51,7 +51,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(folder):
 def unpinned():
     """As on a GPU, but without pinned memory, which is not to be had without one."""
     with (
-        mock.patch("opsd_train.models.layers.has_memory_of_its_own", return_value=True),
+        mock.patch("opsd_train.models.memory.has_memory_of_its_own", return_value=True),
         mock.patch(
             "transformers.modeling_utils.save_on_cpu",
             side_effect=lambda **_: torch.autograd.graph.save_on_cpu(),
@@ -98,7 +98,7 @@ def test_what_layers_keep(folder):
     # tile, after which nothing is kept, is not made twice.
     assert seen.count(5) == 2 * 3 * layers
     assert seen.count(2) == 2 * layers
-    with pytest.raises(ValueError, match="offload_checkpoints wants activation_checkpointing"):
+    with pytest.raises(ValueError, match="offload_checkpoints needs activation_checkpointing"):
         config(folder, offload_checkpoints=True, activation_checkpointing=False)
     with pytest.raises(ValueError, match="mlp_tokens must be at least 1"):
         config(folder, mlp_tokens=0)

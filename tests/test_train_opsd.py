@@ -13,7 +13,7 @@ from opsd_kernels.reference import reference_divergence_loss, reference_jsd_loss
 from opsd_train.data import join
 from opsd_train.models import adapter_weights, base_model
 from opsd_train.opsd import opsd_loss, score, token_weights
-from opsd_train.opsd.micro_batches import by_tokens, micro_batches
+from opsd_train.opsd.step import by_tokens, micro_batches
 from opsd_train.records import Rollout, Scores
 from opsd_train.sampling import roll_out
 

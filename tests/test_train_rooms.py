@@ -19,22 +19,20 @@ ARROWS: dict[str, set[str]] = {
     "models": {"config"},
     "sampling": {"config", "data", "errors", "models", "records"},
     "opsd": {"config", "data", "models", "records", "sampling"},
-    "evaluation": {"data", "records", "sampling"},
+    "grading": {"data", "records", "sampling"},
     "report": {"config"},
     "run": {
-        *("config", "data", "errors", "evaluation", "models", "opsd", "records", "report"),
+        *("config", "data", "errors", "grading", "models", "opsd", "records", "report"),
         "sampling",
     },
-    "small_world": {
-        *("config", "data", "errors", "evaluation", "opsd", "records", "run", "sampling"),
-    },
-    "worlds": {"config", "run", "small_world"},
-    "command_line": {"config", "errors", "presets", "worlds"},
+    "demo": {"config", "data", "errors", "records", "run"},
+    "command_line": {"config", "errors", "presets"},
     "evaluate": {
-        *("command_line", "config", "data", "errors", "evaluation", "models", "presets", "records"),
-        *("report", "run", "sampling", "worlds"),
+        *("command_line", "config", "data", "demo", "errors", "grading", "models", "presets"),
+        *("records", "report", "run", "sampling"),
     },
-    "__main__": {"command_line", "errors", "run", "worlds"},
+    "export": {"command_line", "config", "models", "run"},
+    "__main__": {"command_line", "demo", "errors", "run"},
 }
 ROOMS = [name for name in ARROWS if (PACKAGE / name).is_dir()]
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
@@ -129,12 +127,10 @@ def test_the_front_page_lists_what_there_is_from_the_top():
     assert [*listed, "__main__.py"] == here
 
 
-def test_only_the_list_of_worlds_knows_the_small_one():
+def test_no_room_knows_the_demo():
     for path in FILES:
-        if place_of(path) not in ("small_world", "worlds"):
+        if place_of(path) in ROOMS:
             text = path.read_text(encoding="utf-8")
-            assert "small_world" not in text, path
-            assert "SmallWorld" not in text, path
             # The preset that is run where none is named.
             assert text.count("small-world") == (place_of(path) == "presets"), path
 

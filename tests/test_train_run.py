@@ -29,36 +29,38 @@ from training_runs import (
 )
 from transformers import AutoModelForCausalLM
 
-from opsd_train.run import RunFolder, trackers
+from opsd_train.export import export
+from opsd_train.models import load_tokenizer
+from opsd_train.run import RunFolder
+from opsd_train.run import folder as room
 from opsd_train.run.checkpoint import (
     FOLDER,
     Checkpoint,
+    broken_checkpoints,
     copy_adapter,
     last_checkpoint,
     save_checkpoint,
 )
-from opsd_train.run.loop import has_stalled
+from opsd_train.run.loop import has_stalled, warn_of_truncation
 
 
 def test_a_preset_shrunk_by_options_alone(folder, undisturbed):
     said = undisturbed.with_suffix(".log").read_text()
     for line in [
-        f"Loading {folder / 'problems.jsonl'} and {folder / 'model'} ...",
+        f"Loading the problems of {folder / 'problems.jsonl'} ...",
+        f"Loading {folder / 'model'} ...",
         "Data: 19 problems of",
         "1 dropped, with a prompt of more than 512 tokens",
         "Model: Qwen3 with 25,312 parameters in torch.float32, sdpa attention, on cpu",
         "Loss: JSD(β=0.5 on the teacher), temperature 1.2, mean over each rollout, then the batch",
-        "(processes × micro-batches × at most so many rollouts: 1 × 2 × 2)",
-        "Schedule: 6 steps, 24 rollouts; learning rate up to 0.01 over 1 steps, then cosine",
-        "Hashing the base weights",
+        "(processes × micro-batches × rollouts: 1 × 2 × 2)",
+        "Schedule: 6 steps, 24 rollouts; learning rate 0.01, cosine, after 1 steps of warm-up.",
         "The base weights, which are the teacher, did not move",
     ]:
         assert line in said
-    # Without a terminal, a line a step.
-    reported = re.findall(
-        r"OPSD: (\d)/6  loss \S+  forward KL \S+  length \d  truncated \d+%", said
-    )
-    assert reported == ["1", "2", "3", "4", "5", "6"]
+    # Without a terminal, a line now and then, and one at the end.
+    figures = r"OPSD: 6/6, 0:00:00 left  loss \S+  truncated \d+%  length \d  forward KL \S+"
+    assert len(re.findall(figures, said)) == 1
     rows = metrics(undisturbed)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     for row in rows:
@@ -94,6 +96,29 @@ def test_a_preset_shrunk_by_options_alone(folder, undisturbed):
             assert value.any()  # B begins at 0
 
 
+def test_an_adapter_is_merged_into_a_new_folder(folder, undisturbed, tmp_path):
+    """With the logits of model and adapter; neither is touched."""
+    export(undisturbed, tmp_path / "merged")
+    ids = torch.arange(3, 60)[None]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    before = base(input_ids=ids).logits
+    expected = PeftModel.from_pretrained(base, undisturbed / "adapter")(input_ids=ids).logits
+    torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - before).abs().max() > 1e-2
+    assert load_tokenizer(str(tmp_path / "merged")).chat_template == tiny_qwen3.CHAT_TEMPLATE
+    assert merged.generation_config.eos_token_id == [2, 0]
+    with pytest.raises(FileExistsError, match="is there already; name a new folder"):
+        export(undisturbed, folder / "model")
+    other = shutil.copytree(undisturbed, tmp_path / "run")
+    summary = json.loads((other / "summary.json").read_text())
+    (other / "summary.json").write_text(json.dumps({**summary, "base_weights_sha256": "0"}))
+    with pytest.raises(ValueError, match="the base weights are not those that"):
+        export(other, tmp_path / "again")
+    with pytest.raises(FileNotFoundError, match="is no run folder"):
+        export(folder, tmp_path / "again")
+
+
 def test_a_model_of_another_family(folder, tmp_path):
     """Gemma 2: tied embeddings, and caps on the logits of its head and its attention."""
     options = {"family": "Gemma2", "attn_logit_softcapping": 5.0}
@@ -109,7 +134,16 @@ def test_a_model_of_another_family(folder, tmp_path):
         assert row["loss"] > 0
         assert row["grad_norm"] > 0
         assert row["skipped"] is False
-    assert "this model, V = 104" in run(tmp_path / "log", *arguments, "--dry-run")
+    said = run(tmp_path / "log", *arguments, "--dry-run")
+    for line in (
+        "Data: 19 problems of",
+        "1 dropped, with a prompt of more than 512 tokens",
+        "Teacher: initial.",
+        "Prompts of the teacher: ",
+        "Memory of the loss for 12 tokens and a vocabulary of 104: at most ",
+        "A process has 2 a step: about ",
+    ):
+        assert line in said
 
 
 # Killed and resumed
@@ -209,8 +243,10 @@ def test_a_torn_checkpoint_is_not_loaded(tmp_path):
     torn = tmp_path / FOLDER / "step-000002" / "optimizer.safetensors"
     torn.write_bytes(torn.read_bytes()[:-1])
     assert last_checkpoint(tmp_path).step == 1
+    assert broken_checkpoints(tmp_path) == [torn.parent]
     save_checkpoint(tmp_path, checkpoint(2), "{}", keep_last=2)
     assert last_checkpoint(tmp_path).step == 2
+    assert broken_checkpoints(tmp_path) == []
     state = tmp_path / FOLDER / "step-000002" / "state.json"
     for text in ("", "{}", "[]", '{"bytes": 3}'):
         state.write_text(text)
@@ -274,7 +310,7 @@ def test_two_processes_are_one(folder, tmp_path, options, model):
     said = run(tmp_path / "log", *shrunk(folder, one, *alone, "--micro-batch-size", 8))
     distributed = shrunk(folder, two, *options, "--micro-batch-size", 2)
     run_distributed(tmp_path / "log", *distributed)
-    assert "so many rollouts: 2 × 2 × 2)" in (tmp_path / "log.0").read_text()
+    assert "rollouts: 2 × 2 × 2)" in (tmp_path / "log.0").read_text()
     assert (tmp_path / "log.1").read_text() == ""
     (parameters,) = re.findall(r"with [\d,]+ parameters", said)
     assert parameters in (tmp_path / "log.0").read_text()
@@ -320,7 +356,7 @@ def test_a_tracker_is_told_every_number(tmp_path, monkeypatch):
         def finish(self):
             reported.append("finish")
 
-    monkeypatch.setitem(trackers.TRACKERS, "wandb", Tracker)
+    monkeypatch.setitem(room.TRACKERS, "wandb", Tracker)
     folder = RunFolder(tmp_path)
     folder.track("wandb", {"beta": 0.5, "where": {"a": 1}})
     folder.write_metrics(step=3, loss=0.25, seconds={"rollout": 1.5}, interval=[1, 2])
@@ -365,6 +401,15 @@ def test_the_authors_preset(folder, tmp_path):
     ]
     assert all(row["prompt"].endswith("<think>\n\n</think>\n\n") for row in rows)
     assert {row["correct"] for row in rows} == {None}
+
+
+def test_truncation_is_told_once(folder, capsys):
+    said = []
+    for shares in ([1] * 4, [1] * 5, [1] * 6, [1, 1, 0.5, 1, 1, 1, 1, 1], [0.5] + [1] * 5):
+        rows = [{"step": 0}, *({"loss": 1.0, "truncated": share} for share in shares)]
+        warn_of_truncation(tiny_qwen3.config(folder), rows)
+        said.append("No rollout of the last 5 steps ended within" in capsys.readouterr().out)
+    assert said == [False, True, False, True, True]
 
 
 def test_early_stop():

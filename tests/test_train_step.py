@@ -10,15 +10,14 @@ from training_runs import demo_config
 
 from opsd_train.command_line import parse
 from opsd_train.config import make_config
-from opsd_train.evaluation import grade
+from opsd_train.demo import build_model, build_tokenizer, make_problem
+from opsd_train.grading import Verdict, grade
 from opsd_train.models import adapter_weights, base_model, base_weights_sha256
 from opsd_train.opsd import Setup, opsd_loss, score, token_weights
 from opsd_train.opsd.step import learning_rate, problem_indices
 from opsd_train.records import Rollout, Scores
 from opsd_train.run import set_up
 from opsd_train.sampling import GenerateSampler, Sampling, roll_out
-from opsd_train.small_world.multiplication import judge, make_problem
-from opsd_train.small_world.warm_start import build_model, build_tokenizer
 
 
 @pytest.fixture
@@ -132,7 +131,7 @@ def test_completions_stop_at_the_end_of_text(tiny):
         assert (completion[-1] == tokenizer.eos_token_id) == finished
         assert tokenizer.eos_token_id not in completion[:-1]
         assert finished or len(completion) == 12
-    graded = grade(tokenizer, rollout, judge)
+    graded = grade(tokenizer, rollout, lambda problem, text: Verdict(False))
     prompts = [tiny.contexts.student.text(p) for p in tiny.problems * 4]
     assert [g.prompt for g in graded] == prompts
 

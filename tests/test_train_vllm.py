@@ -20,7 +20,9 @@ from training_runs import contents, die_at_change, metrics, run, run_distributed
 from opsd_train.errors import RunFailed
 from opsd_train.opsd import Setup
 from opsd_train.run.checkpoint import FOLDER, last_checkpoint
-from opsd_train.sampling import Ahead, fleet, published, roll_out
+from opsd_train.sampling import Ahead, roll_out
+from opsd_train.sampling import servers as fleet
+from opsd_train.sampling import vllm as engine
 
 SEEDS = [11, 12, -1, 14]
 
@@ -149,7 +151,7 @@ def test_a_name_used_twice_would_be_noticed(folder, tmp_path, server, expected, 
         def hexdigest(self):
             return "always the same"
 
-    monkeypatch.setattr(published.hashlib, "sha256", NoHash)
+    monkeypatch.setattr(engine.hashlib, "sha256", NoHash)
     monkeypatch.setattr(setup.sampler.published, "names", [])
     with_adapter(setup, 0.5)
     first = rollouts(setup).completions
@@ -258,7 +260,7 @@ def test_what_may_pass_is_tried_again(ready, expected, status, caplog):
     assert rollouts(setup).completions == expected
     assert len(server.requests) == 4 + 6
     assert len(caplog.messages) == 1
-    assert re.search(f"answers {status} .*; its rollouts are asked for again", caplog.text)
+    assert re.search(f"answers {status} .*; its rollouts are requested again", caplog.text)
 
 
 def test_one_that_stays_full_ends_the_run(ready):

@@ -17,8 +17,8 @@ from vllm_server import PYTHON, RealVllm
 
 from opsd_train.models import adapter_config
 from opsd_train.sampling import roll_out
-from opsd_train.sampling.published import whole_adapter
-from opsd_train.sampling.server import VllmServer
+from opsd_train.sampling.servers import VllmServer
+from opsd_train.sampling.vllm import whole_adapter
 
 pytestmark = [
     pytest.mark.vllm,

@@ -32,9 +32,9 @@ take_step("a setup")  # wrong
 # Without the warm start, which is a minute's work.
 RUN_THE_DEMO = """
 from opsd_train.__main__ import main
-from opsd_train.small_world import world
-world.warm_start = lambda *_: None
-main("small-world --steps 2 --eval-problems 4 --output-dir run".split())
+from opsd_train import demo
+demo.warm_start = lambda *_: None
+main("small-world --steps 2 --held-out 4 --output-dir run".split())
 """
 
 

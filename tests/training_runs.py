@@ -202,19 +202,19 @@ def run_out_of_memory(call: int) -> None:
 
 
 def do_not_warm_start() -> None:
-    """Leave the small world's model untrained, which saves a minute."""
-    from opsd_train.small_world import world
+    """Leave the demo's model untrained, which saves a minute."""
+    from opsd_train import demo
 
-    world.warm_start = lambda *_: None
+    demo.warm_start = lambda *_: None
 
 
 def have_no_room_for_the_model() -> None:
-    from opsd_train.run import world
+    from opsd_train.run import setup
 
     def broken(*arguments):
         raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
 
-    world.load_model = broken
+    setup.load_model = broken
 
 
 def _run(

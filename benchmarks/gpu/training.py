@@ -6,7 +6,7 @@ The model is made on the device from its config, nothing is downloaded: bf16, Lo
 projection, checkpoints in host memory, MLPs 4096 tokens at a time, as a run of `opsd_train` sets it
 up. First, with an empty cache of Triton's: the seconds from the first call of the loss to its
 gradient, and the kernels compiled meanwhile. Then a short rollout by the harness' own sampler. Then
-for each number of tokens N what `memory_plan` says a step will take, and the step itself, its
+for each number of tokens N what `plan_memory` says a step will take, and the step itself, its
 rollout made up: peak memory, and the time of forwards, loss, backward and AdamW, with ours and with
 TRL's loss.
 
@@ -36,11 +36,11 @@ from benchmarks.lib.shapes import QWEN3
 from benchmarks.speed import now
 from opsd_kernels import LMHead
 from opsd_train.config import Config, make_config
+from opsd_train.demo import build_tokenizer
 from opsd_train.models import adapter_weights
 from opsd_train.opsd import Setup, opsd_loss, take_step
 from opsd_train.records import Problem, Scores
-from opsd_train.run import memory_plan, set_up
-from opsd_train.small_world.warm_start import build_tokenizer
+from opsd_train.run import plan, set_up
 
 NAN = float("nan")
 MODEL = "qwen3-8b"
@@ -71,7 +71,7 @@ class Row:
     backward_s: float = NAN
     step_s: float = NAN
     peak_mib: float = NAN  # weights included
-    planned_mib: float = NAN  # by memory_plan, likewise
+    planned_mib: float = NAN  # by plan_memory, likewise
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def main() -> None:
     ]
     if wanted and args.items != 0:
         if args.tiny:
-            memory_plan.SHORT = 1
+            plan.SHORT = 1
         setup, config = prepare(name, device)
         for item in wanted[: args.items]:
             results.add(measure(item, name, setup, config))
@@ -272,8 +272,8 @@ def step(item: Item, setup: Setup, config: Config) -> dict[str, Any]:
     there = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     planned = NAN
     if item.method != "TRL":
-        peak = memory_plan.peak_on_gpu if device.type == "cuda" else _run_alone
-        planned = memory_plan.plan_memory(config, setup, peak, there, there).total / MIB
+        peak = plan.peak_on_gpu if device.type == "cuda" else _run_alone
+        planned = plan.plan_memory(config, setup, peak, there, there).total / MIB
     optimizer = torch.optim.AdamW(adapter_weights(setup.model).values())
     seconds: dict[str, float] = {}
 

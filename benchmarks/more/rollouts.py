@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.lib import peers, report
 from benchmarks.lib.options import Options
 from opsd_train.config import Config, make_config
+from opsd_train.demo import build_model, build_tokenizer
 from opsd_train.models import adapter_weights, load_model, load_tokenizer
 from opsd_train.opsd import Setup
 from opsd_train.records import Problem
 from opsd_train.run import set_up
 from opsd_train.sampling import BackgroundSampler, Sampler, Sampling, make_sampler
-from opsd_train.small_world.warm_start import build_model, build_tokenizer
 
 NAN = float("nan")
 FLOOR = "generate"  # what the others are compared with
@@ -92,7 +92,7 @@ def main() -> None:
             }
         )
         setup = prepare(config, device)
-        engines = ["generate", "continuous", *(["vllm"] if args.engine_urls else [])]
+        engines = ["generate", *(["vllm"] if args.engine_urls else [])]
         for row in compare(setup, config, engines, args):
             results.add(row)
     text = table(results.rows, setting)

@@ -23,7 +23,7 @@ from benchmarks.token_efficiency.multiplication import (
 )
 from benchmarks.token_efficiency.warm_start import load, model_path
 from opsd_train.config import Config
-from opsd_train.evaluation import evaluate
+from opsd_train.grading import evaluate
 from opsd_train.models import adapter_weights
 from opsd_train.opsd import Setup
 from opsd_train.records import Problem

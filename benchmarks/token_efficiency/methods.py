@@ -22,11 +22,10 @@ from benchmarks.token_efficiency.multiplication import STUDENT_TEMPLATE, judge, 
 from opsd_kernels import fused_log_probs
 from opsd_train.config import Config
 from opsd_train.data import join
-from opsd_train.evaluation import grade
+from opsd_train.grading import grade
 from opsd_train.models import adapter_weights
 from opsd_train.opsd import Setup, take_step, token_weights
-from opsd_train.opsd.micro_batches import by_tokens
-from opsd_train.opsd.step import learning_rate, problem_indices
+from opsd_train.opsd.step import by_tokens, learning_rate, problem_indices
 from opsd_train.records import Problem
 from opsd_train.sampling import draw_seed, roll_out
 

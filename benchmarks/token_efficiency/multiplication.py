@@ -17,7 +17,7 @@ import random
 import zlib
 from dataclasses import dataclass
 
-from opsd_train.evaluation import Verdict
+from opsd_train.grading import Verdict
 from opsd_train.records import Problem
 
 STUDENT_TEMPLATE = "<problem>{problem}<solution>"

@@ -13,7 +13,7 @@ import torch
 from benchmarks.token_efficiency.cells import Cell, config_of, kept, make_setup, recipe
 from benchmarks.token_efficiency.multiplication import first_mistake, judge, sample_problems
 from opsd_kernels import token_divergence
-from opsd_train.evaluation import grade
+from opsd_train.grading import grade
 from opsd_train.opsd import score
 from opsd_train.sampling import draw_seed, roll_out
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
-from opsd_train.evaluation.metrics import pass_at
+from opsd_train.grading.scores import pass_at
 
 HOLDS, FAILS, OPEN = "holds here", "does not hold here", "cannot be told from the noise"
 

@@ -7,28 +7,22 @@ mistake, and after one that stands there already go on consistently.
 
 import hashlib
 import json
-import os
 import random
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
+from benchmarks.token_efficiency import multiplication
 from benchmarks.token_efficiency.multiplication import (
     LETTERS,
     LEVELS,
@@ -40,53 +34,17 @@ from benchmarks.token_efficiency.multiplication import (
     sample_numbers,
     work_out,
 )
+from opsd_train import demo
 from opsd_train.data import fill
+from opsd_train.demo import build_model, build_tokenizer, next_token_loss, save, train
 
 SPECIAL_TOKENS = ["<pad>", "<problem>", "<reference>", "<rework>", "<solution>", "<end>"]
-HEAD = 32
-RECIPE = ("multiplication", "warm_start")  # the files that decide a model
+RECIPE = (Path(multiplication.__file__), Path(__file__), Path(demo.__file__))
+"""The files that decide a model."""
 
 WIDTHS = {"small": 96, "middle": 160, "large": 192, "expert": 192}
 """By size. "expert" is the larger teacher of on-policy distillation: it knows no references, and
 has never seen a mistake."""
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a character, and the special tokens."""
-    characters = "0123456789*+=" + LETTERS
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *characters])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<end>",
-        additional_special_tokens=SPECIAL_TOKENS[1:-1],
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def build_model(tokenizer: PreTrainedTokenizerBase, size: str) -> Qwen3ForCausalLM:
-    width = WIDTHS[size]
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=2,
-            num_attention_heads=width // HEAD,
-            num_key_value_heads=width // HEAD,
-            head_dim=HEAD,
-            max_position_embeddings=512,
-            tie_word_embeddings=False,
-            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
-            initializer_range=0.05,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
-    )
 
 
 def warm_start(
@@ -95,27 +53,20 @@ def warm_start(
     rng: random.Random,
     steps: int,
     expert: bool,
-    learning_rate: float = 4e-3,
     tokens: int = 3000,
 ) -> None:
     """Next-token training on solutions with mistakes without a reference, and without mistakes
     behind one; an expert's has no mistakes and no references."""
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, (0.9, 0.98), weight_decay=0.01)
-    model.train()
-    for step in range(steps):
-        rate = min(1, (step + 1) / 30) * min(1, (steps - step) / (0.6 * steps))
-        optimizer.param_groups[0]["lr"] = learning_rate * rate
+
+    def loss(step: int) -> Tensor:
         level = rng.choice(LEVELS)
         size = tokens // (11 * level)  # about as many tokens at every level
         if expert:
-            loss = next_token_loss(model, *alone(tokenizer, level, size, rng, 0.0))
-        else:
-            loss = next_token_loss(model, *alone(tokenizer, level, size // 2, rng, 1.0))
-            loss = loss + 4 * next_token_loss(model, *behind(tokenizer, level, size // 2, rng))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+            return next_token_loss(model, *alone(tokenizer, level, size, rng, 0.0))
+        loss = next_token_loss(model, *alone(tokenizer, level, size // 2, rng, 1.0))
+        return loss + 4 * next_token_loss(model, *behind(tokenizer, level, size // 2, rng))
+
+    train(model, loss, steps)
 
 
 def alone(
@@ -157,14 +108,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]]) -> 
     return torch.tensor(ids), len(texts[0][1]) + 1
 
 
-def next_token_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
-    logits = model(input_ids=ids, use_cache=False).logits
-    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-
-
 def model_path(size: str, steps: int, folder: Path) -> Path:
     """Of the warm-started model; what it was made by is part of the name."""
-    code = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in RECIPE]
+    code = [path.read_bytes() for path in RECIPE]
     made_by = (code, torch.__version__, transformers.__version__)
     key = hashlib.sha256(repr(made_by).encode()).hexdigest()[:10]
     return folder / "models" / f"{size}-{steps}-{key}"
@@ -178,8 +124,8 @@ def build(size: str, steps: int, folder: Path) -> dict[str, Any]:
         return json.loads(facts.read_text())
     wall, processor = time.perf_counter(), time.process_time()
     torch.manual_seed(0)
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer, size)
+    tokenizer = build_tokenizer(SPECIAL_TOKENS, "0123456789*+=" + LETTERS)
+    model = build_model(tokenizer, WIDTHS[size])
     is_expert = size == "expert"
     steps = 2 * steps // 3 if is_expert else steps  # it has one thing to learn, not two
     warm_start(model, tokenizer, random.Random(0), steps, is_expert)
@@ -189,13 +135,7 @@ def build(size: str, steps: int, folder: Path) -> dict[str, Any]:
         "wall_s": round(time.perf_counter() - wall, 2),
         "processor_s": round(time.process_time() - processor, 2),
     }
-    # Written beside and moved into place: an interrupted run leaves no half of a model.
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    (unfinished / facts.name).write_text(json.dumps(made))
-    shutil.rmtree(path, ignore_errors=True)
-    unfinished.rename(path)
+    save(path, model, tokenizer, {facts.name: json.dumps(made)})
     return made
 
 

@@ -5,8 +5,13 @@ student and teacher see; and those that are held out, with their answers. What i
 prompt is in sampling/.
 """
 
-from opsd_train.data.boxed import hold_out, last_boxed
-from opsd_train.data.problems import load_answered_problems, load_problems, those_that_fit
+from opsd_train.data.problems import (
+    hold_out,
+    last_boxed,
+    load_answered_problems,
+    load_problems,
+    those_that_fit,
+)
 from opsd_train.data.prompts import Context, Contexts, fill, join, left_pad, pack
 
 __all__ = [

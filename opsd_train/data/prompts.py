@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from opsd_train.config import Template, template_text
 from opsd_train.records import Problem
 
 DATE = datetime(2024, 7, 26)
@@ -45,22 +46,29 @@ def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
 @dataclass(frozen=True)
 class Context:
     """What one of the two sees of a problem: a template, as a user's message where the tokenizer
-    has a chat template, as the whole prompt where it has none.
+    has a chat template, as the whole prompt where it has none. Or a template for each of several
+    chat messages, the last of them the user's.
 
     Raises:
         ValueError: the template lacks its problem, or the tokenizer knows no switch for thinking,
-            or has several chat templates without a default.
+            or has several chat templates without a default, or none for messages.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    template: str
+    template: Template
     thinking: bool | None = None  # the chat template's switch; None leaves it alone
+    name: str = "a template"  # for messages
 
     def __post_init__(self) -> None:
-        if "{problem}" not in self.template:
-            raise ValueError(f"a template must contain {{problem}}, got {self.template!r}")
-        knows_thinking = "enable_thinking" in (chat_template_of(self.tokenizer) or "")
-        if self.thinking is not None and not knows_thinking:
+        if "{problem}" not in template_text(self.template):
+            raise ValueError(f"{self.name} must contain {{problem}}, got {self.template!r}")
+        in_chat = chat_template_of(self.tokenizer)
+        if in_chat is None and not isinstance(self.template, str):
+            raise ValueError(
+                f"{self.name} is a list of chat messages, and the tokenizer has no chat template; "
+                "give it as one text"
+            )
+        if self.thinking is not None and "enable_thinking" not in (in_chat or ""):
             raise ValueError(
                 f"thinking is asked to be {'on' if self.thinking else 'off'}, but the tokenizer's "
                 "chat template has no such switch (enable_thinking); leave student_thinking and "
@@ -73,36 +81,46 @@ class Context:
         Raises:
             ValueError: the chat template fails, changes the text, or closes the prompt.
         """
-        content = fill(self.template, problem)
-        template = chat_template_of(self.tokenizer)
-        text = content if template is None else self._in_chat(template, content)
+        in_chat = chat_template_of(self.tokenizer)
+        if in_chat is None:
+            assert isinstance(self.template, str)  # checked above
+            text = fill(self.template, problem)
+        else:
+            text = self._in_chat(in_chat, problem)
         end = self.tokenizer.eos_token
         if end and text.rstrip().endswith(end):
-            what = "student_template or teacher_template" if template is None else "chat template"
+            what = self.name if in_chat is None else "the chat template"
             raise ValueError(
                 f"a prompt must not end in the end token, {end}, after which a model says nothing; "
-                f"the {what} makes it so"
+                f"{what} makes it so"
             )
         return text
 
-    def _in_chat(self, template: str, content: str) -> str:
+    def _in_chat(self, in_chat: str, problem: Problem) -> str:
+        messages: Any = [{"role": "user", "content": self.template}]
+        if not isinstance(self.template, str):
+            messages = self.template
+        messages = [{**m, "content": fill(m["content"], problem)} for m in messages]
         switch: dict[str, Any] = {} if self.thinking is None else {"enable_thinking": self.thinking}
         try:
             text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}],
-                chat_template=NOW.sub(lambda m: repr(DATE.strftime(m[2])), template),
+                messages,
+                chat_template=NOW.sub(lambda m: repr(DATE.strftime(m[2])), in_chat),
                 tokenize=False,
                 add_generation_prompt=True,
                 **switch,
             )
         except Exception as error:  # a template is a program: it may raise anything
-            raise ValueError(f"the tokenizer's chat template fails: {error}") from error
-        assert isinstance(text, str)  # what tokenize=False asks for
-        if content.strip() not in text:
             raise ValueError(
-                "the tokenizer's chat template leaves out the text of the problem, or changes it: "
-                f"of {content[:80]!r} it makes {text[:200]!r}"
-            )
+                f"the tokenizer's chat template fails on {self.name}: {error}"
+            ) from error
+        assert isinstance(text, str)  # what tokenize=False asks for
+        for content in [m["content"] for m in messages]:
+            if content.strip() not in text:
+                raise ValueError(
+                    f"the tokenizer's chat template leaves out a text of {self.name}, or changes "
+                    f"it: of {content[:80]!r} it makes {text[:200]!r}"
+                )
         return text
 
     def token_ids(self, problems: list[Problem]) -> list[list[int]]:
@@ -141,7 +159,7 @@ class Contexts:
     teacher: Context
 
     def __post_init__(self) -> None:
-        if "{solution}" in self.student.template:
+        if "{solution}" in template_text(self.student.template):
             raise ValueError("student_template contains {solution}, which only the teacher may see")
 
     def prompts(self, problems: list[Problem]) -> Iterator[list[int]]:

@@ -28,6 +28,8 @@ def rows(data: str, split: str) -> Iterator[Row]:
         path = Path(name)
         read = READERS.get(path.suffix.lower())
         if read is not None:
+            if not path.exists():
+                raise FileNotFoundError(f"{name} does not exist")
             yield from read(path)
         elif path.is_file() or len(files) > 1:
             raise ValueError(

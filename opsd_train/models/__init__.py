@@ -5,6 +5,7 @@ from is in sampling/, and who is teacher and who is student in opsd/.
 """
 
 from opsd_train.models.adapter import (
+    Student,
     adapter_config,
     adapter_sha256,
     adapter_weights,
@@ -15,23 +16,38 @@ from opsd_train.models.adapter import (
     load_adapter,
     peft_name,
     read_lora_config,
+    saved_weights,
     sha256,
+    train_all,
 )
-from opsd_train.models.backbone import Backbone
 from opsd_train.models.head import (
+    Backbone,
     check_logits,
     check_same_vocabulary,
     lm_head,
     logits,
     vocab_size,
 )
-from opsd_train.models.layers import save_memory, tile_mlps
-from opsd_train.models.loading import load_config, load_model, load_tokenizer
-from opsd_train.models.sharding import call_with_full_parameters, copy_full, full_tensor, shard
-from opsd_train.models.special_tokens import check_ids, end_ids, settle_padding
+from opsd_train.models.loading import (
+    check_ids,
+    end_ids,
+    load_config,
+    load_model,
+    load_tokenizer,
+    settle_padding,
+)
+from opsd_train.models.memory import (
+    call_with_full_parameters,
+    copy_full,
+    full_tensor,
+    save_memory,
+    shard,
+    tile_mlps,
+)
 
 __all__ = [
     "Backbone",
+    "Student",
     "adapter_config",
     "adapter_sha256",
     "adapter_weights",
@@ -55,9 +71,11 @@ __all__ = [
     "peft_name",
     "read_lora_config",
     "save_memory",
+    "saved_weights",
     "settle_padding",
     "sha256",
     "shard",
     "tile_mlps",
+    "train_all",
     "vocab_size",
 ]

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import cast
@@ -19,7 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 from opsd_train.config import Config
 from opsd_train.models.loading import check_finite, check_keys, in_a_line
-from opsd_train.models.sharding import copy_full, full_tensor
+from opsd_train.models.memory import copy_full, full_tensor
+
+Student = PeftModelForCausalLM | PreTrainedModel
+"""A model with an adapter, which alone is trained; or one that is trained itself."""
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Fields of a LoraConfig: those that plain LoRA is made by, and those without effect once there are
@@ -79,6 +82,15 @@ def add_adapter(model: PreTrainedModel, config: Config) -> PeftModelForCausalLM:
     adapted = get_peft_model(model, lora)
     assert isinstance(adapted, PeftModelForCausalLM)  # what task_type asks for
     return adapted
+
+
+def train_all(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, all of it trained but embeddings and LM head: the loss reads the head as it
+    is, and both may be one weight."""
+    model.requires_grad_(True)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        module.requires_grad_(False)
+    return model
 
 
 def load_adapter(
@@ -168,14 +180,26 @@ def read_lora_config(path: Path) -> LoraConfig:
     return LoraConfig(**{name: said[name] for name in MADE_BY if name in said})
 
 
-def base_model(model: PeftModelForCausalLM) -> PreTrainedModel:
-    """The model inside, with the adapter's layers in it."""
-    return cast(PreTrainedModel, model.get_base_model())
+def base_model(model: Student) -> PreTrainedModel:
+    """The model inside, with the adapter's layers in it; or the model itself."""
+    if isinstance(model, PeftModelForCausalLM):
+        return cast(PreTrainedModel, model.get_base_model())
+    return model
 
 
-def adapter_weights(model: PeftModelForCausalLM) -> dict[str, torch.nn.Parameter]:
-    """What is trained, by name."""
-    return {name: w for name, w in model.named_parameters() if "lora_" in name}
+def adapter_weights(model: Student) -> dict[str, torch.nn.Parameter]:
+    """The weights that are trained, by name: the adapter's, or nearly all of the model's own."""
+    if isinstance(model, PeftModelForCausalLM):
+        return {name: w for name, w in model.named_parameters() if "lora_" in name}
+    return {name: w for name, w in model.named_parameters() if w.requires_grad}
+
+
+def saved_weights(model: Student) -> dict[str, Tensor]:
+    """Weights by their names in a file: the adapter's, or all of the model's own."""
+    if isinstance(model, PeftModelForCausalLM):
+        return {peft_name(name): w for name, w in adapter_weights(model).items()}
+    tied = model.all_tied_weights_keys if model.config.get_text_config().tie_word_embeddings else ()
+    return {name: w for name, w in model.state_dict().items() if name not in tied}
 
 
 def peft_name(name: str) -> str:
@@ -183,8 +207,10 @@ def peft_name(name: str) -> str:
     return name.replace(".default.", ".")
 
 
-def adapter_config(model: PeftModelForCausalLM) -> str:
-    """adapter_config.json, as PEFT reads it."""
+def adapter_config(model: Student) -> str:
+    """adapter_config.json, as PEFT reads it; or config.json of a model without adapter."""
+    if not isinstance(model, PeftModelForCausalLM):
+        return model.config.to_json_string()
     values = model.peft_config[model.active_adapter].to_dict()
     serializable = {name: sorted(v) if isinstance(v, set) else v for name, v in values.items()}
     return json.dumps(serializable, indent=2, sort_keys=True)
@@ -204,14 +230,25 @@ def check_not_merged(model: torch.nn.Module) -> None:
             )
 
 
-def base_weights_sha256(model: PeftModelForCausalLM) -> str:
-    """Hash of every weight that is not the adapter's, bit by bit; called by all processes where
-    each holds a share."""
-    weights = base_model(model).state_dict().items()
-    return sha256((name, full_tensor(w)) for name, w in sorted(weights) if "lora_" not in name)
+def base_weights_sha256(
+    model: Student,
+    on_progress: Callable[[int], None] = lambda tensors: None,
+    with_trained: bool = False,
+) -> str:
+    """Hash of every weight that is neither the adapter's nor trained, bit by bit; called by all
+    processes where each holds a share. `with_trained`: of the model's own that are trained too."""
+    trained = set() if with_trained else set(adapter_weights(model))
+
+    def whole() -> Iterator[tuple[str, Tensor]]:
+        for i, (name, w) in enumerate(sorted(base_model(model).state_dict().items()), start=1):
+            if "lora_" not in name and name not in trained:
+                yield name, full_tensor(w)
+            on_progress(i)
+
+    return sha256(whole())
 
 
-def adapter_sha256(model: PeftModelForCausalLM) -> str:
+def adapter_sha256(model: Student) -> str:
     """Hash of the adapter's weights and scales; called likewise."""
     weights = ((name, full_tensor(w)) for name, w in adapter_weights(model).items())
     scales = (

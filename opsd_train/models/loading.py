@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -50,6 +52,9 @@ def load_model(name: str, config: Config) -> PreTrainedModel:
         flash = on_gpu and is_flash_attn_2_available()
         # By default transformers takes sdpa, or eager where sdpa lacks what the model does.
         attention = "flash_attention_2" if flash else None
+    quantized: dict[str, Any] = {}
+    if config.quantize != "none":
+        quantized["quantization_config"] = _nf4(config)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
@@ -59,12 +64,17 @@ def load_model(name: str, config: Config) -> PreTrainedModel:
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported, and refused below with the other keys
+            **quantized,
         )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # damaged files may raise anything
         raise _explained(error, name, model_config, attention) from error
     model, found = loaded
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would pack 4-bit weights anew on some CPUs whenever sampling begins.
+            module.support_avx512bf16_for_cpu = False
     check_keys(
         name,
         f"a {type(model).__name__}",
@@ -74,6 +84,18 @@ def load_model(name: str, config: Config) -> PreTrainedModel:
     )
     check_finite(name, model.named_parameters(), config.dtype)
     return model
+
+
+def _nf4(config: Config) -> BitsAndBytesConfig:
+    """As QLoRA quantizes (Dettmers et al., 2023); embeddings and LM head stay as they are."""
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("quantize needs bitsandbytes; install it with `pip install bitsandbytes`")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+    )
 
 
 def load_config(name: str) -> PreTrainedConfig:
@@ -88,7 +110,10 @@ def load_config(name: str) -> PreTrainedConfig:
     try:
         found: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except OSError as error:  # of the hub
-        raise OSError(f"{name} cannot be loaded: {in_a_line(error)}") from error
+        said = in_a_line(error).partition(". ")[0]
+        raise OSError(
+            f"{name} cannot be loaded: {said}. Check the name and the network, or name a folder"
+        ) from error
     except Exception as error:  # of its config.json, in which anything may stand
         raise ValueError(
             f"{name} cannot be loaded, for its config.json: {in_a_line(error)}"
@@ -191,8 +216,8 @@ def _check_no_adapter(name: str) -> None:
         base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
     raise ValueError(
         f"{name} holds an adapter (adapter_config.json), which a model's folder must not: name "
-        f"the model without it{f', {base} say,' if base else ''} and start from the adapter with "
-        f"--adapter {name}; as a teacher_model, merge the two first"
+        f"the model without it{f', perhaps {base},' if base else ''} and start from the adapter "
+        f"with --adapter {name}; as a teacher_model, merge the two first"
     )
 
 
@@ -232,7 +257,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError(
             f"{name} has no tokenizer: it knows special tokens alone. Copy the tokenizer's files, "
-            "tokenizer.json say, from the model that this one was made of"
+            "such as tokenizer.json, from the model that this one was made of"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -276,3 +301,65 @@ def _patch_layers(kind: str) -> None:
         raise ValueError(f"liger has no kernels for models of type {kind}; leave it off")
     # The layers alone: the loss is this package's, and the model's own head is never called.
     patch(cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+# Ids of tokens: where text ends, what pads it, and whether the model knows them all
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens at which a model stops: those of its generation config, and the tokenizer's.
+
+    Raises:
+        ValueError: there is none that the model could draw, or one is no id.
+    """
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ids = [*(named if isinstance(named, list | tuple) else [named]), tokenizer.eos_token_id]
+    if not all(i is None or isinstance(i, int) for i in ids):
+        raise ValueError(
+            "eos_token_id in generation_config.json must be a token's id, or a list of them; got "
+            f"{named!r}"
+        )
+    rows = embedding_rows(model)
+    ends = {i for i in ids if i is not None and 0 <= i < rows}
+    if not ends:
+        raise ValueError(
+            f"{tokenizer.name_or_path or 'the tokenizer'} has no eos_token that the model could "
+            "draw, and generation_config.json no eos_token_id: no rollout would ever be finished. "
+            "Set one of them"
+        )
+    return ends
+
+
+def settle_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the tokenizer pad with a token that the model has an embedding of: an end of text, where
+    its own pad token is missing or lies outside. Padding is masked, so any token will do."""
+    pad = tokenizer.pad_token_id
+    if pad is None or not 0 <= pad < embedding_rows(model):
+        tokenizer.pad_token_id = min(end_ids(model, tokenizer))
+
+
+def check_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[list[int]]
+) -> None:
+    """A tokenizer may know tokens that the model does not, as Gemma 3's knows one of images; but no
+    prompt may have them.
+
+    Raises:
+        ValueError: one does.
+    """
+    rows = embedding_rows(model)
+    if len(tokenizer) <= rows:
+        return
+    for ids in prompts:
+        if (outside := max(ids, default=0)) >= rows:
+            raise ValueError(
+                f"{tokenizer.name_or_path or 'the tokenizer'} writes "
+                f"{tokenizer.convert_ids_to_tokens(outside)!r} as {outside}, and the model has "
+                f"embeddings of {rows} tokens: take the tokenizer that the model was trained with, "
+                "or a model whose embeddings were resized to it"
+            )
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    embeddings: Any = model.get_input_embeddings()
+    return embeddings.weight.shape[0]

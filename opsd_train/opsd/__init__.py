@@ -5,16 +5,14 @@ objective, AdamW. Nothing here reads or writes a file or says anything: steps fo
 run/.
 """
 
-from opsd_train.opsd.objective import loss_name, opsd_loss, token_weights
-from opsd_train.opsd.observation import Observe, observe_tokens
-from opsd_train.opsd.scoring import score, score_sequences
-from opsd_train.opsd.setup import Setup
-from opsd_train.opsd.step import Phase, can_pack, take_step
-from opsd_train.opsd.teachers import AdapterTeacher, BaseTeacher, EmaTeacher, Teacher
+from opsd_train.opsd.objective import loss_name, opsd_loss, score, score_sequences, token_weights
+from opsd_train.opsd.step import Observe, Phase, Setup, can_pack, take_step
+from opsd_train.opsd.teachers import AdapterTeacher, BaseTeacher, CopyTeacher, EmaTeacher, Teacher
 
 __all__ = [
     "AdapterTeacher",
     "BaseTeacher",
+    "CopyTeacher",
     "EmaTeacher",
     "Observe",
     "Phase",
@@ -22,7 +20,6 @@ __all__ = [
     "Teacher",
     "can_pack",
     "loss_name",
-    "observe_tokens",
     "opsd_loss",
     "score",
     "score_sequences",

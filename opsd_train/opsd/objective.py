@@ -1,6 +1,7 @@
-"""The OPSD objective of a batch of rollouts, and the statistics that the same pass yields."""
+"""Both sides' hidden states over the same rollouts, and the OPSD objective of them."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,7 +9,61 @@ from torch import Tensor
 
 from opsd_kernels import LMHead, divergence_name, fused_sampled_token_loss, token_divergence
 from opsd_train.config import Config
-from opsd_train.records import Scores
+from opsd_train.data import Context, join, pack
+from opsd_train.opsd.teachers import Teacher
+from opsd_train.records import Rollout, Scores
+
+
+def score(
+    backbone: torch.nn.Module,
+    teacher: Teacher,
+    teacher_context: Context,
+    rollout: Rollout,
+    packed: bool = False,
+) -> Scores:
+    """Hidden states of both contexts at the completion's positions, of sequences side by side or
+    packed one after the other."""
+    teacher_prompts = teacher_context.token_ids(rollout.problems)
+    pad_id = teacher_context.tokenizer.pad_token_id
+    scores = score_sequences(
+        backbone, teacher, rollout.prompts, teacher_prompts, rollout.completions, pad_id, packed
+    )
+    if rollout.log_probs is None:
+        return scores
+    drawn = [p for row in rollout.log_probs for p in row]
+    return replace(scores, logp_sampler=torch.tensor(drawn, device=scores.tokens.device))
+
+
+def score_sequences(
+    backbone: torch.nn.Module,
+    teacher: Teacher,
+    prompts: list[list[int]],
+    teacher_prompts: list[list[int]],
+    completions: list[list[int]],
+    pad_id: int,
+    packed: bool,
+) -> Scores:
+    """The same for prompts that are given as token ids.
+
+    The teacher has no gradient and goes first, so that the student's adapter is on, and as it will
+    be, when the student's graph is built (and rebuilt, under activation checkpointing).
+    """
+
+    def sequences(of: list[list[int]]) -> tuple[Tensor | None, ...]:
+        return pack(of, completions) if packed else join(of, completions, pad_id)
+
+    with teacher.active(), torch.no_grad():
+        h_teacher = teacher.backbone(*sequences(teacher_prompts))
+    h_student = backbone(*sequences(prompts))
+
+    device = h_student.device
+    return Scores(
+        h_student,
+        h_teacher,
+        tokens=torch.tensor([t for c in completions for t in c], device=device),
+        lengths=torch.tensor([len(c) for c in completions], device=device),
+    )
+
 
 # What a token's p, as it is trained over as it was sampled, may weigh it by: truncated importance
 # sampling, with the bound that is usual for engines that differ from the trainer.
@@ -47,7 +102,7 @@ def opsd_loss(
     processes is the batch's loss, and each statistic's mean.
 
     Returns:
-        The loss, with gradient, and the statistics by name, without; KLs are never clipped.
+        The loss, with gradient; and the statistics by name, without it. KLs are never clipped.
     """
     common: dict[str, Any] = {
         "temperature": config.temperature,

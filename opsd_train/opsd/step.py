@@ -7,25 +7,49 @@ step's number alone.
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 from statistics import fmean
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from opsd_kernels import LMHead
 from opsd_train.config import Config
-from opsd_train.models import adapter_weights, full_tensor
-from opsd_train.opsd.micro_batches import micro_batches
-from opsd_train.opsd.objective import opsd_loss, token_weights
-from opsd_train.opsd.observation import Observe
-from opsd_train.opsd.scoring import score
-from opsd_train.opsd.setup import Setup
-from opsd_train.records import Problem, Rollout
-from opsd_train.sampling import as_rollout, draw_seed, roll_out
+from opsd_train.data import Contexts
+from opsd_train.models import Student, adapter_weights, full_tensor
+from opsd_train.opsd.objective import opsd_loss, score, token_weights
+from opsd_train.opsd.teachers import Teacher
+from opsd_train.records import Problem, Rollout, Scores
+from opsd_train.sampling import Ahead, Sampler, as_rollout, draw_seed, roll_out
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a step is taken with: student, teacher, problems and prompts, and the processes that
+    share the work."""
+
+    config: Config  # with lengths that fit the model
+    accelerator: Accelerator
+    tokenizer: PreTrainedTokenizerBase
+    contexts: Contexts
+    problems: list[Problem]
+    model: Student  # to sample from
+    backbone: torch.nn.Module  # the student, to score with: a `Backbone`, wrapped if distributed
+    head: LMHead  # the student's, frozen
+    teacher: Teacher
+    sampler: Sampler
+    ahead: Ahead | None = None  # samples for the next step; None where each step samples its own
+
 
 Phase = Callable[[str], AbstractContextManager[None]]
 """Called with the name of a phase of the step; the phase takes place within the context."""
+
+Observe = Callable[[Rollout, Scores], None]
+"""Called with the rollouts and the scores of each micro-batch of a step."""
 
 
 def take_step(
@@ -168,3 +192,56 @@ def describe(rollout: Rollout, setup: Setup) -> dict[str, Any]:
         "finished": fmean(finished),  # reached the end of text
         "truncated": 1 - fmean(finished),  # reached max_new_tokens
     }
+
+
+# Micro-batches
+
+
+def micro_batches(
+    config: Config, accelerator: Accelerator, contexts: Contexts, rollout: Rollout, packed: bool
+) -> list[Rollout]:
+    """The parts of a process's rollouts that are scored one after the other. Their order, and which
+    are together, changes nothing but rounding: a token's weight does not depend on it.
+
+    All processes have as many, since sharded weights are gathered by all of them together.
+    """
+    if config.micro_batch_tokens is None:
+        return rollout.micro_batches(config.micro_batch_size)
+    prompts = contexts.lengths(rollout.problems)
+    groups = by_tokens(
+        prompts, list(map(len, rollout.completions)), config.micro_batch_tokens, packed
+    )
+    own = torch.tensor([len(groups)], device=accelerator.device)
+    most = int(accelerator.gather(own).max())
+    while len(groups) < most:  # every process has as many rollouts, so that one can be divided
+        largest = max(groups, key=len)
+        groups.remove(largest)
+        groups += [largest[::2], largest[1::2]]
+    return [rollout.some(group) for group in groups]
+
+
+def by_tokens(
+    prompts: list[int], completions: list[int], most: int, packed: bool
+) -> list[list[int]]:
+    """Indices of sequences in groups of similar length, each of at most `most` tokens, or of one
+    sequence that has more.
+
+    Args:
+        prompts, completions: tokens of each sequence.
+        packed: whether a group's tokens lie one after the other; or else side by side, prompts as
+            long as the longest of them, and completions too.
+    """
+    longest_first = sorted(range(len(prompts)), key=lambda i: -(prompts[i] + completions[i]))
+    groups: list[list[int]] = []
+    for i in longest_first:
+        if groups and _tokens(prompts, completions, [*groups[-1], i], packed) <= most:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _tokens(prompts: list[int], completions: list[int], group: list[int], packed: bool) -> int:
+    if packed:
+        return sum(prompts[i] + completions[i] for i in group)
+    return len(group) * (max(prompts[i] for i in group) + max(completions[i] for i in group))

@@ -5,8 +5,11 @@ initial         the policy that training began with: the same, or with --adapter
 live            the student itself, as it is now
 ema             an exponential moving average of the student's adapter
 another model   with an LM head of its own, for on-policy distillation
+
+Where all weights are trained there is no adapter to turn off: base and initial are a frozen copy.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -46,6 +49,29 @@ class BaseTeacher(Teacher):
 
     def active(self) -> AbstractContextManager[None]:
         return self.model.disable_adapter()
+
+
+class CopyTeacher(Teacher):
+    """A frozen second copy of a backbone that is trained itself. Weights that are not trained, its
+    embeddings, are those of the first. With a decay it follows as an average of the student:
+    ā ← decay · ā + (1 − decay) · a after each step."""
+
+    def __init__(self, backbone: torch.nn.Module, decay: float | None = None):
+        frozen = {id(w): w for w in backbone.parameters() if not w.requires_grad}
+        super().__init__(copy.deepcopy(backbone, dict(frozen)).requires_grad_(False))
+        self.decay = decay
+        self.student = {name: w for name, w in backbone.named_parameters() if w.requires_grad}
+        copies = dict(self.backbone.named_parameters())
+        self.average = {name: copies[name] for name in self.student}
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        if self.decay is not None:
+            for name, w in self.student.items():
+                self.average[name].lerp_(w, 1 - self.decay)
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.average) if self.decay is not None else {}
 
 
 class AdapterTeacher(Teacher):

@@ -29,11 +29,21 @@ def find_preset(name: str) -> Path:
 
     Raises:
         FileNotFoundError: there is neither; the message lists the presets.
+        IsADirectoryError: it is a folder.
     """
     names = preset_names()
     if name in names:
         return _FOLDER / f"{name}.yaml"
     path = Path(name)
+    if (path / "config.yaml").is_file():
+        raise IsADirectoryError(
+            f"It is a run folder; `python -m opsd_train {path / 'config.yaml'} --resume` goes "
+            "on with the run"
+        )
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"It is a folder; name a YAML file, or a preset: {', '.join(names)}"
+        )
     if path.exists():
         return path
     called = path.stem if path.suffix in (".yaml", ".yml") else path.name

@@ -1,7 +1,7 @@
 """The report: one page that shows what runs did, and needs nothing beside itself.
 
-reading.py takes what is shown from run folders; page.html, page.css and page.js are the page, which
-page.py puts together. It is written at the end of a run, by run/, and by `python -m
+page.py takes what is shown from run folders, and puts it together with page.html, page.css and
+page.js. It is written at the end of a run, by run/, and by `python -m
 opsd_train.report`. Nothing here computes what it shows: figures are those of metrics.jsonl,
 tokens.jsonl and evaluation/.
 """

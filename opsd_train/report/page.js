@@ -52,14 +52,17 @@ function row(cells, header = false) {
   return make("tr", {}, ...cells.map((c, i) => make(header || i === 0 ? "th" : "td", { scope: header ? "col" : "row" }, c)));
 }
 
+const scrolled = (table) => make("div", { className: "scrolled" }, table);
+
 function scoreTables() {
   const place = byId("score-tables");
   const held = runs.filter((run) => run.summary.student_before);
   if (held.length) {
     const shown = (r) => (r ? `${percent(r.accuracy)} (${percent(r.interval_95[0])} to ${percent(r.interval_95[1])})` : "–");
-    place.append(make("table", {}, make("caption", {}, "Held-out accuracy, with 95% intervals"),
+    const taught = (run) => (run.summary.teacher_accuracy === undefined ? "–" : percent(run.summary.teacher_accuracy));
+    place.append(scrolled(make("table", {}, make("caption", {}, "Held-out accuracy, with 95% intervals"),
       row(["run", "before", "after", "teacher, sees the solution"], true),
-      ...held.map((run) => row([run.name, ...["student_before", "student_after", "teacher"].map((k) => shown(run.summary[k]))]))));
+      ...held.map((run) => row([run.name, shown(run.summary.student_before), shown(run.summary.student_after), taught(run)])))));
   }
   for (const run of runs) {
     for (const [set, { models, difference }] of Object.entries(run.scores)) {
@@ -72,7 +75,7 @@ function scoreTables() {
       });
       for (const [key, shown] of [["tokens", figure], ["truncated", percent], ["no_answer", percent]])
         rows.push(row([key.replace("_", " "), ...names.map((n) => shown(models[n][key])), ...(difference ? [""] : [])]));
-      place.append(make("table", {}, make("caption", {}, caption), row(["", ...names, ...(difference ? ["adapter − base"] : [])], true), ...rows));
+      place.append(scrolled(make("table", {}, make("caption", {}, caption), row(["", ...names, ...(difference ? ["adapter − base"] : [])], true), ...rows)));
     }
   }
   if (!place.childElementCount)
@@ -92,7 +95,7 @@ const PANELS = {
     ["log q − log p of sampled tokens", { log_ratio: "" }, {}],
   ],
   "Clip and entropy": [
-    ["Part of the loss that the clip took", { clipped_share: "" }, {}],
+    ["Part of the loss that the clip took", { clipped_share: "" }, { unlessZero: true }],
     ["Entropy, in nats", { entropy_student: "student", entropy_teacher: "teacher" }, {}],
   ],
   Rollouts: [
@@ -214,7 +217,8 @@ function curves() {
           dashed: several && i > 0,
           points: numbers(run, name).map(([x, y, m]) => [x, y, options.band && m[options.band]]),
         }))).filter((l) => l.points.length);
-      if (lines.length) shown.push(chart(title, lines, { ...options, log: options.log && byId("log").checked, xName: "step" }));
+      const isEmpty = options.unlessZero && lines.every((l) => l.points.every((p) => p[1] === 0));
+      if (lines.length && !isEmpty) shown.push(chart(title, lines, { ...options, log: options.log && byId("log").checked, xName: "step" }));
     }
     if (shown.length) place.append(make("h3", {}, heading), ...shown);
   }
@@ -227,12 +231,14 @@ function legend() {
 
 // Rollouts, token by token
 
-const MEASURES = [
+const ALL_MEASURES = [
   ["loss", "Divergence"], ["forward_kl", "Forward KL"], ["reverse_kl", "Reverse KL"],
   ["entropy_student", "Student's entropy"], ["entropy_teacher", "Teacher's entropy"],
   ["clipped_share", "Part that the clip took"], ["log_ratio", "Log-ratio, teacher over student"],
 ];
 const samples = runs.flatMap((run) => run.rollouts.map((rollout) => ({ run, rollout })));
+const isClipped = samples.some(({ rollout }) => rollout.clipped_share.some((x) => x !== 0));
+const MEASURES = ALL_MEASURES.filter(([name]) => name !== "clipped_share" || isClipped);
 let current = null; // the rollout shown, its values by measure, the token pointed at
 
 function valuesOf(rollout, measure) {
@@ -288,9 +294,11 @@ function profile() {
   const line = (name, called, i) => ({ name: called, key: called, colour: COLOURS[i], points: rollout[name].map((y, x) => [x, y]).filter((p) => p[1] !== null) });
   const panels = [
     ["Entropy along the rollout, in nats", [line("entropy_student", "student", 0), line("entropy_teacher", "teacher", 1)]],
-    ["Part of each token's divergence that the clip took", [line("clipped_share", "", 0)]],
+    ["Part of each token's divergence that the clip took", isClipped ? [line("clipped_share", "", 0)] : []],
   ].filter(([, lines]) => lines.some((l) => l.points.length));
-  byId("profile").replaceChildren(...panels.map(([title, lines]) => chart(title, lines, { xName: "token", W: 720 })));
+  // As wide as the page has room for: its words are then as large as elsewhere.
+  const W = Math.max(280, Math.min(720, byId("profile").clientWidth - 20));
+  byId("profile").replaceChildren(...panels.map(([title, lines]) => chart(title, lines, { xName: "token", W })));
 }
 
 function choices(title, flat, sampled) {

@@ -1,30 +1,25 @@
-"""Runs: the life of one, from its world and its folder to its summary.
+"""Runs: the life of one, from its folder to its summary.
 
 The loop and its checkpoints, the folder, failures and what is said on the console: whatever knows
-about files, signals or a terminal lives here. What a step does is in opsd/; which worlds there are
-is in worlds.py.
+about files, signals or a terminal lives here. What a step does is in opsd/.
 """
 
 from opsd_train.run.console import be_quiet, fail, progress_bar, say
-from opsd_train.run.folder import RunFolder
-from opsd_train.run.held_out import Evaluate, held_out_metrics
-from opsd_train.run.life import run_in
-from opsd_train.run.setup import check_distribution, set_up
-from opsd_train.run.trackers import check_tracker
-from opsd_train.run.world import Materials, World
+from opsd_train.run.fingerprint import check_base
+from opsd_train.run.folder import RunFolder, check_tracker
+from opsd_train.run.loop import run_training
+from opsd_train.run.setup import check_distribution, load, set_up
 
 __all__ = [
-    "Evaluate",
-    "Materials",
     "RunFolder",
-    "World",
     "be_quiet",
+    "check_base",
     "check_distribution",
     "check_tracker",
     "fail",
-    "held_out_metrics",
+    "load",
     "progress_bar",
-    "run_in",
+    "run_training",
     "say",
     "set_up",
 ]

@@ -1,7 +1,8 @@
 """What a run needs to go on as if it had never stopped, written so that it is there whole or not.
 
 checkpoints/step-000120/
-    adapter_model.safetensors, adapter_config.json    the adapter, as PEFT loads it
+    adapter_model.safetensors, adapter_config.json    the adapter, as PEFT loads it; or
+    model.safetensors, config.json                    the model, where all of it is trained
     optimizer.safetensors                             AdamW's moments, by name of weight
     teacher.safetensors                               the ema teacher's average, if there is one
     ahead.json                                        rollouts of the next step, with --ahead
@@ -14,18 +15,23 @@ are functions of the seed and the step. Nothing is unpickled.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
+
+from opsd_train.models import adapter_weights, copy_full, full_tensor, peft_name, saved_weights
+from opsd_train.opsd import Setup
 
 FOLDER = "checkpoints"
 STATE = "state.json"
 AHEAD = "ahead.json"
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+WEIGHTS = {"adapter_model.safetensors": "adapter_config.json", "model.safetensors": "config.json"}
+"""Files of weights that were trained, and the config beside each."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Checkpoint:
     optimizer: Mapping[str, Tensor]
     teacher: Mapping[str, Tensor]
     ahead: dict[str, Any] | None = None
+    weights_file: str = "adapter_model.safetensors"  # or model.safetensors
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint, adapter_config: str, keep_last: int) -> None:
@@ -52,8 +59,8 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, adapter_config: str, keep
     remove_unfinished(run)
     unfinished = folder / f"unfinished-{path.name}"
     contents = {
-        "adapter_model.safetensors": _serialized(checkpoint.adapter),
-        "adapter_config.json": adapter_config.encode(),
+        checkpoint.weights_file: _serialized(checkpoint.adapter),
+        WEIGHTS[checkpoint.weights_file]: adapter_config.encode(),
         "optimizer.safetensors": _serialized(checkpoint.optimizer),
         "teacher.safetensors": _serialized(checkpoint.teacher),
     }
@@ -83,28 +90,37 @@ def last_step(run: Path) -> int | None:
     return max(steps, default=None)
 
 
+def broken_checkpoints(run: Path) -> list[Path]:
+    """Those newer than the newest that is whole."""
+    newest = _path(run, last_step(run) or 0)
+    return [path for path in _paths(run) if path > newest]
+
+
 def last_checkpoint(run: Path) -> Checkpoint | None:
     """The newest checkpoint of a run folder that is whole, or None."""
     step = last_step(run)
     if step is None:
         return None
+    weights_file = next(name for name in WEIGHTS if (_path(run, step) / name).exists())
     adapter, optimizer, teacher = (
-        safetensors.torch.load_file(_path(run, step) / f"{name}.safetensors")
-        for name in ("adapter_model", "optimizer", "teacher")
+        safetensors.torch.load_file(_path(run, step) / name)
+        for name in (weights_file, "optimizer.safetensors", "teacher.safetensors")
     )
     path = _path(run, step) / AHEAD
     ahead = json.loads(path.read_text()) if path.exists() else None
-    return Checkpoint(step, adapter, optimizer, teacher, ahead)
+    return Checkpoint(step, adapter, optimizer, teacher, ahead, weights_file)
 
 
-def copy_adapter(run: Path, to: Path) -> None:
-    """Copy the adapter of the newest checkpoint to a folder of its own, in place of what is there.
-    At any instant it is there whole, or not."""
+def copy_adapter(run: Path, to: Path, more: Callable[[Path], object] = lambda path: None) -> None:
+    """Copy the adapter of the newest checkpoint, or the model, to a folder of its own, in place of
+    what is there. At any instant it is there whole, or not. `more` writes other files into it."""
     remove_unfinished(run)
     unfinished = run / FOLDER / "unfinished-adapter"
     unfinished.mkdir()
-    for name in ADAPTER_FILES:
-        write_through(unfinished / name, (_path(run, last_step(run) or 0) / name).read_bytes())
+    more(unfinished)
+    for name in [name for pair in WEIGHTS.items() for name in pair]:
+        if (found := _path(run, last_step(run) or 0) / name).exists():
+            write_through(unfinished / name, found.read_bytes())
     _sync_folder(unfinished)
     if to.exists():
         to.rename(run / FOLDER / "unfinished-removal-adapter")
@@ -152,7 +168,8 @@ def _remove(path: Path) -> None:
 
 
 def _serialized(tensors: Mapping[str, Tensor]) -> bytes:
-    return safetensors.torch.save({name: t.detach().cpu() for name, t in tensors.items()})
+    found = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    return safetensors.torch.save(found, metadata={"format": "pt"})
 
 
 def _sync_folder(folder: Path) -> None:
@@ -161,3 +178,47 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# Between what is trained and a checkpoint of it
+
+
+def capture(setup: Setup, optimizer: torch.optim.Optimizer, step: int) -> Checkpoint:
+    """The state after a step, whole: called by all processes."""
+    weights = adapter_weights(setup.model)
+    is_full = setup.config.train == "full"
+    return Checkpoint(
+        step,
+        adapter={name: full_tensor(w) for name, w in saved_weights(setup.model).items()},
+        optimizer={
+            f"{name}.{moment}": full_tensor(value)
+            for name, w in weights.items()
+            for moment, value in optimizer.state[w].items()
+        },
+        teacher={name: full_tensor(value) for name, value in setup.teacher.state().items()},
+        ahead=setup.ahead.state() if setup.ahead is not None else None,
+        weights_file="model.safetensors" if is_full else "adapter_model.safetensors",
+    )
+
+
+def restore(run: Path, setup: Setup, optimizer: torch.optim.Optimizer) -> int:
+    """Go back to a run folder's last checkpoint, if there is one, and return its step, or 0."""
+    checkpoint = last_checkpoint(run)
+    if checkpoint is None:
+        return 0
+    weights = adapter_weights(setup.model)
+    for name, w in weights.items():
+        copy_full(w, checkpoint.adapter[peft_name(name)])
+    for key, value in checkpoint.optimizer.items():
+        name, _, moment = key.rpartition(".")
+        state = optimizer.state[weights[name]]
+        if moment == "step":  # a number, which AdamW keeps on the CPU
+            state[moment] = value
+        else:
+            state[moment] = torch.empty_like(weights[name])
+            copy_full(state[moment], value)
+    for name, average in setup.teacher.state().items():
+        copy_full(average, checkpoint.teacher[name])
+    if setup.ahead is not None and checkpoint.ahead is not None:
+        setup.ahead.restore(checkpoint.ahead)
+    return checkpoint.step

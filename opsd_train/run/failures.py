@@ -22,7 +22,7 @@ OUT_OF_MEMORY = {
     "--activation-checkpointing",
     "loss": "lower --workspace-mib or --micro-batch-size",
     "backward": "lower --micro-batch-size or --micro-batch-tokens, turn on "
-    "--activation-checkpointing and --offload-checkpoints, or ask for --mlp-tokens 4096",
+    "--activation-checkpointing and --offload-checkpoints, or add --mlp-tokens 4096",
     "step": "spread the weights over several processes with --shard",
     "evaluate": "lower --rollout-batch-size",
     "record": "record nothing for the report, with --record-rollouts 0",
@@ -33,8 +33,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def explained(run: RunFolder, rescue: Callable[[], None]) -> Iterator[None]:
-    """Turn running out of memory or disk into a message. `rescue` saves what is done so far, here
-    and where no rollouts are to be had."""
+    """Turn running out of memory or disk into a message. `rescue` saves the steps done so far; it
+    is also called where rollouts cannot be sampled."""
     try:
         yield
     except RunFailed:

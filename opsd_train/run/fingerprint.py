@@ -7,16 +7,18 @@ start. What was loaded is hashed and not the files, so that a copy elsewhere is 
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from peft import PeftModelForCausalLM
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from opsd_train.config import Config
-from opsd_train.models import adapter_sha256, base_model, end_ids, sha256
+from opsd_train.models import adapter_sha256, base_model, base_weights_sha256, end_ids, sha256
 from opsd_train.opsd import Setup
 from opsd_train.records import Problem
-from opsd_train.run.world import Materials
+from opsd_train.run.setup import Materials
 
 # Of a model's config: where it was loaded from, by what and how.
 OF_LOADING = ("transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
@@ -52,6 +54,21 @@ def fingerprint(
         hashes["teacher_model's weights"] = sha256(weights)
     (hashes,) = broadcast_object_list([hashes])
     return hashes
+
+
+def check_base(folder: Path, model: PeftModelForCausalLM) -> None:
+    """Raises:
+    ValueError: the adapter was trained on other weights than these.
+    """
+    summary = folder / "summary.json"
+    if not summary.exists():  # of a run that has not ended
+        return
+    expected = json.loads(summary.read_text(encoding="utf-8"))["base_weights_sha256"]
+    if base_weights_sha256(model) != expected:
+        raise ValueError(
+            f"the base weights are not those that {folder} was trained on (summary.json): the "
+            "model has changed since, or the dtype is another one"
+        )
 
 
 def texts(problems: list[Problem]) -> list[list[str]]:

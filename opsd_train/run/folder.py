@@ -1,18 +1,16 @@
 """The run folder, and the seconds of a run by phase.
 
-config.yaml         what was asked for, as a config file; the divergence by name above it
+config.yaml         the options, as a config file; the divergence by name above them
 fingerprint.json    hashes of what the run is made of: weights, data, tokenizer; see fingerprint.py
 metrics.jsonl       a line a step
 tokens.jsonl        some rollouts token by token: divergences, and what both sides would have said
 completions.jsonl   every solution sampled: phase, step, prompt, completion, and whether it is right
 checkpoints/        what it takes to go on; see checkpoint.py
-summary.json        versions, seconds by phase, hash of the base weights
-adapter/            as PEFT loads it
+summary.json        versions, seconds by phase, hash of the base weights, held-out accuracy
+adapter/            as PEFT loads it; or model/, as transformers does, where all of it was trained
 failed_batch.json   token ids of a batch whose loss was not finite, if the run ended on one
 report.html         a page that shows all this; see report/
 evaluation/         what `python -m opsd_train.evaluate` found
-
-and, of a world with held-out problems, curves.png, and accuracy before and after with intervals.
 """
 
 import json
@@ -20,18 +18,25 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from accelerate.tracking import GeneralTracker
+from accelerate.tracking import (
+    GeneralTracker,
+    TensorBoardTracker,
+    TrackioTracker,
+    WandBTracker,
+)
 
 from opsd_train.config import options
-from opsd_train.evaluation import Completion
+from opsd_train.errors import difference
+from opsd_train.grading import Completion
 from opsd_train.run.checkpoint import (
     FOLDER,
     copy_adapter,
@@ -40,26 +45,17 @@ from opsd_train.run.checkpoint import (
     write_through,
 )
 from opsd_train.run.console import say
-from opsd_train.run.trackers import numbers_by_name, start_tracker
 
 REPORT = "report.html"
 FINGERPRINT = "fingerprint.json"
 FILES = [
-    *(
-        "config.yaml",
-        FINGERPRINT,
-        "metrics.jsonl",
-        "completions.jsonl",
-        "summary.json",
-        "curves.png",
-    ),
-    *("tokens.jsonl", REPORT, "failed_batch.json", "evaluation", FINGERPRINT),
+    *("config.yaml", FINGERPRINT, "metrics.jsonl", "completions.jsonl", "summary.json"),
+    *("tokens.jsonl", REPORT, "failed_batch.json", "evaluation"),
 ]
 LINES = ("metrics.jsonl", "completions.jsonl", "tokens.jsonl")  # added to after every step
-ADAPTER = "adapter"
+ADAPTER, MODEL = "adapter", "model"
 
-# Options on which the metrics do not depend, beyond rounding; but rollout_batch_size may not differ
-# with continuous batching, where a rollout depends on those beside it.
+# Options on which the metrics do not depend, beyond rounding.
 MAY_DIFFER_WHEN_RESUMED = [
     *("output_dir", "resume", "overwrite", "dry_run", "tracker", "save_every", "keep_last"),
     *("attention", "liger", "activation_checkpointing", "workspace_mib"),
@@ -86,7 +82,7 @@ class RunFolder:
         self.path, self.resume, self.is_main = path, resume, is_main
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"{path} is not a folder; name another with --output-dir")
-        found = [name for name in [FOLDER, *FILES, ADAPTER] if (path / name).exists()]
+        found = [name for name in [FOLDER, *FILES, ADAPTER, MODEL] if (path / name).exists()]
         if found and is_main and not (overwrite or resume):
             raise FileExistsError(
                 f"{path} holds a run already ({', '.join(found)}); name another folder with "
@@ -102,13 +98,15 @@ class RunFolder:
         self.lap_seconds: dict[str, float] = {}
         self.current_phase = ""
         self.metrics: list[dict[str, Any]] = []
+        self.doing: Callable[[str], None] = lambda phase: None  # called with what is done now
         self.tracker: GeneralTracker | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the seconds spent within towards a phase. What fails within is said to have failed
-        there."""
+        """Count the seconds spent within towards a phase; an error within is reported with its
+        name."""
         self.current_phase = name
+        self.doing(name)
         synchronize()
         start = time.perf_counter()
         yield
@@ -133,13 +131,13 @@ class RunFolder:
             contents: hashes of what the run is made of, for fingerprint.json.
 
         Raises:
-            ValueError: the run to go on with was asked for something else, whether or not it came
-                to a checkpoint; or is made of something else.
+            ValueError: the run to go on with has other options, whether or not it came to a
+                checkpoint; or is made of something else.
         """
         contents = contents or {}
+        self.check_same(config)
         resumed = last_step(self.path) if self.resume else None
         if resumed is not None:
-            self._check_same(config, resumed)
             self._check_contents(contents)
             self.metrics = self._lines("metrics.jsonl", up_to=resumed)
         if not self.is_main:
@@ -154,8 +152,6 @@ class RunFolder:
             self._write_contents(contents)
             remove_unfinished(self.path)
             return
-        if self.resume and (self.path / "config.yaml").exists():
-            self._check_same(config, 0)
         for name in self.replaced:
             if (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)
@@ -184,9 +180,10 @@ class RunFolder:
     def write_tokens(self, rows: Iterable[dict[str, Any]]) -> None:
         self._append("tokens.jsonl", rows)
 
-    def completions(self, phase: str) -> list[Completion]:
-        """Those written so far."""
-        rows = [row for row in self._lines("completions.jsonl") if row["phase"] == phase]
+    def completions(self, phase: str, step: int) -> list[Completion]:
+        """Those of a step, as they were written."""
+        rows = self._lines("completions.jsonl")
+        rows = [row for row in rows if (row["phase"], row["step"]) == (phase, step)]
         return [Completion(row["prompt"], row["completion"], row["correct"]) for row in rows]
 
     def write_json(self, name: str, values: Any) -> Path:
@@ -206,6 +203,11 @@ class RunFolder:
         if self.is_main:
             copy_adapter(self.path, self.path / ADAPTER)
 
+    def save_model(self, more: Callable[[Path], object]) -> None:
+        """That of the last checkpoint, where all of it was trained; `more` writes other files."""
+        if self.is_main:
+            copy_adapter(self.path, self.path / MODEL, more)
+
     def sync(self) -> None:
         """Wait until all lines written are on the disk."""
         for name in LINES:
@@ -218,7 +220,7 @@ class RunFolder:
         but not if that would remove more than the lines written until then."""
         if last_step(self.path) is not None:
             return
-        kept = [ADAPTER, "summary.json", "evaluation", f"{FOLDER}/step-*"]
+        kept = [ADAPTER, MODEL, "summary.json", "evaluation", f"{FOLDER}/step-*"]
         if found := [name for name in kept if any(self.path.glob(name))]:
             raise FileExistsError(
                 f"{self.path} has no whole checkpoint to go on from, but results of a run "
@@ -226,20 +228,22 @@ class RunFolder:
                 "--output-dir, or replace the run with --overwrite"
             )
 
-    def _check_same(self, config: dict[str, Any], done: int) -> None:
-        """Refuse options that differ from the run's own; `done` steps are behind it."""
-        # A run of an earlier version was not asked for what there was not.
+    def check_same(self, config: dict[str, Any]) -> None:
+        """Raises:
+        ValueError: the run to go on with has other options.
+        """
+        if not (self.resume and (self.path / "config.yaml").exists()):
+            return
+        # A run of an earlier version has no value for options that are newer.
         was: dict[str, Any] = {f.name: f.default for f in options()} | self._was_asked_for()
-        free = set(MAY_DIFFER_WHEN_RESUMED)
-        if config.get("engine") == "continuous":
-            free.remove("rollout_batch_size")
         for name, value in config.items():
             if name == "steps" and value > was["steps"]:
-                self._check_can_go_on(was["steps"], config, done)
-            elif name not in free and was.get(name) != value:
+                self._check_can_go_on(was["steps"], config, last_step(self.path) or 0)
+            elif name not in MAY_DIFFER_WHEN_RESUMED and was.get(name) != value:
+                what, before, now = difference(name, was.get(name), value)
                 raise ValueError(
-                    f"{name} was {was.get(name)} in the run to resume, and is {value} now; ask for "
-                    "the same, or name another folder with --output-dir"
+                    f"{what} was {before} in the run to resume, and is {now} now; ask for the "
+                    "same, or name another folder with --output-dir"
                 )
 
     def _check_can_go_on(self, was: int, config: dict[str, Any], done: int) -> None:
@@ -285,7 +289,7 @@ class RunFolder:
         was = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
         if not isinstance(was, dict):
             raise ValueError(
-                f"{self.path / 'config.yaml'} does not say what the run to resume was asked for; "
+                f"{self.path / 'config.yaml'} holds no options of the run to resume; "
                 "replace the run with --overwrite, or name another folder with --output-dir"
             )
         return was
@@ -335,3 +339,39 @@ def finite_only(values: dict[str, Any]) -> dict[str, Any]:
             value = None
         finite[name] = value
     return finite
+
+
+# Trackers: where metrics go besides the run folder
+
+TRACKERS = {"tensorboard": TensorBoardTracker, "trackio": TrackioTracker, "wandb": WandBTracker}
+
+
+def check_tracker(name: str) -> None:
+    """Raises:
+    ValueError: the tracker is not installed.
+    """
+    if name != "none" and find_spec(name) is None:
+        raise ValueError(f"tracker {name} is not installed; install it with `pip install {name}`")
+
+
+def start_tracker(name: str, config: dict[str, Any], folder: Path) -> GeneralTracker:
+    """A tracker that knows the run's config; one that writes files does so in the folder."""
+    where = {"logging_dir": folder} if name == "tensorboard" else {}
+    tracker = TRACKERS[name]("opsd", **where)
+    tracker.start()
+    scalars = (bool, int, float, str)
+    tracker.store_init_configuration(
+        {k: v if isinstance(v, scalars) else str(v) for k, v in config.items()}
+    )
+    return tracker
+
+
+def numbers_by_name(values: dict[str, Any]) -> dict[str, float]:
+    """Numbers by name, those within a mapping as outer/inner."""
+    numbers: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            numbers |= {f"{name}/{inner}": v for inner, v in numbers_by_name(value).items()}
+        elif isinstance(value, int | float):
+            numbers[name] = value
+    return numbers

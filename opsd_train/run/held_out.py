@@ -5,8 +5,8 @@ from statistics import fmean
 from typing import Any
 
 from opsd_train.config import Config
-from opsd_train.data import those_that_fit
-from opsd_train.evaluation import Attempt, Grader, accuracy, accuracy_record, evaluate
+from opsd_train.data import Context, those_that_fit
+from opsd_train.grading import Attempt, MathGrader, accuracy, accuracy_record, evaluate
 from opsd_train.models import base_model, check_ids
 from opsd_train.opsd import Setup
 from opsd_train.records import Problem
@@ -18,35 +18,50 @@ Evaluate = Callable[[int, bool], dict[str, Any]]
 """Called with the number of steps taken, 0 before the first, and whether it was the last; returns
 metrics."""
 
+EXAMPLE_CHARACTERS = 160  # of a completion that is shown at the end
+
 
 def measure_held_out(
-    config: Config, setup: Setup, problems: list[Problem], grader: Grader, run: RunFolder
+    config: Config, setup: Setup, problems: list[Problem], run: RunFolder
 ) -> Evaluate:
     """Accuracy of one sample a problem, drawn as rollouts are, before the first step, every
-    `eval_every` steps, and after the last."""
+    `eval_every` steps, and after the last. Before the first step the teacher is measured too, where
+    it is the student's own model: what it solves with the solution in view can be learnt."""
+    if not problems:
+        return lambda step, is_last: {}
+    grader = MathGrader()
     fit = those_that_fit(problems, setup.contexts, config.max_prompt_tokens)
     check_ids(base_model(setup.model), setup.tokenizer, setup.contexts.prompts(fit))
+
+    def measure(name: str, step: int, context: Context) -> list[Attempt]:
+        def show(done: int) -> None:
+            run.doing(f"{name} {done}/{len(fit)}")
+
+        with run.phase("evaluate"):
+            seed = draw_seed(config.seed, name, step)
+            # As many at once as a step samples, for which there is memory.
+            attempts = evaluate(setup.sampler, context, fit, grader, seed, config.batch_size, show)
+        run.write_completions(name, step, (a.as_completion() for a in attempts))
+        return attempts
 
     def measure_after(step: int, is_last: bool) -> dict[str, Any]:
         if step % config.eval_every and not is_last:
             return {}
-        with run.phase("evaluate"):
-            seed = draw_seed(config.seed, "held-out", step)
-            context = setup.contexts.student
-            # As many at once as a step samples, for which there is memory.
-            attempts = evaluate(setup.sampler, context, fit, grader, seed, config.batch_size)
-        run.write_completions("held-out", step, (a.as_completion() for a in attempts))
-        return held_out_metrics(attempts)
+        attempts = measure("held-out", step, setup.contexts.student)
+        metrics = accuracy_record(accuracy(attempts)) | {
+            "held_out_length_mean": fmean(a.tokens for a in attempts),
+            "held_out_truncated": fmean(not a.finished for a in attempts),
+        }
+        if step == 0:
+            say(f"Held-out problems, student alone: {accuracy(attempts)}")
+        if step == 0 and setup.teacher.head is None:
+            with setup.teacher.active():
+                taught = accuracy(measure("teacher", step, setup.contexts.teacher))
+            say(f"Held-out problems, teacher, who sees the solution: {taught}")
+            metrics["teacher_accuracy"] = accuracy_record(taught)["accuracy"]
+        return metrics
 
     return measure_after
-
-
-def held_out_metrics(attempts: list[Attempt]) -> dict[str, Any]:
-    """Accuracy, and what it hides."""
-    return accuracy_record(accuracy(attempts)) | {
-        "held_out_length_mean": fmean(a.tokens for a in attempts),
-        "held_out_truncated": fmean(not a.finished for a in attempts),
-    }
 
 
 def say_change(run: RunFolder) -> dict[str, Any]:
@@ -64,4 +79,18 @@ def say_change(run: RunFolder) -> dict[str, Any]:
         summary[f"student_{name}"] = {
             key: m[key] for key in ("accuracy", "interval_95", "correct", "problems")
         }
+    if "teacher_accuracy" in measured[0]:
+        summary["teacher_accuracy"] = measured[0]["teacher_accuracy"]
+    say_example(run, measured[0]["step"], measured[-1]["step"])
     return summary
+
+
+def say_example(run: RunFolder, first: int, last: int) -> None:
+    """A problem that was answered wrongly at one step and rightly at another: what was said."""
+    before, after = (run.completions("held-out", step) for step in (first, last))
+    for old, new in zip(before, after, strict=False):
+        if not old.correct and new.correct:
+            say(f"\n{old.prompt[-EXAMPLE_CHARACTERS:]}")
+            say(f"  before  {old.completion[-EXAMPLE_CHARACTERS:]}  WRONG")
+            say(f"  after   {new.completion[-EXAMPLE_CHARACTERS:]}  right")
+            return

@@ -1,15 +1,39 @@
 """tokens.jsonl: a few rollouts of some steps, token by token, from which the report is made."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from opsd_kernels import LMHead, token_divergence
 from opsd_train.config import Config
-from opsd_train.opsd import Observe, Setup, observe_tokens
-from opsd_train.records import Choices, Observation, Rollout, Scores
+from opsd_train.models import logits, vocab_size
+from opsd_train.opsd import Observe, Setup
+from opsd_train.records import Rollout, Scores
 from opsd_train.run.folder import RunFolder
 
 MAX_TOKENS = 1024  # of a rollout
 CHOICES = 5  # of either side at a token
+ENTRIES_AT_ONCE = 2**22  # of the vocabulary times tokens, 16 MiB in fp32
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The likeliest tokens at each position of a rollout, the likeliest first."""
+
+    ids: list[list[int]]
+    log_probs: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What is seen at each token of one rollout."""
+
+    statistics: dict[str, list[float]]  # as `TokenDivergence` names them
+    student: Choices
+    teacher: Choices
 
 
 def record_tokens(config: Config, setup: Setup, run: RunFolder, step: int) -> Observe | None:
@@ -63,3 +87,48 @@ def describe_tokens(setup: Setup, part: Rollout, row: int, seen: Observation) ->
 def short(x: float) -> float | None:
     """Four digits, which is what a page shows; JSON knows neither infinity nor NaN."""
     return float(f"{x:.4g}") if math.isfinite(x) else None
+
+
+@torch.no_grad()
+def observe_tokens(
+    scores: Scores,
+    head: LMHead,
+    config: Config,
+    teacher_head: LMHead | None,
+    row: int,
+    max_tokens: int,
+    choices: int,
+) -> Observation:
+    """One rollout of a micro-batch, up to `max_tokens` of it: the divergence and statistics of
+    every token, and the likeliest `choices` of both sides there."""
+    first = int(scores.lengths[:row].sum())
+    some = slice(first, first + min(int(scores.lengths[row]), max_tokens))
+    h_S, h_T, tokens = scores.h_student[some], scores.h_teacher[some], scores.tokens[some]
+    divergence = token_divergence(
+        h_S,
+        h_T,
+        head,
+        divergence=config.divergence,
+        temperature=config.temperature,
+        targets=tokens,
+        W_teacher=teacher_head,
+        workspace_mib=config.workspace_mib,
+    )
+    statistics = {name: t.tolist() for name, t in divergence._asdict().items()}
+    return Observation(
+        statistics,
+        _likeliest(h_S, head, config.temperature, choices),
+        _likeliest(h_T, teacher_head or head, config.temperature, choices),
+    )
+
+
+def _likeliest(h: Tensor, head: LMHead, temperature: float, choices: int) -> Choices:
+    V = vocab_size(head)
+    ids: list[list[int]] = []
+    log_probs: list[list[float]] = []
+    for some in h.split(max(1, ENTRIES_AT_ONCE // V)):
+        log_p = torch.log_softmax(logits(head, some) / temperature, dim=-1)
+        top = log_p.topk(min(choices, V), dim=-1)
+        ids += top.indices.tolist()
+        log_probs += top.values.tolist()
+    return Choices(ids, log_probs)

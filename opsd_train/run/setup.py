@@ -1,16 +1,20 @@
-"""From a config to all that a training step needs."""
+"""From a config to all that a training step needs: model, data, both prompts, teacher, sampler."""
+
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from peft import PeftModelForCausalLM
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_kernels import LMHead
 from opsd_train.config import Config
-from opsd_train.data import Context, Contexts, those_that_fit
+from opsd_train.data import Context, Contexts, hold_out, load_problems, those_that_fit
+from opsd_train.grading import MathGrader, said_dropped
 from opsd_train.models import (
     Backbone,
+    Student,
     add_adapter,
     base_model,
     check_ids,
@@ -18,16 +22,75 @@ from opsd_train.models import (
     check_not_merged,
     check_same_vocabulary,
     lm_head,
+    load_config,
     load_model,
     load_tokenizer,
     save_memory,
     settle_padding,
     shard,
+    train_all,
 )
-from opsd_train.opsd import AdapterTeacher, BaseTeacher, EmaTeacher, Setup, Teacher
+from opsd_train.opsd import (
+    AdapterTeacher,
+    BaseTeacher,
+    CopyTeacher,
+    EmaTeacher,
+    Setup,
+    Teacher,
+)
 from opsd_train.records import Problem
-from opsd_train.run.lengths import fit_lengths
-from opsd_train.sampling import Ahead, Sampling, make_sampler
+from opsd_train.run.console import say
+from opsd_train.sampling import Ahead, make_sampler, sampling_of
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a run starts from. No problem is in both lists."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    problems: list[Problem]  # to train on
+    held_out: list[Problem]  # to evaluate on
+
+
+def load(config: Config) -> Materials:
+    """Model, tokenizer and problems.
+
+    Raises:
+        OSError, ValueError: they cannot be loaded, or are not what they should be.
+    """
+    load_config(config.model)  # a model that is not there is told before the data are read
+    say(f"Loading the problems of {config.data} ...")
+    problems = load_problems(config, report=say)
+    held_out: list[Problem] = []
+    if config.held_out is not None:
+        problems, held_out = hold_out_gradable(problems, config.held_out, config.seed)
+    say(f"Loading {config.model} ...")
+    model, tokenizer = load_model(config.model, config), load_tokenizer(config.model)
+    if model.config.get_text_config().hidden_size <= 512:
+        # Matrices this small do not feed more cores of a CPU, and threads that wait cost more.
+        torch.set_num_threads(min(2, torch.get_num_threads()))
+    return Materials(model, tokenizer, problems, held_out)
+
+
+def hold_out_gradable(
+    problems: list[Problem], number: int, seed: int
+) -> tuple[list[Problem], list[Problem]]:
+    """`hold_out` of problems whose answer can be graded. Those that were drawn and cannot be are
+    trained on, and listed on the console."""
+    passed_over: list[Problem] = []
+    with MathGrader() as grader:
+
+        def can_grade(problem: Problem) -> bool:
+            if grader.can_grade(problem):
+                return True
+            passed_over.append(problem)
+            return False
+
+        found = hold_out(problems, number, seed, can_grade)
+    if passed_over:
+        say(said_dropped(passed_over))
+    return found
 
 
 def set_up(
@@ -51,7 +114,7 @@ def set_up(
 
     set_seed(config.seed)  # of the adapter; all other draws have seeds of their own
     torch.nn.Module.to(model, accelerator.device)
-    student = add_adapter(model, config)
+    student = train_all(model) if config.train == "full" else add_adapter(model, config)
     check_not_merged(student)
     save_memory(base_model(student), config)
     head = lm_head(base_model(student))
@@ -62,10 +125,10 @@ def set_up(
         shard(backbone, accelerator)
     else:
         backbone = accelerator.prepare(backbone)
-    sampling = Sampling(config.temperature, config.max_new_tokens, config.top_p, config.top_k)
-    sampler = make_sampler(config, accelerator, student, backbone, tokenizer, sampling)
+    sampler = make_sampler(config, accelerator, student, backbone, tokenizer, sampling_of(config))
     teacher = make_teacher(config, student, backbone, head, tokenizer)
     return Setup(
+        config,
         accelerator,
         tokenizer,
         contexts,
@@ -81,14 +144,14 @@ def set_up(
 
 def make_contexts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Contexts:
     return Contexts(
-        Context(tokenizer, config.student_template, config.student_thinking),
-        Context(tokenizer, config.teacher_template, config.teacher_thinking),
+        Context(tokenizer, config.student_template, config.student_thinking, "student_template"),
+        Context(tokenizer, config.teacher_template, config.teacher_thinking, "teacher_template"),
     )
 
 
 def make_teacher(
     config: Config,
-    student: PeftModelForCausalLM,
+    student: Student,
     backbone: torch.nn.Module,
     head: LMHead,
     tokenizer: PreTrainedTokenizerBase,
@@ -102,6 +165,9 @@ def make_teacher(
         return Teacher(Backbone(other), teacher_head)
     if config.teacher == "live":
         return Teacher(backbone)
+    if not isinstance(student, PeftModelForCausalLM):
+        decay = config.ema_decay if config.teacher == "ema" else None
+        return CopyTeacher(Backbone(student), decay)
     if config.teacher == "ema":
         return EmaTeacher(backbone, student, config.ema_decay)
     if config.teacher == "initial" and config.adapter is not None:
@@ -125,4 +191,59 @@ def check_distribution(config: Config, accelerator: Accelerator) -> None:
         raise ValueError(
             f"batch_size must be a multiple of the {accelerator.num_processes} processes, "
             f"got {config.batch_size}"
+        )
+
+
+def fit_lengths(
+    config: Config, model: PreTrainedModel, contexts: Contexts, problems: list[Problem]
+) -> Config:
+    """The config, with lower defaults of max_prompt_tokens and max_new_tokens where together they
+    exceed the positions of the model, or of a teacher_model; the console says so. The longest
+    prompt of the data keeps its place, unless it would leave the rollout less than half.
+
+    Raises:
+        ValueError: the lengths that were given do not fit.
+    """
+    positions = fewest_positions(config, model.config)
+    prompt, new = config.max_prompt_tokens, config.max_new_tokens
+    if positions is None or prompt + new <= positions:
+        return config
+    may_fit = {"max_prompt_tokens", "max_new_tokens"} - config.given
+    if may_fit == {"max_new_tokens"}:
+        new = positions - prompt
+    elif may_fit == {"max_prompt_tokens"}:
+        prompt = positions - new
+    elif may_fit:
+        longest = max(contexts.lengths(problems))
+        new = min(new, max(positions - longest, positions // 2))
+        prompt = positions - new
+    if not may_fit or min(prompt, new) < 1:
+        raise ValueError(
+            f"max_prompt_tokens={config.max_prompt_tokens} and "
+            f"max_new_tokens={config.max_new_tokens} together exceed the model's {positions} "
+            "positions; lower one of them"
+        )
+    say(
+        f"The model has {positions:,} positions: prompts of up to {prompt:,} tokens "
+        f"(max_prompt_tokens) and rollouts of up to {new:,} (max_new_tokens)."
+    )
+    return replace(config, max_prompt_tokens=prompt, max_new_tokens=new)
+
+
+def fewest_positions(config: Config, student: PreTrainedConfig) -> int | None:
+    configs = [student]
+    if config.teacher_model is not None:
+        configs.append(load_config(config.teacher_model))
+    found = [getattr(c.get_text_config(), "max_position_embeddings", None) for c in configs]
+    return min((n for n in found if n is not None), default=None)
+
+
+def check_batch(config: Config, problems: list[Problem]) -> None:
+    """Raises:
+    ValueError: a batch would hold a problem twice.
+    """
+    if config.batch_size > len(problems):
+        raise ValueError(
+            f"batch_size must be at most the number of problems, {len(problems)}; got "
+            f"{config.batch_size}"
         )

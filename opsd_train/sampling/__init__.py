@@ -2,11 +2,10 @@
 
 An engine is whatever has the `sample` of `Sampler`; each has a file here, and its name in
 engines.py. Nothing here knows what rollouts are for: scoring them is in opsd/, grading in
-evaluation/.
+grading/.
 """
 
-from opsd_train.sampling.ahead import Ahead
-from opsd_train.sampling.engines import make_sampler
+from opsd_train.sampling.engines import Ahead, make_sampler
 from opsd_train.sampling.generate import GenerateSampler
 from opsd_train.sampling.sampler import (
     BackgroundSampler,
@@ -15,6 +14,7 @@ from opsd_train.sampling.sampler import (
     as_rollout,
     draw_seed,
     roll_out,
+    sampling_of,
 )
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "draw_seed",
     "make_sampler",
     "roll_out",
+    "sampling_of",
 ]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from opsd_train.config import Config
 from opsd_train.data import Context
 from opsd_train.records import Problem, Rollout
 
@@ -15,6 +16,11 @@ class Sampling:
     max_new_tokens: int
     top_p: float = 1.0  # 1 for all tokens
     top_k: int = 0  # 0 for all tokens
+
+
+def sampling_of(config: Config) -> Sampling:
+    """Of a run's rollouts."""
+    return Sampling(config.temperature, config.max_new_tokens, config.top_p, config.top_k)
 
 
 class Sampler(Protocol):

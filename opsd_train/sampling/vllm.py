@@ -1,23 +1,131 @@
 """Sampling from running vLLM servers: token ids to them, token ids from them."""
 
-from collections.abc import Callable
+import hashlib
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModelForCausalLM
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opsd_train.config import Config
 from opsd_train.errors import RunFailed
-from opsd_train.models import adapter_config, base_model, call_with_full_parameters, end_ids
-from opsd_train.sampling.fleet import Batch, Fleet
-from opsd_train.sampling.published import Published, is_on, noise, whole_adapter
+from opsd_train.models import (
+    adapter_config,
+    adapter_weights,
+    base_model,
+    call_with_full_parameters,
+    copy_full,
+    end_ids,
+    full_tensor,
+    peft_name,
+)
 from opsd_train.sampling.sampler import Samples, Sampling
-from opsd_train.sampling.server import Refused, Unavailable
+from opsd_train.sampling.servers import Batch, Fleet, Refused, Unavailable
+
+
+def is_on(model: PeftModelForCausalLM) -> bool:
+    """Whether the adapter is: it is off where the model is its own teacher."""
+    layers = (m for m in model.modules() if isinstance(m, BaseTunerLayer))
+    return not any(layer.disable_adapters for layer in layers)
+
+
+def whole_adapter(model: PeftModelForCausalLM) -> dict[str, Tensor]:
+    """Its weights as PEFT names them, in the dtype of the model, which an engine computes in; all
+    processes call it, as each may hold a share."""
+    dtype = base_model(model).dtype
+    weights = adapter_weights(model).items()
+    return {peft_name(name): full_tensor(w.detach()).to(dtype) for name, w in weights}
+
+
+@contextmanager
+def noise(model: PeftModelForCausalLM, std: float = 0.02) -> Iterator[None]:
+    """Within it, the adapter does something: a new one does nothing."""
+    generator = torch.Generator().manual_seed(0)
+    changed = [w for name, w in adapter_weights(model).items() if "lora_B" in name]
+    before = [w.detach().clone() for w in changed]
+    for w in changed:
+        copy_full(w, std * torch.randn(w.shape, generator=generator))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for w, value in zip(changed, before, strict=True):
+                w.copy_(value)
+
+
+class Published:
+    """The adapter that servers have, in a folder that they read it from.
+
+    Its name is of its contents and of this run: another adapter never has the name, or the path, of
+    an earlier one. What is cached of the earlier one, weights or prefixes, is then not found.
+    """
+
+    def __init__(self, fleet: Fleet, adapter_config: str, within: Path | None):
+        """`within`: a folder that every server can read; None for that of temporary files.
+
+        Raises:
+            ValueError: there is none.
+        """
+        self.fleet, self.adapter_config = fleet, adapter_config
+        try:
+            self.folder = Path(tempfile.mkdtemp(prefix="opsd-", dir=within)).resolve()
+        except OSError as error:
+            raise ValueError(f"engine_folder cannot be written to: {error}") from error
+        self.folder.chmod(0o755)  # servers may run as someone else
+        self.names: list[str] = []  # the last is the adapter; the others are to be removed
+        weakref.finalize(self, remove, fleet, self.folder, self.names)
+
+    def publish(self, weights: dict[str, Tensor], *, everywhere: bool = False) -> Path:
+        """The folder, below this one, that the servers have read these weights from; its name is
+        what they call them.
+
+        Raises:
+            RunFailed: they refuse them, or are gone; see `Fleet.load`.
+        """
+        data = safetensors.torch.save({name: w.cpu().contiguous() for name, w in weights.items()})
+        name = f"{self.folder.name}-{hashlib.sha256(data).hexdigest()[:16]}"
+        path = self.folder / name
+        if self.names[-1:] == [name]:
+            return path
+        try:
+            path.mkdir(exist_ok=True)
+            (path / "adapter_config.json").write_text(self.adapter_config)
+            (path / "adapter_model.safetensors").write_bytes(data)
+        except OSError as error:
+            raise RunFailed(
+                f"no adapter can be written to {self.folder} ({error.strerror}); name another "
+                "folder with --engine-folder, and go on with --resume"
+            ) from error
+        self.names[:] = [*(n for n in self.names if n != name), name]
+        self.fleet.load(name, path, every=everywhere)
+        # Only now: a server may read the files of the adapter before as long as it has no other.
+        for old in self.names[:-1]:
+            self.fleet.unload(old)
+            shutil.rmtree(self.folder / old, ignore_errors=True)
+        del self.names[:-1]
+        return path
+
+
+def remove(fleet: Fleet, folder: Path, names: list[str]) -> None:
+    """Unload adapters from the servers, then delete their files. Called at the end of a process,
+    where no new thread can be started."""
+    for name in names:
+        for server in fleet.servers:
+            server.unload_adapter(name)
+    shutil.rmtree(folder, ignore_errors=True)
+
 
 T = TypeVar("T")
 
@@ -29,8 +137,8 @@ CHECK = Sampling(temperature=2.0, max_new_tokens=16)
 
 
 class VllmSampler:
-    """A sampler whose model is elsewhere: servers of vLLM, which have the same base model, and of
-    which each gets the adapter whenever it has changed.
+    """A sampler whose model is elsewhere: servers of vLLM, which have the same base model. Each
+    gets the adapter whenever it has changed.
 
     What a rollout draws is a function of its seed and its prompt alone, as far as the servers'
     arithmetic is: in fp32 on a CPU it is; on a GPU logits may depend on what else is in the batch.
@@ -75,7 +183,7 @@ class VllmSampler:
                 rollout.
         """
         if self.under_way is not None:
-            self.under_way.wait()  # the adapter that it is sampled from is about to go
+            self.under_way.wait()  # its adapter is about to be replaced
         path = self._publish() if is_on(self.model) else None
         requests = [
             self._request(path, prompt, seed, self.sampling)

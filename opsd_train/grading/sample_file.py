@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opsd_train.evaluation.graders import Attempt
+from opsd_train.grading.graders import Attempt
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One line: whose attempt it is, and at what."""
+    """One line: an attempt, with its set, model, problem and number."""
 
     set: str  # of problems
     model: str  # "base" or "adapter"

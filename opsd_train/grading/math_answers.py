@@ -9,13 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from opsd_train.data import last_boxed
-from opsd_train.evaluation.answer_text import (
+from opsd_train.grading.answer_text import (
     Answer,
     equal_as_text,
     pairs_to_compare,
     read_answer,
 )
-from opsd_train.evaluation.graders import Verdict
+from opsd_train.grading.graders import Verdict
 from opsd_train.records import Problem
 
 PROGRAM = Path(__file__).with_name("math_process.py")
@@ -64,7 +64,7 @@ class MathGrader:
         return self._compare(pairs_to_compare(reference, reference), reference.vote)[0]
 
     def gradable(self, problems: list[Problem], report: Callable[[str], None]) -> list[Problem]:
-        """The problems whose answer accepts itself; of the others is said how many, and which."""
+        """The problems whose answer accepts itself; the others are reported."""
         kept: list[Problem] = []
         dropped: list[Problem] = []
         for problem in problems:
@@ -146,7 +146,7 @@ class MathGrader:
 
 
 def said_dropped(problems: list[Problem]) -> str:
-    """How many problems cannot be graded, and the first of them."""
+    """A message: how many problems cannot be graded, and the first of them."""
     lines = [f"  {p.place or p.question[:60]}: {p.answer!r:.80}" for p in problems[:SHOWN]]
     more = [f"  and {len(problems) - SHOWN:,} more"] if len(problems) > SHOWN else []
     return "\n".join(

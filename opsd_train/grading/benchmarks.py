@@ -44,7 +44,7 @@ def load_benchmark(
     report: Callable[[str], None] = lambda text: None,
     **columns: Any,
 ) -> list[Problem]:
-    """The problems of a benchmark by name, or of a data set or file by its own.
+    """The problems of a benchmark, a data set or a file, by name.
 
     Args:
         skip_bad_rows, report: whether rows that cannot be read are left out, and what is called

@@ -219,22 +219,8 @@ AT_THE_END = [
 # With these, words after a number are no unit.
 PROSE = {
     *("or", "and", "more", "less", "than", "least", "most", "to", "if", "not", "no", "is", "are"),
-    *(
-        "thousand",
-        "million",
-        "billion",
-        "plus",
-        "minus",
-        "times",
-        "over",
-        "mod",
-        "for",
-        "when",
-        "where",
-        "any",
-        "all",
-        "solutions",
-    ),
+    *("thousand", "million", "billion", "plus", "minus", "times", "over", "mod", "for", "when"),
+    *("where", "any", "all", "solutions"),
 }
 
 

@@ -1,0 +1,51 @@
+"""Grading: whether sampled solutions are right, how many are, and what that number is worth.
+
+Benchmarks, graders, the sampling of held-out problems, scores with their intervals, and two models
+compared. When a run evaluates, and where the results go, is in run/; the command that evaluates
+what a run has made is evaluate.py.
+"""
+
+from opsd_train.grading.benchmarks import benchmark_names, load_benchmark
+from opsd_train.grading.graders import (
+    Attempt,
+    Completion,
+    Grader,
+    Verdict,
+    attempt,
+    evaluate,
+    grade,
+    read_completions,
+)
+from opsd_train.grading.math_answers import MathGrader, said_dropped
+from opsd_train.grading.sample_file import Sample, SampleFile
+from opsd_train.grading.scores import (
+    Accuracy,
+    Attempts,
+    accuracy,
+    accuracy_record,
+    compare,
+    comparison_table,
+)
+
+__all__ = [
+    "Accuracy",
+    "Attempt",
+    "Attempts",
+    "Completion",
+    "Grader",
+    "MathGrader",
+    "Sample",
+    "SampleFile",
+    "Verdict",
+    "accuracy",
+    "accuracy_record",
+    "attempt",
+    "benchmark_names",
+    "compare",
+    "comparison_table",
+    "evaluate",
+    "grade",
+    "load_benchmark",
+    "read_completions",
+    "said_dropped",
+]
