@@ -44,10 +44,10 @@ def full(folder, **options):
     return make_config(values | FULL | options)
 
 
-@pytest.fixture
-def setup(folder, monkeypatch):
+@pytest.fixture(params=[{}, {"mlp_tokens": 8}], ids=["whole", "in tiles"])
+def setup(folder, monkeypatch, request):
     monkeypatch.setattr(tiny_qwen3, "config", full)
-    return prepared(folder)
+    return prepared(folder, **request.param)
 
 
 def test_the_loss_reaches_all_layers_and_the_teacher_stays(setup):

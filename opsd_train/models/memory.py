@@ -7,6 +7,7 @@ a time, can take a few of them at a time. Weights can be spread over several pro
 """
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -48,30 +49,28 @@ def tile_mlps(model: PreTrainedModel, tokens: int) -> None:
             "leave it at none"
         )
     for mlp in mlps:
-        mlp.forward = tiled(mlp.forward, tokens)
+        mlp.whole_forward, mlp.tile_tokens = mlp.forward, tokens
+        mlp.forward = MethodType(forward_in_tiles, mlp)
 
 
 def has_memory_of_its_own(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def tiled(forward: Callable[[Tensor], Tensor], tokens: int) -> Callable[[Tensor], Tensor]:
+def forward_in_tiles(module: Any, h: Tensor) -> Tensor:
     """The forward [..., D] → [..., D] of a module that looks at one token at a time, in tiles of
-    `tokens` tokens; in backward each tile is computed again."""
+    `tile_tokens` tokens; in backward each tile is computed again. Bound to its module, so that a
+    copy of the module has its own."""
+    rows = h.flatten(0, -2)
+    if rows.shape[0] <= module.tile_tokens:
+        return module.whole_forward(h)
 
-    def in_tiles(h: Tensor) -> Tensor:
-        rows = h.flatten(0, -2)
-        if rows.shape[0] <= tokens:
-            return forward(h)
+    def of(tile: Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return module.whole_forward(tile)
+        return checkpoint(module.whole_forward, tile, use_reentrant=False)
 
-        def of(tile: Tensor) -> Any:
-            if not torch.is_grad_enabled():
-                return forward(tile)
-            return checkpoint(forward, tile, use_reentrant=False)
-
-        return torch.cat([of(tile) for tile in rows.split(tokens)]).view_as(h)
-
-    return in_tiles
+    return torch.cat([of(tile) for tile in rows.split(module.tile_tokens)]).view_as(h)
 
 
 # FSDP2: every process keeps a part of each weight, and all of it only while it is needed
