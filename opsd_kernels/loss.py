@@ -284,8 +284,8 @@ def fused_sampled_token_loss(
 
     The gradient with respect to the student's logits, A (p − 1[v = ŷ]), is exact. The objective
     uses one entry of the teacher's distribution; logit-free it needs fewer products than a
-    divergence. Where log p(ŷ) or log q(ŷ) is −∞ the gradient is 0, unless a clip makes the
-    advantage finite.
+    divergence. Where log p(ŷ) is −∞ the loss is +inf; where only log q(ŷ) is, and no clip makes the
+    advantage finite, it is −inf. The gradient is 0 there.
 
     Args:
         targets: [...] ids of the sampled tokens, see `token_divergence`.
@@ -318,7 +318,7 @@ def fused_sampled_token_loss(
         advantage = advantage.clamp(-advantage_clip, advantage_clip)
     # Without mass on one side the advantage or log p is infinite: no gradient, as of a KL.
     infinite = (log_p == -torch.inf) | (advantage.abs() > HUGE / 2)
-    limit = (-advantage * log_p).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    limit = torch.where(log_p == -torch.inf, torch.inf, -torch.inf)
     loss = torch.where(infinite, limit, -advantage * value)
     loss = reduce_tokens(loss, arguments.weights, reduction)
     return SampledTokenLoss(loss, log_p, log_q) if return_log_probs else loss

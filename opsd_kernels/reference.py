@@ -203,7 +203,7 @@ def reference_sampled_token_loss(call: _Call) -> Tensor | SampledTokenLoss:
         A = A.clamp(-call.advantage_clip, call.advantage_clip)
     # Without mass on a side A or log p is infinite: so is ℓ, without a gradient.
     infinite = A.isinf() | log_p.isinf()
-    limit = (-A * log_p.detach()).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    limit = torch.where(log_p.isinf(), torch.inf, -torch.inf)
     loss = call.reduced(torch.where(infinite, limit, -A.masked_fill(infinite, 0) * log_p))
     if not call.return_log_probs:
         return loss
