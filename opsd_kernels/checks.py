@@ -6,18 +6,18 @@ a GPU never waits for the host, and not while PyTorch traces or compiles, when i
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import kernels
-from .description import Weight
+from .description import Divergence, Weight
 from .heads.head import LMHead
 from .heads.vocabulary_parallel import check_group, find_shard, is_dtensor, local_ids
 from .problem import Problem
-from .scalars import check_beta, check_clip, check_temperature, number
+from .scalars import check_temperature, number
 from .schedules.planning import MIB, default_workspace_mib
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,6 +36,8 @@ class Arguments(NamedTuple):
     valid: Tensor | None  # [...] which targets lie in the vocabulary; None without targets
 
 
+# log p of the targets, and the entropy.
+Alone = Literal["log p", "entropy"]
 # Hidden states by the names of their arguments: the student's, and the teacher's if there is one.
 Hidden = dict[str, Tensor]
 
@@ -43,33 +45,29 @@ Hidden = dict[str, Tensor]
 def check_arguments(
     hidden: Hidden,
     W: Tensor | LMHead,
-    W_teacher: Tensor | LMHead | None,
+    value: Divergence | Alone,
+    W_teacher: Tensor | LMHead | None = None,
     *,
-    beta: float | Tensor | None,
-    temperature: float,
-    entry_clip: float | None = None,
-    token_weights: Tensor | None,
-    reduction: str = "none",
     targets: Tensor | None = None,
-    halves: tuple[Weight, Weight] | None = None,
     advantages: Tensor | None = None,
-    entropy: bool = False,
+    temperature: float = 1.0,
+    token_weights: Tensor | None = None,
+    reduction: str = "none",
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES,
 ) -> Arguments:
-    """Check what all losses take.
+    """Check the arguments of a loss.
 
     Args:
         hidden: see `Hidden`.
-        beta: from `check_number_beta`; None for both KLs with `halves`, and without them for log p
-            of the targets, or the entropy.
-        halves: `Divergence.weights`.
-        entropy: whether that is wanted.
+        value: what is computed of every token: a divergence, or a value of the student alone.
         dtypes: those that hidden states may have.
 
     For the others see `fused_divergence_loss`.
     """
+    if not isinstance(value, Divergence) and value not in get_args(Alone):
+        raise TypeError(f"divergence must be a Divergence, got {type(value).__name__}")
+    check_reduction(reduction)
     temperature = check_temperature(temperature)
-    entry_clip = check_clip("entry_clip", entry_clip)
     student = check_head("W", W)
     teacher = student if W_teacher is None else check_head("W_teacher", W_teacher)
     for head in (student, teacher):
@@ -82,15 +80,16 @@ def check_arguments(
     _name, h_student = _student_of(hidden)
     h_teacher = hidden.get("h_teacher")
     shared = is_same_weight(student, teacher)
-    if isinstance(beta, Tensor):
-        beta = check_token_beta(beta, hidden)
     weights = check_weights(token_weights, hidden, reduction)
-    w_q = w_p = None
-    if halves is not None:
-        w_q, w_p = (
-            check_weights_of_tokens(name, w, hidden, weights)
-            for name, w in zip(("forward", "reverse"), halves, strict=True)
-        )
+    beta = entry_clip = w_q = w_p = None
+    if isinstance(value, Divergence):
+        entry_clip = value.entry_clip
+        beta, halves = _parameters(value)
+        if isinstance(beta, Tensor):
+            beta = check_token_beta(beta, hidden)
+        if halves is not None:
+            w_q = check_weights_of_tokens("forward", halves[0], hidden, weights)
+            w_p = check_weights_of_tokens("reverse", halves[1], hidden, weights)
     if advantages is not None:
         if targets is None:
             raise ValueError("targets must be given with advantages: the ids that were sampled")
@@ -100,7 +99,7 @@ def check_arguments(
     ids = valid = shard = None
     if student.group is not None:
         shard = find_shard(student.V, h_student, student.group)
-    if targets is not None or (beta is None and halves is None and not entropy):
+    if targets is not None or value == "log p":
         V = student.V if shard is None else shard.V
         ids, valid = check_targets(targets, hidden, V, weights)
         if shard is not None:
@@ -113,7 +112,7 @@ def check_arguments(
         None if shared else teacher.rows,
         operand_dtype,
         beta,
-        # Both sides' logits are a multiple of the student's scale, as if it were a temperature.
+        # Logits of both sides are a multiple of the student's scale, as if it were a temperature.
         temperature / student.scale,
         entry_clip,
         None if weights is None else weights.reshape(-1) != 0,
@@ -135,9 +134,21 @@ def check_arguments(
     return Arguments(problem, h_S, student.weight, student.bias, leading, weights, valid)
 
 
-def check_number_beta(beta: float | Tensor) -> float | Tensor:
-    """Check β if it is a number. A tensor is checked later, beside the hidden states."""
-    return beta if isinstance(beta, Tensor) else check_beta(beta)
+def _parameters(
+    divergence: Divergence,
+) -> tuple[float | Tensor | None, tuple[Weight, Weight] | None]:
+    """β, and the weights of both halves; None in their place where β implies them, also if they
+    were given: those divergences have kernels of their own."""
+    beta, weights = divergence.beta, divergence.weights
+    if weights is None or any(isinstance(w, Tensor) for w in weights):
+        return beta, weights
+    implied = {0.0: (1.0, 0.0), 1.0: (0.0, 1.0)}
+    if isinstance(beta, float):
+        implied = {beta: (beta, 1 - beta)}
+    for b, of_beta in implied.items():
+        if weights == of_beta:
+            return b, None
+    return beta, weights
 
 
 def check_token_beta(beta: Tensor, hidden: Hidden) -> Tensor:

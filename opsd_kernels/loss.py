@@ -1,6 +1,6 @@
 """The public losses. Every token has a row of hidden states, in any leading shape [...]."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,14 +9,12 @@ from .autograd import divergence_of_tokens, weighed_sum
 from .checks import (
     Arguments,
     check_arguments,
-    check_number_beta,
-    check_reduction,
     check_workspace,
 )
 from .description import Divergence
 from .divergence import CLIPPED_SHARE, HUGE, LOG_P, LOG_Q, LOG_RATIO, STATISTICS
 from .heads.head import LMHead
-from .scalars import check_clip
+from .scalars import check_beta, check_clip
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -168,7 +166,7 @@ def token_divergence(
     Raises:
         TypeError, ValueError: as `fused_jsd_loss`.
     """
-    arguments = check_divergence_arguments(
+    arguments = check_arguments(
         {"h_student": h_student, "h_teacher": h_teacher},
         W,
         either_divergence(beta, entry_clip, divergence),
@@ -231,8 +229,7 @@ def fused_divergence_loss(
     Raises:
         TypeError, ValueError: as `fused_jsd_loss`.
     """
-    check_reduction(reduction)
-    arguments = check_divergence_arguments(
+    arguments = check_arguments(
         {"h_student": h_student, "h_teacher": h_teacher},
         W,
         divergence,
@@ -300,13 +297,12 @@ def fused_sampled_token_loss(
     Raises:
         TypeError, ValueError: as `fused_jsd_loss`.
     """
-    check_reduction(reduction)
     advantage_clip = check_clip("advantage_clip", advantage_clip)
     arguments = check_arguments(
         {"h_student": h_student, "h_teacher": h_teacher},
         W,
+        "log p",
         W_teacher,
-        beta=None,
         temperature=temperature,
         token_weights=token_weights,
         reduction=reduction,
@@ -359,8 +355,7 @@ def fused_log_probs(
     arguments = check_arguments(
         {"h": h},
         W,
-        None,
-        beta=None,
+        "log p",
         temperature=temperature,
         token_weights=token_weights,
         targets=targets,
@@ -398,11 +393,9 @@ def fused_entropy(
     arguments = check_arguments(
         {"h": h},
         W,
-        None,
-        beta=None,
+        "entropy",
         temperature=temperature,
         token_weights=token_weights,
-        entropy=True,
     )
     return reduce_tokens(_loss(arguments, workspace_mib), arguments.weights, "none")
 
@@ -412,32 +405,14 @@ def either_divergence(
 ) -> Divergence:
     """The divergence that is given, or that of a β and a clip."""
     if divergence is None:
-        return Divergence(beta=check_number_beta(beta), entry_clip=entry_clip)
+        if not isinstance(beta, Tensor):
+            beta = check_beta(beta)
+        return Divergence(beta=beta, entry_clip=entry_clip)
     if entry_clip is not None or isinstance(beta, Tensor) or beta != 0.5:
         raise ValueError(
             "divergence must be given in place of beta and entry_clip, not beside them"
         )
     return divergence
-
-
-def check_divergence_arguments(
-    hidden: dict[str, Tensor], W: Tensor | LMHead, divergence: Divergence, **options: Any
-) -> Arguments:
-    """`check_arguments` for a `Divergence`."""
-    if not isinstance(divergence, Divergence):
-        raise TypeError(f"divergence must be a Divergence, got {type(divergence).__name__}")
-    beta, weights = divergence.beta, divergence.weights
-    if weights is not None and not any(isinstance(w, Tensor) for w in weights):
-        # Divergences that have a name have kernels of their own.
-        named = {0.0: (1.0, 0.0), 1.0: (0.0, 1.0)}
-        if isinstance(beta, float):
-            named = {beta: (beta, 1 - beta)}
-        for b, of_beta in named.items():
-            if weights == of_beta:
-                beta, weights = b, None
-                break
-    clip = divergence.entry_clip
-    return check_arguments(hidden, W, beta=beta, halves=weights, entry_clip=clip, **options)
 
 
 def reduce_tokens(loss: Tensor, weights: Tensor | None, reduction: Reduction) -> Tensor:

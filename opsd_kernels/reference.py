@@ -30,13 +30,12 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .checks import FLOAT_DTYPES, check_arguments, check_reduction
+from .checks import FLOAT_DTYPES, Alone, check_arguments
 from .description import Divergence
 from .heads.head import LMHead
 from .loss import (
     SampledTokenLoss,
     TokenDivergence,
-    check_divergence_arguments,
     either_divergence,
     fused_divergence_loss,
     fused_entropy,
@@ -75,23 +74,23 @@ class _Call:
     workspace_mib: float | None = None
     return_log_probs: bool = False
 
-    def check(self, check: Callable[..., Any], **others: Any) -> None:
+    def check(self, value: Divergence | Alone) -> None:
         """Refuse what the fused loss refuses, but for float64, and a head that is not whole."""
         if isinstance(self.W, LMHead) and self.W.group is not None:
             raise ValueError("the oracle takes the whole head: W.group must be None")
-        check_reduction(self.reduction)
         self.advantage_clip = check_clip("advantage_clip", self.advantage_clip)
         hidden = {"h_student": self.h_student, "h_teacher": self.h_teacher}
-        check(
+        check_arguments(
             {"h": self.h} if self.h_student is None else hidden,
             self.W,
-            W_teacher=self.W_teacher,
+            value,
+            self.W_teacher,
             temperature=self.temperature,
             token_weights=self.token_weights,
             reduction=self.reduction,
             targets=self.targets,
+            advantages=self.advantages,
             dtypes=(*FLOAT_DTYPES, torch.float64),
-            **others,
         )
 
     @cached_property
@@ -196,7 +195,7 @@ def reference_token_divergence(call: _Call) -> TokenDivergence:
 @_oracle_of(fused_sampled_token_loss)
 def reference_sampled_token_loss(call: _Call) -> Tensor | SampledTokenLoss:
     """`fused_sampled_token_loss` in float64; see `reference_jsd_loss`."""
-    call.check(check_arguments, beta=None)
+    call.check("log p")
     log_p, log_q = (call.at_targets(log) for log in call.both_sides())
     A = (log_q - log_p).detach()
     if call.advantage_clip is not None:
@@ -213,20 +212,20 @@ def reference_sampled_token_loss(call: _Call) -> Tensor | SampledTokenLoss:
 @_oracle_of(fused_log_probs)
 def reference_log_probs(call: _Call) -> Tensor:
     """`fused_log_probs` in float64; see `reference_jsd_loss`."""
-    call.check(check_arguments, beta=None)
+    call.check("log p")
     return call.reduced(call.at_targets(call.log_softmax(call.h, call.W)))
 
 
 @_oracle_of(fused_entropy)
 def reference_entropy(call: _Call) -> Tensor:
     """`fused_entropy` in float64; see `reference_jsd_loss`."""
-    call.check(check_arguments, beta=None, entropy=True)
+    call.check("entropy")
     return call.reduced(_entropy(call.log_softmax(call.h, call.W)))
 
 
 def _divergence(call: _Call, divergence: Any) -> TokenDivergence:
     """ℓ and all statistics of the tokens that count, [R] each."""
-    call.check(check_divergence_arguments, divergence=divergence, advantages=call.advantages)
+    call.check(divergence)
     clip = divergence.entry_clip
     log_p, log_q = call.both_sides()
     w_q, w_p, b_q, b_p = _halves(call, divergence)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from benchmarks.lib.allocations import Allocations
 from opsd_kernels import (
+    Divergence,
     FusedJSDLoss,
     LMHead,
     fused_jsd_loss,
@@ -157,9 +158,7 @@ def test_one_weight_is_read_once_for_both_sides():
         (W[1:41], False),
     ):
         hidden = {"h_student": h_S, "h_teacher": h_T}
-        arguments = check_arguments(
-            hidden, student, teacher, beta=0.5, temperature=1.0, token_weights=None
-        )
+        arguments = check_arguments(hidden, student, Divergence(beta=0.5), teacher)
         assert (arguments.problem.W_T is None) == shared
 
 
