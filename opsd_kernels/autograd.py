@@ -30,8 +30,8 @@ def divergence_of_tokens(
     """Loss and statistics of every token.
 
     Args:
-        arguments: of the call. Tokens that do not count may be skipped: their results are
-            undefined, and the caller selects.
+        arguments: of the call. Results of tokens that do not count are undefined: they may be
+            skipped.
         needs_statistics: whether statistics are wanted.
         workspace_bytes: bound on all temporaries with a vocabulary-sized dimension together; 0
             for none.
@@ -57,7 +57,7 @@ def weighed_sum(arguments: Arguments, weights: Tensor, workspace_bytes: float) -
         return None
     if not can_weigh(problem, workspace_bytes):
         return None
-    # Tiles of scores in fp16 want a bound.
+    # Tiles of scores in fp16 need weights with a bound.
     largest = largest_size(weights)
     problem = replace(problem, weights=weights / largest)
     return _WeighedSum.apply(h_S, weight, bias, problem, largest, workspace_bytes)
@@ -110,7 +110,7 @@ class _TrainedHead(torch.autograd.Function):
         N = h_S.shape[0]
         stats, top = _zeros(problem, STATS, N), h_S.new_zeros(N, dtype=torch.int32)
         outputs = _filled(problem, needs_statistics, workspace_bytes, stats=stats, top=top)
-        # Not the loss itself, which may be weighed in place.
+        # Not the loss itself: the caller may weigh it in place.
         infinite = outputs.loss.isinf()
         made = {"infinite": infinite, "stats": stats, "top": top}
         _save(ctx, vars(problem) | made | {"weight": weight, "head_bias": bias})
@@ -177,7 +177,7 @@ class _WeighedSum(torch.autograd.Function):
         )
         weights = problem.weights
         assert weights is not None
-        # Not the head, which may be changed before backward, and is not read there.
+        # Not the head: backward does not read it, and it may have changed by then.
         ctx.save_for_backward(weights, largest, outputs.dh_S, outputs.dW, outputs.db)
         ctx.rows = weight.shape[0]
         ctx.dtypes = h_S.dtype, weight.dtype, None if bias is None else bias.dtype
@@ -205,8 +205,8 @@ class _WeighedSum(torch.autograd.Function):
 
 
 def refuse_second_derivative() -> None:
-    """Refuse, in backward, to be differentiated again: the second-order term would be left out in
-    silence. (`once_differentiable` notices only an upstream gradient that itself requires one.)"""
+    """Called in backward: refuse a second derivative, whose second-order term would be missing
+    without notice. (`once_differentiable` sees only an upstream gradient that requires grad.)"""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("this loss has no second derivative: create_graph must be False")
 

@@ -49,10 +49,11 @@ the null term too, so that the clipped sum keeps its accuracy, unless the clip t
 mass of the row: then the sum without the null terms is the more accurate one.
 
 Sides are exchanged where β > ½: p, q, x and β become q, p, −x and 1 − β. The forms above would lose
-digits there, by another factor 1/(1 − β). Below, capital P and Q name the sides after that.
+digits there, by another factor 1/(1 − β). In the code, P and Q are the sides after the exchange.
 
-Scores. a ← a − c p, G ← G − c leaves a − G p as it is for any c. The scores computed here are
-shifted by the null term, which makes them of first order in x, as the gradient is:
+Scores. Replacing a by a − c p and G by G − c does not change a − G p, for any c. The scores
+computed here are shifted by the null term, which makes them of first order in x, as the gradient
+is:
 
     JSD and MIXTURE    κ p (q − m)/m − w_p p lm
     KLS                w_q (p − q) − w_p p x
@@ -73,8 +74,8 @@ HUGE = 1e30
 # Above this log-ratio the value of a mixture no longer depends on it, and eˣ still fits fp32.
 SATURATED = 80.0
 
-# What `token_divergence` tells of a token beside its loss: the fields of [STATISTICS, N] fp32. The
-# last three are those of a sampled token ŷ: log p(ŷ), log q(ŷ), and their difference log q − log p.
+# The fields of the statistics [STATISTICS, N] fp32 that `token_divergence` returns beside the loss.
+# The last three belong to a sampled token ŷ: log p(ŷ), log q(ŷ), and log q(ŷ) − log p(ŷ).
 (FORWARD_KL, REVERSE_KL, ENTROPY_S, ENTROPY_T, CLIPPED_SHARE, LOG_P, LOG_Q, LOG_RATIO) = range(8)
 STATISTICS = 8
 
@@ -98,7 +99,7 @@ class Member:
 
     family: Family
     beta: Weight = 0.0  # of the mixture, a number or [R]; KLS have none
-    # Weights of the halves, numbers or [R]; None where a β for each token says them.
+    # Weights of the halves, numbers or [R]; None if a β for each token determines them.
     w_q: Weight | None = None
     w_p: Weight | None = None
     entry_clip: float | None = None
@@ -223,7 +224,7 @@ def value_and_score(
         x: [R, V] finite log-ratio log q − log p. Overwritten.
         member: a divergence.
         needs_score: without it a is None and costs nothing.
-        of_vocabulary: makes of sums [R, 1] over these columns those over the vocabulary.
+        of_vocabulary: turns sums [R, 1] over these columns into sums over the vocabulary.
 
     Returns:
         f and a, each [R, V].
@@ -247,7 +248,7 @@ def value_and_score(
 
 
 def clipped_off(p: Tensor, q: Tensor, x: Tensor, member: Member) -> Tensor:
-    """How much the clip takes off the value of every entry, [R, V]; arguments as above."""
+    """The part of every entry's value that the clip removes, [R, V]; see `value_and_score`."""
     assert member.entry_clip is not None
     f, _, textbook, _ = _unclipped(p, q, x, member, needs_score=False)
     return (f if textbook is None else textbook).sub_(member.entry_clip).clamp_(min=0)
@@ -328,8 +329,8 @@ def _kullback_leiblers(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Weight]:
     _, w_q, w_p = member.columns()
     forward, reverse = member.has_forward_kl, member.has_reverse_kl
-    # With u = −|x|, t = expm1(u) and the larger of p and q in front, x of one sign has the form
-    # `near`, x of the other `far`; the reverse KL is the forward KL with sides exchanged.
+    # With u = −|x|, t = expm1(u) and the factor max(p, q), the forward KL has the form `near` where
+    # x ≤ 0 and `far` where x > 0. The reverse KL is the forward KL with sides exchanged.
     base = torch.maximum(p, q)
     # Selecting by lerp with a float mask is many times faster on a CPU than torch.where.
     positive = torch.gt(x, 0, out=torch.empty_like(x))
@@ -338,7 +339,7 @@ def _kullback_leiblers(
     a = None
     if needs_score:
         if forward:
-            # p − q = ∓base t, without the subtraction where it would cancel.
+            # p − q = ∓base t, without a subtraction that would cancel.
             a = _weighed_(torch.mul(base, t).copysign_(x).neg_(), w_q)
         if reverse:
             of_reverse = _weighed_(torch.mul(x, p).neg_(), w_p)

@@ -99,7 +99,7 @@ def _with_contiguous_rows(h: Tensor) -> Tensor:
     return h if h.stride(1) == 1 else h.contiguous()
 
 
-STATS = 8  # numbers that forward keeps of a row of logits, for backward to make it once more
+STATS = 8  # numbers that forward keeps of a row of logits, from which backward makes it again
 
 # Fields that have a number or a row for each token, where they are tensors.
 OF_TOKENS = ("h_S", "h_T", "beta", "keep", "targets", "weights", "w_q", "w_p", "advantages")

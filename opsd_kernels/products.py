@@ -1,8 +1,8 @@
-"""Matrix products with fp32 accumulation and result, whatever the dtype of hidden states and heads.
+"""Matrix products with fp32 accumulation and result, for hidden states and heads of any dtype.
 
-CUDA multiplies bf16 and fp16 into fp32; elsewhere operands are widened, a tile of the head at a
-time. Everything is written with `out=`, which autocast leaves alone: operands are rounded here,
-tile by tile, and nothing else is.
+CUDA multiplies bf16 and fp16 into fp32. Elsewhere operands are widened, a tile of the head at a
+time. All products write to `out=`, which autocast does not change: operands are rounded here, tile
+by tile.
 """
 
 from collections.abc import Iterator
@@ -29,9 +29,9 @@ def project_back(
     tile: int,
     first: bool = False,
 ) -> None:
-    """out ← out + g W in fp32 for every (out, g): [R, D], and [R, V] in a `score_dtype`. Where that
-    could have been narrower than fp32, and is not, g is narrowed here. If this is the first of
-    several, out need not hold anything."""
+    """out ← out + g W in fp32 for every pair of out [R, D] and g [R, V]. If g is in fp32, and its
+    `score_dtype` without a bound is narrower, g is narrowed first. With `first`, out ← g W: out
+    need not be initialized."""
     if not terms:
         return
     dtype = _back_dtype(terms[0][1], W, operand_dtype)
@@ -48,9 +48,8 @@ def project_back(
 
 
 def project_back_in_parts(parts: Tensor, g: Tensor, W: Tensor, operand_dtype: torch.dtype) -> None:
-    """parts[i] ← g W over the i-th part of the vocabulary, in fp32: [parts, R, D]. Their sum is
-    what `project_back` makes of a head that it reads in place; a GPU multiplies all parts at
-    once."""
+    """parts[i] ← g W over the i-th part of the vocabulary, in fp32: [parts, R, D]. The sum of the
+    parts is g W; a GPU multiplies all parts at once. W is a head that products read in place."""
     dtype, V = _back_dtype(g, W, operand_dtype), W.shape[0]
     n = parts.shape[0]
     most = V // n // PART_MULTIPLE * PART_MULTIPLE
@@ -64,7 +63,8 @@ def project_back_in_parts(parts: Tensor, g: Tensor, W: Tensor, operand_dtype: to
         project_back([(parts[-1], g[:, n * most :])], W[n * most :], operand_dtype, V)
 
 
-# Parts of rows of g in 16 bits so begin at multiples of 32 bytes.
+# Parts of the vocabulary begin at multiples of this, so rows of g in 16 bits at multiples of 32
+# bytes.
 PART_MULTIPLE = 16
 
 
@@ -84,8 +84,8 @@ def project_onto_head(
     operand_dtype: torch.dtype,
     first: bool = False,
 ) -> None:
-    """dW ← dW + gᵀ h and db ← db + Σ g in fp32: [V, D] and [V], of [R, V] and [R, D]. g is narrowed
-    as in `project_back`; if this is the first of several, dW need not hold anything."""
+    """dW ← dW + gᵀ h and db ← db + Σ g in fp32: [V, D] and [V], from g [R, V] and h [R, D]. g is
+    narrowed as in `project_back`. With `first`, dW ← gᵀ h: dW need not be initialized."""
     if dW is not None:
         dtype = _back_dtype(g, dW, operand_dtype)
         h = h.to(operand_dtype).to(dtype)
@@ -110,11 +110,11 @@ def add_rows(
 
 
 def score_dtype(operand_dtype: torch.dtype, bounded: bool) -> torch.dtype:
-    """What the gradient with respect to logits is rounded to before it is multiplied.
+    """The dtype that the gradient with respect to logits is rounded to before a product.
 
-    fp16 holds too few exponents for it: what an unlikely token has, 1e-8 and below, underflows. So
-    it is multiplied by `score_scale` first, which needs a bound on its size; without one the
-    product is in fp32: right, but on a GPU several times slower, unless PyTorch is allowed TF32.
+    The range of fp16 is too small: gradients of unlikely tokens, 1e-8 and below, underflow. So the
+    gradient is multiplied by `score_scale` first, which needs a bound on its size. Without a bound
+    the product is in fp32, which on a GPU is several times slower unless PyTorch may use TF32.
     """
     if operand_dtype == torch.float16 and not bounded:
         return torch.float32
@@ -122,8 +122,9 @@ def score_dtype(operand_dtype: torch.dtype, bounded: bool) -> torch.dtype:
 
 
 def score_scale(dtype: torch.dtype) -> float:
-    """What scores are multiplied by before they are rounded to a `score_dtype`: a power of two, so
-    that sizes up to 2 stay within the largest fp16, 65504, and down to 2⁻²⁸ are no denormals."""
+    """The power of two that scores are multiplied by before they are rounded to a `score_dtype`.
+    In fp16 sizes up to 2 then stay below its largest number, 65504, and sizes down to 2⁻²⁸ are no
+    denormals."""
     return 2.0**14 if dtype == torch.float16 else 1.0
 
 
@@ -150,7 +151,7 @@ def _copied_bytes(W: Tensor, operand_dtype: torch.dtype, dtype: torch.dtype) -> 
 def _tiles(
     W: Tensor, operand_dtype: torch.dtype, dtype: torch.dtype, tile: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """W in the dtype it is multiplied in: all of it, or `tile` rows at a time if it is copied."""
+    """W in the dtype of the product: all of it, or `tile` rows at a time if it has to be copied."""
     if _copied_bytes(W, operand_dtype, dtype) == 0:
         yield slice(None), W
         return
@@ -161,7 +162,7 @@ def _tiles(
 
 
 def _has_blas_strides(W: Tensor) -> bool:
-    """Whether a matrix product reads W as it lies."""
+    """Whether a matrix product can read W in place."""
     return (W.stride(1) == 1 and W.stride(0) >= W.shape[1]) or (
         W.stride(0) == 1 and W.stride(1) >= W.shape[0]
     )

@@ -1,4 +1,4 @@
-"""Checks of numbers: what is none, or does not lie where it should, is refused by name."""
+"""Check numbers that are arguments. A refusal names the argument."""
 
 import math
 from numbers import Real
@@ -7,6 +7,7 @@ from .divergence import HUGE
 
 
 def number(name: str, value: float) -> float:
+    """Check that an argument is a number, and return it as a float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     try:
@@ -16,19 +17,19 @@ def number(name: str, value: float) -> float:
 
 
 def check_beta(beta: float) -> float:
-    """Check β of all tokens."""
+    """Check a β that is a number, and return it as a float."""
     beta = number("beta", beta)
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must lie in [0, 1], got {beta}")
     return beta
 
 
-# Beyond these a logit over the temperature, or the reverse, is beyond fp32.
+# Outside this range a logit divided by T, or T divided by a logit, may not fit fp32.
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-8, 1e36
 
 
 def check_temperature(temperature: float, scale: float = 1.0) -> float:
-    """Check T, by which logits that a head's scale has multiplied are divided, and return it."""
+    """Check T for a head that multiplies its logits by `scale`, and return T as a float."""
     temperature = number("temperature", temperature)
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
@@ -54,7 +55,7 @@ def check_clip(name: str, clip: float | None) -> float | None:
 
 
 def check_weight(name: str, weight: float) -> float:
-    """Check a weight of either sign."""
+    """Check a weight of either sign, and return it as a float."""
     weight = number(name, weight)
     if not abs(weight) < HUGE:
         raise ValueError(f"{name} must be finite, and within ±{HUGE:g}, got {weight}")

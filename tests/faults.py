@@ -159,7 +159,7 @@ FAULTS = [
     ),
     Fault(
         "opsd_kernels/schedules/row_workspace.py",
-        "h = h.masked_fill(~chunk.keep[:, None], 0)  # what does not count may be NaN",
+        "h = h.masked_fill(~chunk.keep[:, None], 0)  # dropped tokens may hold NaN",
         "h = h * 1",
         f"trained_head {OP}",
     ),

@@ -1,17 +1,17 @@
-"""A head of which every process of a group holds some rows, and all the same tokens.
+"""A head whose rows the processes of a group share. All of them have the same tokens.
 
 Every process passes its own rows of the vocabulary, in the order of ranks, as `LMHead(rows,
 group=…)`, and gets what one process with the whole head would get: losses, statistics, and the
-gradient with respect to the hidden states. That of its rows of the head needs no one else. Of R
-tokens at a time are gathered or summed:
+gradient with respect to the hidden states. The gradient of its own rows of the head needs no other
+process. For R tokens at a time these are gathered or summed:
 
     logit-free      the state of every row as `lse` found it in a shard; after `pair` its sums; and,
                     while the next R tokens are under way, ∂ℓ/∂h_S
     row workspace   top and sum of both sides; the shift c; sums; at the end ∂ℓ/∂h_S of all tokens
 
-(bytes in docs/maths.md, "A vocabulary that processes share"), and once a call the sizes of all
-shards. How many collectives there are depends on the number of tokens alone, not on what a process
-holds: a shard may be empty.
+(bytes in docs/maths.md, "A vocabulary that processes share"), and once in a call the sizes of all
+shards. The number of collectives depends on the number of tokens, not on the rows of a process: a
+shard may be empty.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,31 +24,31 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-# The second is its name up to torch 2.12.
+# all_gather_into_tensor is its name up to torch 2.12.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
     dist, "all_gather_into_tensor", None
 )
 
 
 class Shard(NamedTuple):
-    """Where one's own rows lie within the vocabulary, [] int64 each."""
+    """The place of this process's rows in the vocabulary, [] int64 each."""
 
     offset: Tensor
     V: Tensor  # rows of all processes together
 
 
 def local_ids(ids: Tensor, offset: Tensor, own_rows: int) -> Tensor:
-    """Ids of the vocabulary as those of one's own rows; −1 for those of other processes."""
+    """Ids counted from this process's first row; −1 for rows of other processes."""
     local = ids - offset
     return local.masked_fill((local < 0) | (local >= own_rows), -1)
 
 
 def check_group(name: str, group: Any) -> str | None:
-    """The name of a head's group, by which it is found again; None for a group of one.
+    """The name of a head's group, by which `_find` finds it; None for a group of one process.
 
     Raises:
-        TypeError: it is none.
-        ValueError: this process is not among its members.
+        TypeError: `group` is no process group.
+        ValueError: this process is not a member.
     """
     if group is None:
         return None
@@ -66,10 +66,10 @@ def check_group(name: str, group: Any) -> str | None:
 
 
 def find_shard(own_rows: int, h: Tensor, group: str) -> Shard:
-    """Where one's own rows lie, as all processes of the group tell each other.
+    """The place of this process's rows, from the sizes of all shards, which one collective gathers.
 
     Raises:
-        ValueError: they have different numbers of tokens (told on a CPU only).
+        ValueError: the processes have different numbers of tokens (checked on a CPU only).
     """
     compiling = torch.compiler.is_compiling()
     find = torch.ops.opsd_kernels.find_shard if compiling else _find_shard
@@ -77,7 +77,7 @@ def find_shard(own_rows: int, h: Tensor, group: str) -> Shard:
 
 
 def _find_shard(h: Tensor, own_rows: int, group: str) -> Tensor:
-    # Filled in on the device: to copy a number to a GPU the host would wait for it.
+    # Filled on the device: copying a number to a GPU would make the host wait.
     rows_and_tokens = h.new_full((2,), own_rows, dtype=torch.int64)
     rows_and_tokens[1:].fill_(h.shape[:-1].numel())
     rows, tokens = gathered(rows_and_tokens, group).unbind(1)
@@ -104,7 +104,7 @@ def is_dtensor(t: Tensor) -> bool:
 
 
 def gathered(t: Tensor, group: str) -> Tensor:
-    """[processes, ...] what each has."""
+    """[processes, ...] the t of every process."""
     process_group = _find(group)
     out = t.new_empty(process_group.size() * t.shape[0], *t.shape[1:])
     _all_gather(out, t.contiguous(), group=process_group)
@@ -112,19 +112,18 @@ def gathered(t: Tensor, group: str) -> Tensor:
 
 
 def summed_(t: Tensor, group: str) -> Tensor:
-    """t, contiguous, summed up over the processes in place: the same bits on every one."""
+    """Sum a contiguous t over the processes, in place. All get the same bits."""
     dist.all_reduce(t, group=_find(group))
     return t
 
 
 def begin_sum_(t: Tensor, group: str) -> Any:
-    """Likewise, but beside what is launched next; `.wait()` of what is returned before it is
-    read."""
+    """`summed_` beside what is launched next. Call `.wait()` on the result before reading t."""
     return dist.all_reduce(t, group=_find(group), async_op=True)
 
 
 def smallest(number: int, group: str, device: torch.device) -> int:
-    """The smallest of what each process has; the host waits for it."""
+    """The smallest number of all processes. The host waits for it."""
     t = torch.full((), number, device=device)
     dist.all_reduce(t, op=dist.ReduceOp.MIN, group=_find(group))
     return int(t)

@@ -1,8 +1,8 @@
-"""The choice between the two schedules, which compute the same in different ways.
+"""The choice between the two schedules, which compute the same results in different ways.
 
-Scratch is allocated by one call and used by another, so that whoever counts allocations sees it.
-Called as usual a schedule is plain Python: profilers and dispatch modes see every operation in it.
-PyTorch's compiler, and fake tensors, see one opaque operator that writes into its arguments.
+`allocate` makes the scratch and `fill` uses it, so that tests can see every allocation. In eager
+mode a schedule is plain Python: profilers and dispatch modes see each of its operations. PyTorch's
+compiler, and fake tensors, see one opaque operator that writes into its arguments.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ def allocate(outputs: Outputs, problem: Problem, workspace_bytes: float) -> list
 
 
 def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, workspace_bytes: float) -> None:
-    """Fill the outputs by the schedule whose scratch this is."""
+    """Fill the outputs by the schedule that `allocate` made the scratch for."""
     if _is_opaque(outputs.loss):
         arguments = operator_arguments(outputs, scratch, problem, [], workspace_bytes)
         torch.ops.opsd_kernels.fill(*arguments)
@@ -50,7 +50,7 @@ def fill_head_gradients(
     seen: tuple[Tensor, Tensor],
     workspace_bytes: float,
 ) -> None:
-    """See `head_gradient.fill`; its scratch is `head_gradient.allocate`'s."""
+    """`head_gradient.fill`, with scratch from `head_gradient.allocate`."""
     if _is_opaque(problem.h_S):
         arguments = operator_arguments(gradients, scratch, problem, list(seen), workspace_bytes)
         torch.ops.opsd_kernels.fill(*arguments)
@@ -69,8 +69,7 @@ def operator_arguments(
     seen: list[Tensor],
     workspace_bytes: float,
 ) -> tuple[Any, ...]:
-    """What the operator takes in place of records: their tensors and numbers, and the names of
-    these."""
+    """The operator's arguments: the tensors and numbers of the records, and their names."""
     filled, tensors = _those(Tensor, outputs), _those(Tensor, problem)
     numbers = _those(float, problem)
     return (
@@ -81,7 +80,7 @@ def operator_arguments(
 
 
 def _those(kind: type, record: Any) -> dict[str, Any]:
-    """The fields of a record that are of a kind."""
+    """The fields of a record whose values are of a type."""
     return {name: value for name, value in vars(record).items() if isinstance(value, kind)}
 
 
@@ -117,5 +116,5 @@ def _operator(
         fill(Outputs(**outputs), scratch, problem, workspace_bytes)
 
 
-# Nothing is returned; what is filled has its shape already.
+# The operator returns nothing, and the tensors that it fills have their shapes already.
 _operator.register_fake(lambda *_: None)

@@ -1,18 +1,18 @@
 """Gradients of a head that is trained, in backward: 4 U of matrix products.
 
-With U = 2 N D V, upstream weights w of the tokens, and what forward found out about each row of
-logits, for a tile of the vocabulary at a time, and within it R tokens at a time:
+With U = 2 N D V, from upstream weights w of the tokens and the numbers that forward kept of each
+row of logits, for a tile of the vocabulary at a time, and within it for R tokens at a time:
 
     1. g = w (a − G p)                     logits again; on a GPU the kernel `gradient`      2 U
     2. dh_S += g W,  dW += gᵀ h_S,  db += Σ g       products, accumulated in fp32            2 U
 
-The vocabulary is outside, so that what a tile's rows of dW sum up to is complete before the next
-tile begins: it is rounded to the head's dtype once, and needs no [V, D] beside what is returned.
-The entry with the most mass is rounded in the tile, as all others, and what the rounding took from
-dh_S is added in fp32.
+The loop over the vocabulary is outside. So the rows of dW in a tile are complete before the next
+tile begins: they are rounded to the head's dtype once, and no second [V, D] is needed. In a tile
+the entry with the most mass is rounded like all others; what the rounding took from dh_S is added
+in fp32 at the end.
 
-Of a head that processes share each makes the gradient of its own rows, and its part of dh_S, which
-is summed up over them.
+If processes share the head, each makes the gradient of its own rows and its part of dh_S, and the
+parts are summed.
 """
 
 from dataclasses import dataclass, replace
@@ -46,7 +46,7 @@ ROWS_AT_A_TIME = 1024
 
 @dataclass(frozen=True)
 class HeadGradients:
-    """What is filled, Σ w ∂ℓ; None where it is not wanted."""
+    """The gradients of Σ w ℓ, to be filled; None for those that are not wanted."""
 
     dh_S: Tensor | None = None  # [N, D] fp32, zeros at first
     dW: Tensor | None = None  # [V, D] in the head's dtype
@@ -54,7 +54,7 @@ class HeadGradients:
 
 
 def by_kernels(problem: Problem, workspace_bytes: float) -> bool:
-    """Whether forward ran kernels, and backward therefore does."""
+    """Whether forward ran the kernels. Backward then does too."""
     return workspace_bytes == 0 or planning.uses_rows_kernel(problem)
 
 
@@ -139,8 +139,8 @@ def fill(
 
 
 def largest_size(weights: Tensor) -> Tensor:
-    """Their largest finite size, [] fp32, or 1 if there is none. A weight that is not finite spoils
-    its own token only."""
+    """The largest finite |w|, [] fp32, or 1 if there is none above 0. A weight that is not finite
+    spoils its own token only."""
     if weights.shape[0] == 0:
         return weights.new_ones(())
     largest = weights.abs().nan_to_num(nan=0.0, posinf=0.0).amax()
@@ -150,10 +150,10 @@ def largest_size(weights: Tensor) -> Tensor:
 def _scaled(
     problem: Problem, g_dtype: torch.dtype, launched: bool
 ) -> tuple[Problem, Tensor | None]:
-    """The problem with weights that tiles of `g_dtype` can hold, and what sums of the tiles are to
-    be multiplied by; None for 1.
+    """The problem with weights that suit tiles of `g_dtype`, and the factor that the sums of the
+    tiles then need; None for 1.
 
-    fp16 needs weights within ±1, times `score_scale`; other dtypes have room for the true ones.
+    fp16 needs weights within ±1, times `score_scale`; other dtypes hold the true ones.
     """
     weights = problem.weights
     assert weights is not None
@@ -175,7 +175,7 @@ def _launch(scratch: Tensor, chunk: Problem, seen: tuple[Tensor, Tensor], tile: 
 
 
 def _compute(scratch: Tensor, chunk: Problem, seen: tuple[Tensor, Tensor], tile: slice) -> Tensor:
-    """The same in PyTorch."""
+    """`_launch` in PyTorch."""
     R, columns = chunk.h_S.shape[0], tile.stop - tile.start
     z_S, z_T = scratch[0, :R, :columns], None
     project(z_S, chunk.h_S, chunk.W[tile], chunk.operand_dtype, columns)

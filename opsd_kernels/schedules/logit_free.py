@@ -1,4 +1,4 @@
-"""Schedule: logits in registers only. 6 U of matrix products, on a GPU, nothing vocabulary-sized.
+"""Schedule: logits in registers only. 6 U of matrix products on a GPU, no vocabulary-sized tensor.
 
 With U = 2 N D V, one pass of N tokens through the LM head, a chunk of R rows at a time:
 
@@ -7,13 +7,13 @@ With U = 2 N D V, one pass of N tokens through the LM head, a chunk of R rows at
     3. A += s W, P += p W           library product over the tile, accumulated in fp32     2 U
        dh_S ← (A − (G − c) P + g_top W_top) / T      `finish`, after the last tile
 
-G is known when step 2 has seen the whole vocabulary; because the gradient is linear in G, no third
-pass over the logits is needed. For the unclipped KLs step 1 tells G and step 2 stores one tile:
-5 U. Without a gradient there is no step 3: 4 U.
+G is known after step 2. The gradient is linear in G, so no third pass over the logits is needed.
+For the unclipped KLs step 1 gives G, and step 2 stores one tile: 5 U. Without a gradient there is
+no step 3: 4 U.
 
-The tiles are scratch of a bounded size, used again and again; beside them there are dh_S in fp32
-and a few numbers a row. s and p are stacked: where D is small, so that a product of R rows by D
-features has too few tiles for a GPU, step 3 is one product of both.
+The tiles are scratch of a bounded size, used again for each part of the vocabulary. Beside them
+there are dh_S in fp32 and a few numbers for each row. s and p are stacked: where D is small, a
+product of R rows by D features has too few tiles for a GPU, and step 3 is one product of both.
 """
 
 from dataclasses import replace

@@ -13,15 +13,15 @@ from ..products import PART_MULTIPLE, copied_bytes, multiplied_dtype, score_dtyp
 
 MIB = 2**20
 
-# [block, V] fp32 temporaries that PyTorch's rows have alive at once, at most. One more with
-# statistics, one for the slope of a softcap, one for weights of each token; three more with a β of
-# each token, whose sides are exchanged row by row.
+# The most [block, V] fp32 temporaries that are alive at once in rows.py. Statistics take one more,
+# the slope of a softcap one, weights for each token one, and a β for each token three: its sides
+# are exchanged row by row.
 BLOCK_TEMPORARIES = 8
-# Rows of a chunk at most: hidden states are copied a chunk at a time, and V may be small.
+# The most rows of a chunk: hidden states are copied a chunk at a time, and V may be small.
 MAX_ROWS = 4096
-# Rows of W that are widened at once, at least: with fewer, Python's overhead shows.
+# The fewest rows of W to widen at once: with fewer, Python's overhead shows.
 LEAST_TILE = 64
-# Entries of a row block on a CPU: 1 MiB of fp32 for each temporary, to stay in the cache.
+# Entries of a block of rows on a CPU: 1 MiB of fp32 for each temporary, which stays in the cache.
 CPU_BLOCK_ENTRIES = 2**18
 GPU_TILE_ROWS = 128
 # Parts of the vocabulary that step 3 multiplies at once (see `is_split`).
@@ -39,8 +39,8 @@ class Plan:
 
 
 def default_workspace_mib(device: torch.device) -> int:
-    """128 on a CPU, about 100 rows at a time with a Qwen3 vocabulary. On a GPU 0, where logits need
-    no memory, or 320, which is 256 rows, if it is too old for the kernels."""
+    """128 on a CPU: about 100 rows of logits with the vocabulary of Qwen3. On a GPU 0, which is
+    logit-free, or 320, 256 rows, if the GPU is too old for the kernels."""
     if device.type == "cpu":
         return 128
     return 0 if kernels.available(device) else 320
@@ -67,7 +67,7 @@ def make_plan(
         N: number of tokens.
         budget: bytes for all temporaries with a vocabulary-sized dimension together.
         needs_statistics: whether statistics are wanted.
-        max_rows: of a chunk.
+        max_rows: the most rows of a chunk.
 
     Raises:
         ValueError: the budget cannot hold one row; the message names the least that works.
@@ -86,7 +86,7 @@ def make_plan(
         tile = int(min(budget / 8, budget - row - block_row) // copied_row)
         tile = min(V, max(least_tile, tile))
         if device.type == "cuda" and tile < V:
-            tile = tile // LEAST_TILE * LEAST_TILE  # each begins where a GPU reads 16 bytes at once
+            tile = tile // LEAST_TILE * LEAST_TILE  # so that a GPU can read 16 bytes at once
         copies = tile * copied_row
     rest = budget - copies
     # Processes that share a vocabulary handle all rows of a chunk at once, for few collectives.
@@ -127,7 +127,7 @@ def budget_beside_head(problem: Problem, budget: float) -> float:
 
 def can_weigh(problem: Problem, budget: float) -> bool:
     """Whether the budget holds dW and db in fp32, and as much for rows of logits as they take.
-    (Processes that share a vocabulary do not know each other's budget.)"""
+    Never for processes that share a vocabulary: they do not know each other's budget."""
     if problem.group is not None:
         return False
     row, block_row, copied_row = _bytes(problem)
@@ -136,8 +136,8 @@ def can_weigh(problem: Problem, budget: float) -> bool:
 
 
 def is_split(problem: Problem, rows: int) -> bool:
-    """Whether step 3 multiplies parts of the vocabulary at once: few rows are a product of few
-    tiles, which leave multiprocessors idle."""
+    """Whether step 3 multiplies parts of the vocabulary at once: a product of few rows has few
+    tiles, and leaves multiprocessors idle."""
     if not uses_rows_kernel(problem) or copied_bytes(problem.W, problem.operand_dtype) > 0:
         return False
     row = tiles.lookup(problem.h_S.device, problem.operand_dtype)
@@ -145,6 +145,6 @@ def is_split(problem: Problem, rows: int) -> bool:
 
 
 def row_stride(V: int) -> int:
-    """Entries from one row of the workspace to the next: every row begins at a multiple of 64
-    bytes, without which a GPU reads and multiplies it by fours."""
+    """Entries from one row of the workspace to the next. Every row begins at a multiple of 64
+    bytes: otherwise a GPU reads and multiplies four entries at a time."""
     return (V + 15) // 16 * 16

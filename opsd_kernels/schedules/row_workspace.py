@@ -8,8 +8,8 @@ With U = 2 N D V, one pass of N tokens through the LM head, a chunk of R rows at
     3. dh_S = z_S W / T              one GEMM, accumulated in fp32; on a GPU then        1 U
                                      `top_row`, for the entry with the most mass
 
-Of a frozen head the gradient is made during forward, from logits that exist only once. So is that
-of a head that is trained, dW += gᵀ h_S, another U, where tokens' weights are known and the budget
+With a frozen head, dh_S is made in forward, while the logits exist. With a trained head, dh_S and
+dW += gᵀ h_S, another U, are made in forward if the weights of the tokens are known and the budget
 holds dW in fp32; otherwise both are made in backward (see `head_gradient`).
 """
 
@@ -36,8 +36,8 @@ from .rows import divergence_rows_, logits_, weigh_
 def allocate(
     problem: Problem, needs_gradient: bool, needs_statistics: bool, budget: float
 ) -> list[Tensor]:
-    """The scratch of `fill`: a workspace of 2R fp32 rows, or R without a teacher, of which the
-    first V entries are used; and where step 3 is split, parts of a gradient of R rows."""
+    """The scratch of `fill`: a workspace of 2R fp32 rows, or R without a teacher, whose first V
+    entries are used; and if step 3 is split, the parts of a gradient of R rows."""
     plan = make_plan(problem, problem.h_S.shape[0], budget, needs_statistics)
     stride, D = row_stride(problem.W.shape[0]), problem.h_S.shape[1]
     scratch = [problem.h_S.new_empty(problem.sides * plan.rows, stride, dtype=torch.float32)]
@@ -63,7 +63,7 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: floa
     max_rows = workspace.shape[0] // problem.sides
     plan = make_plan(problem, N, budget, outputs.statistics is not None, max_rows)
     if problem.group is not None:
-        # Chunks are the same on all processes: those of the largest shard.
+        # All processes have the chunks of the largest shard.
         R = smallest(plan.rows, problem.group, workspace.device)
         plan = replace(plan, rows=R, block=R)
     W, W_T, dtype = problem.W, problem.W_T, problem.operand_dtype
@@ -98,13 +98,14 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: floa
 
 @dataclass(frozen=True)
 class LogitGradient:
-    """∂ℓ/∂z_S of R rows, times the slope of a softcap, times `score_scale` of its dtype, and by
-    weights where there are any."""
+    """∂ℓ/∂z_S of R rows, times the slope of a softcap and the weights of tokens, if there are any.
+    It is g over `score_scale` of its dtype, plus g_top at the entry `top` of each row."""
 
-    g: Tensor  # [R, V], to which is to be added, …
-    top: Tensor | None = None  # [R] int32, … at the entry with the most mass, …
-    g_top: Tensor | None = None  # [R] fp32, … this, not scaled: all its gradient, or with weights
-    # what the rounding took; None if nothing is
+    g: Tensor  # [R, V]
+    top: Tensor | None = None  # [R] int32, the entry with the most mass
+    # [R] fp32: the whole gradient of that entry, or with weights the part that the rounding of g
+    # took. None if there is nothing to add.
+    g_top: Tensor | None = None
 
     def onto_hidden_states(
         self, dh_S: Tensor, chunk: Problem, tile: int, parts: list[Tensor]
@@ -129,7 +130,7 @@ class LogitGradient:
         """dW ← dW + gᵀ h_S, db ← db + Σ g."""
         h = chunk.h_S
         if chunk.keep is not None:
-            h = h.masked_fill(~chunk.keep[:, None], 0)  # what does not count may be NaN
+            h = h.masked_fill(~chunk.keep[:, None], 0)  # dropped tokens may hold NaN
         project_onto_head(outputs.dW, outputs.db, self.g, h, chunk.operand_dtype)
 
     @property
@@ -140,8 +141,8 @@ class LogitGradient:
 def _step_2(
     z_S: Tensor, z_T: Tensor | None, chunk: Problem, plan: Plan, outputs: Outputs
 ) -> LogitGradient:
-    """Fill loss and statistics of rows of products h Wᵀ [R, V], and make the gradient of their
-    loss, which lies where z_S was; as far as `outputs` has them."""
+    """Fill loss and statistics, as far as `outputs` has them, from rows of products h Wᵀ [R, V].
+    The gradient of the loss, if it is needed, takes the memory of z_S."""
     R, needs_score = z_S.shape[0], outputs.needs_score
     if planning.uses_rows_kernel(chunk):
         in_place = needs_score and outputs.stats is None

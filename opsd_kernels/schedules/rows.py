@@ -1,11 +1,11 @@
-"""Rows of logits → each row's ℓ and its gradient, in PyTorch: `kernels/rows.py` in Triton.
+"""Rows of logits → each row's ℓ and its gradient, in PyTorch. `kernels/rows.py` does it in Triton.
 
-A row's ℓ = Σ f and its gradient a − G p are made of every entry's value and score, which are in
-`divergence.py`. With c = a/p at the student's top entry, the scores a − c p are 0 there: for a
+ℓ = Σ f and its gradient a − G p follow from the value f and the score a of every entry, which are
+in `divergence.py`. With c = a/p at the student's top entry, the score a − c p is 0 there: for a
 confident token a − G p would otherwise be a small difference of large numbers.
 
-Two more values need the student alone: log p(ŷ) of a sampled token ŷ, which is all that the
-sampled-token objective needs (paper, Eq. 8), and the entropy, whose value and score are the same:
+Two more values need the student alone: log p(ŷ) of a sampled token ŷ, for the sampled-token
+objective (paper, Eq. 8), and the entropy, whose value and score are the same:
 
     log p(ŷ)          ∂/∂z_S = 1[v = ŷ] − p
     −Σ p log p        f = a = p (L_S − z_S), shifted p (top_S − z_S)
@@ -77,7 +77,7 @@ def divergence_rows_(
         targets: [R] ids of sampled tokens.
         advantages: [R] A of a policy term −A log p(ŷ) in ℓ.
         seen: stats [STATS, R] and top [R], filled if `needs_score`: all that `logit_gradient_`
-            needs to make some columns of the gradient once more.
+            needs to make some columns of the gradient again.
         group: the processes that share the vocabulary, if the columns are a shard of it.
 
     Returns:
@@ -178,11 +178,11 @@ def logit_gradient_(
     targets: Tensor | None = None,
     advantages: Tensor | None = None,
 ) -> None:
-    """Turn some columns of rows of logits, all of which were seen before, into their gradient.
+    """Turn some columns of rows of logits into their gradient, once the whole rows were seen.
 
     Args:
         z_S, z_T: [R, columns] logits; z_S is overwritten by ∂ℓ/∂z_S, z_T by scratch.
-        first: the vocabulary's entry that is the first column.
+        first: the place of the first column in the vocabulary.
         seen: what `divergence_rows_` filled for these rows.
         member: what ℓ is.
         targets, advantages: [R] of the policy term, if ℓ has one.
@@ -246,7 +246,7 @@ def softmaxes(logits: list[Tensor], group: str | None) -> list[Softmax]:
     """The softmax of each of several [R, V]."""
     tops = [z.amax(-1, keepdim=True) for z in logits]
     if group is not None:
-        # A shard may be banned as a whole.
+        # All entries of a shard may be banned.
         own_tops, tops = tops, [top.masked_fill(top == -torch.inf, 0) for top in tops]
     exps = [(z - top).exp_() for z, top in zip(logits, tops, strict=True)]
     totals = [e.sum(-1, keepdim=True) for e in exps]
@@ -262,7 +262,7 @@ def softmaxes(logits: list[Tensor], group: str | None) -> list[Softmax]:
         scale = (all_tops[:, i] - top).exp_()
         total = (all_totals[:, i] * scale).sum(0)
         p.mul_((tops[i] - top).exp_().div_(total))
-        # Of several processes with an equal top entry the first has it.
+        # If several processes have an equal top entry, the first of them has it.
         elsewhere = (all_tops[:, i] == top).int().argmax(0) != rank_in(group)
         found.append(Softmax(p, top, total.log_(), elsewhere))
     return found
@@ -277,7 +277,7 @@ def _log_ratio_(
     needs_statistics: bool,
     sums: dict[str, Tensor],
 ) -> Tensor:
-    """x, in the memory of z_T; and in `sums` whether it is infinite anywhere, where that counts.
+    """x, in the memory of z_T. Adds to `sums` whether x is infinite anywhere, if that matters.
 
     x = (z_T − z_S) − (L_T − L_S), not log q − log p: nearly equal logits subtract without rounding.
     The two parts of L are subtracted one by one: beside a large top logit the other part, which is
@@ -326,7 +326,7 @@ def _divergence(total: dict[str, Tensor], student: Softmax, member: Member) -> T
 
 
 def _with_policy_term(loss: Tensor, advantages: Tensor, log_p: Tensor) -> Tensor:
-    """ℓ − A log p(ŷ); where A is 0, ℓ, and where that is infinite, ℓ as well."""
+    """ℓ − A log p(ŷ); ℓ alone where A is 0 or ℓ is infinite."""
     given = (advantages != 0) & ~loss.isinf()
     return torch.where(given, loss - advantages * log_p, loss)
 
@@ -338,7 +338,7 @@ def _fill_statistics(
     member: Member,
     divergence: Tensor,
 ) -> None:
-    """Fill the fields whose sums there are."""
+    """Fill the fields whose sums are in `total`."""
     student, teacher = sides
     if member.is_divergence:
         forward = total["forward"].masked_fill(total["nowhere_S"] > 0, torch.inf)
@@ -348,7 +348,7 @@ def _fill_statistics(
             statistics[field] = (side.rest + total[f"entropy_{name}"]).squeeze(-1)
         statistics[CLIPPED_SHARE].zero_()
         if member.entry_clip is not None:
-            # A KL has terms of both signs; its stable form is right where it is small.
+            # Textbook terms of a KL have both signs and cancel: the stable form is the whole.
             w_q, w_p = member.kl_weights()
             kls = _counting(w_q, forward) + _counting(w_p, reverse)
             removed = total["removed"]
