@@ -29,7 +29,7 @@ from benchmarks.token_efficiency.verdicts import (
     pass_at_ks,
     tokens_to,
 )
-from benchmarks.token_efficiency.warm_start import build_tokenizer
+from benchmarks.token_efficiency.warm_start import CHARACTERS, SPECIAL_TOKENS
 from benchmarks.token_efficiency.words import (
     claim,
     claims,
@@ -138,7 +138,7 @@ the held-out problems.
 student is often wrong, the teacher is wrong far less, and the truth is known token by token.
 
 **What it cannot show:** that real models behave alike. These have one skill, a vocabulary of
-{len(build_tokenizer())} tokens,
+{len(SPECIAL_TOKENS) + len(CHARACTERS)} tokens,
 and rollouts of about a hundred tokens. Their faults were put there. Their teacher was trained to
 use a reference; a language model may or may not do so by itself. The larger teacher was taught the
 truth. Look at orderings more than at sizes.

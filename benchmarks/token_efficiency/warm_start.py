@@ -39,6 +39,7 @@ from opsd_train.data import fill
 from opsd_train.demo import build_model, build_tokenizer, next_token_loss, save, train
 
 SPECIAL_TOKENS = ["<pad>", "<problem>", "<reference>", "<rework>", "<solution>", "<end>"]
+CHARACTERS = "0123456789*+=" + LETTERS
 RECIPE = (Path(multiplication.__file__), Path(__file__), Path(demo.__file__))
 """The files that decide a model."""
 
@@ -124,7 +125,7 @@ def build(size: str, steps: int, folder: Path) -> dict[str, Any]:
         return json.loads(facts.read_text())
     wall, processor = time.perf_counter(), time.process_time()
     torch.manual_seed(0)
-    tokenizer = build_tokenizer(SPECIAL_TOKENS, "0123456789*+=" + LETTERS)
+    tokenizer = build_tokenizer(SPECIAL_TOKENS, CHARACTERS)
     model = build_model(tokenizer, WIDTHS[size])
     is_expert = size == "expert"
     steps = 2 * steps // 3 if is_expert else steps  # it has one thing to learn, not two
