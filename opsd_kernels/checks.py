@@ -1,7 +1,8 @@
-"""Checks of arguments: what does not fit is refused by name, before anything is computed.
+"""Check the arguments of a loss before anything is computed. A refusal names the argument.
 
-Shapes, dtypes and devices are always checked. What a tensor holds is checked on a CPU only, so that
-a GPU never waits for the host, and not while PyTorch traces or compiles, when it holds nothing yet.
+Shapes, dtypes and devices are always checked. The contents of tensors are checked on a CPU only, so
+that a GPU never waits for the host, and not while PyTorch traces or compiles, when tensors have no
+contents.
 """
 
 import math
@@ -24,19 +25,19 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Arguments(NamedTuple):
-    """What a loss, or its oracle, was called with, checked."""
+    """The checked arguments of a call of a loss."""
 
-    problem: Problem  # its N tokens, one after the other, and both heads; all of it constant
-    # What gradients are with respect to: the student's hidden states and head.
+    problem: Problem  # N tokens in one dimension and both heads, all of them constants
+    # Gradients are with respect to these: the student's hidden states and head.
     h_S: Tensor  # [N, D]
     weight: Tensor  # [rows, D], of which the first V are the vocabulary
     bias: Tensor | None  # [rows]
     leading: torch.Size  # [...], the shape that the tokens came in
     weights: Tensor | None  # [...] fp32
-    valid: Tensor | None  # [...] which targets lie in the vocabulary; None without targets
+    valid: Tensor | None  # [...] bool, whether a target is in the vocabulary; None without targets
 
 
-# log p of the targets, and the entropy.
+# Values of the student alone: log p of the targets, or the entropy.
 Alone = Literal["log p", "entropy"]
 # Hidden states by the names of their arguments: the student's, and the teacher's if there is one.
 Hidden = dict[str, Tensor]
@@ -60,7 +61,7 @@ def check_arguments(
     Args:
         hidden: see `Hidden`.
         value: what is computed of every token: a divergence, or a value of the student alone.
-        dtypes: those that hidden states may have.
+        dtypes: the dtypes that tensors may have.
 
     For the others see `fused_divergence_loss`.
     """
@@ -161,8 +162,8 @@ def check_token_beta(beta: Tensor, hidden: Hidden) -> Tensor:
     beta = beta.detach().reshape(-1)
     if _readable(beta) and not ((beta >= 0) & (beta <= 1)).all():
         raise ValueError("beta must lie in [0, 1], and that of some token does not")
-    # What is neither 0 nor 1 names a JSD, and stays one when it is rounded. What is no β gives NaN
-    # where it cannot be read.
+    # A β between 0 and 1 names a JSD, and still does when it is rounded to fp32. A β outside [0, 1]
+    # gives NaN, where it could not be refused because it cannot be read.
     inside = beta.float().clamp(torch.finfo(torch.float32).tiny, 1 - 2**-24)
     ends = torch.where((beta == 0) | (beta == 1), beta.float(), torch.nan)
     return torch.where((beta > 0) & (beta < 1), inside, ends)
@@ -170,16 +171,16 @@ def check_token_beta(beta: Tensor, hidden: Hidden) -> Tensor:
 
 @dataclass(frozen=True)
 class Head:
-    """One side's head as a loss was called with it: its numbers checked, its tensors not yet."""
+    """The head of one side. Its numbers are checked; `check_tensors` checks its tensors."""
 
-    name: str  # W or W_teacher, as is …
-    weight_name: str  # … that of its weight: the same, or W.weight
+    name: str  # of the argument: W or W_teacher
+    weight_name: str  # the same, or with .weight if the argument is an LMHead
     weight: Tensor  # [rows, D]
     bias: Tensor | None
     softcap: float | None
     scale: float
     vocab_size: int | None
-    group: str | None  # its name
+    group: str | None  # the name of its group
 
     @property
     def V(self) -> int:
@@ -187,8 +188,7 @@ class Head:
 
     @property
     def rows(self) -> Tensor:
-        """W [V, D], without what is padded, a constant. For an empty shard a row that is banned
-        stands."""
+        """W [V, D] without padded rows, a constant. An empty shard has one banned row instead."""
         if self.V == 0:
             return self.weight.new_zeros(1, self.weight.shape[1])
         return self.weight.detach()[: self.V]
@@ -207,7 +207,7 @@ class Head:
 
 
 def check_head(name: str, W: Tensor | LMHead) -> Head:
-    """Check what of a head is no tensor."""
+    """Check the numbers of a head."""
     if isinstance(W, torch.nn.Module):
         raise TypeError(
             f"{name} must be a torch.Tensor [V, D] or an LMHead, got the module "
@@ -328,8 +328,8 @@ def _check_shapes(head: Head) -> None:
 
 
 def is_same_weight(student: Head, teacher: Head) -> bool:
-    """Whether both sides have one W, as far as that can be told: views of the same memory are not
-    told from others while PyTorch traces."""
+    """Whether both sides have the same W. While PyTorch traces, two views of the same memory count
+    as different."""
     if student.weight is teacher.weight and student.V == teacher.V:
         return True
     W, W_T = student.rows, teacher.rows
@@ -360,7 +360,7 @@ def check_weights(token_weights: Tensor | None, hidden: Hidden, reduction: str) 
     if token_weights.is_complex():
         raise TypeError(f"token_weights must be float, int or bool, got {token_weights.dtype}")
     _check_per_token("token_weights", token_weights, hidden)
-    # Of its own: a tensor made in inference mode could not be saved for backward.
+    # A copy: a tensor made in inference mode could not be saved for backward.
     weights = token_weights.detach().float().clone()
     if _readable(weights):
         if not weights.isfinite().all():
@@ -376,8 +376,8 @@ def check_weights(token_weights: Tensor | None, hidden: Hidden, reduction: str) 
 def check_weights_of_tokens(
     name: str, values: Weight, hidden: Hidden, weights: Tensor | None
 ) -> Tensor:
-    """Check numbers of either sign that each token has, or one for all, and return them as fp32
-    constants [N]; 0 for those that are dropped."""
+    """Check numbers of either sign, one for each token or one for all, and return them as fp32
+    constants [N]; 0 for dropped tokens."""
     _name, h_S = _student_of(hidden)
     if not isinstance(values, Tensor):
         return h_S.new_full((h_S.shape[:-1].numel(),), values, dtype=torch.float32)
@@ -389,7 +389,7 @@ def check_weights_of_tokens(
     values = values.detach().float()
     if weights is not None:
         values = torch.where(weights != 0, values, 0)
-    # Of its own: a tensor made in inference mode could not be saved for backward.
+    # A copy: a tensor made in inference mode could not be saved for backward.
     values = values.reshape(-1).clone()
     if _readable(values) and not values.isfinite().all():
         raise ValueError(f"{name} must be finite, and that of some token is not")
@@ -402,15 +402,15 @@ def check_targets(
     """Check ids of sampled tokens.
 
     Returns:
-        The ids [N] int32, all made to lie within the vocabulary, and where [...] they did, or
-        belong to a token that is dropped: nothing may be made of the others.
+        The ids [N] int32, clamped to the vocabulary; and bool [...], False where a token that is
+        not dropped had an id outside of it.
     """
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets must be a torch.Tensor, got {type(targets).__name__}")
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise TypeError(f"targets must be integers, the ids of tokens, got {targets.dtype}")
     _check_per_token("targets", targets, hidden)
-    targets = targets.long()  # V may be beyond what they came in
+    targets = targets.long()  # V may not fit the dtype of the targets
     valid = (targets >= 0) & (targets < V)
     if weights is not None:
         valid = valid | (weights == 0)
@@ -436,12 +436,12 @@ def _check_per_token(name: str, t: Tensor, hidden: Hidden) -> None:
 
 
 def _student_of(hidden: Hidden) -> tuple[str, Tensor]:
-    """The name of the student's hidden states, and these."""
+    """The student's hidden states, after the name of their argument."""
     return next(iter(hidden.items()))
 
 
 def _readable(t: Tensor) -> bool:
-    """Whether looking at what t holds costs nothing."""
+    """Whether the contents of t can be read without waiting for a device."""
     compiling = torch.compiler.is_compiling() or isinstance(t, FakeTensor)
     return t.device.type == "cpu" and not compiling
 

@@ -46,7 +46,7 @@ from .loss import (
 )
 from .scalars import check_clip
 
-# Stands for log 0: 0 · log 0 is 0 with it, and a log-ratio with it exceeds every clip.
+# Stands for log 0, so that 0 · log 0 is 0, and p log(p / 0) is 1e30 p, beyond a clip.
 LOG_ZERO = -1e30
 
 P = ParamSpec("P")
@@ -55,7 +55,7 @@ R = TypeVar("R")
 
 @dataclass(kw_only=True)
 class _Call:
-    """The arguments of a call; a loss that does not take one leaves it at its default."""
+    """The arguments of a call of any loss. One that the loss does not take has its default."""
 
     W: Tensor | LMHead
     h: Any = None
@@ -75,7 +75,7 @@ class _Call:
     return_log_probs: bool = False
 
     def check(self, value: Divergence | Alone) -> None:
-        """Refuse what the fused loss refuses, but for float64, and a head that is not whole."""
+        """Refuse what the fused loss refuses, except for float64, and a head that is not whole."""
         if isinstance(self.W, LMHead) and self.W.group is not None:
             raise ValueError("the oracle takes the whole head: W.group must be None")
         self.advantage_clip = check_clip("advantage_clip", self.advantage_clip)
@@ -95,19 +95,19 @@ class _Call:
 
     @cached_property
     def weights(self) -> Tensor:
-        """[...] w; the tokens that count, R of them, are those where it is not 0."""
+        """[...] w. The tokens that count are those with w ≠ 0; there are R of them."""
         h = self.h if self.h_student is None else self.h_student
         if self.token_weights is None:
             return torch.ones(h.shape[:-1], dtype=torch.float64, device=h.device)
         return self.token_weights.detach().double()
 
     def of_tokens(self, value: Any) -> Tensor:
-        """What the tokens that count have of a number or [...], a constant [R, 1]."""
+        """[R, 1] a number, or its values [...] at the tokens that count; a constant."""
         value = torch.as_tensor(value, dtype=torch.float64, device=self.weights.device).detach()
         return value.expand_as(self.weights)[self.weights != 0, None]
 
     def log_softmax(self, h: Tensor, W: Tensor | LMHead) -> Tensor:
-        """[R, V] log softmax of a side's logits."""
+        """[R, V] log softmax of the logits of one side."""
         head = W if isinstance(W, LMHead) else LMHead(W)
         V = head.vocab_size
         z = h[self.weights != 0].double() @ head.weight[:V].double().t()
@@ -135,7 +135,7 @@ class _Call:
         return torch.where((targets >= 0) & (targets < V), found, torch.nan)
 
     def spread(self, values: Tensor) -> Tensor:
-        """[...] from [R]; 0 for the tokens that do not count."""
+        """Values [...] from those [R] of the tokens that count; 0 for the others."""
         return torch.zeros_like(self.weights).masked_scatter(self.weights != 0, values)
 
     def reduced(self, values: Tensor) -> Tensor:
