@@ -517,7 +517,7 @@ def test_what_a_gpu_measured_is_shown(results_of_a_gpu):
     assert "| eager | `log_softmax` of all logits | out of memory | 28 GiB |" in lines
     assert "| TRL | `ChunkedDivergenceFunction` | not measured | 1,600 MiB |" in lines
     assert "(NVIDIA X1, torch 9.9.0, triton 8.8.0; 4,096 features, 151,936 " in parts["peers"]
-    assert "Tested on a GPU: on NVIDIA X1 tested." in parts["evidence"]
+    assert "Tested on a GPU: on NVIDIA X1 tested (" in parts["evidence"]
     table = readme.compatibility_parts(results_of_a_gpu, readme.COMPATIBILITY)["compatibility"]
     name = "[NVIDIA X1](benchmarks.md#nvidia-x1)"
     assert f"| kernels on {name} |  | torch 9.9.0, triton 8.8.0 | – | tested | – |" in table

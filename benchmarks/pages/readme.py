@@ -5,7 +5,7 @@
 README.md has one table of a GPU, docs/choosing.md what helps to choose, docs/compatibility.md what
 was tested where, docs/training.md the memory of a long rollout, examples/README.md what TRL's
 trainers save; docs/benchmarks.md has all tables, with a line for every method (tables.py).
-docs/token_efficiency.md is generated as a whole.
+docs/token_efficiency.md is generated as a whole, and so is the Markdown beside each csv.
 """
 
 import csv
@@ -21,6 +21,7 @@ from benchmarks import accuracy, memory, speed, step, trl_trainers
 from benchmarks.lib import report
 from benchmarks.lib.peers import METHODS
 from benchmarks.lib.shapes import MODELS, QWEN3
+from benchmarks.more import cross_entropy
 from benchmarks.pages.gpus import Gpu, gpus, slug, versions
 from benchmarks.pages.tables import benchmarks_parts
 from benchmarks.token_efficiency import figures
@@ -350,6 +351,16 @@ PAGES: dict[Path, Callable[[Path, Path], dict[str, str]]] = {
     TRAINING: training_parts,
 }
 
+SUMMARIES: dict[str, Callable[[Path], str]] = {
+    "accuracy": accuracy.summary,
+    "cross_entropy": cross_entropy.summary,
+    "memory": memory.summary,
+    "speed": speed.summary,
+    "step": step.summary,
+    "trained": speed.summary,
+    "trl_trainers": trl_trainers.summary,
+}
+
 
 def filled(text: str, parts: dict[str, str], name: str) -> str:
     """A page's text with each part between its marks. `name` is the page's."""
@@ -368,7 +379,15 @@ def generated(results: Path = RESULTS) -> dict[Path, str]:
     return {
         page: filled(page.read_text(), parts(results, page), page.name)
         for page, parts in PAGES.items()
-    } | {TOKEN_EFFICIENCY: comparison.page(Results(results / "token_efficiency"))}
+    } | {
+        TOKEN_EFFICIENCY: comparison.page(Results(results / "token_efficiency")),
+        **{
+            path.with_suffix(".md"): summary(path) + "\n"
+            for name, summary in SUMMARIES.items()
+            for path in sorted(results.glob(f"**/{name}.csv"))
+            if path.with_suffix(".md").exists()
+        },
+    }
 
 
 if __name__ == "__main__":
