@@ -32,14 +32,14 @@ class Arguments(NamedTuple):
     h_S: Tensor  # [N, D]
     weight: Tensor  # [rows, D], of which the first V are the vocabulary
     bias: Tensor | None  # [rows]
-    leading: torch.Size  # [...], the shape that the tokens came in
+    leading: torch.Size  # [...], the leading shape of the hidden states
     weights: Tensor | None  # [...] fp32
     valid: Tensor | None  # [...] bool, whether a target is in the vocabulary; None without targets
 
 
 # Values of the student alone: log p of the targets, or the entropy.
 Alone = Literal["log p", "entropy"]
-# Hidden states by the names of their arguments: the student's, and the teacher's if there is one.
+# Hidden states by argument name: the student's first, then the teacher's if there is one.
 Hidden = dict[str, Tensor]
 
 
@@ -153,7 +153,7 @@ def _parameters(
 
 
 def check_token_beta(beta: Tensor, hidden: Hidden) -> Tensor:
-    """Check β of every token and return it as fp32 constants [N]."""
+    """Check a β for every token and return it as fp32 constants [N]."""
     if not beta.is_floating_point():
         raise TypeError(f"beta must be float, got {beta.dtype}")
     if beta.ndim == 0:
@@ -194,7 +194,7 @@ class Head:
         return self.weight.detach()[: self.V]
 
     def bias_of(self, operand_dtype: torch.dtype) -> Tensor | None:
-        """b [V], rounded as autocast would round it."""
+        """b [V] in the dtype to which autocast would round it."""
         if self.V == 0:
             return self.weight.new_full((1,), -torch.inf, dtype=operand_dtype)
         if self.bias is None:
@@ -262,7 +262,7 @@ def check_tensors(
                 "all tensors must be on one device"
             )
     device_type = h_S.device.type
-    # meta has no autocast, and raises when asked whether it is on.
+    # The meta device has no autocast: asking whether it is enabled raises.
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         operand_dtype = torch.get_autocast_dtype(device_type)
     else:

@@ -69,7 +69,7 @@ PART_MULTIPLE = 16
 
 
 def _back_dtype(g: Tensor, W: Tensor, operand_dtype: torch.dtype) -> torch.dtype:
-    """The dtype that g is multiplied in."""
+    """The dtype in which g is multiplied."""
     g_dtype = g.dtype
     if g_dtype == torch.float32:
         g_dtype = score_dtype(operand_dtype, bounded=False)
@@ -103,8 +103,8 @@ def project_onto_head(
 def add_rows(
     out: Tensor, factors: Tensor, W: Tensor, index: Tensor, operand_dtype: torch.dtype
 ) -> None:
-    """out ← out + factors · W[index] in fp32: [R, D] from [R], [V, D], [R]; nothing where an index
-    is −1."""
+    """out ← out + factors · W[index] in fp32: [R, D] from [R], [V, D], [R]. An index of −1 adds
+    nothing."""
     rows = W.index_select(0, index.clamp(min=0)).to(operand_dtype).float()
     out.addcmul_(factors.masked_fill(index < 0, 0)[:, None], rows)
 
@@ -134,7 +134,7 @@ def multiplied_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 def copied_bytes(W: Tensor, operand_dtype: torch.dtype) -> int:
-    """Bytes of the copies that the two products make of a row of W; 0 if they read it in place."""
+    """Bytes of the copies that both products make of a row of W; 0 if they read it in place."""
     return max(
         _copied_bytes(W, operand_dtype, multiplied_dtype(W.device, dtype))
         for dtype in (operand_dtype, score_dtype(operand_dtype, bounded=False))

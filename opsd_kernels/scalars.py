@@ -43,7 +43,7 @@ def check_temperature(temperature: float, scale: float = 1.0) -> float:
 
 
 def check_clip(name: str, clip: float | None) -> float | None:
-    """Check a clip, of entries or of the advantage, and return it as a float."""
+    """Check an entry clip or an advantage clip, and return it as a float."""
     if clip is None:
         return None
     clip = number(name, clip)

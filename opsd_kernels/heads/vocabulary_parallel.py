@@ -5,9 +5,10 @@ group=…)`, and gets what one process with the whole head would get: losses, st
 gradient with respect to the hidden states. The gradient of its own rows of the head needs no other
 process. For R tokens at a time these are gathered or summed:
 
-    logit-free      the state of every row as `lse` found it in a shard; after `pair` its sums; and,
-                    while the next R tokens are under way, ∂ℓ/∂h_S
-    row workspace   top and sum of both sides; the shift c; sums; at the end ∂ℓ/∂h_S of all tokens
+    logit-free      gathered: the state of every row after `lse`; summed: the sums of `pair`, and,
+                    while the next R tokens are computed, ∂ℓ/∂h_S
+    row workspace   gathered: top and sum of both sides; summed: the shift c, all other sums, and at
+                    the end ∂ℓ/∂h_S of all tokens
 
 (bytes in docs/maths.md, "A vocabulary that processes share"), and once in a call the sizes of all
 shards. The number of collectives depends on the number of tokens, not on the rows of a process: a
@@ -33,7 +34,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
 class Shard(NamedTuple):
     """The place of this process's rows in the vocabulary, [] int64 each."""
 
-    offset: Tensor
+    offset: Tensor  # of the first of them
     V: Tensor  # rows of all processes together
 
 

@@ -36,11 +36,11 @@ from . import planning
 from .planning import BLOCK_TEMPORARIES
 from .rows import logit_gradient_, logits_, weigh_
 
-# In PyTorch: entries of a tile of logits, on a CPU few enough for the cache, and rows of it.
+# Entries and rows of a tile of logits, where PyTorch makes it. On a CPU it fits the cache.
 CPU_ENTRIES, GPU_ENTRIES = 2**18, 2**22
 CPU_ROWS, GPU_ROWS = 256, 1024
 LEAST_COLUMNS = 16
-# Rows of the head gathered at once.
+# Rows of the head that are gathered at once.
 ROWS_AT_A_TIME = 1024
 
 

@@ -29,7 +29,7 @@ from ..products import (
     score_scale,
 )
 from . import planning
-from .planning import PARTS, Plan, budget_beside_head, is_split, make_plan, row_stride
+from .planning import PARTS, budget_beside_head, is_split, make_plan, row_stride
 from .rows import divergence_rows_, logits_, weigh_
 
 
@@ -47,7 +47,7 @@ def allocate(
 
 
 def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: float) -> None:
-    """Fill loss, statistics and gradient of every token that is kept.
+    """Fill the outputs of every token that is kept.
 
     Args:
         outputs: see `Outputs`.
@@ -66,22 +66,11 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: floa
         # All processes have the chunks of the largest shard.
         R = smallest(plan.rows, problem.group, workspace.device)
         plan = replace(plan, rows=R, block=R)
-    W, W_T, dtype = problem.W, problem.W_T, problem.operand_dtype
     scale = 1.0
     for n in _chunks(rows, N, plan.rows):
         chunk, into = problem.tokens(n), outputs.tokens(n)
-        R = chunk.h_S.shape[0]
-        z_S, z_T = workspace[:R], None
-        if chunk.h_T is None:
-            project(z_S, chunk.h_S, W, dtype, plan.tile)
-        else:
-            z, z_T = workspace[: 2 * R], workspace[R : 2 * R]
-            if W_T is None:
-                project(z, torch.cat([chunk.h_S, chunk.h_T]), W, dtype, plan.tile)
-            else:
-                project(z_S, chunk.h_S, W, dtype, plan.tile)
-                project(z_T, chunk.h_T, W_T, dtype, plan.tile)
-        gradient = _step_2(z_S, z_T, chunk, plan, into)
+        z_S, z_T = _project(workspace, chunk, plan.tile)
+        gradient = _step_2(z_S, z_T, chunk, plan.block, into)
         if into.dh_S is not None:
             gradient.onto_hidden_states(into.dh_S, chunk, plan.tile, scratch[1:])
         if outputs.dW is not None:
@@ -94,6 +83,21 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: floa
     for total in (outputs.dW, outputs.db):
         if total is not None:
             total.div_(problem.temperature * scale)
+
+
+def _project(workspace: Tensor, chunk: Problem, tile: int) -> tuple[Tensor, Tensor | None]:
+    """Products h Wᵀ of the student and, if there is one, the teacher, [R, V] each."""
+    R, W, dtype = chunk.h_S.shape[0], chunk.W, chunk.operand_dtype
+    z_S, z_T = workspace[:R], workspace[R : 2 * R]
+    if chunk.h_T is None:
+        project(z_S, chunk.h_S, W, dtype, tile)
+        return z_S, None
+    if chunk.W_T is None:
+        project(workspace[: 2 * R], torch.cat([chunk.h_S, chunk.h_T]), W, dtype, tile)
+    else:
+        project(z_S, chunk.h_S, W, dtype, tile)
+        project(z_T, chunk.h_T, chunk.W_T, dtype, tile)
+    return z_S, z_T
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class LogitGradient:
     def onto_hidden_states(
         self, dh_S: Tensor, chunk: Problem, tile: int, parts: list[Tensor]
     ) -> None:
-        """dh_S ← ∂ℓ/∂z_S · W / T [R, D] in fp32; `parts` holds scratch of the product if it is
+        """dh_S ← gradient · W / T [R, D] in fp32; `parts` is scratch of a product that is
         split."""
         W, dtype, temperature = chunk.W, chunk.operand_dtype, chunk.temperature
         product = dh_S[None]
@@ -139,7 +143,7 @@ class LogitGradient:
 
 
 def _step_2(
-    z_S: Tensor, z_T: Tensor | None, chunk: Problem, plan: Plan, outputs: Outputs
+    z_S: Tensor, z_T: Tensor | None, chunk: Problem, rows_at_once: int, outputs: Outputs
 ) -> LogitGradient:
     """Fill loss and statistics, as far as `outputs` has them, from rows of products h Wᵀ [R, V].
     The gradient of the loss, if it is needed, takes the memory of z_S."""
@@ -147,8 +151,8 @@ def _step_2(
     if planning.uses_rows_kernel(chunk):
         in_place = needs_score and outputs.stats is None
         return launch_rows(outputs, z_S, z_T, chunk, in_place)
-    for i in range(0, R, plan.block):
-        rows = slice(i, i + plan.block)
+    for i in range(0, R, rows_at_once):
+        rows = slice(i, i + rows_at_once)
         block, into = chunk.tokens(rows), outputs.tokens(rows)
         block_S, block_T = z_S[rows], None if z_T is None else z_T[rows]
         slope = logits_(block_S, block_T, block, needs_score)
@@ -181,14 +185,15 @@ def launch_rows(
 
 
 def _kept(keep: Tensor | None) -> Tensor | None:
-    """Indices of the tokens to compute; None for all. On a CPU reading the mask costs nothing;
-    elsewhere it would stall the queue."""
+    """Indices of the tokens to compute; None for all. Reading the mask costs nothing on a CPU, and
+    elsewhere would make the host wait."""
     if keep is None or keep.device.type != "cpu":
         return None
     return keep.nonzero().squeeze(-1)
 
 
 def _chunks(rows: Tensor | None, N: int, size: int) -> Iterator[slice | Tensor]:
+    """The rows, or N tokens, `size` at a time."""
     if rows is not None:
         yield from (rows[i : i + size] for i in range(0, rows.shape[0], size))
     else:
