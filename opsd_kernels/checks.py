@@ -7,7 +7,7 @@ contents.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import kernels
 from .description import Divergence, Weight
+from .divergence import Family
 from .heads.head import LMHead
 from .heads.vocabulary_parallel import check_group, find_shard, is_dtensor, local_ids
 from .problem import Problem
@@ -37,8 +38,6 @@ class Arguments(NamedTuple):
     valid: Tensor | None  # [...] bool, whether a target is in the vocabulary; None without targets
 
 
-# Values of the student alone: log p of the targets, or the entropy.
-Alone = Literal["log p", "entropy"]
 # Hidden states by argument name: the student's first, then the teacher's if there is one.
 Hidden = dict[str, Tensor]
 
@@ -46,7 +45,7 @@ Hidden = dict[str, Tensor]
 def check_arguments(
     hidden: Hidden,
     W: Tensor | LMHead,
-    value: Divergence | Alone,
+    value: Divergence | Family,
     W_teacher: Tensor | LMHead | None = None,
     *,
     targets: Tensor | None = None,
@@ -60,12 +59,12 @@ def check_arguments(
 
     Args:
         hidden: see `Hidden`.
-        value: what is computed of every token: a divergence, or a value of the student alone.
+        value: the value ℓ of every token: a divergence, or `Family.LOG_PROB` or `Family.ENTROPY`.
         dtypes: the dtypes that tensors may have.
 
     For the others see `fused_divergence_loss`.
     """
-    if not isinstance(value, Divergence) and value not in get_args(Alone):
+    if not isinstance(value, (Divergence, Family)):
         raise TypeError(f"divergence must be a Divergence, got {type(value).__name__}")
     check_reduction(reduction)
     temperature = check_temperature(temperature)
@@ -100,7 +99,7 @@ def check_arguments(
     ids = valid = shard = None
     if student.group is not None:
         shard = find_shard(student.V, h_student, student.group)
-    if targets is not None or value == "log p":
+    if targets is not None or value == Family.LOG_PROB:
         V = student.V if shard is None else shard.V
         ids, valid = check_targets(targets, hidden, V, weights)
         if shard is not None:

@@ -12,7 +12,7 @@ from .checks import (
     check_workspace,
 )
 from .description import Divergence
-from .divergence import CLIPPED_SHARE, HUGE, LOG_P, LOG_Q, LOG_RATIO, STATISTICS
+from .divergence import CLIPPED_SHARE, HUGE, LOG_P, LOG_Q, LOG_RATIO, STATISTICS, Family
 from .heads.head import LMHead
 from .scalars import check_beta, check_clip
 
@@ -301,7 +301,7 @@ def fused_sampled_token_loss(
     arguments = check_arguments(
         {"h_student": h_student, "h_teacher": h_teacher},
         W,
-        "log p",
+        Family.LOG_PROB,
         W_teacher,
         temperature=temperature,
         token_weights=token_weights,
@@ -355,7 +355,7 @@ def fused_log_probs(
     arguments = check_arguments(
         {"h": h},
         W,
-        "log p",
+        Family.LOG_PROB,
         temperature=temperature,
         token_weights=token_weights,
         targets=targets,
@@ -393,7 +393,7 @@ def fused_entropy(
     arguments = check_arguments(
         {"h": h},
         W,
-        "entropy",
+        Family.ENTROPY,
         temperature=temperature,
         token_weights=token_weights,
     )

@@ -13,8 +13,8 @@
     both KLs         given  given    0     1
     skewed KLs       given  given    β     β
 
-It uses the package's checks of arguments and the records that a caller passes, and none of its
-mathematics. It is slow and large on purpose: a dozen [N, V] tensors in float64.
+It uses the package's checks of arguments, and the records and names that these take, and none of
+its mathematics. It is slow and large on purpose: a dozen [N, V] tensors in float64.
 
 The terms of f cancel where student and teacher agree. ℓ is right to about 1e-15 of the larger
 weight: a divergence of 1e-9 has six digits. A gradient is right to about 1e-15 of the
@@ -30,8 +30,9 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .checks import FLOAT_DTYPES, Alone, check_arguments
+from .checks import FLOAT_DTYPES, check_arguments
 from .description import Divergence
+from .divergence import Family
 from .heads.head import LMHead
 from .loss import (
     SampledTokenLoss,
@@ -74,7 +75,7 @@ class _Call:
     workspace_mib: float | None = None
     return_log_probs: bool = False
 
-    def check(self, value: Divergence | Alone) -> None:
+    def check(self, value: Divergence | Family) -> None:
         """Refuse what the fused loss refuses, except for float64, and a head that is not whole."""
         if isinstance(self.W, LMHead) and self.W.group is not None:
             raise ValueError("the oracle takes the whole head: W.group must be None")
@@ -195,7 +196,7 @@ def reference_token_divergence(call: _Call) -> TokenDivergence:
 @_oracle_of(fused_sampled_token_loss)
 def reference_sampled_token_loss(call: _Call) -> Tensor | SampledTokenLoss:
     """`fused_sampled_token_loss` in float64; see `reference_jsd_loss`."""
-    call.check("log p")
+    call.check(Family.LOG_PROB)
     log_p, log_q = (call.at_targets(log) for log in call.both_sides())
     A = (log_q - log_p).detach()
     if call.advantage_clip is not None:
@@ -212,14 +213,14 @@ def reference_sampled_token_loss(call: _Call) -> Tensor | SampledTokenLoss:
 @_oracle_of(fused_log_probs)
 def reference_log_probs(call: _Call) -> Tensor:
     """`fused_log_probs` in float64; see `reference_jsd_loss`."""
-    call.check("log p")
+    call.check(Family.LOG_PROB)
     return call.reduced(call.at_targets(call.log_softmax(call.h, call.W)))
 
 
 @_oracle_of(fused_entropy)
 def reference_entropy(call: _Call) -> Tensor:
     """`fused_entropy` in float64; see `reference_jsd_loss`."""
-    call.check("entropy")
+    call.check(Family.ENTROPY)
     return call.reduced(_entropy(call.log_softmax(call.h, call.W)))
 
 

@@ -574,6 +574,7 @@ ON_META = torch.ones(6, device="meta")
     ("error", "message", "changed"),
     [
         (TypeError, "divergence must be a Divergence, got float", {"divergence": 0.5}),
+        (TypeError, "divergence must be a Divergence, got str", {"divergence": "entropy"}),
         (TypeError, "forward must be float", {"divergence": Divergence(forward=A.int())}),
         (ValueError, r"forward .* \[6\] of h_stud", {"divergence": Divergence(forward=A[:5])}),
         (ValueError, "reverse must be finite", {"divergence": Divergence(reverse=A / 0)}),
