@@ -112,7 +112,7 @@ def check_arguments(
         None if shared else teacher.rows,
         operand_dtype,
         beta,
-        # Logits of both sides are a multiple of the student's scale, as if it were a temperature.
+        # The student's scale is part of the temperature, and other numbers are relative to it.
         temperature / student.scale,
         entry_clip,
         None if weights is None else weights.reshape(-1) != 0,
@@ -137,8 +137,8 @@ def check_arguments(
 def _parameters(
     divergence: Divergence,
 ) -> tuple[float | Tensor | None, tuple[Weight, Weight] | None]:
-    """β, and the weights of both halves; None in their place where β implies them, also if they
-    were given: those divergences have kernels of their own."""
+    """β, and the weights of both halves, or None if β implies them. Weights that equal those of a
+    named divergence are replaced by its β: it has kernels of its own."""
     beta, weights = divergence.beta, divergence.weights
     if weights is None or any(isinstance(w, Tensor) for w in weights):
         return beta, weights

@@ -111,7 +111,7 @@ class Member:
         w_q: Tensor | None = None,
         w_p: Tensor | None = None,
     ) -> "Member":
-        """The divergence of a β; or with weights the halves of that β's JSD, or both KLs if β is
+        """The divergence that β names; or with weights the halves of JSD_β, or both KLs if β is
         None."""
         if w_q is not None and w_p is not None:
             family = Family.KLS if beta is None else Family.MIXTURE
@@ -133,8 +133,8 @@ class Member:
         return isinstance(self.beta, Tensor)
 
     def is_wide(self, needs_statistics: bool) -> bool:
-        """Whether kernels compute more of an entry than one divergence with the same parameters
-        for all tokens."""
+        """Whether kernels compute more of an entry than one divergence whose parameters all tokens
+        share."""
         per_token = any(isinstance(t, Tensor) for t in (self.beta, self.w_q, self.w_p))
         return per_token or (needs_statistics and self.is_divergence)
 
@@ -155,8 +155,8 @@ class Member:
 
     @property
     def knows_G(self) -> bool:
-        """Whether G follows from sums that need no second pass over the vocabulary: that of the
-        unclipped KLs, of log p(ŷ) and of the entropy does."""
+        """Whether one pass over the vocabulary gives G, as for the unclipped KLs, for log p(ŷ) and
+        for the entropy."""
         return not self.is_divergence or (self.family == Family.KLS and self.entry_clip is None)
 
     @property
@@ -169,12 +169,12 @@ class Member:
 
     @property
     def mean_limit(self) -> float:
-        """Bound on |d − d_top|, d = z_T − z_S, in its mean over the student's distribution; 0 where
-        that mean is not needed.
+        """The bound to which |d − d_top|, d = z_T − z_S, is clamped in its mean over the student's
+        distribution; 0 where that mean is not needed.
 
-        G of the reverse KL and of the entropy is that mean, and needs all of it. Mixtures only
-        guess G from it (see `shift` in kernels/pointwise.py), and differences of logits beyond 32
-        would not improve the guess.
+        G of the reverse KL and of the entropy is the mean without a bound. For mixtures the mean
+        gives only a guess of G (see `shift` in kernels/pointwise.py), which differences of logits
+        beyond 32 would not improve.
         """
         if self.family in (Family.JSD, Family.MIXTURE):
             return 32.0

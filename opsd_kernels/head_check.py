@@ -74,7 +74,8 @@ def check_head(
 
 
 def head_logits(head: LMHead, h: Tensor) -> Tensor:
-    """Logits [..., V] of a few hidden states [..., D], in the dtype of `torch.nn.Linear`'s."""
+    """Logits [..., V] of a few hidden states [..., D], in the dtype that `torch.nn.Linear`
+    gives."""
     V = head.weight.shape[0] if head.vocab_size is None else head.vocab_size
     z = linear(h, head.weight[:V])
     logits = z.float()

@@ -13,12 +13,12 @@
     both KLs         given  given    0     1
     skewed KLs       given  given    β     β
 
-It uses the package's checks of arguments, and the records and names that these take, and none of
-its mathematics. It is slow and large on purpose: a dozen [N, V] tensors in float64.
+It takes the checks of arguments from the package, with the records and names that these use, and
+none of its mathematics. It is slow and large on purpose: a dozen [N, V] tensors in float64.
 
-The terms of f cancel where student and teacher agree. ℓ is right to about 1e-15 of the larger
-weight: a divergence of 1e-9 has six digits. A gradient is right to about 1e-15 of the
-probabilities.
+The terms of f cancel where student and teacher agree. The error of ℓ is about 1e-15 times the
+larger weight, so a divergence of 1e-9 has six digits. The error of a gradient with respect to
+logits is about 1e-15 too.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""An LM head with everything beside its matrix, and the map from its products to logits.
+"""LM heads: a matrix and, in some models, a bias, a scale, a softcap and padded rows.
 
     u = h Wᵀ + b                    product and bias b
     z = C tanh(σ u / C)             logits, with scale σ and softcap C; without a softcap z = σ u

@@ -328,7 +328,7 @@ def _check_module(module: Any) -> None:
 
 
 def _is_packed(weight: Tensor) -> bool:
-    """Whether a weight holds something else than the numbers that a product multiplies by."""
+    """Whether a weight is packed: it holds other numbers than those of the product."""
     if not weight.is_floating_point():
         return True
     return not is_dtensor(weight) and is_traceable_wrapper_subclass(weight.data)

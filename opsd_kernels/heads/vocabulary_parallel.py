@@ -34,7 +34,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
 class Shard(NamedTuple):
     """The place of this process's rows in the vocabulary, [] int64 each."""
 
-    offset: Tensor  # of the first of them
+    offset: Tensor  # of the first row
     V: Tensor  # rows of all processes together
 
 

@@ -6,5 +6,4 @@ planning.py       how many rows of logits that workspace has
 rows.py           rows of logits → ℓ and its gradient, in PyTorch
 logit_free.py     logits in registers only
 head_gradient.py  gradients of a head that is trained, in backward
-products.py       matrix products into fp32
 """

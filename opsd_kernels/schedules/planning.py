@@ -34,7 +34,7 @@ class Plan:
 
     rows: int  # of a chunk; the workspace is [2 rows, V] fp32
     block: int  # rows handled at once in step 2
-    tile: int  # rows of W copied at once; V where W is used as it stands
+    tile: int  # rows of W copied at once; V if W is read in place
     bytes: int  # of all temporaries with a vocabulary-sized dimension together
 
 

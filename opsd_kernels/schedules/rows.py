@@ -120,7 +120,7 @@ def divergence_rows_(
             for name, kl in (("forward", Member.of(0.0)), ("reverse", Member.of(1.0))):
                 f, _ = value_and_score(p, teacher.p, x.clone(), kl, needs_score=False)
                 sums[name] = f.sum(-1, keepdim=True)
-                del f  # [R, V], as what follows is
+                del f  # [R, V]: free it before the next tensor of that size
             if member.entry_clip is not None:
                 sums["removed"] = clipped_off(p, teacher.p, x.clone(), member).sum(-1, keepdim=True)
         f, a = value_and_score(p, teacher.p, x, member, needs_score, summed)
@@ -310,7 +310,7 @@ def _put_(rows: Tensor, index: Tensor, value: Tensor) -> None:
 
 
 def _divergence(total: dict[str, Tensor], student: Softmax, member: Member) -> Tensor:
-    """ℓ [R, 1] without its policy term; 0 if it is log p(ŷ), which the policy term is."""
+    """ℓ [R, 1] without its policy term; 0 for log p(ŷ), which is nothing but a policy term."""
     if member.family == Family.LOG_PROB:
         return torch.zeros_like(student.top)
     if member.family == Family.ENTROPY:

@@ -1,6 +1,6 @@
 """The losses of this package in TRL's trainers, by one call before a trainer is made.
 
-    from . import apply_opsd_kernels_to_trl
+    from opsd_kernels.trl import apply_opsd_kernels_to_trl
 
     apply_opsd_kernels_to_trl()
 
