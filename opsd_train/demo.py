@@ -8,7 +8,7 @@ trains on them as on any others. A problem and its solution:
 
 Each step is digit · multiplier + carry, units first. The model is warm-started on solutions that
 have slips when no reference stands before them, and none behind a reference. Alone it then samples
-a right solution to one problem in five; behind a reference it hardly errs. (Decoded greedily it is
+a right solution to one problem in six; behind a reference it hardly errs. (Decoded greedily it is
 nearly always right: it knows how to multiply, and has learnt to slip. What the teacher passes on is
 its certainty.)
 """

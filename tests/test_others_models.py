@@ -267,7 +267,7 @@ def test_a_model_folder_that_holds_an_adapter(folder, saved, changed):
     for path in (saved, changed):
         message = (
             rf"{path} holds an adapter \(adapter_config.json\), which a model's folder must not: "
-            rf"name the model without it, {folder / 'model'} say, and start from the adapter with "
+            rf"name the model without it, perhaps {folder / 'model'}, and start from the adapter with "
             rf"--adapter {path}"
         )
         with pytest.raises(ValueError, match=message):

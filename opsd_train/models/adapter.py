@@ -9,7 +9,7 @@ from typing import cast
 
 import safetensors.torch
 import torch
-from peft import LoraConfig, PeftModelForCausalLM, get_peft_model
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
@@ -182,21 +182,21 @@ def read_lora_config(path: Path) -> LoraConfig:
 
 def base_model(model: Student) -> PreTrainedModel:
     """The model inside, with the adapter's layers in it; or the model itself."""
-    if isinstance(model, PeftModelForCausalLM):
+    if isinstance(model, PeftModel):
         return cast(PreTrainedModel, model.get_base_model())
     return model
 
 
 def adapter_weights(model: Student) -> dict[str, torch.nn.Parameter]:
     """The weights that are trained, by name: the adapter's, or nearly all of the model's own."""
-    if isinstance(model, PeftModelForCausalLM):
+    if isinstance(model, PeftModel):
         return {name: w for name, w in model.named_parameters() if "lora_" in name}
     return {name: w for name, w in model.named_parameters() if w.requires_grad}
 
 
 def saved_weights(model: Student) -> dict[str, Tensor]:
     """Weights by their names in a file: the adapter's, or all of the model's own."""
-    if isinstance(model, PeftModelForCausalLM):
+    if isinstance(model, PeftModel):
         return {peft_name(name): w for name, w in adapter_weights(model).items()}
     tied = model.all_tied_weights_keys if model.config.get_text_config().tie_word_embeddings else ()
     return {name: w for name, w in model.state_dict().items() if name not in tied}
@@ -209,7 +209,7 @@ def peft_name(name: str) -> str:
 
 def adapter_config(model: Student) -> str:
     """adapter_config.json, as PEFT reads it; or config.json of a model without adapter."""
-    if not isinstance(model, PeftModelForCausalLM):
+    if not isinstance(model, PeftModel):
         return model.config.to_json_string()
     values = model.peft_config[model.active_adapter].to_dict()
     serializable = {name: sorted(v) if isinstance(v, set) else v for name, v in values.items()}
