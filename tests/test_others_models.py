@@ -267,8 +267,8 @@ def test_a_model_folder_that_holds_an_adapter(folder, saved, changed):
     for path in (saved, changed):
         message = (
             rf"{path} holds an adapter \(adapter_config.json\), which a model's folder must not: "
-            rf"name the model without it, perhaps {folder / 'model'}, and start from the adapter with "
-            rf"--adapter {path}"
+            rf"name the model without it, perhaps {folder / 'model'}, and start from the adapter "
+            rf"with --adapter {path}"
         )
         with pytest.raises(ValueError, match=message):
             loaded(folder, path)
