@@ -46,6 +46,13 @@ FAULTS = [
         "kappa = w_p * (1 - beta) - w_q * beta",
         f"family {OP}",
     ),
+    # Near agreement, which float64 does not see.
+    Fault(
+        "opsd_kernels/divergence.py",
+        "    near = (t + 1).mul_(u).sub_(t)",
+        "    near = (t + 1).mul_(u).sub_(t).mul_(u < -1e-4)",
+        f"against_oracle {OP}",
+    ),
     # The maths, in Triton.
     Fault(
         "opsd_kernels/kernels/pointwise.py",
