@@ -192,13 +192,18 @@ class Member:
         is_kl = (beta == 0) | (beta == 1)
         return beta, torch.where(is_kl, 1 - beta, beta), torch.where(is_kl, beta, 1 - beta)
 
-    def kl_weights(self) -> tuple[Tensor, Tensor]:
-        """The weights of KL(q‖p) and KL(p‖q) in ℓ, [] or [R, 1]."""
+    def kl_weights(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights of KL(q‖p) and KL(p‖q) in ℓ, [1, 1] or [R, 1], in the dtype and on the device
+        of `like`."""
         if isinstance(self.beta, Tensor):
             beta = self.beta[:, None]
             return (beta == 0).to(beta.dtype), (beta == 1).to(beta.dtype)
         _, w_q, w_p = self.columns() if self.family == Family.KLS else (0.0, 0.0, 0.0)
-        return torch.as_tensor(w_q), torch.as_tensor(w_p)
+        # Numbers are filled in: to copy them to a GPU the host would wait.
+        forward, reverse = (
+            w if isinstance(w, Tensor) else like.new_full((1, 1), w) for w in (w_q, w_p)
+        )
+        return forward, reverse
 
 
 def _is_zero(weight: Weight | None) -> bool:

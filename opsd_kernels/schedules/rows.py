@@ -317,7 +317,7 @@ def _divergence(total: dict[str, Tensor], student: Softmax, member: Member) -> T
         return student.rest + total["G"]
     loss = total["loss"]
     if member.may_be_infinite:
-        w_q, w_p = member.kl_weights()
+        w_q, w_p = member.kl_weights(loss)
         limit = torch.where((w_q <= 0) & (w_p <= 0), -torch.inf, torch.inf).to(loss.dtype)
         for name, weight in (("nowhere_S", w_q), ("nowhere_T", w_p)):
             if name in total:
@@ -349,7 +349,7 @@ def _fill_statistics(
         statistics[CLIPPED_SHARE].zero_()
         if member.entry_clip is not None:
             # Textbook terms of a KL have both signs and cancel: the stable form is the whole.
-            w_q, w_p = member.kl_weights()
+            w_q, w_p = member.kl_weights(divergence)
             kls = _counting(w_q, forward) + _counting(w_p, reverse)
             removed = total["removed"]
             whole = torch.where((w_q != 0) | (w_p != 0), kls, divergence + removed)
