@@ -10,7 +10,10 @@ class Fault(NamedTuple):
     tests: str  # the files of tests/ that reach it, without test_ and .py, the quickest first
 
 
-OP = "loss divergence token_divergence family kernels logit_free trained_head head log_probs peers"
+OP = (
+    "loss divergence token_divergence against_oracle family kernels logit_free trained_head head "
+    "log_probs peers"
+)
 KERNELS = f"kernels {OP.replace(' kernels', '')} resources"
 RUNS = "train_step train_opsd train_run train_failures evaluate train_demo"
 
