@@ -22,7 +22,7 @@ from benchmarks.gpu import launches, training, tune
 from benchmarks.gpu import run as gpu
 from benchmarks.lib import peers, report
 from benchmarks.lib.records import OperationError
-from benchmarks.pages import readme
+from benchmarks.pages import gpus, readme, tables
 from opsd_kernels.kernels import tiles
 from opsd_kernels.kernels.tiles import Sweep
 
@@ -339,7 +339,7 @@ def test_what_a_call_leaves_becomes_a_page(tmp_path):
         training.Row("qwen3-8b", "step", 65536, "TRL", failure="out of memory"),
     ]
     report.write(folder / "training.csv", hardware, of_training)
-    section = readme._section(readme.Gpu(folder), readme.BENCHMARKS)
+    section = tables._section(gpus.Gpu(folder), readme.BENCHMARKS)
     for line in (
         "| JSD | D = 4096, bfloat16, distance 0.3 | – | 0.75 |",
         "The first loss, with nothing compiled, takes 7.0 s and compiles 4 kernels.",
