@@ -99,10 +99,11 @@ def _accuracy(results: Path) -> str:
         if (of_gpu := gpu.csv("accuracy"))
     )
     return wrapped(
-        "It is accurate in bf16 too. Where student and teacher nearly agree, at a mean JSD of "
-        f"1e-5, eager code with bf16 logits has a gradient that is off by {eager:.0%}. The error "
-        f"of ours is at most {_largest_of_ours(rows):.1f} times that of rounding the exact "
-        f"gradient to bf16, on a CPU ({report.source(path)}){on_gpus}. [How](docs/maths.md)."
+        "It is accurate in bf16. Where student and teacher nearly agree, at a mean JSD of 1e-5, "
+        f"the gradient of eager code with bf16 logits is off by {eager:.0%}. Rounding the exact "
+        f"gradient to bf16 errs too; ours errs at most {_largest_of_ours(rows):.1f} times as much "
+        f"on a CPU ({report.source(path)}){on_gpus}. "
+        "[How](docs/maths.md#values-where-student-and-teacher-agree)."
     )
 
 
@@ -150,14 +151,15 @@ def _table_of(gpu: Gpu, timed: list[speed.Row], results: Path) -> str:
         if name in at or (name, N) in counted
     ]
     left_out = [name for name in METHODS if name not in at and (name, N) not in counted]
+    named = "; ".join(f'"{name}"' for name in left_out)
     setting, _ = report.read(gpu.folder / "speed.csv", speed.Row)
     notes = [
         f"{gpu.name}, {versions(setting, 'torch', 'triton', *report.PEERS)}; {D:,} features, "
         f"{V:,} entries, bf16; medians; {report.source(gpu.folder / 'speed.csv')}.",
         f"Memory is counted ([how near that is](docs/benchmarks.md#memory)); "
         f"{report.source(results / 'memory.csv')}.",
-        "Liger, chunked takes less when it is compiled." * ("Liger, chunked" not in left_out),
-        f"Neither timed nor counted: {'; '.join(left_out)}." * bool(left_out),
+        '"Liger, chunked" takes less when it is compiled.' * ("Liger, chunked" not in left_out),
+        f"Neither timed nor counted: {named}." * bool(left_out),
     ]
     parts = [
         report.table([f"{N:,} tokens", "calls", "time", "memory"], body),
@@ -191,7 +193,7 @@ def _which(at: dict[str, speed.Row], counted: dict[str, memory.Row]) -> str:
     if free is None or rows is None or free.failure or rows.failure:
         return ""
     told = [
-        "**Which one?** The row workspace, unless memory is that short: logit-free takes "
+        "**Which one?** The row workspace, if its 320 MiB fit: logit-free takes "
         f"{free.both_s / rows.both_s:.1f} times as long."
     ]
     for ours in (free, rows):
@@ -213,8 +215,8 @@ def _tests(measured: list[Gpu]) -> str:
     """What GPUs said of the tests."""
     found = "; ".join(f"on {gpu.name} {gpu.tests}" for gpu in measured)
     return wrapped(
-        f"Tested on a GPU: {found or 'no'} ([more](docs/compatibility.md)). No AMD GPU has run "
-        "the kernels; they compile for it."
+        f"Tested on a GPU: {found or 'no'} ([more](docs/benchmarks.md#measured-on-gpus)). No AMD "
+        "GPU has run the kernels; they compile for one."
     )
 
 
