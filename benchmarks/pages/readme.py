@@ -119,11 +119,11 @@ def _trainers(path: Path) -> str:
     theirs, ours = ({r.method: r for r in of_sdft if r.N == N}[m] for m in trl_trainers.METHODS)
     clock = " of processor time" if ours.device == "CPU" else ""
     return wrapped(
-        f"{len(trl_trainers.TRAINERS)} of its trainers then compute their loss from hidden states. "
-        f"One loss of `SDFTTrainer` and its gradient ({ours.device}, {ours.dtype}, {N} tokens, a "
-        f"vocabulary of {QWEN3[ours.model]['vocab_size']:,}) takes {ours.peak_mib:,.0f} MiB and "
-        f"{ours.seconds:.1f} s{clock} with it, {theirs.peak_mib:,.0f} MiB and "
-        f"{theirs.seconds:.1f} s without ({report.source(path)})."
+        f"{len(trl_trainers.TRAINERS)} of TRL's trainers then compute their loss from hidden "
+        f"states. One loss of `SDFTTrainer` and its gradient ({ours.device}, {ours.dtype}, {N} "
+        f"tokens, a vocabulary of {QWEN3[ours.model]['vocab_size']:,}) takes "
+        f"{ours.peak_mib:,.0f} MiB and {ours.seconds:.1f} s{clock} with it, "
+        f"{theirs.peak_mib:,.0f} MiB and {theirs.seconds:.1f} s without ({report.source(path)})."
     )
 
 
