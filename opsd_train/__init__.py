@@ -15,6 +15,7 @@ models/          models, adapters, LM heads, sharding
 sampling/        rollouts, by one of several engines
 opsd/            Algorithm 1: scores, teachers, objective, step
 grading/         whether solutions are right, how many are, and whether that is more than before
+evaluation.py    the former name of grading/
 report/          a page that shows what runs did
 run/             the life of a run: loop, checkpoints, folder, failures, console
 demo.py          the demo's model and problems
