@@ -87,13 +87,14 @@ def errors(
     )
     found = [in_units(loss, exact_loss, loss_noise), in_units(grad, exact_grad, grad_noise)]
     doubts = textbook_doubts(h_S, W, divergence)
-    if any(e.unit < 20 * doubt for e, doubt in zip(found, doubts, strict=True)):
+    doubtful = [e.unit < 20 * doubt for e, doubt in zip(found, doubts, strict=True)]
+    if any(doubtful):
         exact_loss, exact_grad = in_high_precision(h_S, h_T, W, **divergence)
         rows = slice(len(exact_loss))
-        found = [
-            in_units(loss[rows], exact_loss, loss_noise[rows]),
-            in_units(grad[rows], exact_grad, grad_noise[rows]),
-        ]
+        if doubtful[0]:
+            found[0] = in_units(loss[rows], exact_loss, loss_noise[rows])
+        if doubtful[1]:
+            found[1] = in_units(grad[rows], exact_grad, grad_noise[rows])
     return Errors(found[0].units, found[1].units)
 
 
