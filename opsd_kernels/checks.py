@@ -31,7 +31,7 @@ class Arguments(NamedTuple):
     problem: Problem  # N tokens in one dimension and both heads, all of them constants
     # Gradients are with respect to these: the student's hidden states and head.
     h_S: Tensor  # [N, D]
-    weight: Tensor  # [rows, D], of which the first V are the vocabulary
+    weight: Tensor  # [rows, D]; the first V rows are the vocabulary
     bias: Tensor | None  # [rows]
     leading: torch.Size  # [...], the leading shape of the hidden states
     weights: Tensor | None  # [...] fp32

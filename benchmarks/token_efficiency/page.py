@@ -134,8 +134,8 @@ solves {start:.0%} of the held-out problems when it samples,
 No pair of numbers is in two of these: the warm start, training, the search of learning rates,
 the held-out problems.
 
-**What this can show:** how objectives compare when all else is the same code, on a task where the
-student is often wrong, the teacher is wrong far less, and the truth is known token by token.
+**What this can show:** how objectives compare. All else is the same code; the student is often
+wrong, the teacher far less often, and the truth is known token by token.
 
 **What it cannot show:** that real models behave alike. These have one skill, a vocabulary of
 {len(SPECIAL_TOKENS) + len(CHARACTERS)} tokens,

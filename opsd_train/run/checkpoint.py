@@ -2,7 +2,7 @@
 
 checkpoints/step-000120/
     adapter_model.safetensors, adapter_config.json    the adapter, as PEFT loads it; or
-    model.safetensors, config.json                    the model, where all of it is trained
+    model.safetensors, config.json                    the model, with `train: full`
     optimizer.safetensors                             AdamW's moments, by name of weight
     teacher.safetensors                               the ema teacher's average, if there is one
     ahead.json                                        rollouts of the next step, with --ahead
