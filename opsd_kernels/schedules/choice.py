@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..debug import after, before
 from ..problem import Outputs, Problem
 from . import head_gradient, row_workspace
 from .head_gradient import HeadGradients
@@ -35,12 +36,15 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, workspace_by
     if _is_opaque(outputs.loss):
         arguments = operator_arguments(outputs, scratch, problem, [], workspace_bytes)
         torch.ops.opsd_kernels.fill(*arguments)
-    elif workspace_bytes == 0:
+        return
+    before(problem, outputs, workspace_bytes)
+    if workspace_bytes == 0:
         from . import logit_free
 
         logit_free.fill(outputs, scratch, problem)
     else:
         row_workspace.fill(outputs, scratch, problem, workspace_bytes)
+    after(outputs)
 
 
 def fill_head_gradients(
@@ -54,8 +58,10 @@ def fill_head_gradients(
     if _is_opaque(problem.h_S):
         arguments = operator_arguments(gradients, scratch, problem, list(seen), workspace_bytes)
         torch.ops.opsd_kernels.fill(*arguments)
-    else:
-        head_gradient.fill(gradients, scratch, problem, seen, workspace_bytes)
+        return
+    before(problem, gradients, workspace_bytes, seen)
+    head_gradient.fill(gradients, scratch, problem, seen, workspace_bytes)
+    after(gradients)
 
 
 def _is_opaque(t: Tensor) -> bool:

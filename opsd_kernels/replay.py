@@ -1,0 +1,61 @@
+"""Passes that were written under OPSD_KERNELS_DUMP, computed again: `python -m
+opsd_kernels.replay FILE ...` prints what they read and make (see `debug`)."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .debug import described, summarized, tensors_of
+from .problem import Outputs, Problem
+from .schedules import choice, head_gradient
+from .schedules.head_gradient import HeadGradients
+
+
+def replay(path: Path, device: torch.device | None = None) -> tuple[str, dict[str, Tensor]]:
+    """Compute a pass again.
+
+    Args:
+        path: a file that was written under OPSD_KERNELS_DUMP.
+        device: where to compute; None for where the pass was.
+
+    Returns:
+        The pass in one line, and the tensors that it reads and makes, by name.
+
+    Raises:
+        ValueError: the pass was that of one of several processes that share a vocabulary.
+    """
+    content = torch.load(path, map_location=device, weights_only=True)
+    problem, budget, seen = (content[name] for name in ("problem", "workspace_bytes", "seen"))
+    problem = Problem(**problem)
+    if problem.group is not None:
+        raise ValueError(f"{path} needs the other processes of its group: it cannot run alone")
+    tensors = {
+        name: problem.h_S.new_zeros(shape, dtype=dtype)
+        for name, (shape, dtype) in content["made"].items()
+    }
+    made = HeadGradients(**tensors) if seen else Outputs(**tensors)
+    if isinstance(made, HeadGradients):
+        scratch = head_gradient.allocate(problem, made, budget)
+        choice.fill_head_gradients(made, scratch, problem, (seen[0], seen[1]), budget)
+    else:
+        choice.fill(made, choice.allocate(made, problem, budget), problem, budget)
+    return described(problem, made, budget), tensors_of(problem) | tensors_of(made)
+
+
+def main(paths: list[str]) -> int:
+    """Compute the passes of files again, and print what they read and make."""
+    if not paths:
+        print("give the files that OPSD_KERNELS_DUMP=FOLDER wrote", file=sys.stderr)
+        return 2
+    for path in map(Path, paths):
+        line, tensors = replay(path)
+        print(f"{path}: {line}")
+        for name, tensor in tensors.items():
+            print(f"    {name}: {summarized(tensor)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
