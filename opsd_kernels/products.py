@@ -100,15 +100,6 @@ def project_onto_head(
         db += g.sum(0, dtype=torch.float32)
 
 
-def add_rows(
-    out: Tensor, factors: Tensor, W: Tensor, index: Tensor, operand_dtype: torch.dtype
-) -> None:
-    """out ← out + factors · W[index] in fp32: [R, D] from [R], [V, D], [R]. An index of −1 adds
-    nothing."""
-    rows = W.index_select(0, index.clamp(min=0)).to(operand_dtype).float()
-    out.addcmul_(factors.masked_fill(index < 0, 0)[:, None], rows)
-
-
 def score_dtype(operand_dtype: torch.dtype, bounded: bool) -> torch.dtype:
     """The dtype that the gradient with respect to logits is rounded to before a product.
 

@@ -11,6 +11,7 @@ PACKAGE = ROOT / "opsd_kernels"
 # What each room, or module beside them, imports of the others: only what is above it.
 ARROWS: dict[str, set[str]] = {
     "divergence": set(),
+    "gathered": set(),
     "products": set(),
     "scalars": {"divergence"},
     "description": {"scalars"},
@@ -18,7 +19,7 @@ ARROWS: dict[str, set[str]] = {
     "problem": {"divergence", "heads"},
     "kernels": {"divergence", "heads", "problem", "products"},
     "debug": {"description", "problem"},
-    "schedules": {"debug", "divergence", "heads", "kernels", "problem", "products"},
+    "schedules": {"debug", "divergence", "gathered", "heads", "kernels", "problem", "products"},
     "checks": {"description", "divergence", "heads", "kernels", "problem", "scalars", "schedules"},
     "autograd": {"checks", "divergence", "problem", "schedules"},
     "loss": {"autograd", "checks", "description", "divergence", "heads", "scalars"},

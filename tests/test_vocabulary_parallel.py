@@ -37,7 +37,7 @@ from opsd_kernels import (
 )
 from opsd_kernels.heads import vocabulary_parallel
 from opsd_kernels.problem import Problem
-from opsd_kernels.products import add_rows, score_dtype
+from opsd_kernels.products import score_dtype
 from opsd_kernels.schedules.planning import MIB, make_plan
 
 CLIPPED_SHARE = TokenDivergence._fields.index("clipped_share")
@@ -519,11 +519,3 @@ def test_plan(V, budget):
     plan = make_plan(Problem(h, h, W, None, W.dtype, 0.5, group="tp"), len(h), budget)
     assert plan.block == plan.rows > 0
     assert plan.bytes <= budget
-
-
-def test_an_entry_of_another_process_adds_nothing():
-    out = torch.ones(3, 4)
-    factors = torch.tensor([2.0, torch.nan, 3.0])
-    W = torch.arange(8.0).reshape(2, 4)
-    add_rows(out, factors, W, torch.tensor([1, -1, 0], dtype=torch.int32), torch.float32)
-    assert out.equal(1 + torch.stack([2 * W[1], 0 * W[0], 3 * W[0]]))

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..gathered import add_rows_
 from ..heads.vocabulary_parallel import summed_
 from ..problem import Problem
 from ..products import (
-    add_rows,
     copied_bytes,
     project,
     project_back,
@@ -40,8 +40,6 @@ from .rows import logit_gradient_, logits_, weigh_
 CPU_ENTRIES, GPU_ENTRIES = 2**18, 2**22
 CPU_ROWS, GPU_ROWS = 256, 1024
 LEAST_COLUMNS = 16
-# Rows of the head that are gathered at once.
-ROWS_AT_A_TIME = 1024
 
 
 @dataclass(frozen=True)
@@ -202,6 +200,4 @@ def _add_what_rounding_took(
     exact = stats[S_TOP.value] * weights * score_scale(dtype)
     exact.masked_fill_(weights == 0, 0)
     taken = exact - exact.to(dtype).float()
-    for n in range(0, dh_S.shape[0], ROWS_AT_A_TIME):
-        rows = slice(n, n + ROWS_AT_A_TIME)
-        add_rows(dh_S[rows], taken[rows], problem.W, top[rows], problem.operand_dtype)
+    add_rows_(dh_S, taken[:, None], problem.W, top[:, None], problem.operand_dtype)
