@@ -1,0 +1,76 @@
+"""What belongs to a release and cannot run here: workflows, forms, addresses, the citation."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from check_jsonschema import main as check_jsonschema
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # it comes with pytest
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize(
+    ("schema", "pattern"),
+    [
+        ("github-workflows", ".github/workflows/*.yml"),
+        ("github-issue-forms", ".github/ISSUE_TEMPLATE/*.yml"),
+        ("citation-file-format", "CITATION.cff"),
+    ],
+)
+def test_files_have_the_fields_that_their_reader_knows(schema, pattern):
+    paths = [str(path) for path in ROOT.glob(pattern)]
+    assert paths
+    with pytest.raises(SystemExit) as end:
+        check_jsonschema(["--builtin-schema", f"vendor.{schema}", *paths])
+    assert end.value.code == 0
+
+
+def test_workflows_call_what_is_there():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    commands = []
+    for path in WORKFLOWS:
+        jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+        commands += [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+        assert all("timeout-minutes" in job for job in jobs.values()), path
+    assert ".ci/run" in commands
+    made = {word for command in commands for word in re.findall(r"make ([a-z-]+)", command)}
+    assert made == {"test-slow", "docs"}
+    assert made <= set(targets)
+
+
+def test_the_repository_has_one_address():
+    address = PROJECT["urls"]["Repository"]
+    owner, name = address.split("/")[-2:]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["repository-code"] == address
+    known = (address, f"https://{owner}.github.io/{name}")
+    assert all(url.startswith(known) for url in PROJECT["urls"].values())
+
+
+def test_the_version_is_in_the_changelog():
+    from opsd_kernels import __version__
+
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    released = [heading for heading in headings if heading != "Unreleased"]
+    assert released[0] == __version__
+    sections = re.findall(r"^##+ (.*)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    order = ["Breaking", "Added", "Changed", "Fixed", "Removed"]
+    newest = sections[1 : sections.index(next(s for s in sections[1:] if s not in order))]
+    assert newest == [name for name in order if name in newest]
+
+
+def test_classifiers_name_the_pythons_that_were_tested():
+    page = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
+    tested = re.search(r"The suite runs on (3\.\d+)\.", page)
+    assert tested is not None
+    versions = [c.split(" :: ")[-1] for c in PROJECT["classifiers"] if ":: 3." in c]
+    assert versions == [tested[1]]
