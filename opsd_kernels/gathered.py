@@ -3,8 +3,9 @@
     u_k = h · W[id_k]          out ← out + Σ_k c_k W[id_k]          dW[id_k] ← dW[id_k] + c_k h
 
 An id outside [0, V) is absent: its product is 0, and its coefficient, which may be NaN, counts as
-0. Ids may repeat. Operands are rounded to `operand_dtype`, products are summed in fp32, always in
-the same order. Rows are copied, a bounded number at a time.
+0. Ids may repeat. Operands are rounded to `operand_dtype`. Products are summed in fp32, always in
+the same order. On a GPU kernels read the rows where they lie; elsewhere a bounded number of rows at
+a time is copied.
 """
 
 from collections.abc import Iterator
@@ -12,13 +13,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Entries of rows that are copied at once.
+from . import kernels
+
+# Entries of rows that are copied at once, where there are no kernels.
 CPU_ENTRIES, GPU_ENTRIES = 2**20, 2**24
 
 
 def products_at(h: Tensor, W: Tensor, ids: Tensor, operand_dtype: torch.dtype) -> Tensor:
     """u = h · W[id] [N, K] in fp32, from h [N, D], W [V, D] and ids [N, K] int32."""
     u = h.new_empty(ids.shape, dtype=torch.float32)
+    if _uses_kernels(W):
+        from .kernels import gathered  # needs Triton
+
+        gathered.products_at(u, h.contiguous(), W, ids.contiguous(), operand_dtype)
+        return u
     for n, k in _pieces(ids, W):
         rows = _gather(W, ids[n, k], operand_dtype)
         h_n = h[n].to(operand_dtype).float()
@@ -27,7 +35,12 @@ def products_at(h: Tensor, W: Tensor, ids: Tensor, operand_dtype: torch.dtype) -
 
 
 def add_rows_(out: Tensor, c: Tensor, W: Tensor, ids: Tensor, operand_dtype: torch.dtype) -> None:
-    """out ← out + Σ_k c_k W[id_k] [N, D] in fp32, from c [N, K] fp32."""
+    """out ← out + Σ_k c_k W[id_k] [N, D] in fp32 and contiguous, from c [N, K] fp32."""
+    if _uses_kernels(W):
+        from .kernels import gathered
+
+        gathered.add_rows_(out, c.contiguous(), W, ids.contiguous(), operand_dtype)
+        return
     c = c.masked_fill(_absent(ids, W), 0)
     for n, k in _pieces(ids, W):
         rows, sums = _gather(W, ids[n, k], operand_dtype), out[n, None]
@@ -42,16 +55,29 @@ def gradient_of_rows_(
     ids: Tensor,
     operand_dtype: torch.dtype,
 ) -> None:
-    """dW[id_k] ← dW[id_k] + c_k h and db[id_k] ← db[id_k] + c_k in fp32: [V, D] and [V]. Each row
-    is summed in the order of tokens, and of the ids of a token."""
+    """dW[id_k] ← dW[id_k] + c_k h and db[id_k] ← db[id_k] + c_k in fp32: [V, D] and [V]. The
+    kernel sorts N · K ids."""
+    if _uses_kernels(dW):
+        from .kernels import gathered
+
+        sorted_ids, pairs = ids.flatten().sort(stable=True)
+        gathered.gradient_of_rows_(
+            dW, db, c.contiguous(), h.contiguous(), sorted_ids, pairs, operand_dtype
+        )
+        return
     absent = _absent(ids, dW)
     c = c.masked_fill(absent, 0)
     at = ids.masked_fill(absent, 0).long()
     for n, k in _pieces(ids, dW):
         h_n = h[n].to(operand_dtype).float()
-        _add_at_(dW, at[n, k].flatten(), (c[n, k, None] * h_n[:, None]).flatten(0, 1))
+        rows = (c[n, k, None] * h_n[:, None]).masked_fill_(absent[n, k, None], 0)
+        _add_at_(dW, at[n, k].flatten(), rows.flatten(0, 1))
     if db is not None:
         _add_at_(db, at.flatten(), c.flatten())
+
+
+def _uses_kernels(W: Tensor) -> bool:
+    return W.device.type == "cuda" and kernels.available(W.device)
 
 
 def _add_at_(out: Tensor, at: Tensor, rows: Tensor) -> None:
@@ -77,8 +103,7 @@ def _pieces(ids: Tensor, W: Tensor) -> Iterator[tuple[slice, slice]]:
     """Slices of tokens and of their ids, for a bounded number of rows at once."""
     (N, K), entries = ids.shape, CPU_ENTRIES if W.device.type == "cpu" else GPU_ENTRIES
     pairs = max(1, entries // W.shape[1])
-    k = min(K, pairs)
-    n = max(1, pairs // max(K, 1))
+    n = max(1, pairs // K)
     for i in range(0, N, n):
-        for j in range(0, K, max(k, 1)):
-            yield slice(i, i + n), slice(j, j + k)
+        for j in range(0, K, pairs):
+            yield slice(i, i + n), slice(j, j + pairs)

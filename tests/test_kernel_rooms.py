@@ -11,13 +11,13 @@ PACKAGE = ROOT / "opsd_kernels"
 # What each room, or module beside them, imports of the others: only what is above it.
 ARROWS: dict[str, set[str]] = {
     "divergence": set(),
-    "gathered": set(),
     "products": set(),
     "scalars": {"divergence"},
     "description": {"scalars"},
     "heads": set(),
     "problem": {"divergence", "heads"},
     "kernels": {"divergence", "heads", "problem", "products"},
+    "gathered": {"kernels"},
     "debug": {"description", "problem"},
     "schedules": {"debug", "divergence", "gathered", "heads", "kernels", "problem", "products"},
     "checks": {"description", "divergence", "heads", "kernels", "problem", "scalars", "schedules"},

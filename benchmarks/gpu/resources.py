@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.gpu import launches, sass
 from benchmarks.lib import report
 from opsd_kernels import divergence
-from opsd_kernels.kernels import finish, gradient, lse, pair, tiles, top_row
+from opsd_kernels.kernels import finish, gathered, gradient, lse, pair, tiles, top_row
 from opsd_kernels.kernels.tiles import Row, Tile
 from opsd_kernels.problem import STATS, Outputs, Problem
 from opsd_kernels.products import score_scale
@@ -94,6 +94,8 @@ CASES = {
     "both KLs, policy term": Case(None, weights=True, policy=True),
     "entropy": Case(None, teacher=False, entropy=True),
 }
+# The kernels that gather rows of W: they do not depend on the case.
+GATHERED = ("products_at", "add_rows", "gradient_of_rows")
 # The kernels that do not look at entries one by one.
 FEWER = {
     "lse": (
@@ -110,6 +112,7 @@ FEWER = {
     "shard": ("JSD", "any, clip, statistics"),
     "finish": ("JSD", "any, clip, statistics", "log p", "both KLs, policy term"),
     "top_row": ("JSD",),
+    **dict.fromkeys(GATHERED, ("JSD",)),
     "gradient": (
         "JSD",
         "forward KL, clip",
@@ -120,7 +123,7 @@ FEWER = {
         "entropy",
     ),
 }
-KERNELS = ("pair", "lse", "rows", "merge", "shard", "finish", "gradient", "top_row")
+KERNELS = ("pair", "lse", "rows", "merge", "shard", "finish", "gradient", "top_row", *GATHERED)
 # Those that multiply hidden states by the head.
 MULTIPLY = ("lse", "pair", "gradient")
 
@@ -225,6 +228,9 @@ def _launch(variant: Variant, row: Row, stored: torch.dtype) -> None:
         scale = score_scale(stored)
         top_row.launch(dh_S, dh_S[None], top, empty(R), scale, problem)
         return
+    if variant.kernel in GATHERED:
+        launch_gathered(variant.kernel, problem, empty)
+        return
     tensors = logit_free.allocate(problem, True, case.statistics)
     scratch = logit_free.Scratch.of(tensors, problem, case.statistics)
     if variant.kernel in ("lse", "merge"):
@@ -250,6 +256,21 @@ def launch_gradient(problem: Problem) -> None:
     gradient.launch(g, problem, stats, top, 0)
 
 
+def launch_gathered(kernel: str, problem: Problem, empty: Callable[..., Tensor]) -> None:
+    """A kernel of gathered rows, 64 for each token."""
+    h, W, dtype = problem.h_S, problem.W, problem.operand_dtype
+    N, K = len(h), 64
+    ids, c = empty(N, K, dtype=torch.int32), empty(N, K)
+    if kernel == "products_at":
+        gathered.products_at(c, h, W, ids, dtype)
+    elif kernel == "add_rows":
+        gathered.add_rows_(empty(*h.shape), c, W, ids, dtype)
+    else:
+        pairs = empty(N * K, dtype=torch.int64)
+        dW, db = empty(*W.shape), empty(len(W))
+        gathered.gradient_of_rows_(dW, db, c, h, ids.flatten(), pairs, dtype)
+
+
 def _some_problem(divergence: str) -> Problem:
     """A problem of the case, small."""
     one = torch.empty(1, 1)
@@ -259,7 +280,7 @@ def _some_problem(divergence: str) -> Problem:
 def _usage(compiled: Any, variant: Variant, row: Row) -> Usage:
     registers, spilled, matrix = registers_of(compiled)
     shared = compiled.metadata.shared
-    if variant.kernel in ("merge", "shard", "finish", "top_row"):
+    if variant.kernel in ("merge", "shard", "finish", "top_row", *GATHERED):
         return Usage(registers, spilled, shared, matrix)
     multiplies = variant.kernel in MULTIPLY
     parts = sass.parts(sass.text_of(compiled), multiplies)

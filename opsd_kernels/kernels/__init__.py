@@ -9,6 +9,7 @@
     gradient.py     hidden states and stats of a row → the gradient of a tile of logits
     rows.py         rows of logits in memory → ℓ, and the gradient in their place (row workspace)
     top_row.py      a product of that gradient and W → dh_S (row workspace)
+    gathered.py     products with some rows of W for each token, and the gradient of such rows
     records.py      the records that kernels take
     scratch.py      the scratch of the logit-free schedule
     tiles.py        tile sizes and warp counts, in one table
