@@ -1,4 +1,5 @@
-"""The autograd.Functions: they allocate every tensor, and let a schedule fill them.
+"""The autograd.Functions of one value a token: they allocate every tensor, and let a schedule fill
+them.
 
 Tokens are independent: token n's loss depends on row n of h_S alone. So the gradient of Σ_n g_n ℓ_n
 with respect to h_S is g_n times the gradient that forward made, for any upstream weights g_n. The
@@ -80,8 +81,8 @@ class _FrozenHead(torch.autograd.Function):
         needs_statistics: bool,
         workspace_bytes: float,
     ) -> tuple[Tensor, Tensor | None]:
-        dh_S = _zeros(problem, *h_S.shape) if needs_gradient else None
-        outputs = _filled(problem, needs_statistics, workspace_bytes, dh_S=dh_S)
+        dh_S = zeros(problem, *h_S.shape) if needs_gradient else None
+        outputs = filled(problem, needs_statistics, workspace_bytes, dh_S=dh_S)
         if dh_S is not None:
             ctx.save_for_backward(dh_S)
             ctx.dtype = h_S.dtype
@@ -108,12 +109,12 @@ class _TrainedHead(torch.autograd.Function):
         workspace_bytes: float,
     ) -> Tensor | tuple[Tensor, Tensor]:
         N = h_S.shape[0]
-        stats, top = _zeros(problem, STATS, N), h_S.new_zeros(N, dtype=torch.int32)
-        outputs = _filled(problem, needs_statistics, workspace_bytes, stats=stats, top=top)
+        stats, top = zeros(problem, STATS, N), h_S.new_zeros(N, dtype=torch.int32)
+        outputs = filled(problem, needs_statistics, workspace_bytes, stats=stats, top=top)
         # Not the loss itself: the caller may weigh it in place.
         infinite = outputs.loss.isinf()
         made = {"infinite": infinite, "stats": stats, "top": top}
-        _save(ctx, vars(problem) | made | {"weight": weight, "head_bias": bias})
+        save(ctx, vars(problem) | made | {"weight": weight, "head_bias": bias})
         ctx.workspace_bytes = workspace_bytes
         if outputs.statistics is None:
             return outputs.loss  # PyTorch's compiler takes no None beside it
@@ -123,34 +124,51 @@ class _TrainedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        saved = _saved(ctx)
+        kept = restored(ctx)
         infinite, stats, top, weight, bias = (
-            saved.pop(name) for name in ("infinite", "stats", "top", "weight", "head_bias")
+            kept.pop(name) for name in ("infinite", "stats", "top", "weight", "head_bias")
         )
-        needs_h, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         # Where ℓ is infinite it has no gradient.
         weights = grad_loss.masked_fill(infinite, 0)
-        problem = Problem(**saved)
-        h_S, V = problem.h_S, problem.W.shape[0]
-        # Hidden states of a token that does not count may be NaN, which a product would spread.
-        # The memory is used again for their gradient.
-        grad = h_S.masked_fill((weights == 0)[:, None], 0)
-        dW = torch.empty_like(weight) if needs_weight else None
-        db = _zeros(problem, V) if needs_bias else None
-        # A process may have no row of a vocabulary that several share.
-        own_rows = None if dW is None or dW.shape[0] == 0 else dW[:V]
-        dh_S = _zeros(problem, *h_S.shape) if needs_h else None
-        gradients = HeadGradients(dh_S, own_rows, db)
-        problem = replace(problem, h_S=grad, weights=weights)
-        scratch = head_gradient.allocate(problem, gradients, ctx.workspace_bytes)
-        seen = (stats, top)
-        choice.fill_head_gradients(gradients, scratch, problem, seen, ctx.workspace_bytes)
-        if dW is not None:
-            dW[V:].zero_()
-        if dh_S is not None:
-            grad.copy_(dh_S)
-        db = None if bias is None or db is None else _padded(db, bias.shape[0], bias.dtype)
-        return grad if needs_h else None, dW, db, None, None, None
+        problem = replace(Problem(**kept), weights=weights)
+        needs, seen = ctx.needs_input_grad[:3], (stats, top)
+        made = trained_gradients(
+            problem, weights == 0, seen, weight, bias, needs, ctx.workspace_bytes
+        )
+        return *made, None, None, None
+
+
+def trained_gradients(
+    problem: Problem,
+    dropped: Tensor,
+    seen: tuple[Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    needs: tuple[bool, bool, bool],
+    workspace_bytes: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of h_S, weight and bias, those of them that are needed, from the upstream
+    weights of the problem; see `head_gradient.fill`. Tokens that are `dropped` [N] have none."""
+    needs_h, needs_weight, needs_bias = needs
+    h_S, V = problem.h_S, problem.W.shape[0]
+    # Hidden states of a token that does not count may be NaN, which a product would spread.
+    # The memory is used again for their gradient.
+    grad = h_S.masked_fill(dropped[:, None], 0)
+    dW = torch.empty_like(weight) if needs_weight else None
+    db = zeros(problem, V) if needs_bias else None
+    # A process may have no row of a vocabulary that several share.
+    own_rows = None if dW is None or dW.shape[0] == 0 else dW[:V]
+    dh_S = zeros(problem, *h_S.shape) if needs_h else None
+    gradients = HeadGradients(dh_S, own_rows, db)
+    problem = replace(problem, h_S=grad)
+    scratch = head_gradient.allocate(problem, gradients, workspace_bytes)
+    choice.fill_head_gradients(gradients, scratch, problem, seen, workspace_bytes)
+    if dW is not None:
+        dW[V:].zero_()
+    if dh_S is not None:
+        grad.copy_(dh_S)
+    db = None if bias is None or db is None else padded(db, bias.shape[0], bias.dtype)
+    return grad if needs_h else None, dW, db
 
 
 class _WeighedSum(torch.autograd.Function):
@@ -167,13 +185,13 @@ class _WeighedSum(torch.autograd.Function):
         workspace_bytes: float,
     ) -> Tensor:
         V, D = problem.W.shape
-        outputs = _filled(
+        outputs = filled(
             problem,
             False,
             workspace_bytes,
-            dh_S=_zeros(problem, *h_S.shape) if ctx.needs_input_grad[0] else None,
-            dW=_zeros(problem, V, D),
-            db=None if bias is None else _zeros(problem, V),
+            dh_S=zeros(problem, *h_S.shape) if ctx.needs_input_grad[0] else None,
+            dW=zeros(problem, V, D),
+            db=None if bias is None else zeros(problem, V),
         )
         weights = problem.weights
         assert weights is not None
@@ -200,7 +218,7 @@ class _WeighedSum(torch.autograd.Function):
             torch.mul(dW, factor, out=grad_weight[: dW.shape[0]])
             grad_weight.masked_fill_(no_part, 0)
         if needs_bias:
-            grad_bias = _padded((db * factor).masked_fill(no_part, 0), ctx.rows, bias_dtype)
+            grad_bias = padded((db * factor).masked_fill(no_part, 0), ctx.rows, bias_dtype)
         return grad, grad_weight, grad_bias, None, None, None
 
 
@@ -211,19 +229,19 @@ def refuse_second_derivative() -> None:
         raise RuntimeError("this loss has no second derivative: create_graph must be False")
 
 
-def _filled(
+def filled(
     problem: Problem, needs_statistics: bool, workspace_bytes: float, **gradients: Tensor | None
 ) -> Outputs:
     """Outputs with the loss, the statistics if they are needed, and the gradients, all filled."""
     N = problem.h_S.shape[0]
-    statistics = _zeros(problem, STATISTICS, N) if needs_statistics else None
-    outputs = Outputs(_zeros(problem, N), statistics, **gradients)
+    statistics = zeros(problem, STATISTICS, N) if needs_statistics else None
+    outputs = Outputs(zeros(problem, N), statistics, **gradients)
     scratch = choice.allocate(outputs, problem, workspace_bytes)
     choice.fill(outputs, scratch, problem, workspace_bytes)
     return outputs
 
 
-def _zeros(problem: Problem, *shape: int) -> Tensor:
+def zeros(problem: Problem, *shape: int) -> Tensor:
     return problem.h_S.new_zeros(shape, dtype=torch.float32)
 
 
@@ -235,12 +253,12 @@ def _scaled(dh_S: Tensor, factor: Tensor, dropped: Tensor, dtype: torch.dtype) -
     return grad.masked_fill_(dropped[:, None], 0)
 
 
-def _padded(db: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+def padded(db: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """db [V] as the gradient of a bias [rows]."""
     return torch.nn.functional.pad(db, (0, rows - db.shape[0])).to(dtype)
 
 
-def _save(ctx: Any, values: dict[str, Any]) -> None:
+def save(ctx: Any, values: dict[str, Any]) -> None:
     """Keep named values for backward. `save_for_backward` takes no tensor of inference mode: such a
     tensor has no gradient and no version, and is kept as it is."""
     compiling = torch.compiler.is_compiling()
@@ -253,8 +271,8 @@ def _save(ctx: Any, values: dict[str, Any]) -> None:
     ctx.others = {name: value for name, value in values.items() if name not in ctx.names}
 
 
-def _saved(ctx: Any) -> dict[str, Any]:
-    """What `_save` kept, unless a tensor was changed since."""
+def restored(ctx: Any) -> dict[str, Any]:
+    """What `save` kept, unless a tensor was changed since."""
     try:
         return ctx.others | dict(zip(ctx.names, ctx.saved_tensors, strict=True))
     except RuntimeError as error:
@@ -262,6 +280,6 @@ def _saved(ctx: Any) -> dict[str, Any]:
             raise
         raise RuntimeError(
             "the LM head, or hidden states, were changed in place between forward and backward, "
-            "which reads them once more where the head is trained: call backward before the "
-            "optimizer's step, or give the loss a clone"
+            "which reads them once more: call backward before the optimizer's step, or give the "
+            "loss a clone"
         ) from error

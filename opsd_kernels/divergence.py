@@ -88,6 +88,7 @@ class Family(IntEnum):
     KLS = 2  # the forward KL, the reverse KL, or both by weights
     LOG_PROB = 3  # no divergence: log p(ŷ) of a sampled token ŷ
     ENTROPY = 4  # no divergence: the student's entropy
+    LOG_SUM = 5  # no divergence: log Σ exp z_S over the entries that are not excluded
 
 
 Weight = float | Tensor
@@ -125,8 +126,8 @@ class Member:
 
     @property
     def is_divergence(self) -> bool:
-        """Whether ℓ compares two sides; log p(ŷ) and the entropy are the student's alone."""
-        return self.family not in (Family.LOG_PROB, Family.ENTROPY)
+        """Whether ℓ compares two sides; the other values are the student's alone."""
+        return self.family not in (Family.LOG_PROB, Family.ENTROPY, Family.LOG_SUM)
 
     @property
     def beta_per_token(self) -> bool:
@@ -155,8 +156,8 @@ class Member:
 
     @property
     def knows_G(self) -> bool:
-        """Whether one pass over the vocabulary gives G, as for the unclipped KLs, for log p(ŷ) and
-        for the entropy."""
+        """Whether one pass over the vocabulary gives G, as for the unclipped KLs and for all that
+        is no divergence."""
         return not self.is_divergence or (self.family == Family.KLS and self.entry_clip is None)
 
     @property
@@ -165,20 +166,23 @@ class Member:
         log-ratio; those of the entropy, and weights, have no bound."""
         if self.family == Family.KLS:
             return not self.has_reverse_kl and not isinstance(self.w_q, Tensor) and self.w_q == 1
-        return self.family in (Family.JSD, Family.LOG_PROB)
+        return self.family in (Family.JSD, Family.LOG_PROB, Family.LOG_SUM)
 
-    @property
-    def mean_limit(self) -> float:
+    def mean_limit(self, needs_score: bool, needs_statistics: bool) -> float:
         """The bound to which |d − d_top|, d = z_T − z_S, is clamped in its mean over the student's
         distribution; 0 where that mean is not needed.
 
         G of the reverse KL and of the entropy is the mean without a bound. For mixtures the mean
         gives only a guess of G (see `shift` in kernels/pointwise.py), which differences of logits
-        beyond 32 would not improve.
+        beyond 32 would not improve. The entropy, as ℓ or beside a log-sum-exp, is made of it.
         """
+        if self.family == Family.ENTROPY or (self.family == Family.LOG_SUM and needs_statistics):
+            return HUGE
+        if not needs_score:
+            return 0.0
         if self.family in (Family.JSD, Family.MIXTURE):
             return 32.0
-        return HUGE if self.has_reverse_kl or self.family == Family.ENTROPY else 0.0
+        return HUGE if self.has_reverse_kl else 0.0
 
     def columns(self) -> tuple[Weight, Weight, Weight]:
         """β, w_q and w_p: numbers, or [R, 1]."""

@@ -25,7 +25,7 @@ class Problem:
     W_T: Tensor | None  # [V, D_T]; None if both sides have W
     operand_dtype: torch.dtype  # operands of the matrix products are rounded to it
     # A number or [N] fp32. Without β: both KLs if there are w_q and w_p, else log p(ŷ) if there are
-    # targets, else the entropy.
+    # targets, the log-sum-exp of all others if there are excluded entries, else the entropy.
     beta: float | Tensor | None
     temperature: float = 1.0
     entry_clip: float | None = None
@@ -49,6 +49,12 @@ class Problem:
     w_q: Tensor | None = None
     w_p: Tensor | None = None
     advantages: Tensor | None = None  # [N] fp32, A of a policy term −A log p(ŷ)
+    # [N, K] int32, ascending in each row: entries that count as banned. An id of V or more means
+    # none. Where processes share the vocabulary it is counted from the shard's first row.
+    excluded: Tensor | None = None
+    # In backward, [N, K] fp32: the gradients with respect to the logits of excluded entries, which
+    # are given, times the slope of a softcap. Where an id repeats the first has them all.
+    g_excluded: Tensor | None = None
 
     @property
     def heads(self) -> tuple[Tensor, ...]:
@@ -69,7 +75,9 @@ class Problem:
     def member(self) -> Member:
         """What ℓ is, apart from the policy term."""
         if self.beta is None and self.w_q is None:
-            return Member(Family.ENTROPY if self.targets is None else Family.LOG_PROB)
+            if self.targets is not None:
+                return Member(Family.LOG_PROB)
+            return Member(Family.ENTROPY if self.excluded is None else Family.LOG_SUM)
         return Member.of(self.beta, self.entry_clip, self.w_q, self.w_p)
 
     @property
@@ -102,7 +110,10 @@ def _with_contiguous_rows(h: Tensor) -> Tensor:
 STATS = 8  # numbers that forward keeps of a row of logits, from which backward makes it again
 
 # Fields that have a number or a row for each token, where they are tensors.
-OF_TOKENS = ("h_S", "h_T", "beta", "keep", "targets", "weights", "w_q", "w_p", "advantages")
+OF_TOKENS = (
+    "h_S", "h_T", "beta", "keep", "targets", "weights", "w_q", "w_p", "advantages", "excluded",
+    "g_excluded",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "schedules": {"debug", "divergence", "gathered", "heads", "kernels", "problem", "products"},
     "checks": {"description", "divergence", "heads", "kernels", "problem", "scalars", "schedules"},
     "autograd": {"checks", "divergence", "problem", "schedules"},
+    "rest": {"autograd", "checks", "divergence", "gathered", "heads", "problem", "schedules"},
     "loss": {"autograd", "checks", "description", "divergence", "heads", "scalars"},
     "replay": {"debug", "problem", "schedules"},
     "env": {"kernels", "schedules"},

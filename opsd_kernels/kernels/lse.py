@@ -34,7 +34,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..divergence import Family
 from ..heads.vocabulary_parallel import gathered, local_ids
 from ..problem import Problem
 from . import cdiv
@@ -102,13 +101,11 @@ def launch(scratch: Scratch, chunk: Problem) -> None:
 
 
 def _partials(scratch: Scratch, chunk: Problem) -> Partials:
-    # The mean is for scores, and is the value of the entropy.
-    needs_mean = scratch.scores or chunk.member.family == Family.ENTROPY
     return Partials(
         scratch.partials,
         scratch.index,
         span(chunk.W.shape[0], scratch.row),
-        LIMIT=tl.constexpr(chunk.member.mean_limit if needs_mean else 0.0),
+        LIMIT=tl.constexpr(scratch.mean_limit),
         TEACHER=tl.constexpr(chunk.h_T is not None),
     )
 

@@ -37,7 +37,7 @@ from .records import Formula
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 # The families are compile-time constants, so that a kernel holds one formula.
-JSD, MIXTURE, KLS, LOG_PROB, ENTROPY = (tl.constexpr(family.value) for family in Family)
+JSD, MIXTURE, KLS, LOG_PROB, ENTROPY, LOG_SUM = (tl.constexpr(family.value) for family in Family)
 HUGE, SATURATED = tl.constexpr(divergence.HUGE), tl.constexpr(divergence.SATURATED)
 LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 

@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..divergence import Family
 from ..problem import Outputs, Problem
 from ..products import score_dtype, score_scale
 from . import current, tiles
@@ -61,7 +60,7 @@ def launch(
     (R, V), member = u_S.shape, problem.member
     map_S, map_T = problem.logit_maps
     needs_statistics = outputs.statistics is not None
-    needs_mean = needs_score or outputs.stats is not None or member.family == Family.ENTROPY
+    needs_gradient = needs_score or outputs.stats is not None
     g = u_S.view(score_dtype(problem.operand_dtype, problem.has_bounded_scores))[:, :V]
     top, g_top = u_S.new_empty(R, dtype=torch.int32), u_S.new_empty(R)
     row = tiles.lookup(u_S.device, problem.operand_dtype)
@@ -70,7 +69,7 @@ def launch(
             results=Results(outputs.loss, outputs.statistics, None, outputs.stats, outputs.top),
             gradient=RowGradient(
                 tl.constexpr(needs_score),
-                tl.constexpr(member.mean_limit if needs_mean else 0.0),
+                tl.constexpr(member.mean_limit(needs_gradient, needs_statistics)),
                 g,
                 top,
                 g_top,

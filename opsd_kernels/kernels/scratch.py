@@ -27,6 +27,7 @@ class Scratch:
     pair: tiles.Tile  # of `pair`
     copied_rows: int  # of W at a time, where the last product cannot read it in place
     scores: bool  # whether a gradient is needed
+    mean_limit: float  # see `Member.mean_limit`
     slopes: int  # how many of the sums, the last ones, are slopes of a softcap
     partials: Tensor  # [6 or 8, spans, R] fp32
     index: Tensor  # [spans, R] int32
@@ -51,8 +52,9 @@ class Scratch:
         copied_rows = int(room // bytes_per_row) // 64 * 64
         row = tiles.lookup(problem.h_S.device, problem.operand_dtype)
         tile = row.pair_for(problem.member, needs_statistics)
+        limit = problem.member.mean_limit(needs_score, needs_statistics)
         slopes = _slopes(problem, needs_score)
-        return Scratch(row, tile, max(64, copied_rows), needs_score, slopes, *tensors)
+        return Scratch(row, tile, max(64, copied_rows), needs_score, limit, slopes, *tensors)
 
     @property
     def rows(self) -> int:

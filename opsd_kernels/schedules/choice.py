@@ -33,7 +33,7 @@ def allocate(outputs: Outputs, problem: Problem, workspace_bytes: float) -> list
 
 def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, workspace_bytes: float) -> None:
     """Fill the outputs by the schedule that `allocate` made the scratch for."""
-    if _is_opaque(outputs.loss):
+    if is_opaque(outputs.loss):
         arguments = operator_arguments(outputs, scratch, problem, [], workspace_bytes)
         torch.ops.opsd_kernels.fill(*arguments)
         return
@@ -55,7 +55,7 @@ def fill_head_gradients(
     workspace_bytes: float,
 ) -> None:
     """`head_gradient.fill`, with scratch from `head_gradient.allocate`."""
-    if _is_opaque(problem.h_S):
+    if is_opaque(problem.h_S):
         arguments = operator_arguments(gradients, scratch, problem, list(seen), workspace_bytes)
         torch.ops.opsd_kernels.fill(*arguments)
         return
@@ -64,7 +64,8 @@ def fill_head_gradients(
     after(gradients)
 
 
-def _is_opaque(t: Tensor) -> bool:
+def is_opaque(t: Tensor) -> bool:
+    """Whether PyTorch's compiler traces t, or t is a fake tensor."""
     return torch.compiler.is_compiling() or isinstance(t, FakeTensor)
 
 

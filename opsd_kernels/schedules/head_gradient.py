@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..divergence import Family
 from ..gathered import add_rows_
 from ..heads.vocabulary_parallel import summed_
 from ..problem import Problem
@@ -33,6 +34,7 @@ from ..products import (
     score_scale,
 )
 from . import planning
+from .excluded import add_excluded_, exclude_, log_sum_gradient_
 from .planning import BLOCK_TEMPORARIES
 from .rows import logit_gradient_, logits_, weigh_
 
@@ -155,11 +157,17 @@ def _scaled(
     """
     weights = problem.weights
     assert weights is not None
-    largest = largest_size(weights)
-    weights, scale = weights / largest, largest / problem.temperature
+    g_excluded = problem.g_excluded
+    given = weights if g_excluded is None else torch.cat([weights, g_excluded.flatten()])
+    largest = largest_size(given)
+    weights, scale, left = weights / largest, largest / problem.temperature, None
+    g_excluded = None if g_excluded is None else g_excluded / largest
     if launched and score_scale(g_dtype) != 1:
-        return replace(problem, weights=weights), scale / score_scale(g_dtype)
-    return replace(problem, weights=weights * scale), None
+        left = scale / score_scale(g_dtype)
+    else:
+        weights = weights * scale
+        g_excluded = None if g_excluded is None else g_excluded * scale
+    return replace(problem, weights=weights, g_excluded=g_excluded), left
 
 
 def _launch(scratch: Tensor, chunk: Problem, seen: tuple[Tensor, Tensor], tile: slice) -> Tensor:
@@ -180,10 +188,17 @@ def _compute(scratch: Tensor, chunk: Problem, seen: tuple[Tensor, Tensor], tile:
     if chunk.h_T is not None and chunk.member.is_divergence:
         z_T, W_T = scratch[1, :R, :columns], chunk.W if chunk.W_T is None else chunk.W_T
         project(z_T, chunk.h_T, W_T[tile], chunk.operand_dtype, columns)
+    if chunk.excluded is not None:
+        exclude_(z_S, chunk.excluded, tile.start)
     slope = logits_(z_S, z_T, chunk, True, tile)
-    policy = chunk.targets, chunk.advantages
-    logit_gradient_(z_S, z_T, tile.start, seen, chunk.member, *policy)
+    if chunk.member.family == Family.LOG_SUM:
+        log_sum_gradient_(z_S, seen)
+    else:
+        policy = chunk.targets, chunk.advantages
+        logit_gradient_(z_S, z_T, tile.start, seen, chunk.member, *policy)
     weigh_(z_S, slope, chunk.weights)
+    if chunk.excluded is not None and chunk.g_excluded is not None:
+        add_excluded_(z_S, chunk.excluded, chunk.g_excluded, tile.start)
     return z_S
 
 

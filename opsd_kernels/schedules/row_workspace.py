@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..divergence import ENTROPY_S, Family
 from ..heads.vocabulary_parallel import smallest, summed_
 from ..problem import Outputs, Problem
 from ..products import (
@@ -29,6 +30,7 @@ from ..products import (
     score_scale,
 )
 from . import planning
+from .excluded import exclude_, log_sum_rows_
 from .planning import PARTS, budget_beside_head, is_split, make_plan, row_stride
 from .rows import divergence_rows_, logits_, weigh_
 
@@ -148,6 +150,8 @@ def _step_2(
     """Fill loss and statistics, as far as `outputs` has them, from rows of products h Wᵀ [R, V].
     The gradient of the loss, if it is needed, takes the memory of z_S."""
     R, needs_score = z_S.shape[0], outputs.needs_score
+    if chunk.excluded is not None:
+        exclude_(z_S, chunk.excluded)
     if planning.uses_rows_kernel(chunk):
         in_place = needs_score and outputs.stats is None
         return launch_rows(outputs, z_S, z_T, chunk, in_place)
@@ -159,17 +163,21 @@ def _step_2(
         seen = None
         if into.stats is not None and into.top is not None:
             seen = into.stats, into.top
-        loss = divergence_rows_(
-            block_S,
-            block_T,
-            block.member,
-            needs_score,
-            into.statistics,
-            block.targets,
-            block.advantages,
-            seen,
-            block.group,
-        )
+        if block.member.family == Family.LOG_SUM:
+            entropy = None if into.statistics is None else into.statistics[ENTROPY_S]
+            loss = log_sum_rows_(block_S, needs_score, entropy, seen, block.group)
+        else:
+            loss = divergence_rows_(
+                block_S,
+                block_T,
+                block.member,
+                needs_score,
+                into.statistics,
+                block.targets,
+                block.advantages,
+                seen,
+                block.group,
+            )
         weigh_(block_S, slope, block.weights)
         into.loss.copy_(loss)
     return LogitGradient(z_S)
