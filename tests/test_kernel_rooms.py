@@ -10,16 +10,26 @@ PACKAGE = ROOT / "opsd_kernels"
 
 # What each room, or module beside them, imports of the others: only what is above it.
 ARROWS: dict[str, set[str]] = {
+    "_ops": set(),
     "divergence": set(),
     "products": set(),
     "scalars": {"divergence"},
     "description": {"scalars"},
-    "heads": set(),
+    "heads": {"_ops"},
     "problem": {"divergence", "heads"},
     "kernels": {"divergence", "heads", "problem", "products"},
     "gathered": {"kernels"},
     "debug": {"description", "problem"},
-    "schedules": {"debug", "divergence", "gathered", "heads", "kernels", "problem", "products"},
+    "schedules": {
+        "_ops",
+        "debug",
+        "divergence",
+        "gathered",
+        "heads",
+        "kernels",
+        "problem",
+        "products",
+    },
     "checks": {"description", "divergence", "heads", "kernels", "problem", "scalars", "schedules"},
     "autograd": {"checks", "divergence", "problem", "schedules"},
     "rest": {"autograd", "checks", "divergence", "gathered", "heads", "problem", "schedules"},

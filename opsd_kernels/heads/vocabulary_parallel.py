@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix, ops
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -73,7 +75,7 @@ def find_shard(own_rows: int, h: Tensor, group: str) -> Shard:
         ValueError: the processes have different numbers of tokens (checked on a CPU only).
     """
     compiling = torch.compiler.is_compiling()
-    find = torch.ops.opsd_kernels.find_shard if compiling else _find_shard
+    find = ops.find_shard if compiling else _find_shard
     return Shard(*find(h, own_rows, group).unbind())
 
 
@@ -91,7 +93,7 @@ def _find_shard(h: Tensor, own_rows: int, group: str) -> Tensor:
 
 
 _operator = torch.library.custom_op(
-    "opsd_kernels::find_shard",
+    add_op_namespace_prefix("find_shard"),
     _find_shard,
     mutates_args=(),
     schema="(Tensor h, int own_rows, str group) -> Tensor",

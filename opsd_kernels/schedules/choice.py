@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .._ops import add_op_namespace_prefix, ops
 from ..debug import after, before
 from ..problem import Outputs, Problem
 from . import head_gradient, row_workspace
@@ -35,7 +36,7 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, workspace_by
     """Fill the outputs by the schedule that `allocate` made the scratch for."""
     if is_opaque(outputs.loss):
         arguments = operator_arguments(outputs, scratch, problem, [], workspace_bytes)
-        torch.ops.opsd_kernels.fill(*arguments)
+        ops.fill(*arguments)
         return
     before(problem, outputs, workspace_bytes)
     if workspace_bytes == 0:
@@ -57,7 +58,7 @@ def fill_head_gradients(
     """`head_gradient.fill`, with scratch from `head_gradient.allocate`."""
     if is_opaque(problem.h_S):
         arguments = operator_arguments(gradients, scratch, problem, list(seen), workspace_bytes)
-        torch.ops.opsd_kernels.fill(*arguments)
+        ops.fill(*arguments)
         return
     before(problem, gradients, workspace_bytes, seen)
     head_gradient.fill(gradients, scratch, problem, seen, workspace_bytes)
@@ -92,7 +93,7 @@ def _those(kind: type, record: Any) -> dict[str, Any]:
 
 
 @torch.library.custom_op(
-    "opsd_kernels::fill",
+    add_op_namespace_prefix("fill"),
     mutates_args=("filled", "scratch"),
     schema="(Tensor(a!)[] filled, Tensor(b!)[] scratch, Tensor[] tensors, float[] numbers, "
     "Tensor[] seen, str filled_names, str tensor_names, str number_names, "
