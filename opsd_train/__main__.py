@@ -20,6 +20,7 @@ from opsd_train.command_line import parse, quiet_libraries
 from opsd_train.demo import find_demo
 from opsd_train.errors import RunFailed
 from opsd_train.run import be_quiet, check_distribution, check_tracker, fail, run_training
+from opsd_train.sums import find_sums
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         check_tracker(config.tracker)
         check_distribution(config, accelerator)
-        run_training(find_demo(config, accelerator), accelerator)
+        run_training(find_sums(find_demo(config, accelerator)), accelerator)
     except RunFailed as error:
         fail(str(error), error.status)
     except (OSError, ValueError) as error:

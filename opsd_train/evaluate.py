@@ -54,6 +54,7 @@ from opsd_train.run import (
     say,
 )
 from opsd_train.sampling import Sampling, draw_seed, make_sampler, sampling_of
+from opsd_train.sums import find_sums
 
 HELD_OUT = "held-out"
 # 38,912 tokens and top-p 0.95 are the paper's (Table 6), T = 1 of its authors' evaluation script.
@@ -107,7 +108,7 @@ def evaluate_run(options: argparse.Namespace, accelerator: Accelerator) -> None:
     if not all(1 <= k <= options.samples for k in ks):
         raise ValueError(f"k must lie in [1, {options.samples}], the number of samples; got {ks}")
 
-    config = find_demo(config, accelerator)
+    config = find_sums(find_demo(config, accelerator))
     materials = load(config)
     grader = MathGrader()
     template = config.student_template

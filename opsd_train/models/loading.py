@@ -168,9 +168,15 @@ OLD_BUFFER = re.compile(
 
 def _check_is_there(name: str) -> None:
     """Raises:
-    OSError: the name is that of a folder, and there is none; or of a file.
+    OSError: the name is that of a folder, and there is none; or of a file; or of GGUF's.
     """
     path = Path(name)
+    packed = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    if packed and packed[0].is_file() and not (path / "config.json").exists():
+        raise OSError(
+            f"{name} is GGUF, and a model is a folder that transformers loads: make one with "
+            f"`python -m opsd_train.from_gguf {packed[0]} FOLDER`, and name that"
+        )
     is_hubs = re.fullmatch(r"\w[\w.-]*(?:/[\w.-]+)?", name)
     if path.is_file() or not (path.is_dir() or is_hubs):
         what = "is a file" if path.is_file() else "does not exist"

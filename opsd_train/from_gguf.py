@@ -1,0 +1,74 @@
+"""`python -m opsd_train.from_gguf FILE.gguf FOLDER`: the model of a GGUF file, as a folder that
+transformers loads.
+
+The weights are widened to fp32: 4 bits that llama.cpp packs cannot carry a gradient. What rounding
+to them has lost stays lost.
+"""
+
+import argparse
+import os
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from opsd_train.command_line import quiet_libraries
+from opsd_train.run import fail, say
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m opsd_train.from_gguf",
+        description="Write the model of a GGUF file into a new folder, its weights in fp32.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE.gguf")
+    parser.add_argument("output", type=Path, metavar="FOLDER", help="a folder that is not there")
+    options = parser.parse_args(arguments)
+    quiet_libraries()
+    try:
+        convert(options.file, options.output)
+    except (OSError, ValueError) as error:
+        fail(str(error))
+
+
+def convert(file: Path, output: Path) -> None:
+    """Model, tokenizer and chat template. The folder is there whole, or not.
+
+    Raises:
+        OSError: there is no such file, or the folder is there already.
+        ValueError: gguf is not installed, or the file holds no model that transformers knows.
+    """
+    if output.exists():
+        raise FileExistsError(f"{output} is there already; name a new folder")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is not there")
+    if find_spec("gguf") is None:
+        raise ValueError("GGUF needs gguf; install it with `pip install 'opsd-kernels[gguf]'`")
+    say(f"Reading {file} ...")
+    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    try:
+        read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    except Exception as error:  # of a file in which anything may stand
+        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    # transformers takes what it read for quantized still, and would not save it.
+    config = read.config
+    del config.quantization_config
+    model = type(read)(config)
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f"{output.name}.{os.getpid()}")
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    say(f"Wrote {output}: {type(model).__name__}, {model.num_parameters():,} parameters in fp32")
+
+
+if __name__ == "__main__":
+    main()
