@@ -72,7 +72,7 @@ def take_step(setup: Setup, optimizer: torch.optim.Optimizer, step: int) -> floa
     h = setup.backbone(*join(prompts, solutions, tokenizer.pad_token_id))
     targets = torch.tensor([token for solution in solutions for token in solution])
     weights = torch.cat([torch.full((len(s),), 1 / len(s)) for s in solutions]) / len(solutions)
-    losses = torch.nn.functional.cross_entropy(logits(h, setup.head), targets, reduction="none")
+    losses = torch.nn.functional.cross_entropy(logits(setup.head, h), targets, reduction="none")
     loss = weights @ losses
     loss.backward()
     for group in optimizer.param_groups:
