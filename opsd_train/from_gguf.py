@@ -55,7 +55,7 @@ def convert(file: Path, output: Path) -> None:
         raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     # transformers takes what it read for quantized still, and would not save it.
     config = read.config
-    del config.quantization_config
+    vars(config).pop("quantization_config", None)
     model = type(read)(config)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config

@@ -26,14 +26,16 @@ ARROWS: dict[str, set[str]] = {
         *("config", "data", "errors", "grading", "models", "opsd", "records", "report"),
         "sampling",
     },
+    "sums": {"config", "errors", "records"},
     "demo": {"config", "data", "errors", "records", "run"},
     "command_line": {"config", "errors", "presets"},
     "evaluate": {
         *("command_line", "config", "data", "demo", "errors", "grading", "models", "presets"),
-        *("records", "report", "run", "sampling"),
+        *("records", "report", "run", "sampling", "sums"),
     },
     "export": {"command_line", "config", "models", "run"},
-    "__main__": {"command_line", "demo", "errors", "run"},
+    "from_gguf": {"command_line", "run"},
+    "__main__": {"command_line", "demo", "errors", "run", "sums"},
 }
 ROOMS = [name for name in ARROWS if (PACKAGE / name).is_dir()]
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
