@@ -47,10 +47,10 @@ def convert(file: Path, output: Path) -> None:
     if find_spec("gguf") is None:
         raise ValueError("GGUF needs gguf; install it with `pip install 'opsd-kernels[gguf]'`")
     say(f"Reading {file} ...")
-    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    folder, name = file.parent, file.name
     try:
-        read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except Exception as error:  # of a file in which anything may stand
         raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     # transformers takes what it read for quantized still, and would not save it.

@@ -38,10 +38,9 @@ def main() -> None:
     with Path(rows).open("a") as file:
         for run in map(Path, runs or ["base"]):
             asked = [("student", of, of.context) for of in questions]
-            student: Student = load_model(model, config)
-            if runs:
-                student = load_adapter(student, run / "adapter")
-            else:
+            base = load_model(model, config)
+            student: Student = load_adapter(base, run / "adapter") if runs else base
+            if not runs:
                 asked += [("teacher", questions[0], teacher)]
             for side, of, context in asked:
                 for temperature in of.temperatures:

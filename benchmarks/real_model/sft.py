@@ -56,7 +56,7 @@ def main() -> None:
             print(metrics, flush=True)
             file.write(json.dumps(metrics) + "\n")
             file.flush()
-    setup.model.save_pretrained(path / "adapter")
+    setup.model.save_pretrained(str(path / "adapter"))
     grader.close()
 
 
