@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix, ops
 from .autograd import (
     filled,
     is_trained,
@@ -158,7 +159,7 @@ class _LogitsAndRest(torch.autograd.Function):
 
 def _logits_at(problem: Problem, ids: Tensor) -> tuple[Tensor, Tensor | None]:
     """z [N, K] of all processes, and the slope of a softcap at this process's ids."""
-    make = torch.ops.opsd_kernels.logits_at if is_opaque(ids) else _logits_at_ids
+    make = ops.logits_at if is_opaque(ids) else _logits_at_ids
     made = make(
         problem.h_S, problem.W, ids, problem.bias, problem.softcap, problem.temperature,
         problem.operand_dtype, problem.group,
@@ -199,7 +200,7 @@ def _gradient_of_h(
 ) -> Tensor:
     """dh [N, D] of the module docstring; B is divided by T already."""
     grad = c.new_empty(c.shape[0], problem.W.shape[1], dtype=dtype)
-    fill = torch.ops.opsd_kernels.fill_gradient_of_h if is_opaque(c) else _fill_gradient_of_h
+    fill = ops.fill_gradient_of_h if is_opaque(c) else _fill_gradient_of_h
     fill(grad, problem.W, ids, c / problem.temperature, c_r, B, problem.operand_dtype,
          problem.group)  # fmt: skip
     return grad
@@ -247,7 +248,7 @@ def _gradients_of_rows(
         dW, db = zeros(problem, V, D), zeros(problem, V) if needs_bias else None
         # Hidden states of a token that does not count may be NaN.
         h = problem.h_S.masked_fill((c == 0).all(1, keepdim=True), 0)
-        fill = torch.ops.opsd_kernels.fill_rows_of_head if is_opaque(c) else gradient_of_rows_
+        fill = ops.fill_rows_of_head if is_opaque(c) else gradient_of_rows_
         fill(dW, db, c / problem.temperature, h, ids, problem.operand_dtype)
         if needs_weight:
             grad_weight = weight.new_zeros(weight.shape)
@@ -258,7 +259,7 @@ def _gradients_of_rows(
 
 
 _LOGITS_AT = torch.library.custom_op(
-    "opsd_kernels::logits_at",
+    add_op_namespace_prefix("logits_at"),
     _logits_at_ids,
     mutates_args=(),
     schema="(Tensor h, Tensor W, Tensor ids, Tensor? bias, float? softcap, float temperature, "
@@ -270,14 +271,14 @@ _LOGITS_AT.register_fake(
     )
 )
 torch.library.custom_op(
-    "opsd_kernels::fill_gradient_of_h",
+    add_op_namespace_prefix("fill_gradient_of_h"),
     _fill_gradient_of_h,
     mutates_args=("grad",),
     schema="(Tensor(a!) grad, Tensor W, Tensor ids, Tensor c, Tensor? c_r, Tensor? B, "
     "ScalarType operand_dtype, str? group) -> ()",
 ).register_fake(lambda *_: None)
 torch.library.custom_op(
-    "opsd_kernels::fill_rows_of_head",
+    add_op_namespace_prefix("fill_rows_of_head"),
     gradient_of_rows_,
     mutates_args=("dW", "db"),
     schema="(Tensor(a!) dW, Tensor(b!)? db, Tensor c, Tensor h, Tensor ids, "
