@@ -7,6 +7,12 @@ import pytest
 from benchmarks.lib import report, sources
 from benchmarks.pages import readme
 
+FIELD = '''class Row:
+    """A row."""
+    N: int
+    """How many."""
+    text = "kept"
+'''
 CODE = '''"""A docstring."""
 from a import b
 
@@ -29,6 +35,12 @@ def test_a_digest_is_of_code_alone():
     assert sources.digest({"lse.py": CODE.replace("x + 1", "x + 2")}) != same
     assert sources.digest({"lse.py": CODE, "pair.py": ""}) != same
     assert sources.digest({"lse.py": CODE.replace("# why", "+ len('# why')")}) != same
+
+
+def test_a_digest_knows_the_docstring_of_a_field():
+    same = sources.digest({"head.py": FIELD})
+    assert sources.digest({"head.py": FIELD.replace("How many", "Tokens")}) == same
+    assert sources.digest({"head.py": FIELD.replace("kept", "changed")}) != same
 
 
 def test_a_result_says_which_commit_it_is_of(tmp_path, monkeypatch):
