@@ -17,10 +17,28 @@ import trl
 from marks import slow
 from ranks import on_ranks
 from tiny_qwen3 import FAMILIES, save_model_and_tokenizer
-from trl_runs import LENGTH, TRAINERS, Run, difference, load, make_trainer, run, run_of, save_models
+from trl_runs import (
+    LENGTH,
+    TRAINERS,
+    Run,
+    difference,
+    load,
+    make_trainer,
+    run,
+    run_of,
+    said,
+    save_models,
+)
 
 from opsd_kernels import fused_jsd_loss, reference_jsd_loss
-from opsd_kernels.trl import apply_opsd_kernels_to_trl, distillation, heads, patches
+from opsd_kernels.trl import (
+    apply_opsd_kernels_to_trl,
+    distillation,
+    explain,
+    heads,
+    patches,
+    routes,
+)
 from opsd_kernels.trl.hidden_states import (
     loss_of_student,
     predicting,
@@ -93,20 +111,25 @@ def test_a_run_is_the_same(trainer, options, folder, monkeypatch, caplog):
         distillation, "token_divergence", lambda *a, **k: calls.append(1) or real(*a, **k)
     )
     theirs = run(trainer, folder, **options)
+    routes(clear=True)
     with apply_opsd_kernels_to_trl(), caplog.at_level(logging.WARNING, "opsd_kernels.trl"):
         ours = run(trainer, folder, **options)
+        explained = [row[:2] for row in explain() if row.whose == "ours"]
+    told = routes(clear=True)
     figures, gradients = difference(ours, theirs)
     print(f"{trainer} {options}: figures {figures:.1e}, gradients {gradients:.1e}")
     assert figures < TOLERANCE
     assert gradients < TOLERANCE
     assert len(theirs.gradients) == 3
-    said = [record.getMessage() for record in caplog.records if record.name == "opsd_kernels.trl"]
     if trainer == "IWOPDTrainer":  # transformers evaluates it with its outputs
-        assert len(said) == 1
-        assert "outputs are asked for" in said[0]
+        (message,) = said(caplog)
+        assert "outputs are asked for" in message
     else:
-        assert not said
+        assert not said(caplog)
         assert ours.longest_evaluated <= 1
+    (route,) = [route for route in told if not route.reason]
+    assert route[:2] in explained
+    assert route.batches >= 3 * 2
     assert ours.longest <= 1  # what sampling needs
     if trainer == "DistillationTrainer":
         assert theirs.longest <= 1
@@ -371,8 +394,8 @@ def test_what_distillation_calls(change):
     ("trainer", "options", "reason"),
     [
         ("SDFTTrainer", {"distillation_mode": "topk_logits", "distillation_topk": 5}, "topk_log"),
-        ("SDPOTrainer", {"distillation_weight": 0.5}, "distillation_weight=0.5"),
-        ("IWOPDTrainer", {"loss_top_k": 1}, "loss_top_k=1"),
+        ("SDPOTrainer", {"distillation_weight": 0.5}, "distillation_weight < 1"),
+        ("IWOPDTrainer", {"loss_top_k": 1}, "loss_top_k > 0"),
         ("IWOPDTrainer", {"distillation_objective": "iw_opd"}, "distillation_objective='iw_opd'"),
     ],
 )
@@ -380,14 +403,19 @@ def test_what_is_not_computed_stays_theirs_and_is_said_once(
     trainer, options, reason, folder, caplog
 ):
     theirs = run(trainer, folder, **options)
+    routes(clear=True)
     with apply_opsd_kernels_to_trl(), caplog.at_level(logging.WARNING, "opsd_kernels.trl"):
         ours = run(trainer, folder, **options)
+        explained = {(row.trainer, row.loss, row.reason) for row in explain()}
     assert ours.logs == theirs.logs
     assert ours.longest == theirs.longest > 1
-    said = [r.getMessage() for r in caplog.records if r.name == "opsd_kernels.trl"]
-    assert len(said) == 1 + (trainer == "IWOPDTrainer")  # evaluated with its outputs
-    assert said[0].startswith(f"{trainer} computes TRL's own loss: ")
-    assert reason in said[0]
+    messages = said(caplog)
+    assert len(messages) == 1 + (trainer == "IWOPDTrainer")  # evaluated with its outputs
+    assert messages[0].startswith(f"{trainer} computes TRL's own loss: ")
+    assert reason in messages[0]
+    route = routes(clear=True)[0]
+    assert (route.trainer, route.loss, route.reason) in explained
+    assert (route.whose, route.batches) == ("theirs", 3 * 2 + (trainer != "IWOPDTrainer"))
 
 
 def test_gold_with_two_tokenizers_stays_theirs(folder, caplog):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PolyConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from trl_runs import difference, load, make_trainer, run_of, save_models
+from trl_runs import difference, load, make_trainer, run_of, said, save_models
 
 from opsd_kernels import fused_log_probs
 from opsd_kernels.trl import apply_opsd_kernels_to_trl, heads, self_distillation
@@ -42,10 +42,9 @@ def test_other_logits_than_the_models_are_left_to_trl(trainer, folder, monkeypat
     with apply_opsd_kernels_to_trl(), caplog.at_level(logging.WARNING, "opsd_kernels.trl"):
         ours = run_of(make_trainer(trainer, folder, max_steps=1))
     assert difference(ours, theirs) == (0, 0)
-    said = [record.getMessage() for record in caplog.records if record.name == "opsd_kernels.trl"]
-    assert len(said) == 1
-    assert f"{trainer} computes TRL's own loss: the loss would not have the logits" in said[0]
-    assert "they differ by 0.1 of their spread" in said[0]
+    (message,) = said(caplog)
+    assert f"{trainer} computes TRL's own loss: the loss would not have the logits" in message
+    assert "they differ by 0.1 of their spread" in message
 
 
 def test_a_comparison_is_made_once_for_each_model(folder):

@@ -201,6 +201,15 @@ def run_of(made: Any) -> Run:
     return told
 
 
+def said(caplog: Any) -> list[str]:
+    """The warnings of losses that stayed TRL's."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "opsd_kernels.trl" and "computes TRL's own loss" in record.getMessage()
+    ]
+
+
 def difference(ours: Run, theirs: Run) -> tuple[float, float]:
     """The largest relative difference of a figure that was logged, and of a step's gradient."""
     assert [log.keys() for log in ours.logs] == [log.keys() for log in theirs.logs]

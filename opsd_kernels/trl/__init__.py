@@ -8,12 +8,14 @@
 then compute their full-vocabulary losses from hidden states, and SDFT and SDPO their losses of
 sampled tokens too. TRL's own loss stays where a config asks for something that this package does
 not compute, and where the logits of a model differ from those that its head gives, on a few tokens
-of the first batch. A warning says so once. examples/README.md lists which loss computes what.
+of the first batch. A warning says so once. `explain` lists every loss and whose it is; `routes`
+counts whose losses were computed. examples/README.md lists which loss computes what.
 
-patches.py replaces functions of TRL and puts them back. distillation.py, self_distillation.py and
-on_policy.py hold the losses of the trainers. hidden_states.py runs a model up to its head, inside
-its wrappers; heads.py makes the head whole. hooks.py describes a replacement. No other folder
-imports TRL.
+patches.py replaces functions of TRL and puts them back; hooks.py describes a replacement.
+trainers.py knows the trainers, and finds those of the installed TRL. losses.py lists their losses;
+route.py counts and warns. distillation.py, self_distillation.py, on_policy.py and server.py hold
+the losses. hidden_states.py runs a model up to its head, inside its wrappers; heads.py makes the
+head whole. No other folder imports TRL.
 """
 
 try:
@@ -25,6 +27,8 @@ except ModuleNotFoundError as error:
         "opsd_kernels.trl needs TRL, which is not installed: pip install 'trl>=1.16'"
     ) from error
 
+from .losses import Loss, explain
 from .patches import Applied, apply_opsd_kernels_to_trl
+from .route import Route, routes
 
-__all__ = ["Applied", "apply_opsd_kernels_to_trl"]
+__all__ = ["Applied", "Loss", "Route", "apply_opsd_kernels_to_trl", "explain", "routes"]

@@ -13,7 +13,11 @@ from ..checks import FLOAT_DTYPES
 from ..heads.head import LMHead
 from ..loss import token_divergence
 from .heads import gathered, in_one_dtype, whole
-from .hooks import Hook, logger
+from .hooks import Hook
+from .route import took
+
+TRAINER, LOSS = "DistillationTrainer", "divergence"
+LOSSES: dict[str, dict[str, str | None]] = {TRAINER: {LOSS: None}}
 
 
 def _chunked_divergence_loss(theirs: Callable[..., Any], module: Any) -> Callable[..., Any]:
@@ -27,8 +31,9 @@ def _chunked_divergence_loss(theirs: Callable[..., Any], module: Any) -> Callabl
         for side in ("student", "teacher"):
             dtype = given[f"{side}_hidden_states"].dtype
             if dtype not in FLOAT_DTYPES:
-                _notice(f"hidden states are {dtype}")
+                took(TRAINER, LOSS, f"hidden states are {dtype}")
                 return theirs(*args, **kwargs)
+        took(TRAINER, LOSS, None)
         return _loss(given)
 
     return ours
@@ -77,14 +82,9 @@ def _head(given: dict[str, Any], side: str) -> LMHead:
     )
 
 
-@functools.cache
-def _notice(reason: str) -> None:
-    logger.warning("DistillationTrainer computes TRL's own loss: %s", reason)
-
-
 HOOKS = (
     Hook(
-        "DistillationTrainer",
+        TRAINER,
         "trl.trainer.distillation_trainer",
         "_chunked_divergence_loss",
         _chunked_divergence_loss,

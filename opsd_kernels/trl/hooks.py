@@ -1,8 +1,7 @@
-"""A function of TRL and its replacement, and the warning where TRL's own is used after all."""
+"""A function of TRL and its replacement, and the choice between the two."""
 
 import functools
 import inspect
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .hidden_states import why_no_hidden_states, why_other_logits
-
-logger = logging.getLogger("opsd_kernels.trl")
+from .route import took
 
 COMPUTE_LOSS = "self, model, inputs, return_outputs, num_items_in_batch"
 
@@ -34,8 +32,15 @@ class Hook:
     whose work ours does; by path, after `module:` if it is in another module."""
 
 
+def is_ours(function: Any) -> bool:
+    """Whether a function has replaced one of TRL's."""
+    return getattr(function, "_is_opsd_kernels", False)
+
+
 def compute_loss_or_theirs(
     theirs: Callable[..., Any],
+    losses: Mapping[str, str | None],
+    loss_of: Callable[[Any], str],
     why_theirs: Callable[[Any], str | None],
     ours: Callable[[Any, Any, dict[str, Any], Tensor | int | None], Tensor],
     text: Callable[[dict[str, Any]], dict[str, Tensor]],
@@ -43,7 +48,9 @@ def compute_loss_or_theirs(
     """Make the `compute_loss` of a trainer that has a `teacher_model`.
 
     Args:
-        why_theirs: tells for a trainer why its config needs TRL's own loss; None if it does not.
+        losses: the losses that a config can ask for, and why each stays TRL's; None if it does not.
+        loss_of: gives the loss among these that a trainer's config asks for.
+        why_theirs: tells why this trainer, with such a loss, needs TRL's own; None if it does not.
         ours: the loss, from trainer, model, inputs and `num_items_in_batch`.
         text: gives the `input_ids` and `attention_mask` of the student from the inputs.
     """
@@ -56,30 +63,22 @@ def compute_loss_or_theirs(
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        models = model, self.teacher_model
+        models, loss = (model, self.teacher_model), loss_of(self)
         if return_outputs:
             reason: str | None = "the model's outputs are asked for, logits among them"
         else:
             reason = (
-                why_theirs(self)
+                losses.get(loss, "opsd_kernels does not know this loss")
+                or why_theirs(self)
                 or why_no_hidden_states(self, *models)
                 or why_other_logits(self, models, **text(inputs))
             )
+        took(self, loss, reason)
         if reason is None:
             return ours(self, model, inputs, num_items_in_batch)
-        notice(self, reason)
         return theirs(self, model, inputs, return_outputs, num_items_in_batch)
 
     return compute_loss
-
-
-def notice(trainer: Any, reason: str) -> None:
-    """Warn that TRL's own loss is used, once for each trainer and reason."""
-    said = vars(trainer).setdefault("_opsd_kernels_notices", set())
-    if reason not in said:
-        said.add(reason)
-        if trainer.accelerator.is_main_process:
-            logger.warning("%s computes TRL's own loss: %s", type(trainer).__name__, reason)
 
 
 def why_overridden(trainer: Any, base: type, *names: str) -> str | None:

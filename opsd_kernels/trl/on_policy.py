@@ -21,6 +21,21 @@ from .hidden_states import (
 )
 from .hooks import COMPUTE_LOSS, Hook, compute_loss_or_theirs, why_overridden
 
+SERVER = "a teacher server gives some log-probabilities, not hidden states"
+LOSSES: dict[str, dict[str, str | None]] = {
+    "GKDTrainer": {"JSD": None},
+    "GOLDTrainer": {
+        "JSD": None,
+        "use_uld_loss": "use_uld_loss compares the texts of two tokenizers",
+    },
+    "IWOPDTrainer": {
+        "jsd, loss_top_k=0": None,
+        "jsd, loss_top_k>0": "loss_top_k > 0 is not the whole vocabulary",
+        "iw_opd": "distillation_objective='iw_opd' is no divergence",
+        "use_teacher_server": SERVER,
+    },
+}
+
 
 def _gkd(theirs: Callable[..., Any], GKDTrainer: type) -> Callable[..., Any]:
     def why_theirs(self: Any) -> str | None:
@@ -29,30 +44,34 @@ def _gkd(theirs: Callable[..., Any], GKDTrainer: type) -> Callable[..., Any]:
     def ours(self: Any, model: Any, inputs: dict[str, Any], items: Tensor | int | None) -> Tensor:
         return _loss(self, model, inputs["labels"][:, 1:], _text(inputs), 1.0, items)
 
-    return compute_loss_or_theirs(theirs, why_theirs, ours, _text)
+    losses = LOSSES["GKDTrainer"]
+    return compute_loss_or_theirs(theirs, losses, lambda _: "JSD", why_theirs, ours, _text)
 
 
 def _gold(theirs: Callable[..., Any], GOLDTrainer: type) -> Callable[..., Any]:
+    def loss_of(self: Any) -> str:
+        return "use_uld_loss" if self.use_uld_loss and self.teacher_tokenizer is not None else "JSD"
+
     def why_theirs(self: Any) -> str | None:
-        if self.use_uld_loss and self.teacher_tokenizer is not None:
-            return "use_uld_loss compares the texts of two tokenizers"
         return why_overridden(self, GOLDTrainer, "generalized_jsd_loss")
 
     def ours(self: Any, model: Any, inputs: dict[str, Any], items: Tensor | int | None) -> Tensor:
         both = _text(inputs) | self._get_model_forward_kwargs(inputs)
         return _loss(self, model, inputs["labels"][:, 1:], both, self.temperature, items)
 
-    return compute_loss_or_theirs(theirs, why_theirs, ours, _text)
+    losses = LOSSES["GOLDTrainer"]
+    return compute_loss_or_theirs(theirs, losses, loss_of, why_theirs, ours, _text)
 
 
 def _iw_opd(theirs: Callable[..., Any], IWOPDTrainer: type) -> Callable[..., Any]:
-    def why_theirs(self: Any) -> str | None:
+    def loss_of(self: Any) -> str:
         if self.use_teacher_server:
-            return "a teacher server gives some log-probabilities, not hidden states"
+            return "use_teacher_server"
         if self.distillation_objective != "jsd":
-            return f"distillation_objective={self.distillation_objective!r} is no divergence"
-        if self.loss_top_k > 0:
-            return f"loss_top_k={self.loss_top_k} is not the whole vocabulary"
+            return str(self.distillation_objective)
+        return "jsd, loss_top_k>0" if self.loss_top_k > 0 else "jsd, loss_top_k=0"
+
+    def why_theirs(self: Any) -> str | None:
         return why_overridden(self, IWOPDTrainer, "generalized_jsd_loss", "_get_teacher_logits")
 
     def ours(self: Any, model: Any, inputs: dict[str, Any], items: Tensor | int | None) -> Tensor:
@@ -60,7 +79,8 @@ def _iw_opd(theirs: Callable[..., Any], IWOPDTrainer: type) -> Callable[..., Any
         labels = inputs["labels"][:, self._compute_prompt_length(inputs) :]
         return _loss(self, model, labels, _text(inputs), self.temperature, items)
 
-    return compute_loss_or_theirs(theirs, why_theirs, ours, _text)
+    losses = LOSSES["IWOPDTrainer"]
+    return compute_loss_or_theirs(theirs, losses, loss_of, why_theirs, ours, _text)
 
 
 def _loss(

@@ -9,12 +9,11 @@ from importlib.metadata import version
 from types import TracebackType
 from typing import Any
 
-from . import distillation, on_policy, self_distillation
-from .hooks import Hook
+from .hooks import Hook, is_ours
+from .losses import say_what_stays_theirs
+from .trainers import HOOKS, TRAINERS
 
 TESTED_VERSIONS = ("1.16.0",)
-HOOKS = (*distillation.HOOKS, *self_distillation.HOOKS, *on_policy.HOOKS)
-TRAINERS = tuple(dict.fromkeys(hook.trainer for hook in HOOKS))
 
 
 class Applied:
@@ -53,7 +52,8 @@ def apply_opsd_kernels_to_trl(trainers: Iterable[str] = TRAINERS) -> Applied:
 
     It affects trainers that already exist too. Logs, and the masking, scaling and accumulation of a
     loss, stay as they are. TRL still computes the losses that this package does not; a warning in
-    the log says so, once for each trainer and reason. A second call changes nothing.
+    the log says so, once for each trainer and reason. `explain` lists all losses, and `routes`
+    counts which were computed. A second call changes nothing.
 
     Args:
         trainers: class names of trainers; by default all known ones.
@@ -85,13 +85,14 @@ def apply_opsd_kernels_to_trl(trainers: Iterable[str] = TRAINERS) -> Applied:
     found = [(hook, *_find(hook, installed)) for hook in HOOKS if hook.trainer in trainers]
     replaced = []
     for hook, owner, theirs in found:
-        if getattr(theirs, "_is_opsd_kernels", False):
+        if is_ours(theirs):
             continue
         ours: Any = hook.make(theirs, owner)
         ours._is_opsd_kernels = True
         name = hook.replaced.rpartition(".")[2]
         replaced.append((owner, name, vars(owner)[name], ours))
         setattr(owner, name, ours)
+    say_what_stays_theirs()
     return Applied(replaced)
 
 

@@ -41,6 +41,18 @@ PARTS = {
     "_forward_logits": "self, model, input_ids, attention_mask, logits_to_keep",
 }
 
+_LOSSES: dict[str, str | None] = {
+    "full_logits": None,
+    "sampled_token": None,
+    "topk_logits": "distillation_mode='topk_logits' is not the whole vocabulary",
+    "use_teacher_server": "a teacher server gives some log-probabilities, not hidden states",
+}
+_POLICY = "distillation_weight < 1 adds a policy loss, which needs the student's logits"
+LOSSES: dict[str, dict[str, str | None]] = {
+    "SDFTTrainer": _LOSSES,
+    "SDPOTrainer": _LOSSES | {"distillation_weight<1": _POLICY},
+}
+
 
 def _compute_loss(theirs: Callable[..., Any], base: type) -> Callable[..., Any]:
     def why_theirs(self: Any) -> str | None:
@@ -50,7 +62,8 @@ def _compute_loss(theirs: Callable[..., Any], base: type) -> Callable[..., Any]:
         loss = _loss(self, model, inputs)
         return loss / (self.current_gradient_accumulation_steps if self.model.training else 1)
 
-    return compute_loss_or_theirs(theirs, why_theirs, ours, _text)
+    losses = LOSSES[base.__name__]
+    return compute_loss_or_theirs(theirs, losses, _loss_of, why_theirs, ours, _text)
 
 
 def _compute_rollout_logps(theirs: Callable[..., Any], base: type) -> Callable[..., Any]:
@@ -62,6 +75,7 @@ def _compute_rollout_logps(theirs: Callable[..., Any], base: type) -> Callable[.
         completion_ids: Tensor,
         completion_mask: Tensor,
     ) -> Tensor | None:
+        loss = _loss_of(self)
         text = _text(
             {
                 "prompt_ids": prompt_ids,
@@ -71,7 +85,8 @@ def _compute_rollout_logps(theirs: Callable[..., Any], base: type) -> Callable[.
             }
         )
         if (
-            _why_theirs(self, base)
+            LOSSES[base.__name__].get(loss, loss)
+            or _why_theirs(self, base)
             or why_no_hidden_states(self, self.model)
             or why_other_logits(self, (self.model,), **text)
         ):
@@ -86,16 +101,16 @@ def _compute_rollout_logps(theirs: Callable[..., Any], base: type) -> Callable[.
 
 def _why_theirs(trainer: Any, base: type) -> str | None:
     args = trainer.args
-    if args.use_teacher_server:
-        return "a teacher server gives some log-probabilities, not hidden states"
-    if args.distillation_mode not in ("full_logits", "sampled_token"):
-        return f"distillation_mode={args.distillation_mode!r} is not the whole vocabulary"
     if args.distillation_mode == "sampled_token" and args.distillation_alpha != 1:
         return f"distillation_alpha={args.distillation_alpha} of sampled tokens is refused by TRL"
-    weight = getattr(args, "distillation_weight", 1.0)
-    if weight != 1:
-        return f"distillation_weight={weight} adds a policy loss, which needs the student's logits"
     return why_overridden(trainer, base, *PARTS)
+
+
+def _loss_of(trainer: Any) -> str:
+    args = trainer.args
+    if getattr(args, "distillation_weight", 1.0) != 1:
+        return "distillation_weight<1"
+    return "use_teacher_server" if args.use_teacher_server else str(args.distillation_mode)
 
 
 def _loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:

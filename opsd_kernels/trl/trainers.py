@@ -1,0 +1,35 @@
+"""The trainers of TRL that distil: those that are known here, and those of the installed TRL."""
+
+import functools
+import re
+from pathlib import Path
+
+import trl
+
+from . import distillation, on_policy, self_distillation, server
+
+HOOKS = (*distillation.HOOKS, *self_distillation.HOOKS, *on_policy.HOOKS)
+TRAINERS = tuple(dict.fromkeys(hook.trainer for hook in HOOKS))
+LOSSES = distillation.LOSSES | self_distillation.LOSSES | on_policy.LOSSES | server.LOSSES
+
+# A class from its first line to the next line that is not indented.
+_CLASS = re.compile(r"^class ([A-Z]\w*Trainer)\b.*\n(?:(?:[ \t)].*)?\n)*", re.MULTILINE)
+_METHOD = re.compile(r"^    def (?!__init__\b)\w+", re.MULTILINE)
+_WORDS = re.compile("distill|teacher", re.IGNORECASE)
+
+
+@functools.cache
+def trainers_of_trl() -> tuple[tuple[str, str], ...]:
+    """Name and module of each trainer of the installed TRL that distils.
+
+    They are found in TRL's sources, by what these say of teachers, without importing them. A class
+    that has an `__init__` alone is its base under another name, and is left out.
+    """
+    root = Path(trl.__file__).parent
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root.parent).with_suffix("").parts
+        for found_class in _CLASS.finditer(path.read_text(encoding="utf-8")):
+            if _METHOD.search(found_class[0]) and _WORDS.search(found_class[0]):
+                found.append((found_class[1], ".".join(parts).removesuffix(".__init__")))
+    return tuple(found)
