@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import tiny_qwen3
@@ -14,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from opsd_train import from_gguf
 from opsd_train.config import make_config
 from opsd_train.models import load_config, load_model, load_tokenizer
+
+gguf = pytest.importorskip("gguf")
 
 CONFIG = make_config({"model": "small", "data": "sums", "dtype": "float32"})
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
