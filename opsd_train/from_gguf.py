@@ -8,11 +8,13 @@ to them has lost stays lost.
 import argparse
 import os
 import shutil
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from opsd_train.command_line import quiet_libraries
 from opsd_train.run import fail, say
@@ -38,7 +40,8 @@ def convert(file: Path, output: Path) -> None:
 
     Raises:
         OSError: there is no such file, or the folder is there already.
-        ValueError: gguf is not installed, or the file holds no model that transformers knows.
+        ValueError: gguf is not installed, the file holds no model that transformers knows, or says
+            something of the model that transformers would not read.
     """
     if output.exists():
         raise FileExistsError(f"{output} is there already; name a new folder")
@@ -49,10 +52,14 @@ def convert(file: Path, output: Path) -> None:
     say(f"Reading {file} ...")
     folder, name = file.parent, file.name
     try:
-        read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, dtype=torch.float32, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except Exception as error:  # of a file in which anything may stand
         raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    read, found = loaded
+    check_whole(file, read, found)
     # transformers takes what it read for quantized still, and would not save it.
     config = read.config
     vars(config).pop("quantization_config", None)
@@ -68,6 +75,24 @@ def convert(file: Path, output: Path) -> None:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     say(f"Wrote {output}: {type(model).__name__}, {model.num_parameters():,} parameters in fp32")
+
+
+def check_whole(file: Path, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Raises:
+    ValueError: the file lacks weights, which would be random; or it scales rotary positions, and
+        the model that was read does not.
+    """
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{file} lacks {len(missing)} weights of the model, as {missing[0]}")
+    reader = import_module("gguf").GGUFReader(file)
+    names = [*reader.fields, *(tensor.name for tensor in reader.tensors)]
+    scaling = [name for name in names if ".rope.scaling." in name or "rope_freqs" in name]
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if scaling and rope.get("rope_type", "default") == "default":
+        raise ValueError(
+            f"{file} scales rotary positions ({scaling[0]}), which transformers does not read from "
+            "GGUF: the model would be another. Take its folder from the hub"
+        )
 
 
 if __name__ == "__main__":

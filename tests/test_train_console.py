@@ -1,9 +1,13 @@
 """What a run shows in a terminal of 80 columns, and in a file."""
 
+from types import SimpleNamespace
+
 import pytest
 from rich.console import Console
 
+from opsd_train.grading import Completion
 from opsd_train.run import console
+from opsd_train.run.held_out import say_example
 
 
 @pytest.fixture
@@ -47,3 +51,16 @@ def test_lines_in_a_file(monkeypatch, capsys):
     with console.progress_bar("hashing", 3) as bar:  # quick, and without figures
         bar.advance_to(3)
     assert capsys.readouterr().out == ""
+
+
+def test_an_example_is_shown_from_its_end(capsys):
+    """A chat template puts much before a problem."""
+    prompt = "You are a helpful assistant. " * 20 + "What is 5 plus 9?"
+    steps = {0: Completion(prompt, "15.", False), 40: Completion(prompt, "14.", True)}
+    run = SimpleNamespace(completions=lambda name, step: [steps[step]])
+    say_example(run, 0, 40)
+    shown, before, after = capsys.readouterr().out.splitlines()[1:]
+    assert shown.startswith("... ")
+    assert shown.endswith("assistant. What is 5 plus 9?")
+    assert len(shown) == 164
+    assert (before, after) == ("  before  15.  WRONG", "  after   14.  right")

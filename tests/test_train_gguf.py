@@ -47,7 +47,7 @@ def as_llama_cpp_turns(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, 2, -1, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
+def write_gguf(path: Path, model: LlamaForCausalLM, change: str = "") -> None:
     """The model, its layers' matrices rounded to 4 bits, there and in the file."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("small")
@@ -69,6 +69,8 @@ def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
     writer.add_chat_template(tiny_qwen3.CHAT_TEMPLATE)
+    if change == "scaled":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     layer = model.model.layers[0]
     tensors = {
         "token_embd": model.model.embed_tokens.weight,
@@ -83,6 +85,10 @@ def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
         "blk.0.ffn_up": layer.mlp.up_proj.weight,
         "blk.0.ffn_down": layer.mlp.down_proj.weight,
     }
+    if change == "frequencies":  # as of Llama 3
+        tensors["rope_freqs"] = torch.ones(16)
+    elif change == "lacking":
+        del tensors["blk.0.ffn_up"]
     packed = gguf.GGMLQuantizationType.Q4_1
     heads = {"blk.0.attn_q": HEADS, "blk.0.attn_k": KV_HEADS}
     for name, w in tensors.items():
@@ -154,3 +160,18 @@ def test_what_cannot_be_unpacked(packed, unpacked, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pip install 'opsd-kernels\\[gguf\\]'"):
         from_gguf.convert(path, tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("scaled", r"scales rotary positions \(llama\.rope\.scaling\.type\)"),
+        ("frequencies", r"scales rotary positions \(rope_freqs\.weight\)"),
+        ("lacking", r"lacks 1 weights of the model, as model\.layers\.0\.mlp\.up_proj\.weight"),
+    ],
+)
+def test_another_model_is_not_made_of_it(change, message, tmp_path):
+    write_gguf(tmp_path / "odd.gguf", small_llama(), change)
+    with pytest.raises(ValueError, match=message):
+        from_gguf.convert(tmp_path / "odd.gguf", tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -18,7 +18,7 @@ Evaluate = Callable[[int, bool], dict[str, Any]]
 """Called with the number of steps taken, 0 before the first, and whether it was the last; returns
 metrics."""
 
-EXAMPLE_CHARACTERS = 160  # of a completion that is shown at the end
+EXAMPLE_CHARACTERS = 160  # of a prompt or completion that is shown at the end
 
 
 def measure_held_out(
@@ -90,7 +90,12 @@ def say_example(run: RunFolder, first: int, last: int) -> None:
     before, after = (run.completions("held-out", step) for step in (first, last))
     for old, new in zip(before, after, strict=False):
         if not old.correct and new.correct:
-            say(f"\n{old.prompt[-EXAMPLE_CHARACTERS:]}")
-            say(f"  before  {old.completion[-EXAMPLE_CHARACTERS:]}  WRONG")
-            say(f"  after   {new.completion[-EXAMPLE_CHARACTERS:]}  right")
+            say(f"\n{end_of(old.prompt)}")
+            say(f"  before  {end_of(old.completion)}  WRONG")
+            say(f"  after   {end_of(new.completion)}  right")
             return
+
+
+def end_of(text: str) -> str:
+    """What is shown of a text: all, or the end behind dots."""
+    return text if len(text) <= EXAMPLE_CHARACTERS else f"... {text[-EXAMPLE_CHARACTERS:]}"
