@@ -17,6 +17,7 @@ from transformers import GenerationConfig, WatermarkingConfig
 from opsd_kernels import LMHead
 from opsd_train.models import add_adapter, base_model, load_model, load_tokenizer
 from opsd_train.opsd import opsd_loss
+from opsd_train.opsd.objective import score_sequences
 from opsd_train.records import Scores
 from opsd_train.sampling import GenerateSampler, Sampling
 
@@ -233,6 +234,25 @@ def test_a_pad_id_outside_the_embedding(folder, odd, model, tokenizer):
     rewrite(odd / "config.json", pad_token_id=4096)
     assert load_tokenizer(str(odd)).pad_token_id > 104
     assert rollouts(folder, odd) == sampled(model, tokenizer)
+
+
+def test_a_pad_token_that_ends_a_text(folder, odd, model, tokenizer):
+    """As SmolLM2's does. Padding does not end a rollout, and the end of one is no padding."""
+    end = tokenizer.eos_token_id
+    rewrite(odd / "tokenizer_config.json", pad_token=tokenizer.eos_token)
+    rewrite(odd / "config.json", pad_token_id=end)
+    assert load_tokenizer(str(odd)).pad_token_id == end
+    assert rollouts(folder, odd) == sampled(model, tokenizer)
+    prompts = [[7, end, 9], [40, 41, end, 43, 44]]  # a chat's
+    completions = [[9, end], [8, 10, 11, 12, end]]
+    h = [
+        score_sequences(
+            setup.backbone, setup.teacher, prompts, prompts, completions, pad_id, packed=False
+        ).h_student
+        for setup, pad_id in ((prepared(folder), 0), (prepared(folder, model=str(odd)), end))
+    ]
+    assert len(h[0]) == 7
+    assert torch.equal(*h)
 
 
 def test_neither_pad_nor_end_token(folder, odd, model, tokenizer):
