@@ -1,4 +1,5 @@
-"""What a model answers with an adapter, or without: a line of rows.jsonl for each kind of question.
+"""What a model answers with an adapter, or without: a line of ROWS.jsonl for each kind of question,
+and one for each time that a run measured its held-out problems.
 
     python benchmarks/real_model/measure.py MODEL ROWS.jsonl [RUN ...]
 
@@ -11,6 +12,7 @@ import platform
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -18,7 +20,7 @@ from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.lib.sources import commit
-from benchmarks.real_model.questions import PRESET, Questions, all_questions
+from benchmarks.real_model.questions import GREEDY, PRESET, Questions, all_questions
 from opsd_train.command_line import parse
 from opsd_train.data import Context
 from opsd_train.grading import Attempt, evaluate
@@ -45,16 +47,17 @@ def main() -> None:
             for side, of, context in asked:
                 for temperature in of.temperatures:
                     start = time.time()
-                    attempts = ask(student.eval(), of, context, temperature)
+                    samples = 1 if temperature == GREEDY else of.samples
+                    attempts = ask(student.eval(), of, context, temperature, samples)
                     row = {
                         **{"run": run.name, "side": side, "questions": of.name},
-                        **{"temperature": temperature, "problems": len(attempts)},
+                        **{"temperature": temperature, "asked": len(attempts)},
                         "correct": sum(a.correct for a in attempts),
                         "finished": sum(a.finished for a in attempts),
                         "tokens": sum(a.tokens for a in attempts),
                         "seconds": round(time.time() - start, 1),
                         "right": "".join("01"[a.correct] for a in attempts),
-                        "answers": [a.completion for a in attempts[:SHOWN]],
+                        "examples": [a.completion for a in attempts[:SHOWN]],
                         **{"commit": commit(), "torch": torch.__version__},
                         **{"transformers": transformers.__version__},
                         "python": platform.python_version(),
@@ -62,14 +65,35 @@ def main() -> None:
                     print(row, flush=True)
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     file.flush()
+            for row in held_out(run) if runs else []:
+                file.write(json.dumps(row) + "\n")
+
+
+def held_out(run: Path) -> list[dict[str, Any]]:
+    """Of metrics.jsonl of a run folder: the held-out problems before, during and after training;
+    and before it with the teacher's prompt, where that was measured."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows: list[dict[str, Any]] = []
+    for m in map(json.loads, lines):
+        if "accuracy" not in m:
+            continue
+        row = {"run": run.name, "questions": "held-out", "step": m["step"]}
+        row["asked"] = m["problems"]
+        rows.append({**row, "side": "student", "correct": m["correct"]})
+        if "teacher_accuracy" in m:
+            right = round(m["teacher_accuracy"] * m["problems"])
+            rows.append({**row, "side": "teacher", "correct": right})
+    return rows
 
 
 def ask(
-    student: Student, questions: Questions, context: Context, temperature: float
+    student: Student, questions: Questions, context: Context, temperature: float, samples: int
 ) -> list[Attempt]:
+    """All problems once, and then again."""
     sampling = Sampling(temperature, questions.max_new_tokens)
     sampler = GenerateSampler(student, context.tokenizer, sampling)
-    return evaluate(sampler, context, questions.problems, questions.grader, seed=0, batch_size=48)
+    problems = questions.problems * samples
+    return evaluate(sampler, context, problems, questions.grader, seed=0, batch_size=48)
 
 
 if __name__ == "__main__":

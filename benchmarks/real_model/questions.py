@@ -11,6 +11,7 @@ from opsd_train.grading import Grader, MathGrader, Verdict
 from opsd_train.records import Problem
 from opsd_train.sums import sums
 
+GREEDY = 0.01  # the temperature that stands for it
 PRESET = "smollm2-135m-sums"
 
 CAPITALS = {
@@ -40,7 +41,8 @@ class Questions:
     context: Context
     problems: list[Problem]
     grader: Grader
-    temperatures: tuple[float, ...] = (0.01,)  # that one is greedy
+    temperatures: tuple[float, ...] = (GREEDY,)
+    samples: int = 1  # of each problem, where it is not greedy
     max_new_tokens: int = 24
 
 
@@ -60,7 +62,7 @@ def all_questions(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Qu
     opposites = [Problem(f"What is the opposite of {k}?", "", v) for k, v in OPPOSITES.items()]
     products = [Problem(f"What is {a} times {b}?", "", str(a * b)) for a, b in PRODUCTS]
     return [
-        Questions("sums", student, tests, MathGrader(), (0.01, config.temperature)),
+        Questions("sums", student, tests, MathGrader(), (GREEDY, config.temperature), 2),
         Questions("products", with_example, products, last_number),
         Questions("capitals", alone, capitals, contains),
         Questions("opposites", alone, opposites, contains),

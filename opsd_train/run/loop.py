@@ -132,6 +132,7 @@ def train(config: Config, setup: Setup, run: RunFolder, evaluate: Evaluate) -> N
         run.doing = bar.doing
         if step == 0 and (measured := evaluate(0, False)):
             run.write_metrics(step=0, **measured)
+            bar.start = time.monotonic()  # no step will take what this took
         while step < config.steps and not has_stalled(run.metrics, config.patience):
             observe = record_tokens(config, setup, run, step + 1)
             rollout, metrics = take_step(config, setup, optimizer, step + 1, run.phase, observe)
