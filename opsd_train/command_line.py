@@ -16,6 +16,7 @@ import transformers
 import yaml
 
 from opsd_train.config import (
+    REMOVED,
     SECTIONS,
     Config,
     UniqueKeyLoader,
@@ -79,7 +80,7 @@ def said_where(
     error: str, file: str | None, values: dict[str, Any], overrides: dict[str, Any]
 ) -> str:
     """A message about options, after where they were given: --option, or the file."""
-    names = {f.name for f in options()}
+    names = {f.name for f in options()} | REMOVED.keys()
     words = re.split(r"(\w+)", error)
     # A name of one word is an option's only where the message begins with it.
     named = [w for i, w in enumerate(words) if w in names and ("_" in w or i == 1)]
@@ -138,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     for f in options():
         section = f.metadata["section"] or section
         groups[section].add_argument(_flag(f.name), default=argparse.SUPPRESS, **_presentation(f))
+    for name in REMOVED:  # which make_config refuses, and says why
+        parser.add_argument(_flag(name), default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 

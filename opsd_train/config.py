@@ -13,6 +13,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +43,34 @@ SECTIONS = ("model", "teacher", "data", "sampling", "objective", "optimization",
 def option(default: Any = dataclasses.MISSING, *, section: str = "", help: str) -> Any:
     """A field of `Config`. The section that it names is that of the fields after it as well."""
     return field(default=default, metadata={"section": section, "help": help})
+
+
+BOUNDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (
+        (
+            *("lora_rank", "lora_alpha", "mlp_tokens", "max_problems", "held_out"),
+            *("max_prompt_tokens", "max_new_tokens", "rollout_batch_size", "steps", "batch_size"),
+            *("micro_batch_size", "micro_batch_tokens", "save_every", "keep_last", "eval_every"),
+        ),
+        lambda x: x >= 1,
+        "be at least 1",
+    ),
+    (("learning_rate", "max_grad_norm"), lambda x: 0 < x < math.inf, "be positive and finite"),
+    (("ema_decay", "warmup"), lambda x: 0 <= x < 1, "lie in [0, 1)"),
+    (("top_p",), lambda x: 0 < x <= 1, "lie in (0, 1]"),
+    (("top_k", "record_rollouts", "workspace_mib"), lambda x: x >= 0, "not be negative"),
+    (("ahead",), lambda x: x in (0, 1), "be 0 or 1"),
+    (("seed",), lambda x: 0 <= x < 2**32, "lie in [0, 2**32)"),
+)
+"""What numbers must be, where they are not none."""
+
+REMOVED: dict[str, tuple[Any, str]] = {
+    "engine_timeout": (3600.0, "a server has four hours for a rollout"),
+    "patience": (None, "a run takes all its steps, or ends with Ctrl-C"),
+    "record_every": (10, "every tenth step is recorded; --record-rollouts 0 records none"),
+}
+"""Options of earlier versions: their default, which a config file may still name, and what is done
+now."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +162,6 @@ class Config:
     engine_folder: Path | None = option(
         None, help="a folder that every server can read, for adapters (none: the temporary folder)"
     )
-    engine_timeout: float = option(
-        3600.0, help="seconds within which a server has to complete a rollout"
-    )
     ahead: int = option(
         0, help="1: vLLM samples the next batch while this one is trained on, one step off-policy"
     )
@@ -183,10 +209,6 @@ class Config:
     warmup: float = option(0.1, help="share of the steps over which the learning rate rises")
     max_grad_norm: float = option(1.0, help="gradients are scaled down to this norm")
     shard: bool = option(False, help="spread the weights over the processes (FSDP2)")
-    patience: int | None = option(
-        None,
-        help="stop early if the mean loss of this many steps is not below that of as many before",
-    )
     seed: int = option(0, help="of the adapter, the order of problems and all sampling")
 
     output_dir: Path | None = option(
@@ -202,10 +224,9 @@ class Config:
     dry_run: bool = option(
         False, help="show prompts, lengths and memory, do one step, write nothing"
     )
-    record_every: int = option(
-        10, help="steps between two whose rollouts are recorded token by token, for the report"
+    record_rollouts: int = option(
+        2, help="rollouts of some steps that are recorded token by token, for the report"
     )
-    record_rollouts: int = option(2, help="rollouts to record of such a step; 0 for none")
     eval_every: int = option(
         10, help="steps between evaluations, where there are held-out problems"
     )
@@ -215,58 +236,19 @@ class Config:
     model, or be left without effect."""
 
     def __post_init__(self) -> None:
-        for name in (
-            *("lora_rank", "lora_alpha", "max_problems", "max_prompt_tokens", "max_new_tokens"),
-            "held_out",
-            *("rollout_batch_size", "steps", "batch_size", "micro_batch_size", "patience"),
-            *("micro_batch_tokens", "mlp_tokens"),
-            *("save_every", "keep_last", "record_every", "eval_every"),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("learning_rate", "max_grad_norm", "engine_timeout"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        for name in ("ema_decay", "warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must lie in [0, 2**32), got {self.seed}")
-        check_engine(self)
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        for name in ("top_k", "record_rollouts", "workspace_mib"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.offload_checkpoints and not self.activation_checkpointing:
-            raise ValueError(
-                "offload_checkpoints needs activation_checkpointing: it moves its checkpoints"
-            )
-        if self.shard and self.quantize != "none":
-            raise ValueError(f"quantize must be none with shard, got {self.quantize}")
+        for names, fits, wanted in BOUNDS:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not fits(value):
+                    raise ValueError(f"{name} must {wanted}, got {value}")
         check_temperature(self.temperature)
         for name in ("forward_weight", "reverse_weight"):
             if (weight := getattr(self, name)) is not None:
                 check_weight(name, weight)
         _ = self.divergence  # which is checked where it is made
         check_clip("advantage_clip", self.advantage_clip)
-        if self.teacher_model is not None and self.teacher != "initial":
-            raise ValueError(
-                f"teacher must be initial beside a teacher_model, which has no adapter; "
-                f"got {self.teacher}"
-            )
-        if self.overwrite and self.resume:
-            raise ValueError("overwrite and resume contradict each other; give one of them")
-        if self.resume and self.output_dir is None:
-            raise ValueError(
-                "resume has an effect only with output_dir: by default a run has a new folder"
-            )
-        if not self.lora_targets:
-            raise ValueError("lora_targets must name at least one layer")
-        check_full(self)
-        check_templates(self)
-        check_effect(self)
+        if wrong := [*contradictions(self), *wrong_templates(self), *given_without_effect(self)]:
+            raise ValueError("\n".join(wrong))
 
     @property
     def divergence(self) -> Divergence:
@@ -306,28 +288,19 @@ def without_effect(config: Config) -> dict[str, str]:
     if config.micro_batch_tokens is not None:
         idle["micro_batch_size"] = "micro_batch_tokens none; give one of the two"
     if config.engine != "vllm":
-        of_servers = ("engine_folder", "engine_timeout")
-        idle |= dict.fromkeys(of_servers, f"engine vllm; it is {config.engine}")
+        idle["engine_folder"] = f"engine vllm; it is {config.engine}"
     if config.held_out is None:
         idle["eval_every"] = "held_out problems to evaluate"
-    if config.patience is not None and 2 * config.patience >= config.steps:
-        idle["patience"] = f"more than {2 * config.patience} steps; they are {config.steps}"
-    if not config.record_rollouts:
-        idle["record_every"] = "record_rollouts; it is 0"
     return idle
 
 
-def check_effect(config: Config) -> None:
-    """Raises:
-    ValueError: the user gave options that have no effect beside others; a line for each.
-    """
-    idle = [
+def given_without_effect(config: Config) -> list[str]:
+    """What is wrong with options that the user gave, and that have no effect beside the others."""
+    return [
         f"{name} has an effect only with {needs}"
         for name, needs in without_effect(config).items()
         if name in config.given and getattr(config, name) is not None
     ]
-    if idle:
-        raise ValueError("\n".join(idle))
 
 
 PLACEHOLDER = re.compile(r"(?<![\\\w}^_])\{(\w+)\}")  # not what LaTeX has in braces: \boxed{x}
@@ -340,36 +313,44 @@ def template_text(template: Template) -> str:
     return "\n".join(message["content"] for message in template)
 
 
-def check_templates(config: Config) -> None:
-    """Raises:
-    ValueError: a template without what it is to show, or with a name that stands for nothing.
-    """
+def wrong_templates(config: Config) -> Iterator[str]:
+    """What is wrong with a template that lacks what it is to show, or names what is nothing."""
     for name in ("student_template", "teacher_template"):
-        template = template_text(getattr(config, name))
-        for word in PLACEHOLDER.findall(template):
+        text = template_text(getattr(config, name))
+        for word in PLACEHOLDER.findall(text):
             if word not in ("problem", "solution"):
-                hint = did_you_mean(word, ["problem", "solution"])
-                raise ValueError(
+                yield (
                     f"{name} has {{{word}}}, which stands for nothing; {{problem}} and {{solution}}"
-                    f" do{hint}"
+                    f" do{did_you_mean(word, ['problem', 'solution'])}"
                 )
-        if "{problem}" not in template:
-            raise ValueError(f"{name} must contain {{problem}}, got {template!r}")
+        if "{problem}" not in text:
+            yield f"{name} must contain {{problem}}, got {text!r}"
     if "{solution}" in template_text(config.student_template):
-        raise ValueError("student_template contains {solution}, which only the teacher may see")
+        yield "student_template contains {solution}, which only the teacher may see"
     if "{solution}" not in template_text(config.teacher_template) and config.teacher_model is None:
-        raise ValueError(
+        yield (
             "teacher_template must contain {solution}, without which the teacher knows no more than"
             " the student; only a teacher_model may do without"
         )
 
 
-def check_full(config: Config) -> None:
-    """Raises:
-    ValueError: all weights are to be trained, and another option does not allow it.
-    """
-    if config.train != "full":
-        return
+def contradictions(config: Config) -> Iterator[str]:
+    """What is wrong with options that do not go together."""
+    if config.offload_checkpoints and not config.activation_checkpointing:
+        yield "offload_checkpoints needs activation_checkpointing: it moves its checkpoints"
+    if config.shard and config.quantize != "none":
+        yield f"quantize must be none with shard, got {config.quantize}"
+    if config.teacher_model is not None and config.teacher != "initial":
+        yield (
+            "teacher must be initial beside a teacher_model, which has no adapter; got "
+            f"{config.teacher}"
+        )
+    if config.overwrite and config.resume:
+        yield "overwrite and resume contradict each other; give one of them"
+    if config.resume and config.output_dir is None:
+        yield "resume has an effect only with output_dir: by default a run has a new folder"
+    if not config.lora_targets:
+        yield "lora_targets must name at least one layer"
     for name, wanted, why in (
         ("dtype", "float32", "16 bits round small updates away"),
         ("engine", "generate", "vLLM takes adapters alone"),
@@ -377,38 +358,32 @@ def check_full(config: Config) -> None:
         ("shard", False, "a sharded model trains an adapter alone"),
         ("adapter", None, "it is no part of the model"),
     ):
-        if (value := getattr(config, name)) != wanted:
-            raise ValueError(f"{name} must be {wanted} with train full, got {value}: {why}")
+        if config.train == "full" and (value := getattr(config, name)) != wanted:
+            yield f"{name} must be {wanted} with train full, got {value}: {why}"
 
-
-def check_engine(config: Config) -> None:
-    """Raises:
-    ValueError: options of vLLM without it, or it without them.
-    """
     is_vllm, urls = config.engine == "vllm", config.engine_urls or ()
-    if is_vllm != bool(urls):
-        needs = "needs engine_urls" if is_vllm else "takes no engine_urls; add --engine vllm"
-        raise ValueError(f"engine {config.engine} {needs}")
+    if is_vllm and not urls:
+        yield "engine vllm needs engine_urls"
+    if urls and not is_vllm:
+        yield f"engine {config.engine} takes no engine_urls; add --engine vllm"
     for url in urls:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"engine_urls must be like http://localhost:8000, got {url}")
+            yield f"engine_urls must be like http://localhost:8000, got {url}"
     if len(set(urls)) < len(urls):
-        raise ValueError(f"engine_urls must differ, got {', '.join(urls)}")
+        yield f"engine_urls must differ, got {', '.join(urls)}"
     if is_vllm and config.temperature < 0.01:
-        raise ValueError(
-            f"temperature must be at least 0.01 for vLLM, which raises a lower one to 0.01; got "
+        yield (
+            "temperature must be at least 0.01 for vLLM, which raises a lower one to 0.01; got "
             f"{config.temperature}"
         )
     if is_vllm and config.quantize != "none":
-        raise ValueError(
-            f"quantize must be none with engine vllm, whose servers have weights of 16 bits; got "
+        yield (
+            "quantize must be none with engine vllm, whose servers have weights of 16 bits; got "
             f"{config.quantize}"
         )
-    if config.ahead not in (0, 1):
-        raise ValueError(f"ahead must be 0 or 1, got {config.ahead}")
     if config.ahead and not is_vllm:
-        raise ValueError(f"ahead needs an engine outside the run, vllm; got {config.engine}")
+        yield f"ahead needs an engine outside the run, vllm; got {config.engine}"
 
 
 def make_config(values: dict[str, Any], preset: dict[str, Any] | None = None) -> Config:
@@ -424,6 +399,10 @@ def make_config(values: dict[str, Any], preset: dict[str, Any] | None = None) ->
     """
     fields = {f.name: f for f in options()}
     every = {**(preset or {}), **values}
+    for name, (default, now) in REMOVED.items():
+        if str(values.get(name, default)).lower() != str(default).lower():
+            raise ValueError(f"{name} is no option any more: {now}; leave it out")
+        every.pop(name, None)
     for name in every:
         if name not in fields:
             raise ValueError(f"unknown key {name}{did_you_mean(str(name), fields)}")

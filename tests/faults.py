@@ -353,12 +353,6 @@ FAULTS = [
         'if not line.endswith("\\n") or (row := json.loads(line))["step"] >= up_to:',
         "train_run train_failures",
     ),
-    Fault(
-        "opsd_train/run/loop.py",
-        "return fmean(losses[-patience:]) >= fmean(losses[-2 * patience : -patience])",
-        "return fmean(losses[-patience:]) >= fmean(losses[:-patience])",
-        "train_run",
-    ),
     # Evaluation and report.
     Fault(
         "opsd_train/grading/scores.py",

@@ -226,7 +226,7 @@ def test_a_run_of_an_earlier_version_goes_on(folder, undisturbed, tmp_path):
     config = [
         line
         for line in (output / "config.yaml").read_text().splitlines()
-        if not line.startswith(("held_out:", "record_every:"))
+        if not line.startswith(("held_out:", "record_rollouts:"))
     ]
     (output / "config.yaml").write_text("\n".join(config) + "\n")
     run(tmp_path / "log", *shrunk(folder, output, "--resume"))

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from statistics import fmean
@@ -23,6 +24,7 @@ from opsd_train.opsd import score
 from opsd_train.report import write_report
 from opsd_train.report.__main__ import main
 from opsd_train.report.page import as_data
+from opsd_train.run import recording
 from opsd_train.run.recording import observe_tokens
 from opsd_train.sampling import roll_out
 
@@ -36,8 +38,9 @@ def tokens_of(output: Path) -> list[dict]:
 def test_recorded_tokens_are_those_of_the_metrics(folder, tmp_path):
     """The means over a whole batch's rollouts are what metrics.jsonl says of the step."""
     output = tmp_path / "run"
-    options = ["--beta", 0, "--entry-clip", 1e-3, "--record-every", 4, "--record-rollouts", 9]
-    run(tmp_path / "log", *shrunk(folder, output, *options))
+    options = ["--beta", 0, "--entry-clip", 1e-3, "--record-rollouts", 9]
+    every_4 = partial(setattr, recording, "EVERY", 4)
+    run(tmp_path / "log", *shrunk(folder, output, *options), before=every_4)
     rows = tokens_of(output)
     assert [row["step"] for row in rows] == [1] * 4 + [4] * 4 + [6] * 4
     completions = [json.loads(x) for x in (output / "completions.jsonl").read_text().splitlines()]

@@ -133,6 +133,7 @@ def test_a_file_names_model_and_data(tmp_path, capsys):
         (["--entry-clip", "0"], "entry_clip must be positive"),
         (["--unknown"], "unrecognized arguments: --unknown"),
         (["--max-tokens", "9"], "--max-tokens; did you mean --max-new-tokens?"),
+        (["--patience", "3"], "--patience: patience is no option any more: a run takes all its s"),
         (["--steps", "many"], "steps must be a whole number, got 'many'"),
     ],
 )

@@ -41,7 +41,7 @@ from opsd_train.run.checkpoint import (
     last_checkpoint,
     save_checkpoint,
 )
-from opsd_train.run.loop import has_stalled, warn_of_truncation
+from opsd_train.run.loop import warn_of_truncation
 
 
 def test_a_preset_shrunk_by_options_alone(folder, undisturbed):
@@ -410,14 +410,3 @@ def test_truncation_is_told_once(folder, capsys):
         warn_of_truncation(tiny_qwen3.config(folder), rows)
         said.append("No rollout of the last 5 steps ended within" in capsys.readouterr().out)
     assert said == [False, True, False, True, True]
-
-
-def test_early_stop():
-    def rows(*losses):
-        return [{"step": 0}, *({"loss": x, "skipped": x is None} for x in losses)]
-
-    assert not has_stalled(rows(3, 2, 1, 1), None)
-    assert not has_stalled(rows(3, 3, 3), 2)
-    assert has_stalled(rows(3, 3, 3, 3), 2)
-    assert has_stalled(rows(9, 1, 2, None, 1, 2), 2)
-    assert not has_stalled(rows(1, 2, 2, 0.5), 2)

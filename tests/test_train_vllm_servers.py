@@ -119,7 +119,7 @@ def test_the_other_servers_of_these_tests_answer_alike(world, tmp_path):
                 "return_token_ids": True,
                 "logprobs": 0,
             }
-            return server.complete(request | changes, 60)
+            return server.complete(request | changes)
 
         calls = [
             lambda server: server.load_adapter("fine", tmp_path / "fine"),

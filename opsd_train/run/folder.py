@@ -59,9 +59,9 @@ ADAPTER, MODEL = "adapter", "model"
 MAY_DIFFER_WHEN_RESUMED = [
     *("output_dir", "resume", "overwrite", "dry_run", "tracker", "save_every", "keep_last"),
     *("attention", "liger", "activation_checkpointing", "workspace_mib"),
-    *("offload_checkpoints", "mlp_tokens", "engine_urls", "engine_folder", "engine_timeout"),
+    *("offload_checkpoints", "mlp_tokens", "engine_urls", "engine_folder"),
     *("micro_batch_size", "micro_batch_tokens", "rollout_batch_size", "shard"),
-    *("record_every", "record_rollouts"),
+    "record_rollouts",
 ]
 
 

@@ -6,7 +6,6 @@ import sys
 import time
 from itertools import takewhile
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import accelerate
@@ -133,13 +132,13 @@ def train(config: Config, setup: Setup, run: RunFolder, evaluate: Evaluate) -> N
         if step == 0 and (measured := evaluate(0, False)):
             run.write_metrics(step=0, **measured)
             bar.start = time.monotonic()  # no step will take what this took
-        while step < config.steps and not has_stalled(run.metrics, config.patience):
+        while step < config.steps:
             observe = record_tokens(config, setup, run, step + 1)
             rollout, metrics = take_step(config, setup, optimizer, step + 1, run.phase, observe)
             step += 1
 
             stopping = asked_to_stop(stop, setup)
-            is_last = step == config.steps or has_stalled([*run.metrics, metrics], config.patience)
+            is_last = step == config.steps
             metrics |= evaluate(step, is_last)
             completions = read_completions(setup.tokenizer, rollout)
             run.write_completions("rollout", step, gather_object(completions))
@@ -263,14 +262,6 @@ def steps_of(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def skipped_in_a_row(metrics: list[dict[str, Any]]) -> int:
     """Steps without a finite loss or gradient, up to the last one."""
     return len(list(takewhile(lambda m: m["skipped"], reversed(steps_of(metrics)))))
-
-
-def has_stalled(metrics: list[dict[str, Any]], patience: int | None) -> bool:
-    """Whether the mean loss of the last `patience` steps is no less than of those before them."""
-    losses = [m["loss"] for m in steps_of(metrics) if not m["skipped"]]
-    if patience is None or len(losses) < 2 * patience:
-        return False
-    return fmean(losses[-patience:]) >= fmean(losses[-2 * patience : -patience])
 
 
 def asked_to_stop(stop: StopRequest, setup: Setup) -> int:

@@ -14,6 +14,7 @@ from opsd_train.opsd import Observe, Setup
 from opsd_train.records import Rollout, Scores
 from opsd_train.run.folder import RunFolder
 
+EVERY = 10  # steps between two that are recorded
 MAX_TOKENS = 1024  # of a rollout
 CHOICES = 5  # of either side at a token
 ENTRIES_AT_ONCE = 2**22  # of the vocabulary times tokens, 16 MiB in fp32
@@ -38,7 +39,7 @@ class Observation:
 
 def record_tokens(config: Config, setup: Setup, run: RunFolder, step: int) -> Observe | None:
     """What writes down the first rollouts of a step, if the step is one of those recorded."""
-    is_recorded = step in (1, config.steps) or step % config.record_every == 0
+    is_recorded = step in (1, config.steps) or step % EVERY == 0
     if not (run.is_main and is_recorded and config.record_rollouts):
         return None
     left = config.record_rollouts

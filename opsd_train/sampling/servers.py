@@ -21,6 +21,7 @@ from opsd_train.errors import RunFailed
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 30.0  # for all but completions, and adapters
 LOAD_SECONDS = 300.0  # a large adapter, from a file system over a network
+COMPLETION_SECONDS = 4 * 3600.0  # 40,000 tokens, of a server that has many others to make
 
 
 class Unavailable(Exception):
@@ -91,19 +92,19 @@ class VllmServer:
             body = {"lora_name": name}
             self._call("POST", "/v1/unload_lora_adapter", body, ANSWER_SECONDS)
 
-    def complete(self, body: dict[str, Any], seconds: float) -> Completion:
+    def complete(self, body: dict[str, Any]) -> Completion:
         """One completion, of a request for /v1/completions.
 
         Raises:
             Unavailable, Refused; UnknownModel: the server has no such adapter.
-            RunFailed: there is no answer within `seconds`, or it does not fit the request.
+            RunFailed: there is no answer in time, or it does not fit the request.
         """
         try:
-            answer = self._call("POST", "/v1/completions", body, seconds)
+            answer = self._call("POST", "/v1/completions", body, COMPLETION_SECONDS)
         except Late as error:
             raise RunFailed(
-                f"{self.url} has not completed a rollout within {seconds:g} s; look there, or "
-                "raise --engine-timeout, and go on with --resume"
+                f"{self.url} has not completed a rollout within {COMPLETION_SECONDS:g} s; look "
+                "there, and go on with --resume"
             ) from error
         try:
             choice = answer["choices"][0]
@@ -213,10 +214,8 @@ class Fleet:
     how often it is sent.
     """
 
-    def __init__(self, urls: Iterable[str], seconds: float):
-        """`seconds`: within which a completion has to come."""
+    def __init__(self, urls: Iterable[str]):
         self.servers = [VllmServer(url) for url in urls]
-        self.seconds = seconds
 
     def load(self, name: str, path: Path, *, every: bool = False) -> None:
         """Have an adapter read by all servers; of those that are gone now, requests for it will ask
@@ -356,13 +355,13 @@ class Batch:
 
     def _complete_on(self, server: VllmServer, request: dict[str, Any]) -> Completion:
         try:
-            return server.complete(request, self.fleet.seconds)
+            return server.complete(request)
         except UnknownModel:
             if self.path is None:
                 raise
         server.load_adapter(request["model"], self.path)
         try:
-            return server.complete(request, self.fleet.seconds)
+            return server.complete(request)
         except UnknownModel as error:  # started anew once more
             raise Unavailable(str(error)) from error
 

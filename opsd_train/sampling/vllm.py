@@ -164,7 +164,7 @@ class VllmSampler:
         self.backbone = backbone if config.shard else None
         self.at_once = config.rollout_batch_size
         self.ends = end_ids(base_model(model), tokenizer)
-        self.fleet = Fleet(config.engine_urls or (), config.engine_timeout)
+        self.fleet = Fleet(config.engine_urls or ())
         self.under_way: Batch | None = None
         longest = config.max_prompt_tokens + config.max_new_tokens
         self.base = self._in_main_process(lambda: served_model(self.fleet, longest))
@@ -248,7 +248,7 @@ class VllmSampler:
         with noise(self.model):
             request = self._request(self._publish(everywhere=True), prompt, 0, CHECK)
             answers = self._in_main_process(
-                lambda: self.fleet.on_each(lambda s: s.complete(request, self.fleet.seconds))
+                lambda: self.fleet.on_each(lambda s: s.complete(request))
             )
             for server, answer in zip(self.fleet.servers, answers, strict=True):
                 logits = self._logits(prompt + answer.ids)[len(prompt) - 1 : -1]
