@@ -7,13 +7,17 @@ import shutil
 import sys
 import textwrap
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import datasets
 import huggingface_hub.utils
+import torch
 import transformers
 import yaml
+from accelerate import Accelerator
 
 from opsd_train.config import (
     REMOVED,
@@ -25,14 +29,18 @@ from opsd_train.config import (
     make_config,
     options,
 )
-from opsd_train.errors import did_you_mean
+from opsd_train.errors import RunFailed, did_you_mean
 from opsd_train.presets import DEFAULT_PRESET, find_preset, preset_names, preset_summary
+from opsd_train.run import be_quiet, fail
 
 DESCRIPTION = (
     "On-policy self-distillation. Without a preset or a file it runs the demo, small-world: a tiny "
     "Qwen3 learns long multiplication from itself, on a CPU, in about two minutes. The defaults "
     "below are those of a file."
 )
+
+WRONG_LINE = 2
+"""The exit status of a command line that is wrong, as argparse has it."""
 
 
 def parse(arguments: list[str] | None = None) -> Config:
@@ -45,7 +53,7 @@ def parse(arguments: list[str] | None = None) -> Config:
     if unknown:
         named = unknown[0].partition("=")[0]
         hint = did_you_mean(named, [_flag(f.name) for f in options()])
-        give_up(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        fail(f"unrecognized arguments: {' '.join(unknown)}{hint}", WRONG_LINE)
     values: dict[str, Any] = {}
     try:
         name = DEFAULT_PRESET if given is None else given
@@ -55,13 +63,30 @@ def parse(arguments: list[str] | None = None) -> Config:
             return make_config(overrides, preset=values)
         return make_config({**values, **overrides})
     except (ValueError, OSError) as error:
-        give_up(said_where(str(error), given, values, overrides))
+        fail(said_where(str(error), given, values, overrides), WRONG_LINE)
 
 
-def give_up(message: str) -> NoReturn:
-    """End the program, with the status of a command line that is wrong."""
-    print(f"opsd_train: {message}", file=sys.stderr)
-    sys.exit(2)
+@contextmanager
+def command(out_of_memory: str) -> Iterator[Accelerator]:
+    """The processes that share a command's work. An error within that its user can do something
+    about ends the program with a message, in place of Python's trace."""
+    quiet_libraries()
+    # Micro-batches and dtypes are the config's, whatever a launcher would have them be.
+    accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1)
+    if not accelerator.is_main_process:
+        be_quiet()
+    try:
+        yield accelerator
+    except RunFailed as error:
+        fail(str(error), error.status)
+    except (OSError, ValueError) as error:
+        fail(str(error))
+    except torch.OutOfMemoryError as error:
+        fail(f"{out_of_memory}. ({error})")
+    except KeyboardInterrupt:
+        fail("interrupted; start again to go on, a run with --resume", status=130)
+    finally:
+        accelerator.end_training()
 
 
 def with_hyphens(arguments: list[str] | None) -> list[str]:

@@ -17,18 +17,17 @@ import torch
 from accelerate import Accelerator, PartialState
 from peft import PeftModelForCausalLM
 
-from opsd_train.command_line import quiet_libraries, read_yaml, with_hyphens
+from opsd_train.command_line import command, read_yaml, with_hyphens
 from opsd_train.config import Config, field_choices, make_config
 from opsd_train.data import Context
 from opsd_train.demo import find_demo
-from opsd_train.errors import RunFailed, did_you_mean, difference
+from opsd_train.errors import did_you_mean, difference
+from opsd_train.files import append_lines, read_json, read_lines, remove_cut_line, replace_file
 from opsd_train.grading import (
     Attempt,
     Attempts,
     Grader,
     MathGrader,
-    Sample,
-    SampleFile,
     attempt,
     benchmark_names,
     compare,
@@ -44,21 +43,19 @@ from opsd_train.models import (
 from opsd_train.presets import find_preset
 from opsd_train.records import Problem
 from opsd_train.report import write_report
-from opsd_train.run import (
-    be_quiet,
-    check_base,
-    check_distribution,
-    fail,
-    load,
-    progress_bar,
-    say,
-)
+from opsd_train.run import check_base, check_distribution, load, progress_bar, say
 from opsd_train.sampling import Sampling, draw_seed, make_sampler, sampling_of
 from opsd_train.sums import find_sums
 
 HELD_OUT = "held-out"
 # 38,912 tokens and top-p 0.95 are the paper's (Table 6), T = 1 of its authors' evaluation script.
 OF_BENCHMARKS = Sampling(temperature=1.0, max_new_tokens=38912, top_p=0.95)
+
+
+PLACE = ("set", "model", "problem", "number")
+Place = tuple[str, str, int, int]
+"""Of a sample in samples.jsonl: its set, "base" or "adapter", its problem's place in the set, and
+which of the problem's samples it is; both are counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -79,20 +76,8 @@ class ProblemSet:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(with_hyphens(arguments))
-    quiet_libraries()
-    accelerator = Accelerator(mixed_precision="no")
-    if not accelerator.is_main_process:
-        be_quiet()
-    try:
+    with command("out of memory: lower --batch-size, and start again to go on") as accelerator:
         evaluate_run(options, accelerator)
-    except RunFailed as error:
-        fail(str(error), error.status)
-    except (OSError, ValueError) as error:
-        fail(str(error))
-    except torch.OutOfMemoryError as error:
-        fail(f"out of memory: lower --batch-size, and start again to go on. ({error})")
-    finally:
-        accelerator.end_training()
 
 
 def evaluate_run(options: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -153,7 +138,7 @@ def evaluate_run(options: argparse.Namespace, accelerator: Accelerator) -> None:
     }
     if accelerator.is_main_process:
         agree_on_settings(output, settings)
-        SampleFile(output / "samples.jsonl").repair()
+        remove_cut_line(output / "samples.jsonl")
     accelerator.wait_for_everyone()
 
     results = {}
@@ -190,10 +175,9 @@ def sample_all(
 ) -> list[list[Attempt]]:
     """The samples of one model on one set, by problem: those on the disk, and the missing ones,
     which are sampled now."""
-    file = SampleFile(output / "samples.jsonl")
-    found = {s.place: s.attempt for s in file.read()}
+    found = read_samples(output / "samples.jsonl")
     # All problems once before any comes again: scores after an hour are then worth something.
-    places = [
+    places: list[Place] = [
         (of.name, name, problem, number)
         for number in range(options.samples)
         for problem in range(len(of.problems))
@@ -215,13 +199,33 @@ def sample_all(
             seeds = [draw_seed(options.seed, of.name, problem, n) for *_, problem, n in some]
             made = attempt(sampler, context, problems, grader, seeds)
             if state.is_main_process:
-                file.append(Sample(*place, a) for place, a in zip(some, made, strict=True))
+                rows = [
+                    dict(zip(PLACE, place, strict=True)) | asdict(a)
+                    for place, a in zip(some, made, strict=True)
+                ]
+                append_lines(output / "samples.jsonl", rows)
             found |= dict(zip(some, made, strict=True))
             bar.advance_to(len(places) - len(missing) + i + len(some))
     return [
         [found[of.name, name, problem, number] for number in range(options.samples)]
         for problem in range(len(of.problems))
     ]
+
+
+def read_samples(path: Path) -> dict[Place, Attempt]:
+    """Raises:
+    ValueError: a line is no sample.
+    """
+    found: dict[Place, Attempt] = {}
+    for number, row in enumerate(read_lines(path), start=1):
+        try:
+            of, model, problem, n = (row.pop(name) for name in PLACE)
+            found[of, model, problem, n] = Attempt(**row)
+        except (TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path}, line {number}: not a sample ({error!r}); remove the line"
+            ) from None
+    return found
 
 
 def find_config(options: argparse.Namespace) -> tuple[Path | None, Config]:
@@ -260,12 +264,8 @@ def load_set(name: str, options: argparse.Namespace) -> list[Problem]:
             "owner/name"
         )
     columns = ("problem_column", "answer_column", "split")
-    return load_benchmark(
-        name,
-        skip_bad_rows=options.skip_bad_rows,
-        report=say,
-        **{c: v for c in columns if (v := getattr(options, c)) is not None},
-    )
+    given = {c: v for c in columns if (v := getattr(options, c)) is not None}
+    return load_benchmark(name, say, skip_bad_rows=options.skip_bad_rows, **given)
 
 
 def overridden(sampling: Sampling, options: argparse.Namespace) -> Sampling:
@@ -309,7 +309,7 @@ def agree_on_settings(output: Path, settings: dict[str, Any]) -> None:
         ValueError: samples in the folder were made otherwise.
     """
     path = output / "settings.json"
-    was = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"sets": {}}
+    was = read_json(path) or {"sets": {}}
     for name, value in (settings | settings["sets"]).items():
         before = (was | was["sets"]).get(name, value)
         if name != "sets" and before != value:
@@ -325,17 +325,10 @@ def agree_on_settings(output: Path, settings: dict[str, Any]) -> None:
 
 def write_scores(output: Path, results: dict[str, Any]) -> None:
     path = output / "scores.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    results = before | results
+    results = read_json(path) | results
     replace_file(path, json.dumps(results, indent=2) + "\n")
     tables = [comparison_table(name, result) for name, result in results.items()]
     replace_file(output / "scores.md", "\n\n".join(tables) + "\n")
-
-
-def replace_file(path: Path, text: str) -> None:
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
 
 
 def file_sha256(adapter: Path | None) -> str | None:
@@ -396,7 +389,4 @@ def positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        fail("interrupted; start again to go on", status=130)
+    main()

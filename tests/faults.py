@@ -349,8 +349,8 @@ FAULTS = [
     ),
     Fault(
         "opsd_train/run/folder.py",
-        'if not line.endswith("\\n") or (row := json.loads(line))["step"] > up_to:',
-        'if not line.endswith("\\n") or (row := json.loads(line))["step"] >= up_to:',
+        'takewhile(lambda row: row["step"] <= up_to,',
+        'takewhile(lambda row: row["step"] < up_to,',
         "train_run train_failures",
     ),
     # Evaluation and report.

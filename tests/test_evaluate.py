@@ -20,7 +20,8 @@ from training_runs import (
 )
 
 from opsd_train import evaluate
-from opsd_train.grading import SampleFile, comparison_table
+from opsd_train.evaluate import read_samples
+from opsd_train.grading import comparison_table
 
 
 def evaluated(capsys, *arguments: object) -> str:
@@ -55,19 +56,20 @@ def test_base_and_adapter_side_by_side(capsys, options, tmp_path, problems):
     said = evaluated(capsys, *options)
     assert f"{problems}: 5 problems, 3 samples each; T = 1, top-p 0.95, top-k off" in said
     output = tmp_path / "evaluation"
-    samples = SampleFile(output / "samples.jsonl").read()
-    assert len(samples) == len({s.place for s in samples}) == 2 * 5 * 3
-    assert {s.model for s in samples} == {"base", "adapter"}
-    assert all(s.attempt.finished or s.attempt.tokens == 8 for s in samples)
+    samples = read_samples(output / "samples.jsonl")
+    lines = (output / "samples.jsonl").read_text().splitlines()
+    assert len(samples) == len(lines) == 2 * 5 * 3
+    assert {model for _, model, *_ in samples} == {"base", "adapter"}
+    assert all(a.finished or a.tokens == 8 for a in samples.values())
     texts = {
-        name: [s.attempt.completion for s in samples if s.model == name]
+        name: [a.completion for (_, model, *_), a in samples.items() if model == name]
         for name in ("base", "adapter")
     }
     assert texts["base"] != texts["adapter"]  # the adapter is on in one of them
     assert len(set(texts["base"])) > 5
 
     result = json.loads((output / "scores.json").read_text())[str(problems)]
-    truncated = [not s.attempt.finished for s in samples if s.model == "base"]
+    truncated = [not a.finished for (_, model, *_), a in samples.items() if model == "base"]
     assert result["models"]["base"]["truncated"] == pytest.approx(sum(truncated) / 15)
     assert result["models"]["base"]["scores"].keys() == {"avg@3", "pass@3", "maj@3"}
     assert 0 <= result["difference"]["p"] <= 1
@@ -151,8 +153,8 @@ def test_a_config_alone_is_the_base(capsys, undisturbed, options, tmp_path):
     said = evaluated(capsys, undisturbed / "config.yaml", *options[1:], "--samples", 1)
     assert "| base" in said
     assert "adapter" not in said.splitlines()[-5]
-    samples = SampleFile(tmp_path / "evaluation" / "samples.jsonl").read()
-    assert {s.model for s in samples} == {"base"}
+    samples = read_samples(tmp_path / "evaluation" / "samples.jsonl")
+    assert {model for _, model, *_ in samples} == {"base"}
 
 
 # Within a run
@@ -185,8 +187,8 @@ def test_a_run_evaluates_on_what_it_holds_out(capsys, folder, tmp_path):
     # What is held out is what the other command evaluates by default, as the run samples.
     said = evaluated(capsys, output, "--samples", 2)
     assert "held-out: 5 problems, 2 samples each; T = 1.2, top-p 1, top-k off, up to 6" in said
-    samples = SampleFile(output / "evaluation" / "samples.jsonl").read()
-    assert {s.attempt.prompt for s in samples} == held_out
+    samples = read_samples(output / "evaluation" / "samples.jsonl")
+    assert {a.prompt for a in samples.values()} == held_out
 
 
 def test_processes_share_the_held_out_problems(folder, tmp_path):
@@ -262,8 +264,8 @@ def test_by_the_engine_of_the_run_or_another(capsys, of_vllm, problems, tmp_path
         evaluated(capsys, run_folder, *asked, tmp_path / str(i), *engine)
         # Those of 10 samples of either model, and what a server is asked before.
         assert bool(engine[:1] != ["--engine"]) == (len(server.requests) > 20)
-        samples = SampleFile(tmp_path / str(i) / "samples.jsonl").read()
-        texts.append({s.place: s.attempt.completion for s in samples})
+        samples = read_samples(tmp_path / str(i) / "samples.jsonl")
+        texts.append({place: a.completion for place, a in samples.items()})
     assert len(texts[0]) == 2 * 5 * 2
     assert texts[0] == texts[1] == texts[2]
 

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsd_train.data import hold_out, last_boxed, load_answered_problems
+from opsd_train.data import AnsweredSet, hold_out, last_boxed, load_answered_problems
 from opsd_train.grading import (
-    Accuracy,
     Attempt,
     MathGrader,
     benchmark_names,
@@ -35,11 +34,11 @@ from opsd_train.records import Problem
 
 
 def test_wilson_interval():
-    low, high = Accuracy(50, 100).interval
+    low, high = wilson(0.5, 100)
     assert low == pytest.approx(0.4038, abs=1e-4)
     assert high == pytest.approx(0.5962, abs=1e-4)
-    assert Accuracy(0, 10).interval[0] < 1e-12
-    assert Accuracy(10, 10).interval[1] == 1
+    assert wilson(0, 10)[0] < 1e-12
+    assert wilson(1, 10)[1] == 1
 
 
 @given(st.integers(1, 8), st.data())
@@ -98,7 +97,7 @@ def test_answers_written_otherwise_are_one_if_right():
 
 def test_an_interval_is_wilsons_for_one_sample():
     score = score_of([1, 0, 0, 1, 1], samples=1)
-    assert (score.low, score.high) == pytest.approx(Accuracy(3, 5).interval)
+    assert (score.low, score.high) == pytest.approx(wilson(3 / 5, 5))
     # And at most that of as many problems as there are samples.
     assert score_of([0.5, 0.5, 0.5, 0.6], 4).low >= wilson(0.525, 16)[0]
 
@@ -305,7 +304,7 @@ def test_problems_with_answers(tmp_path):
     columns = {"problem_column": "q", "answer_column": "a"}
     found = load_benchmark(str(path), **columns)
     assert found == [Problem("1+1?", "", "2"), Problem("1/2?", "", "0.5")]
-    some = load_answered_problems(str(path), "train", "q", "a", {"k": ["y"]})
+    some = load_answered_problems(AnsweredSet(str(path), "train", "q", "a", {"k": ["y"]}))
     assert [p.answer for p in some] == ["0.5"]
     with pytest.raises(ValueError, match="line 1: no column answer; it has q, a, k"):
         load_benchmark(str(path), problem_column="q")

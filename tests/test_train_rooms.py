@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "opsd_train"
 # What each room, or module beside them, imports of the others: only what is above it.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
+    "files": set(),
     "records": set(),
     "config": {"errors"},
     "presets": {"errors"},
@@ -21,21 +22,21 @@ ARROWS: dict[str, set[str]] = {
     "opsd": {"config", "data", "models", "records", "sampling"},
     "grading": {"data", "records", "sampling"},
     "evaluation": set(),
-    "report": {"config"},
+    "report": {"config", "files"},
     "run": {
-        *("config", "data", "errors", "grading", "models", "opsd", "records", "report"),
-        "sampling",
+        *("config", "data", "errors", "files", "grading", "models", "opsd", "records"),
+        *("report", "sampling"),
     },
     "sums": {"config", "errors", "records"},
     "demo": {"config", "data", "errors", "records", "run"},
-    "command_line": {"config", "errors", "presets"},
+    "command_line": {"config", "errors", "presets", "run"},
     "evaluate": {
-        *("command_line", "config", "data", "demo", "errors", "grading", "models", "presets"),
-        *("records", "report", "run", "sampling", "sums"),
+        *("command_line", "config", "data", "demo", "errors", "files", "grading", "models"),
+        *("presets", "records", "report", "run", "sampling", "sums"),
     },
     "export": {"command_line", "config", "models", "run"},
     "from_gguf": {"command_line", "run"},
-    "__main__": {"command_line", "demo", "errors", "run", "sums"},
+    "__main__": {"command_line", "demo", "run", "sums"},
 }
 ROOMS = [name for name in ARROWS if (PACKAGE / name).is_dir()]
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

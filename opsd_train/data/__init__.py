@@ -6,6 +6,7 @@ prompt is in sampling/.
 """
 
 from opsd_train.data.problems import (
+    AnsweredSet,
     hold_out,
     last_boxed,
     load_answered_problems,
@@ -15,6 +16,7 @@ from opsd_train.data.problems import (
 from opsd_train.data.prompts import Context, Contexts, fill, join, left_pad, pack
 
 __all__ = [
+    "AnsweredSet",
     "Context",
     "Contexts",
     "fill",

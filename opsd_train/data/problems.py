@@ -4,7 +4,7 @@ import math
 import random
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from opsd_train.config import Config
@@ -38,76 +38,70 @@ def load_problems(config: Config, report: Report = lambda text: None) -> list[Pr
             place=place,
         )
 
-    return _load(
-        config.data,
-        config.split,
-        config.where,
-        problem_of,
-        config.skip_bad_rows,
-        config.max_problems,
-        report,
-    )
+    return _load(config, problem_of, report)
 
 
-def load_answered_problems(
-    data: str,
-    split: str,
-    problem_column: str,
-    answer_column: str,
-    where: dict[str, Any] | None = None,
-    skip_bad_rows: bool = False,
-    report: Report = lambda text: None,
-) -> list[Problem]:
-    """Problems with answers and without solutions, to evaluate on; an answer is text or a number.
+@dataclass(frozen=True)
+class AnsweredSet:
+    """Where problems with answers are, that have no solutions. Names are those of `Config`."""
+
+    data: str
+    split: str = "train"
+    problem_column: str = "problem"
+    answer_column: str = "answer"  # of texts or numbers
+    where: dict[str, Any] | None = None
+    skip_bad_rows: bool = False
+    max_problems: int | None = None
+
+
+def load_answered_problems(of: AnsweredSet, report: Report = lambda text: None) -> list[Problem]:
+    """Every problem of a set to evaluate on.
 
     Raises:
         OSError, ValueError: as `load_problems`.
     """
 
     def problem_of(place: str, row: dict[str, Any]) -> Problem:
-        problem = _text(row, problem_column, "user")
-        answer = _cell(row, answer_column, "answer_column")
+        problem = _text(row, of.problem_column, "user")
+        answer = _cell(row, of.answer_column, "answer_column")
         is_number = isinstance(answer, int | float) and not isinstance(answer, bool)
         is_number = is_number and math.isfinite(answer)  # NaN is how tables have nothing
         if not is_number and not (isinstance(answer, str) and answer.strip()):
-            raise ValueError(f"column {answer_column} must hold text or a number, got {answer!r}")
+            raise ValueError(
+                f"column {of.answer_column} must hold text or a number, got {answer!r}"
+            )
         return Problem(problem, solution="", answer=str(answer), place=place)
 
-    return _load(data, split, where, problem_of, skip_bad_rows, None, report)
+    return _load(of, problem_of, report)
 
 
 def _load(
-    data: str,
-    split: str,
-    where: dict[str, Any] | None,
+    of: Config | AnsweredSet,
     problem_of: Callable[[str, dict[str, Any]], Problem],
-    skip_bad_rows: bool,
-    most: int | None,
     report: Report,
 ) -> list[Problem]:
     problems: list[Problem] = []
     bad: list[tuple[str, str]] = []
     total = 0
-    for place, row in rows(data, split):
+    for place, row in rows(of.data, of.split):
         total += 1
         try:
             if isinstance(row, ValueError):
                 raise row
-            if _is_kept(row, where or {}):
+            if _is_kept(row, of.where or {}):
                 problems.append(problem_of(place, row))
         except ValueError as error:
             bad.append((place, str(error)))
-        if len(problems) == most:
+        if len(problems) == of.max_problems:
             break
-    if bad and not (skip_bad_rows and problems):
+    if bad and not (of.skip_bad_rows and problems):
         remedy = ", or go on without them: --skip-bad-rows" if problems else ""
         raise ValueError(f"{_listed(bad, total)}\nCorrect or remove these rows{remedy}")
     if bad:
         report(f"Left out: {_listed(bad, total)}")
     if not problems:
-        raise ValueError(
-            f"{data} has no row" + (f" with where={where}" if where is not None else "")
-        )
+        chosen = "" if of.where is None else f" with where={of.where}"
+        raise ValueError(f"{of.data} has no row{chosen}")
     return problems
 
 

@@ -37,7 +37,7 @@ def rows(data: str, split: str) -> Iterator[Row]:
                 " laid out like one"
             )
         else:
-            yield from _data_set(name, split)
+            yield from _data_set(name, name, split=split)
 
 
 def is_data_set(data: str) -> bool:
@@ -49,9 +49,10 @@ def _names(data: str) -> list[str]:
     return [data] if Path(data).exists() else [name.strip() for name in data.split(",")]
 
 
-def _data_set(name: str, split: str) -> Iterator[Row]:
+def _data_set(name: str, *of: str, **options: str) -> Iterator[Row]:
+    """What `datasets.load_dataset` makes of the arguments behind the name."""
     try:
-        found = datasets.load_dataset(name, split=split)
+        found = datasets.load_dataset(*of, **options)
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
     for i, row in enumerate(found):
@@ -59,12 +60,7 @@ def _data_set(name: str, split: str) -> Iterator[Row]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    try:
-        found = datasets.load_dataset("parquet", data_files=str(path), split="train")
-    except (ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
-    for i, row in enumerate(found):
-        yield f"{path}, row {i}", row
+    return _data_set(str(path), "parquet", data_files=str(path), split="train")
 
 
 def _json_lines(path: Path) -> Iterator[Row]:

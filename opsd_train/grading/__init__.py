@@ -17,28 +17,22 @@ from opsd_train.grading.graders import (
     read_completions,
 )
 from opsd_train.grading.math_answers import MathGrader, said_dropped
-from opsd_train.grading.sample_file import Sample, SampleFile
 from opsd_train.grading.scores import (
-    Accuracy,
     Attempts,
     accuracy,
-    accuracy_record,
     compare,
     comparison_table,
+    said_accuracy,
 )
 
 __all__ = [
-    "Accuracy",
     "Attempt",
     "Attempts",
     "Completion",
     "Grader",
     "MathGrader",
-    "Sample",
-    "SampleFile",
     "Verdict",
     "accuracy",
-    "accuracy_record",
     "attempt",
     "benchmark_names",
     "compare",
@@ -47,5 +41,6 @@ __all__ = [
     "grade",
     "load_benchmark",
     "read_completions",
+    "said_accuracy",
     "said_dropped",
 ]

@@ -44,9 +44,6 @@ class Attempt:
     tokens: int
     finished: bool  # whether the end of text was reached, and not the length limit
 
-    def as_completion(self) -> Completion:
-        return Completion(self.prompt, self.completion, self.correct)
-
 
 def read_completions(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[Completion]:
     """What was sampled, as text, not graded."""

@@ -20,45 +20,26 @@ from typing import Any
 
 import numpy as np
 
-from opsd_train.grading.graders import Attempt, Completion
+from opsd_train.grading.graders import Attempt
 
 Z = NormalDist().inv_cdf(0.975)
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """Of one sample a problem."""
-
-    correct: int
-    total: int
-
-    @property
-    def mean(self) -> float:
-        return self.correct / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95% score interval."""
-        return wilson(self.mean, self.total)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.mean:.1%} (95% interval {low:.1%} to {high:.1%}, {self.total} problems)"
-
-
-def accuracy(completions: Sequence[Completion | Attempt]) -> Accuracy:
-    return Accuracy(sum(bool(c.correct) for c in completions), len(completions))
-
-
-def accuracy_record(accuracy: Accuracy) -> dict[str, Any]:
-    """For metrics and summaries."""
-    low, high = accuracy.interval
+def accuracy(attempts: Sequence[Attempt]) -> dict[str, Any]:
+    """Of one sample a problem, with Wilson's 95% interval; for metrics and summaries."""
+    correct, total = sum(a.correct for a in attempts), len(attempts)
+    low, high = wilson(correct / total, total)
     return {
-        "accuracy": round(accuracy.mean, 4),
+        "accuracy": round(correct / total, 4),
         "interval_95": [round(low, 4), round(high, 4)],
-        "correct": accuracy.correct,
-        "problems": accuracy.total,
+        "correct": correct,
+        "problems": total,
     }
+
+
+def said_accuracy(of: dict[str, Any]) -> str:
+    low, high = of["interval_95"]
+    return f"{of['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%}, {of['problems']} problems)"
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ import dataclasses
 import hashlib
 import html
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from opsd_train.config import options
+from opsd_train.files import read_json, read_lines, replace_file
 
 HERE = Path(__file__).parent
 
@@ -43,9 +44,7 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
         "<!-- data -->": as_data({"runs": runs}),
     }.items():
         page = page.replace(mark, text)
-    unfinished = output.with_name(f"{output.name}.unfinished")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(output)
+    replace_file(output, page)
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
@@ -93,10 +92,10 @@ def read_run(folder: Path, name: str) -> dict[str, Any]:
         "divergence": text.splitlines()[0].lstrip("# ") if text.startswith("#") else "",
         "config": config,
         "changed": [key for key, value in config.items() if value != defaults().get(key)],
-        "metrics": list(rows_of(folder / "metrics.jsonl")),
-        "rollouts": some_steps(list(rows_of(folder / "tokens.jsonl"))),
-        "summary": json_of(folder / "summary.json"),
-        "scores": json_of(folder / "evaluation" / "scores.json"),
+        "metrics": list(read_lines(folder / "metrics.jsonl")),
+        "rollouts": some_steps(list(read_lines(folder / "tokens.jsonl"))),
+        "summary": read_json(folder / "summary.json"),
+        "scores": read_json(folder / "evaluation" / "scores.json"),
     }
 
 
@@ -117,27 +116,3 @@ def some_steps(rollouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
         last = len(steps) - 1
         steps = [steps[i * last // (STEPS_SHOWN - 1)] for i in range(STEPS_SHOWN)]
     return [r for r in rollouts if r["step"] in steps]
-
-
-def rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file, none if there is no file. One that a kill cut short is left out."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.endswith("\n"):
-                yield parsed(line, f"{path}, line {number}")
-
-
-def json_of(path: Path) -> dict[str, Any]:
-    return parsed(path.read_text(encoding="utf-8"), str(path)) if path.exists() else {}
-
-
-def parsed(text: str, place: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{place}: must be an object, got {type(value).__name__}")
-    return value

@@ -24,6 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from opsd_train.files import write_through
 from opsd_train.models import adapter_weights, copy_full, full_tensor, peft_name, saved_weights
 from opsd_train.opsd import Setup
 
@@ -127,14 +128,6 @@ def copy_adapter(run: Path, to: Path, more: Callable[[Path], object] = lambda pa
     unfinished.rename(to)
     _sync_folder(to.parent)
     remove_unfinished(run)
-
-
-def write_through(path: Path, data: bytes) -> None:
-    """Write a file, and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def remove_unfinished(run: Path) -> None:

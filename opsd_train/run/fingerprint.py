@@ -15,6 +15,7 @@ from peft import PeftModelForCausalLM
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from opsd_train.config import Config
+from opsd_train.files import read_json
 from opsd_train.models import adapter_sha256, base_model, base_weights_sha256, end_ids, sha256
 from opsd_train.opsd import Setup
 from opsd_train.records import Problem
@@ -60,10 +61,9 @@ def check_base(folder: Path, model: PeftModelForCausalLM) -> None:
     """Raises:
     ValueError: the adapter was trained on other weights than these.
     """
-    summary = folder / "summary.json"
-    if not summary.exists():  # of a run that has not ended
+    expected = read_json(folder / "summary.json").get("base_weights_sha256")
+    if expected is None:  # of a run that has not ended
         return
-    expected = json.loads(summary.read_text(encoding="utf-8"))["base_weights_sha256"]
     if base_weights_sha256(model) != expected:
         raise ValueError(
             f"the base weights are not those that {folder} was trained on (summary.json): the "

@@ -15,13 +15,12 @@ evaluation/         what `python -m opsd_train.evaluate` found
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,13 @@ from accelerate.tracking import (
 
 from opsd_train.config import options
 from opsd_train.errors import difference
-from opsd_train.grading import Completion
+from opsd_train.files import append_lines, as_lines, read_json, read_lines, replace_file
+from opsd_train.grading import Attempt, Completion
 from opsd_train.run.checkpoint import (
     FOLDER,
     copy_adapter,
     last_step,
     remove_unfinished,
-    write_through,
 )
 from opsd_train.run.console import say
 
@@ -145,7 +144,7 @@ class RunFolder:
         if resumed is not None:
             # What the run did after its last checkpoint will be done again.
             for name in LINES:
-                self._replace(name, to_lines(self._lines(name, up_to=resumed)))
+                replace_file(self.path / name, as_lines(self._lines(name, up_to=resumed)))
             was = self._was_asked_for()
             if config.get("steps") != was.get("steps"):  # which can be raised
                 self._write_config(was | {"steps": config["steps"]}, comment)
@@ -172,23 +171,29 @@ class RunFolder:
         if self.tracker is not None:
             self.tracker.log(numbers_by_name(metrics), step=metrics["step"])
 
-    def write_completions(self, phase: str, step: int, completions: Iterable[Completion]) -> None:
-        self._append(
-            "completions.jsonl", ({"phase": phase, "step": step, **asdict(c)} for c in completions)
-        )
+    def write_completions(
+        self, phase: str, step: int, completions: Iterable[Completion | Attempt]
+    ) -> None:
+        what = {"phase": phase, "step": step}
+        columns = ("prompt", "completion", "correct")
+        rows = (what | {name: getattr(c, name) for name in columns} for c in completions)
+        self._append("completions.jsonl", rows)
 
     def write_tokens(self, rows: Iterable[dict[str, Any]]) -> None:
         self._append("tokens.jsonl", rows)
 
     def completions(self, phase: str, step: int) -> list[Completion]:
         """Those of a step, as they were written."""
-        rows = self._lines("completions.jsonl")
-        rows = [row for row in rows if (row["phase"], row["step"]) == (phase, step)]
-        return [Completion(row["prompt"], row["completion"], row["correct"]) for row in rows]
+        return [
+            Completion(row["prompt"], row["completion"], row["correct"])
+            for row in read_lines(self.path / "completions.jsonl")
+            if (row["phase"], row["step"]) == (phase, step)
+        ]
 
     def write_json(self, name: str, values: Any) -> Path:
         if self.is_main:
-            self._replace(name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+            text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+            replace_file(self.path / name, text)
         return self.path / name
 
     def write_summary(self, **summary: Any) -> None:
@@ -207,13 +212,6 @@ class RunFolder:
         """That of the last checkpoint, where all of it was trained; `more` writes other files."""
         if self.is_main:
             copy_adapter(self.path, self.path / MODEL, more)
-
-    def sync(self) -> None:
-        """Wait until all lines written are on the disk."""
-        for name in LINES:
-            if (self.path / name).exists():
-                with (self.path / name).open("rb") as file:
-                    os.fsync(file.fileno())
 
     def _check_not_lost(self) -> None:
         """Without a checkpoint a resumed run starts anew: right if it was killed before the first,
@@ -272,7 +270,7 @@ class RunFolder:
                 "are those that it began with cannot be checked, but from now on."
             )
             return
-        was = json.loads(path.read_text(encoding="utf-8"))
+        was = read_json(path)
         changed = [name for name, value in contents.items() if was.get(name, value) != value]
         if changed:
             raise ValueError(
@@ -296,39 +294,21 @@ class RunFolder:
 
     def _write_config(self, config: dict[str, Any], comment: str) -> None:
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        self._replace("config.yaml", f"# {comment}\n{text}")
+        replace_file(self.path / "config.yaml", f"# {comment}\n{text}")
 
     def _append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         if self.is_main:
-            with (self.path / name).open("a", encoding="utf-8") as file:
-                file.write(to_lines(rows))
+            append_lines(self.path / name, rows)
 
-    def _lines(self, name: str, up_to: float = math.inf) -> list[dict[str, Any]]:
-        """The rows of a file, up to a step. A line cut short by a kill is none of them."""
-        rows: list[dict[str, Any]] = []
-        if not (self.path / name).exists():
-            return rows
-        with (self.path / name).open(encoding="utf-8") as file:
-            for line in file:
-                if not line.endswith("\n") or (row := json.loads(line))["step"] > up_to:
-                    break
-                rows.append(row)
-        return rows
-
-    def _replace(self, name: str, text: str) -> None:
-        unfinished = self.path / f"{name}.unfinished"
-        write_through(unfinished, text.encode())
-        unfinished.replace(self.path / name)
+    def _lines(self, name: str, up_to: float) -> list[dict[str, Any]]:
+        """The rows of a file, up to a step."""
+        return list(takewhile(lambda row: row["step"] <= up_to, read_lines(self.path / name)))
 
 
 def synchronize() -> None:
     """Wait for what a GPU has been asked to do, so that seconds are those of the work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def to_lines(rows: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def finite_only(values: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from opsd_train.config import Config
 from opsd_train.data import Context, those_that_fit
-from opsd_train.grading import Attempt, MathGrader, accuracy, accuracy_record, evaluate
+from opsd_train.grading import Attempt, MathGrader, accuracy, evaluate, said_accuracy
 from opsd_train.models import base_model, check_ids
 from opsd_train.opsd import Setup
 from opsd_train.records import Problem
@@ -41,24 +41,24 @@ def measure_held_out(
             seed = draw_seed(config.seed, name, step)
             # As many at once as a step samples, for which there is memory.
             attempts = evaluate(setup.sampler, context, fit, grader, seed, config.batch_size, show)
-        run.write_completions(name, step, (a.as_completion() for a in attempts))
+        run.write_completions(name, step, attempts)
         return attempts
 
     def measure_after(step: int, is_last: bool) -> dict[str, Any]:
         if step % config.eval_every and not is_last:
             return {}
         attempts = measure("held-out", step, setup.contexts.student)
-        metrics = accuracy_record(accuracy(attempts)) | {
+        metrics = accuracy(attempts) | {
             "held_out_length_mean": fmean(a.tokens for a in attempts),
             "held_out_truncated": fmean(not a.finished for a in attempts),
         }
         if step == 0:
-            say(f"Held-out problems, student alone: {accuracy(attempts)}")
+            say(f"Held-out problems, student alone: {said_accuracy(metrics)}")
         if step == 0 and setup.teacher.head is None:
             with setup.teacher.active():
                 taught = accuracy(measure("teacher", step, setup.contexts.teacher))
-            say(f"Held-out problems, teacher, who sees the solution: {taught}")
-            metrics["teacher_accuracy"] = accuracy_record(taught)["accuracy"]
+            say(f"Held-out problems, teacher, who sees the solution: {said_accuracy(taught)}")
+            metrics["teacher_accuracy"] = taught["accuracy"]
         return metrics
 
     return measure_after
@@ -71,10 +71,9 @@ def say_change(run: RunFolder) -> dict[str, Any]:
         return {}
     summary = {}
     for name, m in (("before", measured[0]), ("after", measured[-1])):
-        low, high = m["interval_95"]
         say(
-            f"Held-out accuracy {name + ':':<7} {m['accuracy']:.1%} (95% interval {low:.1%} to "
-            f"{high:.1%}, {m['problems']} problems), {m['held_out_truncated']:.0%} truncated"
+            f"Held-out accuracy {name + ':':<7} {said_accuracy(m)}, {m['held_out_truncated']:.0%} "
+            "truncated"
         )
         summary[f"student_{name}"] = {
             key: m[key] for key in ("accuracy", "interval_95", "correct", "problems")

@@ -114,7 +114,6 @@ def train(config: Config, setup: Setup, run: RunFolder, evaluate: Evaluate) -> N
     def save() -> None:
         state = capture(setup, optimizer, step)
         if setup.accelerator.is_main_process:
-            run.sync()  # the metrics up to a checkpoint are on the disk before it is
             save_checkpoint(run.path, state, adapter_config(setup.model), config.keep_last)
 
     def rescue() -> None:
