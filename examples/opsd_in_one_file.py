@@ -1,7 +1,7 @@
 """On-policy self-distillation (OPSD; Zhao et al., 2026, Algorithm 1), all of it, to be read first.
 
     python examples/opsd_in_one_file.py --tiny    # a tiny model learns to add, on a CPU
-    python examples/opsd_in_one_file.py --model Qwen/Qwen3-1.7B --data my.jsonl    # on a GPU
+    python examples/opsd_in_one_file.py --data my.jsonl    # Qwen3-1.7B, on a GPU
 
 The student samples a solution. The teacher is the same model with its adapter off, which sees the
 reference solution and then reads what the student wrote. At every token of that the student moves
@@ -9,10 +9,11 @@ towards the teacher's whole next-token distribution.
 """
 
 import argparse
-import json
 import random
+import sys
 
 import torch
+from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -86,30 +87,30 @@ def train(model, tokenizer, rows: list[dict], student: str, teacher: str, args) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true")
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("--tiny", action="store_true")
+    either.add_argument("--data", help="JSONL, a problem and its solution in each line")
+    parser.add_argument("--columns", nargs=2, default=["problem", "solution"], help="their names")
     parser.add_argument("--model", default="Qwen/Qwen3-1.7B")
-    parser.add_argument("--data", help="JSONL, a `problem` and its `solution` in each line")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--part", type=int, default=4, help="rollouts of a forward pass")
-    parser.add_argument("--lr", type=float, default=2e-5)
-    parser.add_argument("--temperature", type=float, default=1.2)
-    parser.add_argument("--max-new-tokens", type=int, default=2048)
+    numbers = {"steps": 100, "batch": 32, "part": 4}  # part: rollouts of a forward pass
+    numbers |= {"lr": 2e-5, "temperature": 1.2, "max-new-tokens": 2048}
+    for name, value in numbers.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
     if (args := parser.parse_args()).tiny:
         import tiny_adder
 
         parser.set_defaults(batch=64, part=64, lr=3e-3, temperature=1.0, max_new_tokens=9)
         tiny_adder.demonstrate(train, parser.parse_args())
         return
-    if args.data is None:
-        parser.error("--data is required, or --tiny")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", device_map="auto")
-    lora = LoraConfig(r=64, lora_alpha=128, target_modules="all-linear")
-    model = get_peft_model(model, lora)
-    with open(args.data) as lines:
-        rows = [json.loads(line) for line in lines]
-    train(model, tokenizer, rows, STUDENT, TEACHER, args)
+    try:
+        rows = load_dataset("json", data_files=args.data, split="train")
+        rows = rows.rename_columns(dict(zip(args.columns, ["problem", "solution"], strict=True)))
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", device_map="auto")
+    except Exception as error:  # a file, a column or a model that is not there
+        sys.exit(f"check --data, --columns and --model: {' '.join(str(error).split())}")
+    model = get_peft_model(model, LoraConfig(r=64, lora_alpha=128, target_modules="all-linear"))
+    train(model, tokenizer, list(rows), STUDENT, TEACHER, args)
     model.save_pretrained("opsd_adapter")
 
 

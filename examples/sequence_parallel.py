@@ -14,6 +14,7 @@ averaged (DistributedDataParallel, FSDP), multiply the loss by the number of pro
 """
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,8 @@ def mean_over_group(h_S: Tensor, h_T: Tensor, W: Tensor, w: Tensor, *, averaged:
 
 
 def main() -> None:
+    if not dist.is_torchelastic_launched():
+        sys.exit("run it as torchrun --nproc-per-node 2 examples/sequence_parallel.py")
     use_gpu = torch.cuda.is_available()
     dist.init_process_group("nccl" if use_gpu else "gloo")
     rank, size = dist.get_rank(), dist.get_world_size()

@@ -126,6 +126,21 @@ def test_opsd_in_one_file_with_a_model_by_name(tiny_folder, monkeypatch, capsys,
     assert (tmp_path / "opsd_adapter" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--data {}/none.jsonl", "Unable to find .*none.jsonl"),
+        ("--data {}/problems.jsonl --columns question answer", "Current columns .*'problem'"),
+        ("--data {}/problems.jsonl --model {}/none", "{}/none"),
+    ],
+)
+def test_opsd_in_one_file_says_what_is_not_there(tiny_folder, monkeypatch, options, message):
+    monkeypatch.setattr(sys, "argv", ["", *options.replace("{}", str(tiny_folder)).split()])
+    message = message.replace("{}", str(tiny_folder))
+    with pytest.raises(SystemExit, match=f"^check --data, --columns and --model: .*{message}"):
+        opsd_in_one_file.main()
+
+
 def load_with_adapter(folder: Path) -> tuple:
     """The model with an adapter that does something, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
