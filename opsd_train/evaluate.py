@@ -21,7 +21,7 @@ from opsd_train.command_line import command, read_yaml, with_hyphens
 from opsd_train.config import Config, field_choices, make_config
 from opsd_train.data import Context
 from opsd_train.demo import find_demo
-from opsd_train.errors import did_you_mean, difference
+from opsd_train.errors import difference
 from opsd_train.files import append_lines, read_json, read_lines, remove_cut_line, replace_file
 from opsd_train.grading import (
     Attempt,
@@ -43,12 +43,13 @@ from opsd_train.models import (
 from opsd_train.presets import find_preset
 from opsd_train.records import Problem
 from opsd_train.report import write_report
-from opsd_train.run import check_base, check_distribution, load, progress_bar, say
+from opsd_train.run import Materials, check_base, check_distribution, load, progress_bar, say
 from opsd_train.sampling import Sampling, draw_seed, make_sampler, sampling_of
 from opsd_train.sums import find_sums
 
 HELD_OUT = "held-out"
 # 38,912 tokens and top-p 0.95 are the paper's (Table 6), T = 1 of its authors' evaluation script.
+OF_SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens")
 OF_BENCHMARKS = Sampling(temperature=1.0, max_new_tokens=38912, top_p=0.95)
 
 
@@ -98,21 +99,10 @@ def evaluate_run(options: argparse.Namespace, accelerator: Accelerator) -> None:
     grader = MathGrader()
     template = config.student_template
     context = Context(materials.tokenizer, template, config.student_thinking, "student_template")
-    sets = []
-    for name in options.on or [HELD_OUT]:
-        sampling = sampling_of(config) if name == HELD_OUT else OF_BENCHMARKS
-        problems = materials.held_out
-        if name != HELD_OUT:
-            problems = grader.gradable(load_set(name, options), report=say)
-            if not problems:
-                raise ValueError(f"no answer of {name} can be compared")
-        if not problems:
-            raise ValueError(
-                f"the run has no {HELD_OUT} problems; name others, such as --on aime24, or train "
-                "with --held-out"
-            )
-        sampling = overridden(sampling, options)
-        sets.append(fitted(ProblemSet(name, problems, sampling), options, context, materials.model))
+    sets = [
+        fitted(find_set(name, options, config, materials, grader), options, context, materials)
+        for name in options.on or [HELD_OUT]
+    ]
     settle_padding(materials.model, materials.tokenizer)
     prompts = (ids for of in sets for ids in context.token_ids(of.problems))
     check_ids(materials.model, materials.tokenizer, prompts)
@@ -255,26 +245,40 @@ def engine_of(options: argparse.Namespace, config: Config) -> dict[str, Any]:
     return {"engine": engine, "engine_urls": urls, "rollout_batch_size": None}
 
 
-def load_set(name: str, options: argparse.Namespace) -> list[Problem]:
-    if name not in benchmark_names() and "/" not in name and not Path(name).exists():
-        hint = did_you_mean(name, benchmark_names())
-        raise ValueError(
-            f"there is no benchmark {name}{hint or '.'} Known are {', '.join(benchmark_names())}, "
-            f"{HELD_OUT}, .jsonl, .json, .csv and .parquet files, and data sets on the hub by "
-            "owner/name"
-        )
-    columns = ("problem_column", "answer_column", "split")
-    given = {c: v for c in columns if (v := getattr(options, c)) is not None}
-    return load_benchmark(name, say, skip_bad_rows=options.skip_bad_rows, **given)
+def find_set(
+    name: str,
+    options: argparse.Namespace,
+    config: Config,
+    materials: Materials,
+    grader: MathGrader,
+) -> ProblemSet:
+    """Problems and how they are sampled.
+
+    Raises:
+        OSError, ValueError: there are none, or none that can be graded.
+    """
+    if name == HELD_OUT:
+        problems, sampling = materials.held_out, sampling_of(config)
+        if not problems:
+            raise ValueError(
+                f"the run has no {HELD_OUT} problems; name others, such as --on aime24, or train "
+                "with --held-out"
+            )
+    else:
+        columns = given(options, "problem_column", "answer_column", "split")
+        answered = load_benchmark(name, say, skip_bad_rows=options.skip_bad_rows, **columns)
+        problems, sampling = grader.gradable(answered, report=say), OF_BENCHMARKS
+        if not problems:
+            raise ValueError(f"no answer of {name} can be compared")
+    return ProblemSet(name, problems, replace(sampling, **given(options, *OF_SAMPLING)))
 
 
-def overridden(sampling: Sampling, options: argparse.Namespace) -> Sampling:
-    names = ("temperature", "top_p", "top_k", "max_new_tokens")
-    return replace(sampling, **{n: v for n in names if (v := getattr(options, n)) is not None})
+def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: v for name in names if (v := getattr(options, name)) is not None}
 
 
 def fitted(
-    of: ProblemSet, options: argparse.Namespace, context: Context, model: torch.nn.Module
+    of: ProblemSet, options: argparse.Namespace, context: Context, materials: Materials
 ) -> ProblemSet:
     """With shorter completions, unless a length was given, where the longest prompt and completion
     would exceed the model's positions; the console says so.
@@ -282,8 +286,8 @@ def fitted(
     Raises:
         ValueError: the length that was given does not fit.
     """
-    text_config: Any = model.config
-    positions = getattr(text_config.get_text_config(), "max_position_embeddings", None)
+    text_config = materials.model.config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
     longest = max(map(len, context.token_ids(of.problems)))
     if positions is None or longest + of.sampling.max_new_tokens <= positions:
         return of

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from opsd_train.command_line import quiet_libraries, read_yaml
+from opsd_train.command_line import command, read_yaml
 from opsd_train.config import make_config
 from opsd_train.models import load_adapter, load_model, load_tokenizer
-from opsd_train.run import check_base, fail, say
+from opsd_train.run import check_base, say
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -30,11 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
         help="folder of another adapter, such as a checkpoint's (default: the run's)",
     )
     options = parser.parse_args(arguments)
-    quiet_libraries()
-    try:
+    with command("out of memory: merge on a machine with more"):
         export(options.run, options.output, options.adapter)
-    except (OSError, ValueError) as error:
-        fail(str(error))
 
 
 def export(run: Path, output: Path, adapter: Path | None = None) -> None:

@@ -20,7 +20,7 @@ ARROWS: dict[str, set[str]] = {
     "models": {"config"},
     "sampling": {"config", "data", "errors", "models", "records"},
     "opsd": {"config", "data", "models", "records", "sampling"},
-    "grading": {"data", "records", "sampling"},
+    "grading": {"data", "errors", "records", "sampling"},
     "evaluation": set(),
     "report": {"config", "files"},
     "run": {

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from opsd_train.data import AnsweredSet, load_answered_problems
+from opsd_train.errors import did_you_mean
 from opsd_train.records import Problem
 
 BENCHMARKS = {
@@ -36,7 +38,14 @@ def load_benchmark(
 
     Raises:
         OSError: a file or data set that cannot be read.
-        ValueError: a row without problem or answer, or no row.
+        ValueError: no such benchmark; or a row without problem or answer, or no row.
     """
+    if name not in BENCHMARKS and "/" not in name and not Path(name).exists():
+        hint = did_you_mean(name, BENCHMARKS)
+        raise ValueError(
+            f"there is no benchmark {name}{hint or '.'} Known are {', '.join(BENCHMARKS)}, "
+            "held-out, .jsonl, .json, .csv and .parquet files, and data sets on the hub by "
+            "owner/name"
+        )
     of = replace(BENCHMARKS.get(name, AnsweredSet(name)), **options)
     return load_answered_problems(of, report)

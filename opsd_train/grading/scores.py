@@ -219,8 +219,7 @@ def _right(attempts: Attempts) -> list[Fraction]:
 
 
 def _interval(score: dict[str, float]) -> str:
-    s = Score(**score)
-    return f"{s.mean:.1%} ({100 * s.low:.1f} to {100 * s.high:.1f})"
+    return f"{score['mean']:.1%} ({100 * score['low']:.1f} to {100 * score['high']:.1f})"
 
 
 def _change(d: dict[str, float]) -> str:

@@ -8,9 +8,10 @@ from opsd_train.run.console import be_quiet, fail, progress_bar, say
 from opsd_train.run.fingerprint import check_base
 from opsd_train.run.folder import RunFolder, check_tracker
 from opsd_train.run.loop import run_training
-from opsd_train.run.setup import check_distribution, load, set_up
+from opsd_train.run.setup import Materials, check_distribution, load, set_up
 
 __all__ = [
+    "Materials",
     "RunFolder",
     "be_quiet",
     "check_base",

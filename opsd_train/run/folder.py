@@ -1,17 +1,4 @@
-"""The run folder, and the seconds of a run by phase.
-
-config.yaml         the options, as a config file; the divergence by name above them
-fingerprint.json    hashes of what the run is made of: weights, data, tokenizer; see fingerprint.py
-metrics.jsonl       a line a step
-tokens.jsonl        some rollouts token by token: divergences, and what both sides would have said
-completions.jsonl   every solution sampled: phase, step, prompt, completion, and whether it is right
-checkpoints/        what it takes to go on; see checkpoint.py
-summary.json        versions, seconds by phase, hash of the base weights, held-out accuracy
-adapter/            as PEFT loads it; or model/, as transformers does, where all of it was trained
-failed_batch.json   token ids of a batch whose loss was not finite, if the run ended on one
-report.html         a page that shows all this; see report/
-evaluation/         what `python -m opsd_train.evaluate` found
-"""
+"""The run folder, and the seconds of a run by phase. What a run writes, docs/training.md lists."""
 
 import json
 import math
@@ -313,12 +300,10 @@ def synchronize() -> None:
 
 def finite_only(values: dict[str, Any]) -> dict[str, Any]:
     """JSON knows neither infinity nor NaN."""
-    finite = {}
-    for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            value = None
-        finite[name] = value
-    return finite
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
 
 
 # Trackers: where metrics go besides the run folder
