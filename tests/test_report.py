@@ -7,7 +7,6 @@ import math
 import re
 import shutil
 import threading
-from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from statistics import fmean
@@ -35,12 +34,15 @@ def tokens_of(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "tokens.jsonl").read_text().splitlines()]
 
 
+def record_every_4() -> None:
+    recording.EVERY = 4
+
+
 def test_recorded_tokens_are_those_of_the_metrics(folder, tmp_path):
     """The means over a whole batch's rollouts are what metrics.jsonl says of the step."""
     output = tmp_path / "run"
     options = ["--beta", 0, "--entry-clip", 1e-3, "--record-rollouts", 9]
-    every_4 = partial(setattr, recording, "EVERY", 4)
-    run(tmp_path / "log", *shrunk(folder, output, *options), before=every_4)
+    run(tmp_path / "log", *shrunk(folder, output, *options), before=record_every_4)
     rows = tokens_of(output)
     assert [row["step"] for row in rows] == [1] * 4 + [4] * 4 + [6] * 4
     completions = [json.loads(x) for x in (output / "completions.jsonl").read_text().splitlines()]
