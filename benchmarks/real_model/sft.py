@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.real_model.questions import PRESET
 from opsd_train.command_line import parse
 from opsd_train.data import join
-from opsd_train.grading import MathGrader, accuracy, accuracy_record, evaluate
+from opsd_train.grading import MathGrader, accuracy, evaluate
 from opsd_train.models import adapter_weights, logits
 from opsd_train.opsd import Setup
 from opsd_train.opsd.step import learning_rate, own_batch
@@ -52,7 +52,7 @@ def main() -> None:
                 attempts = evaluate(
                     setup.sampler, context, problems, grader, seed, config.batch_size
                 )
-                metrics |= accuracy_record(accuracy(attempts))
+                metrics |= accuracy(attempts)
             print(metrics, flush=True)
             file.write(json.dumps(metrics) + "\n")
             file.flush()
