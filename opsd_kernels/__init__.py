@@ -21,6 +21,7 @@ from .reference import (
     reference_sampled_token_loss,
     reference_token_divergence,
 )
+from .top_k import TopK, fused_top_k
 
 __all__ = [
     "Divergence",
@@ -28,12 +29,14 @@ __all__ = [
     "LMHead",
     "SampledTokenLoss",
     "TokenDivergence",
+    "TopK",
     "divergence_name",
     "fused_divergence_loss",
     "fused_entropy",
     "fused_jsd_loss",
     "fused_log_probs",
     "fused_sampled_token_loss",
+    "fused_top_k",
     "reference_divergence_loss",
     "reference_entropy",
     "reference_jsd_loss",

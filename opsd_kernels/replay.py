@@ -11,6 +11,7 @@ from .debug import described, summarized, tensors_of
 from .problem import Outputs, Problem
 from .schedules import choice, head_gradient
 from .schedules.head_gradient import HeadGradients
+from .schedules.top_k import Likeliest
 
 
 def replay(path: Path, device: torch.device | None = None) -> tuple[str, dict[str, Tensor]]:
@@ -35,11 +36,16 @@ def replay(path: Path, device: torch.device | None = None) -> tuple[str, dict[st
         name: problem.h_S.new_zeros(shape, dtype=dtype)
         for name, (shape, dtype) in content["made"].items()
     }
-    made = HeadGradients(**tensors) if seen else Outputs(**tensors)
-    if isinstance(made, HeadGradients):
+    made: HeadGradients | Likeliest | Outputs
+    if "ids" in tensors:
+        made = Likeliest(**tensors)
+        choice.fill_top_k(made, problem, budget)
+    elif seen:
+        made = HeadGradients(**tensors)
         scratch = head_gradient.allocate(problem, made, budget)
         choice.fill_head_gradients(made, scratch, problem, (seen[0], seen[1]), budget)
     else:
+        made = Outputs(**tensors)
         choice.fill(made, choice.allocate(made, problem, budget), problem, budget)
     return described(problem, made, budget), tensors_of(problem) | tensors_of(made)
 

@@ -56,6 +56,31 @@ FAULTS = [
         "    near = (t + 1).mul_(u).sub_(t).mul_(u < -1e-4)",
         f"against_oracle {OP}",
     ),
+    # Some entries of a token.
+    Fault(
+        "opsd_kernels/gathered.py",
+        "return u.masked_fill_(_absent(ids, W), 0)",
+        "return u",
+        "gathered",
+    ),
+    Fault(
+        "opsd_kernels/kernels/gathered.py",
+        "sums += c_pair[:, None] * _rounded(h_pair, OPERAND)",
+        "sums += c_pair[:, None] * h_pair",
+        "gathered",
+    ),
+    Fault(
+        "opsd_kernels/schedules/top_k.py",
+        "m, s = _with_more(m, s, _logits(keys[:, k:]), temperature)",
+        "pass",
+        "top_k",
+    ),
+    Fault(
+        "opsd_kernels/schedules/top_k.py",
+        "bitwise_or_(~ids & 0xFFFFFFFF)",
+        "bitwise_or_(ids)",
+        "top_k",
+    ),
     # The maths, in Triton.
     Fault(
         "opsd_kernels/kernels/pointwise.py",

@@ -45,6 +45,7 @@ ARROWS: dict[str, set[str]] = {
     "loss": {"autograd", "checks", "description", "divergence", "heads", "scalars"},
     "replay": {"debug", "problem", "schedules"},
     "env": {"kernels", "schedules"},
+    "top_k": {"checks", "divergence", "heads", "schedules"},
     "module": {"checks", "description", "heads", "loss", "scalars"},
     "head_check": {"heads"},
     # Of the package's mathematics nothing but names: the oracle is what proves it.

@@ -27,6 +27,7 @@ from opsd_kernels import (
     fused_jsd_loss,
     fused_log_probs,
     fused_sampled_token_loss,
+    fused_top_k,
     reference_divergence_loss,
     reference_entropy,
     reference_jsd_loss,
@@ -268,10 +269,37 @@ def on_rank(rank: int, processes: int) -> dict[str, Any]:
         with Wire() as wire:
             results.append(found(case, shard, shard_T, (h_S, h_T, options), case.function))
         wires.append(wire.calls)
-    saved = {"results": results, "wires": wires}
+    saved = {"results": results, "wires": wires, "top_k": of_top_k(rank, processes)}
     if processes == 2:
         saved |= {"refused": refused(rank), "compiled": compiled(rank), "DTensor": of_dtensor(rank)}
     return saved
+
+
+TOP_K_OPTIONS = (
+    {"k": 5},
+    {"k": 30, "workspace_mib": 0.4, "temperature": 0.7},
+    {"k": 41, "token_weights": torch.arange(70) % 3},
+)
+
+
+def top_k_inputs() -> tuple[Tensor, LMHead, Tensor]:
+    """Hidden states, a head with bans, and targets. Products of whole numbers are exact."""
+    g = torch.Generator().manual_seed(0)
+    h, W = (torch.randint(-2, 3, (n, 6), generator=g).float() for n in (70, 41))
+    bias = torch.zeros(41)
+    bias[::5] = -torch.inf
+    return h, LMHead(W, bias), torch.arange(70) % 41
+
+
+def of_top_k(rank: int, processes: int) -> list[Any]:
+    """The likeliest entries, for every cut and all options."""
+    h, head, targets = top_k_inputs()
+    found = []
+    for cuts in CUTS[processes]:
+        shard = Case(V=41, cuts=cuts).shards(head, dist.group.WORLD)[rank]
+        found += [fused_top_k(h, shard, targets=targets, **options) for options in TOP_K_OPTIONS]
+    found.append(fused_top_k(h, shard, 50, targets=targets))
+    return [tuple(result) for result in found]
 
 
 def refused(rank: int) -> list[str]:
@@ -400,6 +428,24 @@ def check_gradient(got: Tensor, true: Tensor, case: Case, what: str) -> None:
     # The gradient is as small as the sides are near; its noise, that of logits, is not.
     noise = 4e-6 / min(0.4, case.distance or 1.0) * float(true.norm())
     assert error <= 1.5 * rounding + noise + 1e-8, (error, rounding, noise, what)
+
+
+def test_top_k(ranks):
+    """As one process with the whole head; entries that do not exist are absent."""
+    h, head, targets = top_k_inputs()
+    whole = [fused_top_k(h, head, targets=targets, **options) for options in TOP_K_OPTIONS]
+    for rank in ranks:
+        *found, more = rank["top_k"]
+        for i, result in enumerate(found):
+            for got, true in zip(result, whole[i % len(whole)], strict=True):
+                torch.testing.assert_close(got, true, rtol=1e-6, atol=1e-6)
+        ids, log_probs, log_rest, _ = more
+        assert ids[:, :41].equal(fused_top_k(h, head, 41).ids)
+        assert (ids[:, 32:] == -1).all()
+        assert (log_probs[:, 32:] == -torch.inf).all()
+        assert (log_rest == -torch.inf).all()
+        for result, first in zip(rank["top_k"], ranks[0]["top_k"], strict=True):
+            assert all(t.equal(of_first) for t, of_first in zip(result, first, strict=True))
 
 
 def test_every_process_has_the_same(ranks):

@@ -6,4 +6,5 @@ planning.py       how many rows of logits that workspace has
 rows.py           rows of logits → ℓ and its gradient, in PyTorch
 logit_free.py     logits in registers only
 head_gradient.py  gradients of a head that is trained, in backward
+top_k.py          the likeliest entries of each token, without a gradient
 """

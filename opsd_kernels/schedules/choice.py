@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .._ops import add_op_namespace_prefix, ops
 from ..debug import after, before
 from ..problem import Outputs, Problem
-from . import head_gradient, row_workspace
+from . import head_gradient, row_workspace, top_k
 from .head_gradient import HeadGradients
 from .planning import budget_beside_head
+from .top_k import Likeliest
 
 
 def allocate(outputs: Outputs, problem: Problem, workspace_bytes: float) -> list[Tensor]:
@@ -65,13 +66,24 @@ def fill_head_gradients(
     after(gradients)
 
 
+def fill_top_k(found: Likeliest, problem: Problem, workspace_bytes: float) -> None:
+    """`top_k.fill`."""
+    if is_opaque(problem.h_S):
+        arguments = operator_arguments(found, [], problem, [], workspace_bytes)
+        ops.fill(*arguments)
+        return
+    before(problem, found, workspace_bytes)
+    top_k.fill(found, problem, workspace_bytes)
+    after(found)
+
+
 def is_opaque(t: Tensor) -> bool:
     """Whether PyTorch's compiler traces t, or t is a fake tensor."""
     return torch.compiler.is_compiling() or isinstance(t, FakeTensor)
 
 
 def operator_arguments(
-    outputs: Outputs | HeadGradients,
+    outputs: Outputs | HeadGradients | Likeliest,
     scratch: list[Tensor],
     problem: Problem,
     seen: list[Tensor],
@@ -120,6 +132,8 @@ def _operator(
     if seen:
         gradients = HeadGradients(**outputs)
         fill_head_gradients(gradients, scratch, problem, (seen[0], seen[1]), workspace_bytes)
+    elif "ids" in outputs:
+        fill_top_k(Likeliest(**outputs), problem, workspace_bytes)
     else:
         fill(Outputs(**outputs), scratch, problem, workspace_bytes)
 

@@ -60,7 +60,7 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: floa
     if outputs.dW is not None:
         budget = budget_beside_head(problem, budget)
     workspace = scratch[0][:, : problem.W.shape[0]]
-    rows = _kept(problem.keep)
+    rows = kept(problem.keep)
     N = problem.h_S.shape[0] if rows is None else rows.shape[0]
     max_rows = workspace.shape[0] // problem.sides
     plan = make_plan(problem, N, budget, outputs.statistics is not None, max_rows)
@@ -69,7 +69,7 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: floa
         R = smallest(plan.rows, problem.group, workspace.device)
         plan = replace(plan, rows=R, block=R)
     scale = 1.0
-    for n in _chunks(rows, N, plan.rows):
+    for n in chunks(rows, N, plan.rows):
         chunk, into = problem.tokens(n), outputs.tokens(n)
         z_S, z_T = _project(workspace, chunk, plan.tile)
         gradient = _step_2(z_S, z_T, chunk, plan.block, into)
@@ -192,7 +192,7 @@ def launch_rows(
     return LogitGradient(*rows.launch(outputs, z_S, z_T, problem, needs_score))
 
 
-def _kept(keep: Tensor | None) -> Tensor | None:
+def kept(keep: Tensor | None) -> Tensor | None:
     """Indices of the tokens to compute; None for all. Reading the mask costs nothing on a CPU, and
     elsewhere would make the host wait."""
     if keep is None or keep.device.type != "cpu":
@@ -200,7 +200,7 @@ def _kept(keep: Tensor | None) -> Tensor | None:
     return keep.nonzero().squeeze(-1)
 
 
-def _chunks(rows: Tensor | None, N: int, size: int) -> Iterator[slice | Tensor]:
+def chunks(rows: Tensor | None, N: int, size: int) -> Iterator[slice | Tensor]:
     """The rows, or N tokens, `size` at a time."""
     if rows is not None:
         yield from (rows[i : i + size] for i in range(0, rows.shape[0], size))
