@@ -49,8 +49,8 @@ class Problem:
     w_q: Tensor | None = None
     w_p: Tensor | None = None
     advantages: Tensor | None = None  # [N] fp32, A of a policy term −A log p(ŷ)
-    # [N, K] int32, ascending in each row: entries that count as banned. An id of V or more means
-    # none. Where processes share the vocabulary it is counted from the shard's first row.
+    # [N, K] int32 ids of entries that count as banned, which may repeat; −1 means none, also where
+    # they belong to another process.
     excluded: Tensor | None = None
     # In backward, [N, K] fp32: the gradients with respect to the logits of excluded entries, which
     # are given, times the slope of a softcap. Where an id repeats the first has them all.

@@ -38,7 +38,7 @@ from .heads.head import LogitMap
 from .heads.vocabulary_parallel import local_ids, summed_
 from .problem import STATS, Problem
 from .schedules.choice import is_opaque
-from .schedules.excluded import sorted_ids, sums_of_equal
+from .schedules.excluded import sums_of_equal
 
 # Tokens whose gradients are in fp32 at once.
 TOKENS_AT_A_TIME = 1024
@@ -101,8 +101,7 @@ class _LogitsAndRest(torch.autograd.Function):
         results, made = [z], {"ids": ids, "slope": slope, "gone": z == -torch.inf}
         if needs_rest:
             N = h_S.shape[0]
-            excluded, made["order"] = sorted_ids(ids, problem.W.shape[0])
-            problem = replace(problem, targets=None, excluded=excluded)
+            problem = replace(problem, targets=None, excluded=ids)
             for_backward: dict[str, Tensor] = {}
             if needs_gradient and trained:
                 top = h_S.new_zeros(N, dtype=torch.int32)
@@ -134,7 +133,7 @@ class _LogitsAndRest(torch.autograd.Function):
             c = c * slope
         c_r = None
         if grads:
-            order, c_r = kept.pop("order"), grads[0].masked_fill(kept.pop("nothing"), 0)
+            c_r = grads[0].masked_fill(kept.pop("nothing"), 0)
             if kept["keep"] is not None:
                 c_r = c_r.masked_fill(~kept["keep"], 0)
         nothing_else = (None,) * 7
@@ -148,9 +147,7 @@ class _LogitsAndRest(torch.autograd.Function):
         else:
             seen = kept.pop("stats"), kept.pop("top")
             problem = Problem(**kept)
-            assert problem.excluded is not None
-            g_excluded = sums_of_equal(c.gather(1, order), problem.excluded)
-            problem = replace(problem, weights=c_r, g_excluded=g_excluded)
+            problem = replace(problem, weights=c_r, g_excluded=sums_of_equal(c, ids))
             dropped = (c_r == 0) & (c == 0).all(1)
             workspace = ctx.workspace_bytes
             made = trained_gradients(problem, dropped, seen, weight, bias, needs, workspace)

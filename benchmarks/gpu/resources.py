@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.gpu import launches, sass
 from benchmarks.lib import report
 from opsd_kernels import divergence
-from opsd_kernels.kernels import finish, gathered, gradient, lse, pair, tiles, top_row
+from opsd_kernels.kernels import excluded, finish, gathered, gradient, lse, pair, tiles, top_row
 from opsd_kernels.kernels.tiles import Row, Tile
 from opsd_kernels.problem import STATS, Outputs, Problem
 from opsd_kernels.products import score_scale
@@ -55,17 +55,21 @@ class Case:
     weights: bool = False  # two for each token, of both halves
     policy: bool = False  # a policy term
     entropy: bool = False
+    excluded: int = 0  # entries; the value is the log-sum-exp of all others
 
     def problem(self, R: int, empty: Callable[..., Tensor]) -> dict[str, Any]:
         """The fields of a `Problem` that say so, for R tokens."""
+        alone = self.entropy or self.excluded > 0
         sampled = self.statistics or self.policy or (self.beta is None and not self.weights)
+        ids = empty(R, self.excluded, dtype=torch.int32) if self.excluded else None
         return {
             "beta": empty(R) if self.beta is PER_TOKEN else self.beta,
             "entry_clip": 1.0 if self.clipped else None,
-            "targets": empty(R, dtype=torch.int32) if sampled and not self.entropy else None,
+            "targets": empty(R, dtype=torch.int32) if sampled and not alone else None,
             "w_q": empty(R) if self.weights else None,
             "w_p": empty(R) if self.weights else None,
             "advantages": empty(R) if self.policy else None,
+            "excluded": ids,
         }
 
 
@@ -93,9 +97,12 @@ CASES = {
     "JSD, policy term": Case(0.5, policy=True),
     "both KLs, policy term": Case(None, weights=True, policy=True),
     "entropy": Case(None, teacher=False, entropy=True),
+    "outside 64 entries": Case(None, teacher=False, excluded=64),
 }
 # The kernels that gather rows of W: they do not depend on the case.
 GATHERED = ("products_at", "add_rows", "gradient_of_rows")
+# Those that mark excluded entries and write what is given of them: neither do they.
+EXCLUDED = ("mark", "put")
 # The kernels that do not look at entries one by one.
 FEWER = {
     "lse": (
@@ -107,12 +114,13 @@ FEWER = {
         "JSD, bias, softcap, scale",
         "both KLs, policy term",
         "entropy",
+        "outside 64 entries",
     ),
     "merge": ("JSD", "any, clip, statistics", "both KLs, policy term"),
     "shard": ("JSD", "any, clip, statistics"),
     "finish": ("JSD", "any, clip, statistics", "log p", "both KLs, policy term"),
     "top_row": ("JSD",),
-    **dict.fromkeys(GATHERED, ("JSD",)),
+    **dict.fromkeys((*GATHERED, *EXCLUDED), ("JSD",)),
     "gradient": (
         "JSD",
         "forward KL, clip",
@@ -121,9 +129,14 @@ FEWER = {
         "JSD, bias, softcap, scale",
         "both KLs, policy term",
         "entropy",
+        "outside 64 entries",
     ),
 }
-KERNELS = ("pair", "lse", "rows", "merge", "shard", "finish", "gradient", "top_row", *GATHERED)
+KERNELS = (
+    *("pair", "lse", "rows", "merge", "shard", "finish", "gradient", "top_row"),
+    *GATHERED,
+    *EXCLUDED,
+)
 # Those that multiply hidden states by the head.
 MULTIPLY = ("lse", "pair", "gradient")
 
@@ -231,6 +244,9 @@ def _launch(variant: Variant, row: Row, stored: torch.dtype) -> None:
     if variant.kernel in GATHERED:
         launch_gathered(variant.kernel, problem, empty)
         return
+    if variant.kernel in EXCLUDED:
+        launch_excluded(variant.kernel, problem, empty)
+        return
     tensors = logit_free.allocate(problem, True, case.statistics)
     scratch = logit_free.Scratch.of(tensors, problem, case.statistics)
     if variant.kernel in ("lse", "merge"):
@@ -249,11 +265,15 @@ def launch_gradient(problem: Problem) -> None:
     """The kernel of a head that is trained, on tensors without contents."""
     h_S, (V, D) = problem.h_S, problem.W.shape
     problem = replace(problem, weights=h_S.new_empty(len(h_S), dtype=torch.float32))
+    if problem.excluded is not None:
+        given = h_S.new_empty(problem.excluded.shape, dtype=torch.float32)
+        problem = replace(problem, g_excluded=given)
     gradients = HeadGradients(None, problem.W.new_empty(V, D), None)
-    g = head_gradient.allocate(problem, gradients, 0)[0]
+    scratch = head_gradient.allocate(problem, gradients, 0)
     stats = h_S.new_empty(STATS, len(h_S), dtype=torch.float32)
     top = h_S.new_empty(len(h_S), dtype=torch.int32)
-    gradient.launch(g, problem, stats, top, 0)
+    bits = None if problem.excluded is None else scratch[-1]
+    gradient.launch(scratch[0], problem, stats, top, 0, bits)
 
 
 def launch_gathered(kernel: str, problem: Problem, empty: Callable[..., Tensor]) -> None:
@@ -271,6 +291,17 @@ def launch_gathered(kernel: str, problem: Problem, empty: Callable[..., Tensor])
         gathered.gradient_of_rows_(dW, db, c, h, ids.flatten(), pairs, dtype)
 
 
+def launch_excluded(kernel: str, problem: Problem, empty: Callable[..., Tensor]) -> None:
+    """A kernel of excluded entries, 64 for each token."""
+    R, K, columns = len(problem.h_S), 64, 2304
+    ids = empty(R, K, dtype=torch.int32)
+    if kernel == "mark":
+        excluded.mark(empty(R, excluded.words(VOCABULARY), dtype=torch.int32), ids, 0)
+    else:
+        g = empty(R, columns, dtype=problem.operand_dtype)
+        excluded.put(g, empty(R, K), ids, 0, score_scale(g.dtype))
+
+
 def _some_problem(divergence: str) -> Problem:
     """A problem of the case, small."""
     one = torch.empty(1, 1)
@@ -280,7 +311,7 @@ def _some_problem(divergence: str) -> Problem:
 def _usage(compiled: Any, variant: Variant, row: Row) -> Usage:
     registers, spilled, matrix = registers_of(compiled)
     shared = compiled.metadata.shared
-    if variant.kernel in ("merge", "shard", "finish", "top_row", *GATHERED):
+    if variant.kernel in ("merge", "shard", "finish", "top_row", *GATHERED, *EXCLUDED):
         return Usage(registers, spilled, shared, matrix)
     multiplies = variant.kernel in MULTIPLY
     parts = sass.parts(sass.text_of(compiled), multiplies)

@@ -3,6 +3,7 @@
     pointwise.py    the family of divergences, entry by entry; what divergence.py is for PyTorch
     logits_tile.py  a tile of products h Wᵀ of both sides, in registers
     head.py         products → logits, where a head is more than a matrix
+    excluded.py     entries that a row of a tile is without
     lse.py          hidden states → log-sum-exp of both sides, the student's top entry
     pair.py         hidden states → sums of each token, and the tiles of scores for dh_S
     finish.py       sums and accumulators → ℓ and dh_S

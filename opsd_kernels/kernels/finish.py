@@ -14,6 +14,8 @@ Where ℓ is infinite (an unclipped KL) the gradient is 0.
 
 Where the student's logits are capped, g_top is multiplied by the slope of the cap at that entry.
 
+A log-sum-exp is L = top_S/T − log p_max; its gradient p does not sum to zero, and g_top is s_top.
+
 For log p(ŷ) of a sampled token ŷ takes the place of the top entry, and g_ŷ = 1 − p(ŷ) = −Σ_{v≠ŷ} s.
 
 A policy term −A log p(ŷ) adds −A to the gradient at ŷ, in fp32 too. It made c lower by A, so Σ s is
@@ -33,7 +35,7 @@ from . import cdiv
 from .logits_tile import round_to
 from .lse import P_MAX, Q_MAX, S_TOP, C
 from .pair import scored_of, top_of
-from .pointwise import ENTROPY, LOG_PROB, formula_of, kl_weights, parameters_of
+from .pointwise import ENTROPY, LOG_PROB, LOG_SUM, formula_of, kl_weights, parameters_of
 from .records import (
     DTYPE_NAMES,
     SCORE,
@@ -52,6 +54,7 @@ from .scratch import Scratch
 # The first field of `statistics` that is of a sampled token. The fields before are in the order of
 # `Scored.sums`, the fields from here on in that of `PerToken.stats`.
 LOG_P = tl.constexpr(divergence.LOG_P)
+ENTROPY_S = tl.constexpr(divergence.ENTROPY_S)
 # Rows of a program, and features at a time.
 BM, BD = tl.constexpr(16), tl.constexpr(256)
 
@@ -120,6 +123,10 @@ def finish_kernel(
         loss = tl.load(tokens.stats + STATS * stride + row, mask=keep, other=0.0)
     elif formula.FAMILY == ENTROPY:
         loss = tl.load(tokens.stats + C * stride + row, mask=keep, other=0.0) - tl.log(p_max)
+    elif formula.FAMILY == LOG_SUM:
+        top_S = tl.load(tokens.stats + row, mask=keep, other=0.0)  # the first of `Stats`
+        mean = tl.load(tokens.stats + C * stride + row, mask=keep, other=0.0)
+        loss, entropy = log_sum(top_S, p_max, mean, inverse_temperature)
     else:
         loss = summed(VALUE, scored.sums, field, at, present)
     before_policy = loss
@@ -131,7 +138,9 @@ def finish_kernel(
 
     if results.statistics is not None:
         to = results.statistics + row
-        if formula.FAMILY != LOG_PROB:
+        if formula.FAMILY == LOG_SUM:
+            tl.store(to + ENTROPY_S * stride_statistics, entropy, mask=exists)
+        elif formula.FAMILY != LOG_PROB:
             q_max = tl.load(tokens.stats + Q_MAX * stride + row, mask=keep, other=1.0)
             terms = ()
             for i in tl.static_range(SUMS, SUMS + SUMS_OF_STATISTICS - 1 + formula.CLIPPED):
@@ -233,10 +242,22 @@ def summed(FIELD: tl.constexpr, sums, field, at, present):
 
 
 @triton.jit
+def log_sum(top_S, p_max, mean, inverse_temperature):
+    """L_r of rows and the entropy of p̃, from the numbers of `normalizers`; where all entries are
+    excluded −∞ and 0."""
+    something = p_max != 0
+    log_p_max = tl.log(tl.where(something, p_max, 1.0))
+    L_r = tl.where(something, top_S * inverse_temperature - log_p_max, float("-inf"))
+    return L_r, mean - log_p_max
+
+
+@triton.jit
 def top_gradient(s_top, others, p_top, formula):
     """g_top of rows from s_top, `others` = Σ_{v≠top} s and p_top."""
     if formula.FAMILY == LOG_PROB:
         g_top = -others
+    elif formula.FAMILY == LOG_SUM:
+        g_top = s_top
     elif formula.KNOWS_G:
         g_top = tl.where(p_top > 0.9, -others, s_top)
     else:

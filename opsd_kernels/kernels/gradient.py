@@ -15,6 +15,8 @@ Where the student's logits are capped (see `head`), g is multiplied by the slope
 contains its slope already. For log p(ŷ) of a sampled token, whose gradient is 1[v = ŷ] − p, ŷ takes
 the place of the top entry. Rows of weight 0 are 0, whatever their hidden states contain.
 
+Where entries are excluded (`excluded`), g of such an entry is then the number that is given.
+
 As in `pair`, a tile is processed in PARTS parts of its columns, one after the other.
 """
 
@@ -25,7 +27,8 @@ from torch import Tensor
 from ..divergence import Family
 from ..problem import Problem
 from ..products import score_scale
-from . import cdiv, tiles
+from . import cdiv, excluded, tiles
+from .excluded import without_excluded
 from .head import logits_and_slope
 from .logits_tile import halves, logits_tiles, operands, round_to
 from .pair import entries, load_stats, top_of, with_policy_term
@@ -33,7 +36,9 @@ from .pointwise import columns_of, formula_of, parameters_of
 from .records import PerToken, Weighed
 
 
-def launch(g: Tensor, chunk: Problem, stats: Tensor, top: Tensor, v: int) -> None:
+def launch(
+    g: Tensor, chunk: Problem, stats: Tensor, top: Tensor, v: int, bits: Tensor | None = None
+) -> None:
     """g [R, columns] ← the gradient with respect to logits of the columns from v on, weighed, times
     `score_scale`.
 
@@ -41,7 +46,11 @@ def launch(g: Tensor, chunk: Problem, stats: Tensor, top: Tensor, v: int) -> Non
         g: in a `score_dtype`; its columns are a multiple of the tile's.
         chunk: the tokens, with weights.
         stats, top: see `Outputs`.
+        bits: of the entries that are excluded, from column v on. Their g is 0, or given.
     """
+    if bits is not None and chunk.excluded is not None:
+        bits = bits[: chunk.h_S.shape[0]]
+        excluded.mark(bits, chunk.excluded, v)
     tile = tiles.lookup(g.device, chunk.operand_dtype).pair_for(chunk.member, False)
     R, columns = chunk.h_S.shape[0], min(g.shape[1], chunk.W.shape[0] - v)
     policy = chunk.advantages is not None
@@ -57,12 +66,16 @@ def launch(g: Tensor, chunk: Problem, stats: Tensor, top: Tensor, v: int) -> Non
             SCALE=tl.constexpr(score_scale(g.dtype)),
             POLICY=tl.constexpr(policy),
         ),
-        tokens=PerToken.of(chunk, stats, top, needs_keep=False, needs_targets=needs_targets),
+        tokens=PerToken.of(
+            chunk, stats, top, needs_keep=False, needs_targets=needs_targets, bits=bits
+        ),
         R=R,
         stride=stats.stride(0),
         formula=formula_of(chunk.member, chunk.temperature),
         **operands(chunk, tile),
     )
+    if chunk.excluded is not None and chunk.g_excluded is not None:
+        excluded.put(g[:, :columns], chunk.g_excluded, chunk.excluded, v, score_scale(g.dtype))
 
 
 # Numbers that depend on the batch do not cause a recompilation.
@@ -118,6 +131,8 @@ def gradient_kernel(
         z_S, z_T = logits_tiles(
             h_S, h_T, W, W_T, student, teacher, tl.program_id(0) * BM, begin, R, tiling
         )
+        if tokens.bits is not None:
+            z_S = without_excluded(z_S, begin - weighed.begin, row, exists, tokens)
         stats = load_stats(tokens, stride, row, exists)
         top = top_of(tokens, row, exists, formula)[:, None]
         of_rows = (top, stats, parameters, policy, weight[:, None], exists[:, None])

@@ -23,6 +23,8 @@ its scores. The spans depend on the size of the vocabulary alone, not on the num
 token gets the same numbers in any batch. Where processes share the vocabulary, `shard` combines the
 spans of each process, and `merge` the states of the processes, each as one span.
 
+Entries that are excluded count as banned ones (`excluded`); for their log-sum-exp see `finish`.
+
 E / sum_S is the student's mean of d − d_top. From it follows G of the reverse KL, to the last digit
 because only differences to the top entry enter it, and a guess of G for the other members (see
 `shift`). Without a teacher, with z_T = 0, it is the mean of top_S − z_S, and the entropy follows
@@ -37,12 +39,14 @@ from torch import Tensor
 from ..heads.vocabulary_parallel import gathered, local_ids
 from ..problem import Problem
 from . import cdiv
+from .excluded import without_excluded
 from .head import capped, logits_and_slope
 from .logits_tile import halves, logits_tiles, operands
 from .pointwise import (
     ENTROPY,
     HUGE,
     LOG_PROB,
+    LOG_SUM,
     difference,
     exp,
     formula_of,
@@ -75,9 +79,11 @@ def launch(scratch: Scratch, chunk: Problem) -> None:
     R, V = chunk.h_S.shape[0], chunk.W.shape[0]
     partials, tile = _partials(scratch, chunk), scratch.row.lse
     spans, stride = scratch.index.shape
+    bits = scratch.bits
+    stride_bits = None if bits is None else bits.stride(0)
     lse_kernel[(cdiv(R, tile.BM), spans)](
         partials=partials,
-        tokens=PerToken(chunk.keep, chunk.targets),
+        tokens=PerToken(chunk.keep, chunk.targets, bits=bits, stride_bits=stride_bits),
         R=R,
         stride=stride,
         inverse_temperature=1 / chunk.temperature,
@@ -171,7 +177,7 @@ def lse_kernel(
         h_S, h_T, W, W_T: see `logits_tiles`. Without a teacher its results are not written, and
             compilers drop their computation.
         student, teacher, tiling: the records.
-        tokens: keep and targets, each may be None. A tile of rows is skipped if none of them
+        tokens: keep, targets and bits, each may be None. A tile of rows is skipped if none of them
             counts.
     """
     BM: tl.constexpr = tiling.BM
@@ -192,6 +198,8 @@ def lse_kernel(
         z_S, z_T = logits_tiles(
             h_S, h_T, W, W_T, student, teacher, tl.program_id(0) * BM, v, R, tiling
         )
+        if tokens.bits is not None:
+            z_S = without_excluded(z_S, v, row, exists, tokens)
         maps = (
             student.bias, student.softcap, student.scale,
             teacher.bias, teacher.softcap, teacher.scale,
@@ -497,7 +505,12 @@ def normalizers(state, parameters, advantage, formula, SCALE: tl.constexpr):
     p_max, q_max, log_sums = 1.0 / sum_S, 1.0 / sum_T, log_quotient(sum_S, sum_T)
     c, s_top, without_null = sum_S, sum_S, sum_S  # never read for log p(ŷ)
     mean_d = state.E / sum_S * formula.inverse_temperature
-    if formula.FAMILY == ENTROPY:
+    if formula.FAMILY == LOG_SUM:
+        # Of a row whose entries are all excluded, p_max is 0 and says so.
+        nothing_left = sum_S == 0
+        top_S, p_max = tl.where(nothing_left, 0.0, top_S), tl.where(nothing_left, 0.0, p_max)
+        c, s_top = tl.where(nothing_left, 0.0, mean_d), p_max
+    elif formula.FAMILY == ENTROPY:
         c, s_top = mean_d, -mean_d * p_max
     elif formula.FAMILY != LOG_PROB:
         d_top = difference(top_S, state.at_top)

@@ -20,6 +20,8 @@ For log p(ŷ) of a sampled token, whose gradient is 1[v = ŷ] − p, there are t
 alone, and one tile, s = −p. It is 0 at ŷ, which takes the place of the top entry. The entropy has
 one tile too, s = p ((top_S − z_S)/T − c), with c the student's mean of (top_S − z_S)/T.
 
+A log-sum-exp has the score p of those entries that are not excluded, and G = 0.
+
 A policy term −A log p(ŷ) changes nothing here: c is lower by A, and `finish` adds the part of ŷ.
 
 Where the student's logits are capped (see `head`), s and p are multiplied by the slope of the cap
@@ -45,12 +47,14 @@ import triton.language as tl
 from ..divergence import Family
 from ..problem import Problem
 from . import cdiv
+from .excluded import without_excluded
 from .head import logits_and_slope
 from .logits_tile import halves, logits_tiles, operands, round_to
 from .pointwise import (
     ENTROPY,
     HUGE,
     LOG_PROB,
+    LOG_SUM,
     columns_of,
     difference,
     exp,
@@ -69,7 +73,9 @@ def arguments(scratch: Scratch, chunk: Problem) -> dict[str, Any]:
     """The arguments of `launch` for a chunk of tokens, whatever the columns."""
     R, tile = chunk.h_S.shape[0], scratch.pair
     needs_targets = chunk.member.family == Family.LOG_PROB or scratch.slopes == 2
-    tokens = PerToken.of(chunk, scratch.stats, scratch.top, needs_targets=needs_targets)
+    tokens = PerToken.of(
+        chunk, scratch.stats, scratch.top, needs_targets=needs_targets, bits=scratch.bits
+    )
     if not chunk.member.is_divergence:
         chunk = chunk.without_teacher()
     s, p = scratch.s_and_p(R)
@@ -161,6 +167,8 @@ def pair_kernel(
         z_S, z_T = logits_tiles(
             h_S, h_T, W, W_T, student, teacher, tl.program_id(0) * BM, begin, R, tiling
         )
+        if tokens.bits is not None:
+            z_S = without_excluded(z_S, begin, row, exists, tokens)
         stats = load_stats(tokens, stride, row, exists)
         top = top_of(tokens, row, exists, formula)[:, None]
         target = top  # a tuple cannot hold None
@@ -265,6 +273,9 @@ def entries(z_S, z_T, is_top, stats, parameters, formula, STATISTICS: tl.constex
     if FAMILY == LOG_PROB:
         p = tl.where(is_top, 0.0, p)
         return (tl.zeros(p.shape, tl.float32), -p), p
+    elif FAMILY == LOG_SUM:
+        p = tl.where(is_top, 0.0, p)
+        return (tl.zeros(p.shape, tl.float32), p), p
     elif FAMILY == ENTROPY:
         p = tl.where(is_top, 0.0, p)
         a = _mean_term(p, top_S - z_S) * inverse_temperature

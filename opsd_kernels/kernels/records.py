@@ -69,6 +69,8 @@ class PerToken(NamedTuple):
     advantages: Any = None  # [R] fp32, A of a policy term −A log p(ŷ)
     stats: Any = None  # [8 or 11, stride] fp32, see `Stats`; the last three only with targets
     top: Any = None  # [stride] int32, the student's most likely entry
+    bits: Any = None  # [R, stride_bits] int32, those of entries that are excluded: see `excluded`
+    stride_bits: Any = None
 
     @staticmethod
     def of(
@@ -78,6 +80,7 @@ class PerToken(NamedTuple):
         *,
         needs_keep: bool = True,
         needs_targets: bool = True,
+        bits: Tensor | None = None,
     ) -> "PerToken":
         return PerToken(
             chunk.keep if needs_keep else None,
@@ -88,6 +91,8 @@ class PerToken(NamedTuple):
             chunk.advantages,
             stats,
             top,
+            bits,
+            None if bits is None else bits.stride(0),
         )
 
 

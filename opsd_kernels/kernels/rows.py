@@ -28,12 +28,20 @@ from torch import Tensor
 from ..problem import Outputs, Problem
 from ..products import score_dtype, score_scale
 from . import current, tiles
-from .finish import LOG_P, policy_gradient, statistics, top_gradient, with_policy
+from .finish import (
+    ENTROPY_S,
+    LOG_P,
+    log_sum,
+    policy_gradient,
+    statistics,
+    top_gradient,
+    with_policy,
+)
 from .head import logits_and_slope
 from .logits_tile import round_to
 from .lse import S_TOP, C, absorb, combined, log_probs, normalizers, nothing
 from .pair import add_each, entries, with_policy_term, zeros
-from .pointwise import ENTROPY, LOG_PROB, columns_of, formula_of, parameters_of
+from .pointwise import ENTROPY, LOG_PROB, LOG_SUM, columns_of, formula_of, parameters_of
 from .records import (
     STATS,
     STATS_OF_TARGETS,
@@ -127,10 +135,11 @@ def rows_kernel(
     KNOWS_G: tl.constexpr = formula.KNOWS_G
     FOR_LATER: tl.constexpr = results.stats is not None
     HAS_STATISTICS: tl.constexpr = results.statistics is not None
-    STATISTICS: tl.constexpr = HAS_STATISTICS and formula.FAMILY != LOG_PROB
+    FAMILY: tl.constexpr = formula.FAMILY
+    IS_DIVERGENCE: tl.constexpr = FAMILY != LOG_PROB and FAMILY != ENTROPY and FAMILY != LOG_SUM
+    STATISTICS: tl.constexpr = HAS_STATISTICS and IS_DIVERGENCE
     OF_STATISTICS: tl.constexpr = SUMS_OF_STATISTICS - 1 + formula.CLIPPED
-    # log p(ŷ) and the entropy themselves need no second sweep.
-    IS_DIVERGENCE: tl.constexpr = formula.FAMILY != LOG_PROB and formula.FAMILY != ENTROPY
+    # Other values themselves need no second sweep.
     SECOND: tl.constexpr = NEEDS_SCORE or FOR_LATER or IS_DIVERGENCE
     row = tl.program_id(0).to(tl.int64)
     V, inverse_temperature = logits.V, formula.inverse_temperature
@@ -179,6 +188,10 @@ def rows_kernel(
         loss = sampled[0]
     elif formula.FAMILY == ENTROPY:
         loss = stats.c - tl.log(stats.p_max)
+    elif formula.FAMILY == LOG_SUM:
+        loss, entropy = log_sum(stats.top_S, stats.p_max, stats.c, inverse_temperature)
+        if HAS_STATISTICS:
+            tl.store(results.statistics + ENTROPY_S * stride_statistics + one, entropy)
     before_policy = loss
     if advantages is not None:
         loss = with_policy(loss, advantage, sampled[0])

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..problem import Problem
 from ..products import copied_bytes, score_dtype, score_scale
 from . import cdiv, tiles
+from .excluded import words
 from .records import PARTIALS, STATS, STATS_OF_TARGETS, SUMS, SUMS_OF_STATISTICS
 
 MIB = 2**20
@@ -29,6 +30,7 @@ class Scratch:
     scores: bool  # whether a gradient is needed
     mean_limit: float  # see `Member.mean_limit`
     slopes: int  # how many of the sums, the last ones, are slopes of a softcap
+    bits: Tensor | None  # [R, V/32] int32, if entries are excluded: see `excluded`
     partials: Tensor  # [6 or 8, spans, R] fp32
     index: Tensor  # [spans, R] int32
     stats: Tensor  # [8 or 11, R] fp32
@@ -52,9 +54,13 @@ class Scratch:
         copied_rows = int(room // bytes_per_row) // 64 * 64
         row = tiles.lookup(problem.h_S.device, problem.operand_dtype)
         tile = row.pair_for(problem.member, needs_statistics)
+        bits = None
+        if problem.excluded is not None:
+            *tensors, bits = tensors
         limit = problem.member.mean_limit(needs_score, needs_statistics)
         slopes = _slopes(problem, needs_score)
-        return Scratch(row, tile, max(64, copied_rows), needs_score, limit, slopes, *tensors)
+        numbers = (max(64, copied_rows), needs_score, limit, slopes)
+        return Scratch(row, tile, *numbers, bits, *tensors)
 
     @property
     def rows(self) -> int:
@@ -84,8 +90,8 @@ class Scratch:
 def allocate(
     problem: Problem, needs_gradient: bool, needs_statistics: bool, needs_stats: bool = False
 ) -> list[Tensor]:
-    """The tensors of a `Scratch`, in its order, for dh_S, statistics and stats (see `Outputs`) as
-    they are needed."""
+    """The tensors of a `Scratch`, in its order but for the bits, which are last, for dh_S,
+    statistics and stats (see `Outputs`) as they are needed."""
     h_S, targets = problem.h_S, problem.targets is not None
     (N, D), V = h_S.shape, problem.W.shape[0]
     row = tiles.lookup(h_S.device, problem.operand_dtype)
@@ -113,6 +119,8 @@ def allocate(
         tensors.append(h_S.new_empty((1 if knows_G else 2) * R, slots * tile.BV, dtype=scores))
         if not knows_G:
             tensors.append(fp32((2 if is_stacked(R, D) else 1) * R, D))
+    if problem.excluded is not None:
+        tensors.append(h_S.new_empty(R, words(V), dtype=torch.int32))
     return tensors
 
 

@@ -14,29 +14,22 @@ from ..divergence import HUGE
 from ..heads.vocabulary_parallel import summed_
 from .rows import softmaxes
 
-# Fills a row of `excluded` that has fewer ids than others.
-NO_ENTRY = 2**31 - 1
 
-
-def sorted_ids(ids: Tensor, V: int) -> tuple[Tensor, Tensor]:
-    """`Problem.excluded` from ids [N, K] int32, of which those outside [0, V) are absent; and the
-    place [N, K] of each in `ids`."""
-    absent = (ids < 0) | (ids >= V)
-    return ids.masked_fill(absent, NO_ENTRY).sort(dim=1, stable=True)
-
-
-def sums_of_equal(values: Tensor, excluded: Tensor) -> Tensor:
-    """`Problem.g_excluded` from one value of each id [N, K]: the first of equal ids gets the sum of
-    their values, the others get 0."""
-    distance, K = 1, excluded.shape[1]
+def sums_of_equal(values: Tensor, ids: Tensor) -> Tensor:
+    """From one value of each id [N, K]: one of equal ids of a row gets the sum of their values, in
+    the order of their places, the others get 0."""
+    sorted_ids, place = ids.sort(dim=1, stable=True)
+    values = values.gather(1, place)
+    distance, K = 1, ids.shape[1]
     # At every step a value is the sum of up to `distance` equal ids from its own place on.
     while distance < K:
-        equal = excluded[:, distance:] == excluded[:, :-distance]
+        equal = sorted_ids[:, distance:] == sorted_ids[:, :-distance]
         further = torch.where(equal, values[:, distance:], 0)
         values = values + torch.nn.functional.pad(further, (0, distance))
         distance *= 2
-    repeated = excluded[:, 1:] == excluded[:, :-1]
-    return values.masked_fill(torch.nn.functional.pad(repeated, (1, 0)), 0)
+    repeated = sorted_ids[:, 1:] == sorted_ids[:, :-1]
+    values = values.masked_fill(torch.nn.functional.pad(repeated, (1, 0)), 0)
+    return torch.empty_like(values).scatter_(1, place, values)
 
 
 def exclude_(u: Tensor, excluded: Tensor, first: int = 0) -> None:

@@ -59,8 +59,9 @@ def by_kernels(problem: Problem, workspace_bytes: float) -> bool:
 
 
 def allocate(problem: Problem, gradients: HeadGradients, workspace_bytes: float) -> list[Tensor]:
-    """The scratch of `fill`: tiles of logits or of their gradient, [R, columns]; and where the head
-    has 16 bits, a tile of dW in fp32, [columns, D]."""
+    """The scratch of `fill`: tiles of logits or of their gradient, [R, columns]; where the head has
+    16 bits, a tile of dW in fp32, [columns, D]; and for kernels, if entries are excluded, their
+    bits."""
     (N, D), V, W = problem.h_S.shape, problem.W.shape[0], problem.W
     N = max(N, 1)
     is_rounded = gradients.dW is not None and gradients.dW.dtype != torch.float32
@@ -85,6 +86,10 @@ def allocate(problem: Problem, gradients: HeadGradients, workspace_bytes: float)
         tensors = [problem.h_S.new_empty(2, R, columns, dtype=torch.float32)]
     if is_rounded:
         tensors.append(problem.h_S.new_empty(columns, D, dtype=torch.float32))
+    if by_kernels(problem, workspace_bytes) and problem.excluded is not None:
+        from ..kernels import excluded
+
+        tensors.append(problem.h_S.new_empty(min(R, N), excluded.words(columns), dtype=torch.int32))
     return tensors
 
 
@@ -106,7 +111,9 @@ def fill(
     """
     (N, V), (R, columns) = (problem.h_S.shape[0], problem.W.shape[0]), scratch[0].shape[-2:]
     dtype, dh_S, dW, db = problem.operand_dtype, gradients.dh_S, gradients.dW, gradients.db
-    launched = by_kernels(problem, workspace_bytes)
+    launched, bits = by_kernels(problem, workspace_bytes), None
+    if launched and problem.excluded is not None:
+        *scratch, bits = scratch
     problem, scale = _scaled(problem.with_contiguous_rows(), scratch[0].dtype, launched)
     if dW is not None and N == 0:
         dW.zero_()
@@ -119,8 +126,10 @@ def fill(
             for n in range(0, N, R):
                 rows = slice(n, n + R)
                 chunk, of_rows = problem.tokens(rows), (seen[0][:, rows], seen[1][rows])
-                make = _launch if launched else _compute
-                g = make(scratch[0], chunk, of_rows, tile)
+                if launched:
+                    g = _launch(scratch[0], chunk, of_rows, tile, bits)
+                else:
+                    g = _compute(scratch[0], chunk, of_rows, tile)
                 if dh_S is not None:
                     project_back([(dh_S[rows], g)], W, dtype, columns)
                 project_onto_head(dW_tile, db_tile, g, chunk.h_S, dtype, first=n == 0)
@@ -170,13 +179,19 @@ def _scaled(
     return replace(problem, weights=weights, g_excluded=g_excluded), left
 
 
-def _launch(scratch: Tensor, chunk: Problem, seen: tuple[Tensor, Tensor], tile: slice) -> Tensor:
+def _launch(
+    scratch: Tensor,
+    chunk: Problem,
+    seen: tuple[Tensor, Tensor],
+    tile: slice,
+    bits: Tensor | None,
+) -> Tensor:
     """w (a − G p) of a chunk's tokens and a tile of the vocabulary, times `score_scale`, by the
     kernel: [R, columns]."""
     from ..kernels import gradient  # needs Triton
 
     g = scratch[: chunk.h_S.shape[0]]
-    gradient.launch(g, chunk, *seen, tile.start)
+    gradient.launch(g, chunk, *seen, tile.start, bits)
     return g[:, : tile.stop - tile.start]
 
 
@@ -205,14 +220,19 @@ def _compute(scratch: Tensor, chunk: Problem, seen: tuple[Tensor, Tensor], tile:
 def _add_what_rounding_took(
     dh_S: Tensor, problem: Problem, seen: tuple[Tensor, Tensor], dtype: torch.dtype
 ) -> None:
-    """dh_S ← dh_S + (w g_top − its rounding in the tiles) W_top, all times `score_scale`."""
+    """dh_S ← dh_S + Σ (g − its rounding in the tiles) W, all times `score_scale`, over the top
+    entry and the excluded ones, whose g are given."""
     from ..kernels.lse import S_TOP
 
     (stats, top), weights = seen, problem.weights
     assert weights is not None
     if dtype == torch.float32:
         return
-    exact = stats[S_TOP.value] * weights * score_scale(dtype)
-    exact.masked_fill_(weights == 0, 0)
+    of_top = stats[S_TOP.value] * weights
+    exact, ids = of_top.masked_fill_(weights == 0, 0)[:, None], top[:, None]
+    if problem.excluded is not None and problem.g_excluded is not None:
+        exact = torch.cat([exact, problem.g_excluded], 1)
+        ids = torch.cat([ids, problem.excluded], 1)
+    exact = exact * score_scale(dtype)
     taken = exact - exact.to(dtype).float()
-    add_rows_(dh_S, taken[:, None], problem.W, top[:, None], problem.operand_dtype)
+    add_rows_(dh_S, taken, problem.W, ids, problem.operand_dtype)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..heads.vocabulary_parallel import begin_sum_, summed_
-from ..kernels import finish, lse, pair
+from ..kernels import excluded, finish, lse, pair
 from ..kernels.scratch import Scratch, allocate
 from ..problem import Outputs, Problem
 from ..products import project_back
@@ -39,7 +39,7 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem) -> None:
         problem: the tokens.
     """
     V, needs_statistics = problem.W.shape[0], outputs.statistics is not None
-    # log p(ŷ) and the entropy themselves follow from step 1.
+    # Other values themselves follow from step 1.
     v_stop = V if problem.member.is_divergence or outputs.needs_score else 0
     named = Scratch.of(scratch, problem, needs_statistics, outputs.needs_score)
     problem = problem.with_contiguous_rows()  # once, for all kernels
@@ -48,6 +48,8 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem) -> None:
         for n in range(0, outputs.loss.shape[0], named.rows):
             rows = slice(n, n + named.rows)
             chunk, into = problem.tokens(rows), outputs.tokens(rows)
+            if named.bits is not None and chunk.excluded is not None:
+                excluded.mark(named.bits[: chunk.excluded.shape[0]], chunk.excluded, 0)
             lse.launch(named, chunk)
             arguments = pair.arguments(named, chunk)
             for v in range(0, v_stop, named.columns):
