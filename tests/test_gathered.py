@@ -9,6 +9,7 @@ import torch
 from compiler import outside_the_interpreter
 from schedules import DEVICE
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu.candidates import SHARED
 from benchmarks.lib.allocations import Allocations, fake_device
@@ -142,6 +143,16 @@ def test_rows_are_not_copied_for_all_tokens(device):
             gradient_of_rows_(dW, db, c, h, ids, W.dtype)
     bounds = {"cpu": 3 * 4 * gathered.CPU_ENTRIES, "cuda": 24 * N * K}
     assert 0 < allocations.peak <= bounds[device]
+
+
+def test_passes():
+    """Products with K rows for each token are K / V of a pass over the vocabulary."""
+    N, K, V, D = 5, 7, 33, 40
+    h, W, ids, c, _ = inputs(N, K, V, D, torch.bfloat16)
+    with FlopCounterMode(display=False) as counter:
+        products_at(h, W, ids, W.dtype)
+        add_rows_(torch.zeros(N, D), c, W, ids, W.dtype)
+    assert counter.get_total_flops() == 2 * (2 * N * K * D)
 
 
 @pytest.mark.parametrize("arch", SHARED)

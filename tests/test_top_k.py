@@ -10,6 +10,7 @@ from heads import EXTRAS, Extras, as_head, logits, size_of_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import language_like_inputs, random_inputs
+from schedules import DEVICE
 from test_no_waiting import Waiting
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,6 +20,7 @@ from opsd_kernels import LMHead, TopK, debug, fused_top_k, replay
 from opsd_kernels.schedules import top_k
 
 MIB = 2**20
+DEVICES = sorted({"cpu", DEVICE.type})
 # Of errors of log-probabilities, in last bits of the largest numbers that may enter them: at most
 # 1.8 in hundreds of cases.
 UNITS = 3.0
@@ -87,30 +89,33 @@ def test_any_input(data, dtype, N, V, extras, peaked, temperature, workspace_mib
 
 @pytest.mark.parametrize("k", [1, 7, 64, 512])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_many_chunks_and_blocks(k, dtype):
+@pytest.mark.parametrize("device", DEVICES)
+def test_many_chunks_and_blocks(k, dtype, device):
     h, _, W = language_like_inputs(70, 2000, 24, dtype, 0.1)
     head = LMHead(torch.stack([W, W], -1)[..., 0])  # with strides
     targets = torch.arange(70) * 9
+    args = h.to(device), LMHead(head.weight.to(device)), k
     for workspace_mib in (None, 0.6):
-        found = fused_top_k(h, head, k, targets=targets, workspace_mib=workspace_mib)
-        check(found, h, head, targets, 1.0)
-    again = fused_top_k(h, head, k, targets=targets, workspace_mib=workspace_mib)
+        options = {"targets": targets.to(device), "workspace_mib": workspace_mib}
+        found = fused_top_k(*args, **options)
+        check(TopK(*(t.cpu() for t in found)), h, head, targets, 1.0)
+    again = fused_top_k(*args, **options)
     assert all(a.equal(b) for a, b in zip(found, again, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("workspace_mib", [None, 0.3])
-def test_equal_logits_are_in_the_order_of_ids(dtype, workspace_mib):
+@pytest.mark.parametrize("device", DEVICES)
+def test_equal_logits_are_in_the_order_of_ids(dtype, workspace_mib, device):
     """Products of whole numbers are exact, and the same in all blocks."""
     g = torch.Generator().manual_seed(1)
     h = torch.randint(-2, 3, (40, 6), generator=g).to(dtype)
     W = torch.randint(-2, 3, (700, 6), generator=g).to(dtype)
     h[3] = 0
     for k in (1, 30, 700):
-        found = fused_top_k(h, W, k, workspace_mib=workspace_mib)
-        true = textbook(h, W, k, torch.zeros(40, dtype=torch.int64), 1.0)
-        assert found.ids.equal(true.ids)
-    assert found.ids[3].equal(torch.arange(700))
+        ids = fused_top_k(h.to(device), W.to(device), k, workspace_mib=workspace_mib).ids.cpu()
+        assert ids.equal(textbook(h, W, k, torch.zeros(40, dtype=torch.int64), 1.0).ids)
+    assert ids[3].equal(torch.arange(700))
 
 
 def test_keys():
