@@ -40,10 +40,10 @@ def fused_top_k(
     """The k likeliest entries of next-token distributions, and the mass of all others, from hidden
     states and the LM head, in one pass over the vocabulary and without [N, V] logits.
 
-    With p = softmax(h Wᵀ / T), each token gives the k largest p, in order. The mass of the rest is
-    summed over the rest itself: it is right where 1 − Σ p has no digits left. Logits are summed in
-    fp32, in an order that depends on the device, the number of tokens and the workspace: entries
-    whose logits differ by less than their rounding may change places.
+    With p = softmax(h Wᵀ / T), each token gives its k largest p, in order. The mass of the rest is
+    a sum over the rest, not 1 − Σ p: it keeps its digits where it is small. Logits are in fp32, and
+    their last bits depend on the device, the number of tokens and the workspace: entries whose
+    logits differ by so little may change places.
 
     Args:
         h: [..., D] bf16, fp16 or fp32, the last hidden states, which enter the LM head. A constant.

@@ -147,6 +147,7 @@ def _of_all_processes(state: State, k: int, group: str, temperature: float) -> S
 
 
 def _write(found: Likeliest, n: slice | Tensor, state: State, temperature: float) -> None:
+    """Write the results of the tokens n, whose state is that after all entries."""
     keys = state.keys.sort(descending=True).values
     z = _logits(keys)
     top = z[:, 0]
