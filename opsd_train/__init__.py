@@ -7,7 +7,7 @@ door, its __init__.py, which says what lives there and what does not. What is li
 only from what is above it.
 
 errors.py        what any room may raise
-files.py         files that are there whole, and lines of JSON
+files.py         files that are there whole, lines of JSON, config files
 records.py       what is handed from one room to the next: Problem, Rollout, Scores
 config.py        all options of a run
 presets/         configs by name

@@ -9,27 +9,25 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import datasets
 import huggingface_hub.utils
 import torch
 import transformers
-import yaml
 from accelerate import Accelerator
 
 from opsd_train.config import (
     REMOVED,
     SECTIONS,
     Config,
-    UniqueKeyLoader,
     field_choices,
     field_types,
     make_config,
     options,
 )
 from opsd_train.errors import RunFailed, did_you_mean
+from opsd_train.files import read_yaml
 from opsd_train.presets import DEFAULT_PRESET, find_preset, preset_names, preset_summary
 from opsd_train.run import be_quiet, fail
 
@@ -111,7 +109,7 @@ def said_where(
     named = [w for i, w in enumerate(words) if w in names and ("_" in w or i == 1)]
     sources = [_flag(name) for name in dict.fromkeys(named) if name in overrides]
     is_from_file = any(name in values and name not in overrides for name in named)
-    if file and (is_from_file or not sources):
+    if file and not error.startswith(file) and (is_from_file or not sources):
         sources.append(file)
     return f"{', '.join(sources)}: {error}" if sources else error
 
@@ -123,23 +121,6 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()  # and with it the hub's
     huggingface_hub.utils.enable_progress_bars()
     datasets.disable_progress_bars()
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a config file.
-
-    Raises:
-        OSError: it cannot be read. ValueError: it is not a mapping.
-    """
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8-sig"), UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"not YAML: {error}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"must be text in UTF-8: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"must hold `key: value` lines, got {type(values).__name__}")
-    return values
 
 
 def _parser() -> argparse.ArgumentParser:

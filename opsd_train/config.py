@@ -24,6 +24,7 @@ import yaml
 from opsd_kernels import Divergence
 from opsd_kernels.scalars import check_clip, check_temperature, check_weight
 from opsd_train.errors import did_you_mean
+from opsd_train.files import UniqueKeyLoader
 
 STUDENT_TEMPLATE = "{problem}\n\nReason step by step, and put your final answer within \\boxed{}."
 TEACHER_TEMPLATE = (
@@ -515,21 +516,6 @@ def _template(value: Any) -> Template:
     if not value or value[-1]["role"] != "user":
         raise ValueError
     return tuple(value)
-
-
-class UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice; YAML's own loader takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, int] = {}
-        for key, _ in node.value:
-            name, line = key.value, key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if name in seen:
-                raise ValueError(f"{name} is there twice, in lines {seen[name]} and {line}")
-            seen[name] = line
-        return super().construct_mapping(node, deep)
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -17,12 +17,19 @@ import torch
 from accelerate import Accelerator, PartialState
 from peft import PeftModelForCausalLM
 
-from opsd_train.command_line import command, read_yaml, with_hyphens
+from opsd_train.command_line import command, with_hyphens
 from opsd_train.config import Config, field_choices, make_config
 from opsd_train.data import Context
 from opsd_train.demo import find_demo
 from opsd_train.errors import difference
-from opsd_train.files import append_lines, read_json, read_lines, remove_cut_line, replace_file
+from opsd_train.files import (
+    append_lines,
+    read_json,
+    read_lines,
+    read_yaml,
+    remove_cut_line,
+    replace_file,
+)
 from opsd_train.grading import (
     Attempt,
     Attempts,
@@ -30,16 +37,12 @@ from opsd_train.grading import (
     MathGrader,
     attempt,
     benchmark_names,
+    check_k,
     compare,
     comparison_table,
     load_benchmark,
 )
-from opsd_train.models import (
-    add_adapter,
-    check_ids,
-    load_adapter,
-    settle_padding,
-)
+from opsd_train.models import add_adapter, check_ids, load_adapter, settle_padding
 from opsd_train.presets import find_preset
 from opsd_train.records import Problem
 from opsd_train.report import write_report
@@ -48,10 +51,9 @@ from opsd_train.sampling import Sampling, draw_seed, make_sampler, sampling_of
 from opsd_train.sums import find_sums
 
 HELD_OUT = "held-out"
+OF_SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens")  # options that it has
 # 38,912 tokens and top-p 0.95 are the paper's (Table 6), T = 1 of its authors' evaluation script.
-OF_SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens")
 OF_BENCHMARKS = Sampling(temperature=1.0, max_new_tokens=38912, top_p=0.95)
-
 
 PLACE = ("set", "model", "problem", "number")
 Place = tuple[str, str, int, int]
@@ -91,8 +93,8 @@ def evaluate_run(options: argparse.Namespace, accelerator: Accelerator) -> None:
     # Any number of processes may share samples, if not a training batch.
     check_distribution(replace(config, batch_size=accelerator.num_processes), accelerator)
     ks = options.k or [k for k in (8, 16) if k <= options.samples] or [options.samples]
-    if not all(1 <= k <= options.samples for k in ks):
-        raise ValueError(f"k must lie in [1, {options.samples}], the number of samples; got {ks}")
+    for k in ks:
+        check_k(k, options.samples)
 
     config = find_sums(find_demo(config, accelerator))
     materials = load(config)
@@ -274,6 +276,7 @@ def find_set(
 
 
 def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those of the options that were given."""
     return {name: v for name in names if (v := getattr(options, name)) is not None}
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from opsd_train.command_line import command, read_yaml
+from opsd_train.command_line import command
 from opsd_train.config import make_config
+from opsd_train.files import read_yaml
 from opsd_train.models import load_adapter, load_model, load_tokenizer
 from opsd_train.run import check_base, say
 

@@ -1,10 +1,13 @@
-"""Files that are there whole, or not; and files with a JSON object a line, which are added to."""
+"""Files that are there whole, or not; files with a JSON object a line, which are added to; and
+config files."""
 
 import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 
 def write_through(path: Path, data: bytes) -> None:
@@ -73,3 +76,35 @@ def _object(text: str, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{place}: must be an object, got {type(value).__name__}")
     return value
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice; YAML's own loader takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key, _ in node.value:
+            name, line = key.value, key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if name in seen:
+                raise ValueError(f"{name} is there twice, in lines {seen[name]} and {line}")
+            seen[name] = line
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a config file.
+
+    Raises:
+        OSError: it cannot be read. ValueError: it is not a mapping.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: must be text in UTF-8: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold `key: value` lines, got {type(values).__name__}")
+    return values

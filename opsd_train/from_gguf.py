@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from opsd_train.command_line import quiet_libraries
-from opsd_train.run import fail, say
+from opsd_train.command_line import command
+from opsd_train.run import say
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,11 +28,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("file", type=Path, metavar="FILE.gguf")
     parser.add_argument("output", type=Path, metavar="FOLDER", help="a folder that is not there")
     options = parser.parse_args(arguments)
-    quiet_libraries()
-    try:
+    with command("out of memory: convert on a machine with more"):
         convert(options.file, options.output)
-    except (OSError, ValueError) as error:
-        fail(str(error))
 
 
 def convert(file: Path, output: Path) -> None:

@@ -14,9 +14,10 @@ import tiny_qwen3
 from accelerate import Accelerator
 from tiny_qwen3 import config, prepared
 
-from opsd_train.command_line import parse, read_yaml
+from opsd_train.command_line import parse
 from opsd_train.config import make_config, without_effect
 from opsd_train.data import load_problems
+from opsd_train.files import read_yaml
 from opsd_train.models import load_model, load_tokenizer
 from opsd_train.presets import find_preset, preset_names
 from opsd_train.run import run_training

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from opsd_train.command_line import parse, read_yaml
+from opsd_train.command_line import parse
 from opsd_train.config import SECTIONS, Config, make_config, options
+from opsd_train.files import read_yaml
 from opsd_train.presets import find_preset, preset_names
 
 

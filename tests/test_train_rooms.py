@@ -14,7 +14,7 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "records": set(),
-    "config": {"errors"},
+    "config": {"errors", "files"},
     "presets": {"errors"},
     "data": {"config", "errors", "records"},
     "models": {"config"},
@@ -29,12 +29,12 @@ ARROWS: dict[str, set[str]] = {
     },
     "sums": {"config", "errors", "records"},
     "demo": {"config", "data", "errors", "records", "run"},
-    "command_line": {"config", "errors", "presets", "run"},
+    "command_line": {"config", "errors", "files", "presets", "run"},
     "evaluate": {
         *("command_line", "config", "data", "demo", "errors", "files", "grading", "models"),
         *("presets", "records", "report", "run", "sampling", "sums"),
     },
-    "export": {"command_line", "config", "models", "run"},
+    "export": {"command_line", "config", "files", "models", "run"},
     "from_gguf": {"command_line", "run"},
     "__main__": {"command_line", "demo", "run", "sums"},
 }

@@ -119,8 +119,8 @@ def shrunk(folder: Path, output: Path, *options: object, preset: str = "4b-paper
 
 def demo_config(**options: object):
     """Of the small world's preset."""
-    from opsd_train.command_line import read_yaml
     from opsd_train.config import make_config
+    from opsd_train.files import read_yaml
     from opsd_train.presets import find_preset
 
     return make_config(read_yaml(find_preset("small-world")) | options)

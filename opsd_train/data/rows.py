@@ -73,8 +73,10 @@ def _json_lines(path: Path) -> Iterator[Row]:
             try:
                 if text := _decoded(line).strip():
                     yield place, _object(json.loads(text, object_pairs_hook=_members))
+            except json.JSONDecodeError as error:
+                yield place, ValueError(f"not JSON ({error})")
             except (ValueError, RecursionError) as error:
-                yield place, _what_is_wrong(error)
+                yield place, ValueError(str(error))
 
 
 def _json(path: Path) -> Iterator[Row]:
@@ -95,11 +97,7 @@ def _json(path: Path) -> Iterator[Row]:
         keys = f" with keys {', '.join(values)}" if isinstance(values, dict) else ""
         raise ValueError(f"{path} must hold a list of objects, got {type(values).__name__}{keys}")
     for number, value in enumerate(values, start=1):
-        place = f"{path}, object {number}"
-        try:
-            yield place, _object(value)
-        except ValueError as error:
-            yield place, error
+        yield f"{path}, object {number}", _object(value)
 
 
 def _table(path: Path) -> Iterator[Row]:
@@ -167,15 +165,7 @@ def _members(pairs: list[tuple[str, Any]]) -> "dict[str, Any] | ValueError":
     return ValueError(f"key {', '.join(twice)} is there twice") if twice else dict(pairs)
 
 
-def _object(value: Any) -> dict[str, Any]:
-    if isinstance(value, ValueError):
-        raise value
-    if not isinstance(value, dict):
-        raise ValueError(f"must be an object, got {type(value).__name__}")
-    return value
-
-
-def _what_is_wrong(error: Exception) -> ValueError:
-    return ValueError(
-        f"not JSON ({error})" if isinstance(error, json.JSONDecodeError) else f"{error}"
-    )
+def _object(value: Any) -> "dict[str, Any] | ValueError":
+    if isinstance(value, dict | ValueError):
+        return value
+    return ValueError(f"must be an object, got {type(value).__name__}")

@@ -20,6 +20,7 @@ from opsd_train.grading.math_answers import MathGrader, said_dropped
 from opsd_train.grading.scores import (
     Attempts,
     accuracy,
+    check_k,
     compare,
     comparison_table,
     said_accuracy,
@@ -35,6 +36,7 @@ __all__ = [
     "accuracy",
     "attempt",
     "benchmark_names",
+    "check_k",
     "compare",
     "comparison_table",
     "evaluate",

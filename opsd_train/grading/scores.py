@@ -68,14 +68,21 @@ def wilson(mean: float, n: float) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def check_k(k: int, n: int) -> None:
+    """Raises:
+    ValueError: k is not among 1, ..., n.
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"k must lie in [1, {n}], the number of samples; got {k}")
+
+
 def pass_at(k: int, n: int, c: int) -> float:
     """pass@k of a problem with c right of n samples.
 
     Raises:
         ValueError: k is not among 1, ..., n.
     """
-    if not 1 <= k <= n:
-        raise ValueError(f"k must lie in [1, {n}], the number of samples; got {k}")
+    check_k(k, n)
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -86,8 +93,7 @@ def maj_at(k: int, attempts: Sequence[Attempt]) -> float:
         ValueError: k is not among 1, ..., n.
     """
     n = len(attempts)
-    if not 1 <= k <= n:
-        raise ValueError(f"k must lie in [1, {n}], the number of samples; got {k}")
+    check_k(k, n)
     return fmean(_vote(attempts[i : i + k]) for i in range(0, n - k + 1, k))
 
 

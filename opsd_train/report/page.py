@@ -14,10 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from opsd_train.config import options
-from opsd_train.files import read_json, read_lines, replace_file
+from opsd_train.files import read_json, read_lines, read_yaml, replace_file
 
 HERE = Path(__file__).parent
 
@@ -80,13 +78,7 @@ def read_run(folder: Path, name: str) -> dict[str, Any]:
     path = folder / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no run folder: it has no config.yaml")
-    text = path.read_text(encoding="utf-8")
-    try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: must hold `key: value` lines")
+    config, text = read_yaml(path), path.read_text(encoding="utf-8")
     return {
         "name": name,
         "divergence": text.splitlines()[0].lstrip("# ") if text.startswith("#") else "",
