@@ -59,7 +59,7 @@ def check_arguments(
 
     Args:
         hidden: see `Hidden`.
-        value: the value ℓ of every token: a divergence, or `Family.LOG_PROB` or `Family.ENTROPY`.
+        value: the value ℓ of every token: a divergence, or a `Family` that is none.
         dtypes: the dtypes that tensors may have.
 
     For the others see `fused_divergence_loss`.

@@ -198,6 +198,43 @@ FAULTS = [
         "h = h * 1",
         f"trained_head {OP}",
     ),
+    # The log-sum-exp of entries outside a set, and its gradient.
+    Fault(
+        "opsd_kernels/kernels/excluded.py",
+        "word = tl.where(col >= i * BITS, later, word)",
+        "word = tl.where(col > i * BITS, later, word)",
+        "outside",
+    ),
+    Fault(
+        "opsd_kernels/kernels/excluded.py",
+        "inside = (col >= 0) & (col < columns) & (value != 0)",
+        "inside = (col >= 0) & (col < columns)",
+        "outside",
+    ),
+    Fault(
+        "opsd_kernels/schedules/excluded.py",
+        "value = u[:, :1].masked_fill(some >= 0, -torch.inf)",
+        "value = torch.full_like(u[:, :1], -torch.inf)",
+        "outside",
+    ),
+    Fault(
+        "opsd_kernels/kernels/lse.py",
+        "c, s_top = tl.where(nothing_left, 0.0, mean_d), p_max",
+        "c, s_top = mean_d, p_max",
+        "outside",
+    ),
+    Fault(
+        "opsd_kernels/schedules/head_gradient.py",
+        "exact = torch.cat([exact, problem.g_excluded], 1)",
+        "exact = torch.cat([exact, 0 * problem.g_excluded], 1)",
+        "outside",
+    ),
+    Fault(
+        "opsd_kernels/rest.py",
+        "dropped = (c_r == 0) & (c == 0).all(1)",
+        "dropped = c_r == 0",
+        "outside",
+    ),
     Fault(
         "opsd_kernels/schedules/head_gradient.py",
         "taken = exact - exact.to(dtype).float()",

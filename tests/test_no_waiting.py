@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from test_outside import fused
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -72,6 +73,13 @@ def each_beta(h_S: Tensor, h_T: Tensor, W: Any, **options: Any) -> Tensor:
     return fused_jsd_loss(h_S, h_T, W, beta=torch.empty(N), **options)
 
 
+def outside(h_S: Tensor, h_T: Tensor, W: Any, **options: Any) -> Tensor:
+    of_tokens = torch.empty(N, 3, dtype=torch.int32)
+    z, L_r, _ = fused(h_S, W, of_tokens, entropy=True, **options)
+    alone, _, _ = fused(h_S, W, of_tokens, rest=False, **options)
+    return z.sum() + L_r.sum() + alone.sum()
+
+
 def ids() -> Tensor:
     return torch.empty(N, dtype=torch.int64)
 
@@ -87,7 +95,7 @@ def waits(call: Callable[..., Tensor], workspace_mib: float, trained: bool, grou
     return waiting.seen
 
 
-CALLS = [fused_jsd_loss, everything, family, alone, weighed, each_beta]
+CALLS = [fused_jsd_loss, everything, family, alone, weighed, each_beta, outside]
 
 
 @pytest.mark.parametrize("workspace_mib", [0, 64])

@@ -240,6 +240,25 @@ def test_sums_of_equal_ids():
     assert found.tolist() == [[21, 34, 0, 72, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7]]
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_of_a_trained_head_the_logits_alone(way):
+    """Where nothing flows into L_r the gradient of h is c W[id], rounded once, not in a tile."""
+    h, _, W = random_inputs(20, 300, 16, torch.bfloat16)
+    ids = torch.arange(20, dtype=torch.int32)[:, None] * 13
+
+    def logits_alone(function: Any) -> Any:
+        return lambda *args, **options: (function(*args, **options)[0], None, None)
+
+    with mock.patch(f"{__name__}.fused", logits_alone(fused)):
+        found = by(way, h, LMHead(W), ids, trained=True)
+    with mock.patch(f"{__name__}.exact", logits_alone(exact)):
+        expected = true(h, LMHead(W), ids, trained=True)
+    near(found, expected)
+    dh = expected.gradients[0]
+    rounding = (dh.bfloat16() - dh).norm()
+    assert (found.gradients[0] - dh).norm() <= 1.02 * rounding
+
+
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 def test_what_does_not_count(way, trained):

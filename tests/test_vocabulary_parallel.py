@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import test_outside
 import torch
 import torch.distributed as dist
 from heads import Extras
@@ -272,6 +273,7 @@ def on_rank(rank: int, processes: int) -> dict[str, Any]:
     saved = {"results": results, "wires": wires, "top_k": of_top_k(rank, processes)}
     if processes == 2:
         saved |= {"refused": refused(rank), "compiled": compiled(rank), "DTensor": of_dtensor(rank)}
+        saved |= {"outside": test_outside.of_shards(rank)}
     return saved
 
 
@@ -565,3 +567,9 @@ def test_plan(V, budget):
     plan = make_plan(Problem(h, h, W, None, W.dtype, 0.5, group="tp"), len(h), budget)
     assert plan.block == plan.rows > 0
     assert plan.bytes <= budget
+
+
+@two_processes
+def test_entries_outside_a_set(ranks):
+    """Logits of given entries and the log-sum-exp of all others."""
+    test_outside.check_shards([rank["outside"] for rank in ranks])

@@ -1,7 +1,7 @@
 """Entries that are excluded from rows of logits, a set for each row: one bit for each entry.
 
-`mark` makes the bits of some columns from K ids of each row. A kernel that makes logits reads those
-of its tile, and the product of an excluded entry becomes −∞, as that of a banned one. `put` writes
+`mark` makes the bits of some columns from K ids of each row. A kernel that makes logits begins the
+product of an excluded entry with −∞ in place of 0, so that it counts as a banned one. `put` writes
 given numbers over excluded entries.
 """
 
@@ -69,15 +69,15 @@ def put_kernel(g, values, excluded, K, first, columns, stride, SCALE: tl.constex
 
 
 @triton.jit
-def without_excluded(u, begin, row, exists, tokens):
-    """Products u [BM, BV] of the columns from `begin` on, −∞ at excluded entries."""
-    col = tl.arange(0, u.shape[1])[None, :]
+def excluded_tile(begin, row, exists, tokens, BV: tl.constexpr):
+    """[BM, BV] of the columns from `begin` on: −∞ at excluded entries, 0 elsewhere."""
+    col = tl.arange(0, BV)[None, :]
     ptrs = tokens.bits + row.to(tl.int64) * tokens.stride_bits + begin // BITS
     word = tl.load(ptrs, mask=exists, other=0)[:, None]
-    for i in tl.static_range(1, u.shape[1] // BITS):
+    for i in tl.static_range(1, BV // BITS):
         later = tl.load(ptrs + i, mask=exists, other=0)[:, None]
         word = tl.where(col >= i * BITS, later, word)
     # In two shifts: as NVIDIA's tensor cores leave a tile, a thread has two of eight columns, so
     # that the first shift is the same for all of its columns, and the second a constant.
     bit = ((word >> (col & 6)) >> (col & 25)) & 1
-    return tl.where(bit != 0, float("-inf"), u)
+    return tl.where(bit != 0, float("-inf"), 0.0)

@@ -28,7 +28,7 @@ from ..divergence import Family
 from ..problem import Problem
 from ..products import score_scale
 from . import cdiv, excluded, tiles
-from .excluded import without_excluded
+from .excluded import excluded_tile
 from .head import logits_and_slope
 from .logits_tile import halves, logits_tiles, operands, round_to
 from .pair import entries, load_stats, top_of, with_policy_term
@@ -128,11 +128,12 @@ def gradient_kernel(
     V = student.V
     # The loop has one iteration: see `pair`.
     for begin in range(first, tl.minimum(first + BV, V), BV):
-        z_S, z_T = logits_tiles(
-            h_S, h_T, W, W_T, student, teacher, tl.program_id(0) * BM, begin, R, tiling
-        )
+        start = None
         if tokens.bits is not None:
-            z_S = without_excluded(z_S, begin - weighed.begin, row, exists, tokens)
+            start = excluded_tile(begin - weighed.begin, row, exists, tokens, BV)
+        z_S, z_T = logits_tiles(
+            h_S, h_T, W, W_T, student, teacher, tl.program_id(0) * BM, begin, R, tiling, start
+        )
         stats = load_stats(tokens, stride, row, exists)
         top = top_of(tokens, row, exists, formula)[:, None]
         of_rows = (top, stats, parameters, policy, weight[:, None], exists[:, None])

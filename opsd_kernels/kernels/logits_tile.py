@@ -84,7 +84,7 @@ def round_to(t, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def logits_tiles(h_S, h_T, W, W_T, student, teacher, row, col, R, tiling):
+def logits_tiles(h_S, h_T, W, W_T, student, teacher, row, col, R, tiling, z_S=None):
     """The products h Wᵀ of both sides [BM, BV], fp32, of the rows from `row` and the columns from
     `col` on.
 
@@ -96,6 +96,7 @@ def logits_tiles(h_S, h_T, W, W_T, student, teacher, row, col, R, tiling):
             tile of W is loaded once.
         student, teacher: each a `Side`.
         tiling: a `Tiling`.
+        z_S: [BM, BV] to which the student's products are added; None for 0.
     """
     BM: tl.constexpr = tiling.BM
     BV: tl.constexpr = tiling.BV
@@ -103,7 +104,8 @@ def logits_tiles(h_S, h_T, W, W_T, student, teacher, row, col, R, tiling):
     OPERAND: tl.constexpr = tl.dtype(tiling.OPERAND)
     PRECISION: tl.constexpr = tiling.PRECISION
     D, D_T = student.D, teacher.D
-    z_S = tl.zeros((BM, BV), tl.float32)
+    if z_S is None:
+        z_S = tl.zeros((BM, BV), tl.float32)
     z_T = tl.zeros((BM, BV), tl.float32)
     if tiling.BULK:
         for d in range(0, D, BK):

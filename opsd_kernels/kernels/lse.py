@@ -39,7 +39,7 @@ from torch import Tensor
 from ..heads.vocabulary_parallel import gathered, local_ids
 from ..problem import Problem
 from . import cdiv
-from .excluded import without_excluded
+from .excluded import excluded_tile
 from .head import capped, logits_and_slope
 from .logits_tile import halves, logits_tiles, operands
 from .pointwise import (
@@ -195,11 +195,12 @@ def lse_kernel(
     state = nothing(BM, tiling.BV // tiling.PARTS)
     V, span = student.V, partials.span
     for v in range(s * span, tl.minimum(s * span + span, V), tiling.BV):
-        z_S, z_T = logits_tiles(
-            h_S, h_T, W, W_T, student, teacher, tl.program_id(0) * BM, v, R, tiling
-        )
+        start = None
         if tokens.bits is not None:
-            z_S = without_excluded(z_S, v, row, exists, tokens)
+            start = excluded_tile(v, row, exists, tokens, tiling.BV)
+        z_S, z_T = logits_tiles(
+            h_S, h_T, W, W_T, student, teacher, tl.program_id(0) * BM, v, R, tiling, start
+        )
         maps = (
             student.bias, student.softcap, student.scale,
             teacher.bias, teacher.softcap, teacher.scale,

@@ -47,7 +47,7 @@ import triton.language as tl
 from ..divergence import Family
 from ..problem import Problem
 from . import cdiv
-from .excluded import without_excluded
+from .excluded import excluded_tile
 from .head import logits_and_slope
 from .logits_tile import halves, logits_tiles, operands, round_to
 from .pointwise import (
@@ -164,11 +164,12 @@ def pair_kernel(
     # the products, and spills ten times as much.
     for slot in range(tl.program_id(1), stop, tl.num_programs(1)):
         begin = scored.begin + slot * BV
-        z_S, z_T = logits_tiles(
-            h_S, h_T, W, W_T, student, teacher, tl.program_id(0) * BM, begin, R, tiling
-        )
+        start = None
         if tokens.bits is not None:
-            z_S = without_excluded(z_S, begin, row, exists, tokens)
+            start = excluded_tile(begin, row, exists, tokens, BV)
+        z_S, z_T = logits_tiles(
+            h_S, h_T, W, W_T, student, teacher, tl.program_id(0) * BM, begin, R, tiling, start
+        )
         stats = load_stats(tokens, stride, row, exists)
         top = top_of(tokens, row, exists, formula)[:, None]
         target = top  # a tuple cannot hold None
