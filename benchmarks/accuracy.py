@@ -1,13 +1,16 @@
 """Error of loss and gradient against float64, from student ≈ teacher to nothing in common.
 
-    python benchmarks/accuracy.py [--vocabulary 16384] [--output FOLDER]
+    python benchmarks/accuracy.py [--vocabulary 16384] [--model FOLDER] [--output FOLDER]
 
 bf16 hidden states and head, peaked next-token distributions over the vocabulary. The teacher's
 hidden states are placed at such a distance from the student's that the mean JSD is 1e-7, 1e-6, …,
 0.5; for the divergence of each panel, then, every method's error relative to the oracle: of the
 mean loss, and of the gradient in norm. What rounding the exact gradient to bf16 costs is the floor.
 
-Writes accuracy.csv, accuracy.md and accuracy.png to the folder.
+Writes accuracy.csv, accuracy.md and accuracy.png to the folder. With --model the hidden states are
+those of a real model (lib/real_states.py), rounded to bf16 as its head is, and the files are
+real_accuracy.csv, real_accuracy.md and real_accuracy.png.
+
 Without a GPU the logit-free kernels run in Triton's interpreter, their tiles rounded as on a GPU;
 so does Liger's fused loss, with the fp32 logits that it makes on a GPU.
 """
@@ -16,7 +19,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,7 @@ from opsd_kernels import (
     fused_divergence_loss,
     reference_divergence_loss,
     reference_jsd_loss,
+    reference_token_divergence,
 )
 
 DIVERGENCES = [
@@ -68,9 +72,14 @@ def liger_fused(
     return loss(h_S, h_T, W, beta, temperature)
 
 
+def eager_in_fp32(h_S: Tensor, h_T: Tensor, W: Tensor, divergence: Divergence) -> Tensor:
+    return peers.eager_described(h_S.float(), h_T.float(), W.float(), divergence)
+
+
 METHODS: dict[str, Method] = {
     "ours, logit-free": partial(fused_divergence_loss, workspace_mib=0),
     "ours, row workspace": partial(fused_divergence_loss, workspace_mib=320),
+    "eager, fp32 logits": eager_in_fp32,
     "eager, bf16 logits": peers.eager_described,
     "eager, compiled": peers.eager_described_compiled,
     "TRL": of_a_beta(peers.trl),
@@ -83,6 +92,7 @@ METHODS: dict[str, Method] = {
 STYLES: dict[str, dict[str, Any]] = {
     "ours, logit-free": {"color": "#1f6fb4", "linewidth": 2.2},
     "ours, row workspace": {"color": "#1f6fb4", "linewidth": 1.4, "linestyle": "--"},
+    "eager, fp32 logits": {"color": "#333333", "linestyle": "-."},
     "eager, bf16 logits": {"color": "#c7502b"},
     "eager, compiled": {"color": "#e09f3e", "linestyle": "--"},
     "TRL": {"color": "#6b8e23"},
@@ -105,6 +115,14 @@ class Row:
     """That of the exact gradient, rounded to the dtype of the hidden states."""
 
 
+@dataclass(frozen=True)
+class RealRow(Row):
+    """Of a real model's hidden states."""
+
+    entropy: float
+    """The student's, the mean over all tokens, in nats."""
+
+
 def at_mean_jsd(
     target: float, N: int, V: int, D: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,28 +143,32 @@ def measure(
     N: int, V: int, D: int, device: torch.device, methods: Iterable[str] = tuple(METHODS)
 ) -> Iterator[Row]:
     for target in MEAN_JSD:
-        h_S, h_T, W = at_mean_jsd(target, N, V, D, device)
-        jsd = float(reference_jsd_loss(h_S, h_T, W))
-        for divergence in DIVERGENCES:
-            h = h_S.double().requires_grad_()
-            exact = reference_divergence_loss(h, h_T.double(), W.double(), divergence)
-            (exact_grad,) = torch.autograd.grad(exact, h)
-            rounding = relative(exact_grad.to(h_S.dtype), exact_grad)
-            for name in methods:
-                h = h_S.clone().requires_grad_()
-                try:
-                    loss = METHODS[name](h, h_T, W, divergence)
-                except (ImportError, NotImplementedError):
-                    continue
-                (grad,) = torch.autograd.grad(loss, h)
-                yield Row(
-                    divergence_name(divergence),
-                    jsd,
-                    name,
-                    relative(loss.detach(), exact.detach()),
-                    relative(grad, exact_grad),
-                    rounding,
-                )
+        yield from errors(*at_mean_jsd(target, N, V, D, device), methods)
+
+
+def errors(h_S: Tensor, h_T: Tensor, W: Tensor, methods: Iterable[str]) -> Iterator[Row]:
+    """Of each divergence by each method; one that cannot compute it is left out."""
+    jsd = float(reference_jsd_loss(h_S, h_T, W))
+    for divergence in DIVERGENCES:
+        h = h_S.double().requires_grad_()
+        exact = reference_divergence_loss(h, h_T.double(), W.double(), divergence)
+        (exact_grad,) = torch.autograd.grad(exact, h)
+        rounding = relative(exact_grad.to(h_S.dtype), exact_grad)
+        for name in methods:
+            h = h_S.clone().requires_grad_()
+            try:
+                loss = METHODS[name](h, h_T, W, divergence)
+            except (ImportError, NotImplementedError):
+                continue
+            (grad,) = torch.autograd.grad(loss, h)
+            yield Row(
+                divergence_name(divergence),
+                jsd,
+                name,
+                relative(loss.detach(), exact.detach()),
+                relative(grad, exact_grad),
+                rounding,
+            )
 
 
 def relative(t: Tensor, exact: Tensor) -> float:
@@ -157,10 +179,16 @@ def main() -> None:
     options = Options(__doc__)
     options.add_device()
     options.add_sizes(tokens=64, vocabulary=16384, features=128)
+    options.add_argument(
+        "--model", help="folder or hub name: its hidden states, vocabulary and features"
+    )
     options.add_methods(METHODS)
     options.add_output("accuracy.csv", "accuracy.md", "accuracy.png")
     args = options.parse_args()
     device = torch.device(args.device)
+    if args.model:
+        of_a_model(args.model, args.tokens, device, args.methods, args.output)
+        return
     N, V, D = args.tokens, args.vocabulary, args.features
     setting = f"{report.machine(device)}; bf16, N = {N}, V = {V}, D = {D}"
     print(setting)
@@ -168,6 +196,31 @@ def main() -> None:
     for row in measure(N, V, D, device, args.methods):
         results.add(row)
     results.finish(summary, plot)
+
+
+def of_a_model(
+    model: str, N: int, device: torch.device, methods: Iterable[str], output: Path | None
+) -> None:
+    """Errors on N of the hidden states of a model, of as many positions of all its answers."""
+    from benchmarks.lib import real_states  # which imports all that trains
+
+    h_S, h_T, W = real_states.states(model, answers=24, tokens=24)
+    every = len(h_S)
+    some = torch.linspace(0, every - 1, min(N, every)).long()
+    h_S, h_T, W = (t.to(device, torch.bfloat16) for t in (h_S[some], h_T[some], W))
+    told = reference_token_divergence(h_S, h_T, W)
+    (V, D), name = W.shape, Path(model).name
+    setting = (
+        f"{report.machine(device)}; {name}, bf16, N = {len(some)} of {every} tokens, V = {V}, "
+        f"D = {D}; {real_states.describe(told)}"
+    )
+    print(setting)
+    results = report.Results("real_accuracy", setting, output, show)
+    entropy = float(told.entropy_student.mean())
+    for row in errors(h_S, h_T, W, methods):
+        results.add(RealRow(**asdict(row), entropy=entropy))
+    if results.path is not None:
+        results.path.with_suffix(".md").write_text(real_summary(results.path) + "\n")
 
 
 def show(row: Row) -> None:
@@ -185,6 +238,18 @@ def summary(path: Path) -> str:
     parts = [gradient_table(rows), loss_table(rows), f"({setting})", f"{largest(rows)}."]
     parts += report.not_recorded(rows, METHODS)
     return "\n\n".join(parts)
+
+
+def real_summary(path: Path) -> str:
+    """Errors of gradient and loss of every divergence, as Markdown."""
+    setting, rows = report.read(path, RealRow)
+    of_gradient = gradients("gradient", rows, name_of_divergence)
+    of_loss = losses("mean loss", rows, name_of_divergence)
+    return "\n\n".join([of_gradient, of_loss, f"({setting})", *report.not_recorded(rows, METHODS)])
+
+
+def name_of_divergence(row: Row) -> str:
+    return row.divergence
 
 
 def largest(rows: list[Row], methods: Iterable[str] = tuple(METHODS)) -> str:
@@ -217,20 +282,23 @@ def caption(path: Path) -> str:
 
 
 def gradient_table(rows: list[Row]) -> str:
-    rows = _shown(rows)
-    of_one = [row for row in rows if row.method == rows[0].method]
-    floor = [percent(row.rounding) for row in of_one]
-    last = "| *the exact gradient, rounded to bf16* | " + " | ".join(floor) + " |"
-    table = report.by_method(
-        "gradient, at a mean JSD of", rows, level, lambda row: percent(row.grad_error)
-    )
-    return f"{table}\n{last}"
+    return gradients("gradient, at a mean JSD of", _shown(rows), level)
 
 
 def loss_table(rows: list[Row]) -> str:
-    return report.by_method(
-        "mean loss, at a mean JSD of", _shown(rows), level, lambda row: percent(row.loss_error)
-    )
+    return losses("mean loss, at a mean JSD of", _shown(rows), level)
+
+
+def gradients(corner: str, rows: list[Row], column: Callable[[Row], str]) -> str:
+    """Errors by method and column, and below them the rounding of the exact gradient."""
+    floor = {column(row): percent(row.rounding) for row in rows}
+    last = "| *the exact gradient, rounded to bf16* | " + " | ".join(floor.values()) + " |"
+    table = report.by_method(corner, rows, column, lambda row: percent(row.grad_error))
+    return f"{table}\n{last}"
+
+
+def losses(corner: str, rows: list[Row], column: Callable[[Row], str]) -> str:
+    return report.by_method(corner, rows, column, lambda row: percent(row.loss_error))
 
 
 def _shown(rows: list[Row]) -> list[Row]:

@@ -13,6 +13,7 @@ ARROWS: dict[str, set[str]] = {
     "": {"lib"},
     "gpu": {"", "lib"},
     "more": {"", "lib"},
+    "real_model": {"lib"},
     "token_efficiency": {"", "lib"},
     "pages": {"", "gpu", "lib", "more", "token_efficiency"},
 }

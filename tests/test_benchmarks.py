@@ -244,7 +244,7 @@ def test_accuracy(monkeypatch, capsys, tmp_path):
         if row.method.startswith("ours"):
             assert row.grad_error < TILED_GRAD_UNITS * row.rounding
             assert row.loss_error < 1e-3
-        elif row.method == "Liger, fused":
+        elif row.method in ("Liger, fused", "eager, fp32 logits"):
             assert row.grad_error < 10 * row.rounding
         elif row.mean_jsd < 1e-3:
             assert row.grad_error > 10 * row.rounding

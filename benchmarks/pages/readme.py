@@ -3,8 +3,9 @@
     python benchmarks/pages/readme.py
 
 README.md has one table of a GPU, docs/choosing.md what helps to choose, docs/compatibility.md what
-was tested where, docs/training.md the memory of a long rollout, examples/README.md what TRL's
-trainers save; docs/benchmarks.md has all tables, with a line for every method (tables.py).
+was tested where, docs/training.md the memory of a long rollout, docs/real_distributions.md what a
+real model showed, examples/README.md what TRL's trainers save; docs/benchmarks.md has all tables,
+with a line for every method (tables.py).
 docs/token_efficiency.md is generated as a whole, and so is the Markdown beside each csv.
 """
 
@@ -21,8 +22,9 @@ from benchmarks import accuracy, memory, speed, step, trl_trainers
 from benchmarks.lib import report
 from benchmarks.lib.peers import METHODS
 from benchmarks.lib.shapes import MODELS, QWEN3
-from benchmarks.more import cross_entropy
+from benchmarks.more import adoptions, cross_entropy, same_training
 from benchmarks.pages.gpus import Gpu, gpus, slug, versions
+from benchmarks.pages.real import accuracy_in_a_sentence, real_parts
 from benchmarks.pages.tables import benchmarks_parts
 from benchmarks.token_efficiency import figures
 from benchmarks.token_efficiency import page as comparison
@@ -36,6 +38,7 @@ EXAMPLES = ROOT / "examples" / "README.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 CHOOSING = ROOT / "docs" / "choosing.md"
 COMPATIBILITY = ROOT / "docs" / "compatibility.md"
+REAL = ROOT / "docs" / "real_distributions.md"
 TRAINING = ROOT / "docs" / "training.md"
 TOKEN_EFFICIENCY = ROOT / "docs" / "token_efficiency.md"  # all of it is generated
 
@@ -57,7 +60,7 @@ NOT_MEASURED = "not measured"
 def readme_parts(results: Path, page: Path) -> dict[str, str]:
     """What stands between the marks of the README, by the marks' name. `page` is its place."""
     return {
-        "saving": f"{_saving(results / 'memory.csv')}\n\n{_accuracy(results)}",
+        "saving": f"{_saving(results / 'memory.csv')}\n\n{accuracy_in_a_sentence(results)}",
         "trainers": _trainers(results / "trl_trainers.csv"),
         "peers": _peers(results),
         "evidence": "\n\n".join(
@@ -81,34 +84,6 @@ def _saving(path: Path) -> str:
         "(Counted: the bytes of all tensors alive at once, without the inputs; "
         f"{report.source(path)}.)"
     )
-
-
-def _accuracy(results: Path) -> str:
-    """Ours beside eager, in two sentences."""
-    path = results / "accuracy.csv"
-    _, rows = report.read(path, accuracy.Row)
-    _, eager = min(
-        (abs(row.mean_jsd / 1e-5 - 1), row.grad_error)
-        for row in rows
-        if row.method == "eager, bf16 logits" and row.divergence == rows[0].divergence
-    )
-    on_gpus = "".join(
-        f", and {_largest_of_ours(gpu.rows('accuracy', accuracy.Row)):.1f} times on {gpu.name} "
-        f"({report.source(of_gpu)})"
-        for gpu in gpus(results)
-        if (of_gpu := gpu.csv("accuracy"))
-    )
-    return wrapped(
-        "It is accurate in bf16. Where student and teacher nearly agree, at a mean JSD of 1e-5, "
-        f"the gradient of eager code with bf16 logits is off by {eager:.0%}. Rounding the exact "
-        f"gradient to bf16 errs too; ours errs at most {_largest_of_ours(rows):.1f} times as much "
-        f"on a CPU ({report.source(path)}){on_gpus}. "
-        "[How](docs/maths.md#values-where-student-and-teacher-agree)."
-    )
-
-
-def _largest_of_ours(rows: list[accuracy.Row]) -> float:
-    return max(row.grad_error / row.rounding for row in rows if row.method.startswith("ours"))
 
 
 def _trainers(path: Path) -> str:
@@ -350,13 +325,17 @@ PAGES: dict[Path, Callable[[Path, Path], dict[str, str]]] = {
     BENCHMARKS: benchmarks_parts,
     CHOOSING: choosing_parts,
     COMPATIBILITY: compatibility_parts,
+    REAL: real_parts,
     TRAINING: training_parts,
 }
 
 SUMMARIES: dict[str, Callable[[Path], str]] = {
     "accuracy": accuracy.summary,
+    "adoptions": adoptions.summary,
     "cross_entropy": cross_entropy.summary,
     "memory": memory.summary,
+    "real_accuracy": accuracy.real_summary,
+    "same_training": same_training.summary,
     "speed": speed.summary,
     "step": step.summary,
     "trained": speed.summary,

@@ -33,7 +33,7 @@ def benchmarks_parts(results: Path, page: Path) -> dict[str, str]:
 
 def _accuracy(path: Path, page: Path) -> str:
     """The picture and all that was recorded on a CPU."""
-    return "\n\n".join([*_picture(path, accuracy.caption(path), page), _errors(path)])
+    return "\n\n".join([*picture(path, accuracy.caption(path), page), _errors(path)])
 
 
 def _errors(path: Path) -> str:
@@ -138,7 +138,7 @@ def _section(gpu: Gpu, page: Path) -> str:
         ("Every operation at a real size", "operations", _operations),
     ):
         if path := gpu.csv(name):
-            parts += [f"#### {title}", *_picture(path, f"{title} on {gpu.name}", page)]
+            parts += [f"#### {title}", *picture(path, f"{title} on {gpu.name}", page)]
             parts.append(summary(path))
     if gpu.ended:
         parts += ["#### How each step of `make gpu` ended", f"```\n{gpu.ended}\n```"]
@@ -168,7 +168,7 @@ def _operations(path: Path) -> str:
     return f"{about}\n\n{table}\n\n({setting})"
 
 
-def _picture(path: Path, text: str, page: Path) -> list[str]:
+def picture(path: Path, text: str, page: Path) -> list[str]:
     """The picture beside a csv, as it is called from a page; none if there is none."""
     picture = path.with_suffix(".png")
     return [f"![{text}]({os.path.relpath(picture, page.parent)})"] if picture.exists() else []
