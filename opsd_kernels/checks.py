@@ -36,6 +36,7 @@ class Arguments(NamedTuple):
     leading: torch.Size  # [...], the leading shape of the hidden states
     weights: Tensor | None  # [...] fp32
     valid: Tensor | None  # [...] bool, whether a target is in the vocabulary; None without targets
+    ids: Tensor | None = None  # [N, K] int32, K tokens for each; −1 where not in the vocabulary
 
 
 # Hidden states by argument name: the student's first, then the teacher's if there is one.
@@ -49,6 +50,7 @@ def check_arguments(
     W_teacher: Tensor | LMHead | None = None,
     *,
     targets: Tensor | None = None,
+    ids: tuple[str, Tensor] | None = None,
     advantages: Tensor | None = None,
     temperature: float = 1.0,
     token_weights: Tensor | None = None,
@@ -60,6 +62,7 @@ def check_arguments(
     Args:
         hidden: see `Hidden`.
         value: the value ℓ of every token: a divergence, or a `Family` that is none.
+        ids: K tokens for each, [..., K], after the name of their argument.
         dtypes: the dtypes that tensors may have.
 
     For the others see `fused_divergence_loss`.
@@ -96,14 +99,15 @@ def check_arguments(
         if not isinstance(advantages, Tensor):
             raise TypeError(f"advantages must be a torch.Tensor, got {type(advantages).__name__}")
         advantages = check_weights_of_tokens("advantages", advantages, hidden, weights)
-    ids = valid = shard = None
+    sampled = valid = shard = None
     if student.group is not None:
         shard = find_shard(student.V, h_student, student.group)
+    V = student.V if shard is None else shard.V
     if targets is not None or value == Family.LOG_PROB:
-        V = student.V if shard is None else shard.V
-        ids, valid = check_targets(targets, hidden, V, weights)
+        sampled, valid = check_targets(targets, hidden, V, weights)
         if shard is not None:
-            ids = local_ids(ids, shard.offset, student.V).int()
+            sampled = local_ids(sampled, shard.offset, student.V).int()
+    several = None if ids is None else check_ids(*ids, hidden, V)
     h_S = h_student.reshape(-1, h_student.shape[-1])
     problem = Problem(
         h_S.detach(),
@@ -116,7 +120,7 @@ def check_arguments(
         temperature / student.scale,
         entry_clip,
         None if weights is None else weights.reshape(-1) != 0,
-        ids,
+        sampled,
         student.bias_of(operand_dtype),
         teacher.bias_of(operand_dtype),
         _quotient(student.softcap, student.scale),
@@ -131,7 +135,7 @@ def check_arguments(
     if h_teacher is None:
         problem = problem.without_teacher()
     leading = h_student.shape[:-1]
-    return Arguments(problem, h_S, student.weight, student.bias, leading, weights, valid)
+    return Arguments(problem, h_S, student.weight, student.bias, leading, weights, valid, several)
 
 
 def _parameters(
@@ -404,10 +408,8 @@ def check_targets(
         The ids [N] int32, clamped to the vocabulary; and bool [...], False where a token that is
         not dropped had an id outside of it.
     """
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets must be a torch.Tensor, got {type(targets).__name__}")
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise TypeError(f"targets must be integers, the ids of tokens, got {targets.dtype}")
+    _check_integers("targets", targets)
+    assert isinstance(targets, Tensor)
     _check_per_token("targets", targets, hidden)
     targets = targets.long()  # V may not fit the dtype of the targets
     valid = (targets >= 0) & (targets < V)
@@ -421,6 +423,36 @@ def check_targets(
     within = targets.clamp(min=0)
     within = within.clamp(max=V - 1) if isinstance(V, int) else within.minimum(V - 1)
     return within.reshape(-1).int(), valid
+
+
+# The ids that a token may have.
+MOST_IDS = 512
+
+
+def check_ids(name: str, ids: Tensor, hidden: Hidden, V: int | Tensor) -> Tensor:
+    """Check the ids of K tokens for each, and return them [N, K] int32; −1 for one that is not in
+    the vocabulary."""
+    _check_integers(name, ids)
+    name_S, h_S = _student_of(hidden)
+    if ids.shape[:-1] != h_S.shape[:-1] or ids.ndim != h_S.ndim:
+        raise ValueError(
+            f"{name} must be [..., K] with the leading shape {list(h_S.shape[:-1])} of {name_S}, "
+            f"got {list(ids.shape)}"
+        )
+    K = ids.shape[-1]
+    if not 1 <= K <= MOST_IDS:
+        raise ValueError(f"{name} [..., K] must have 1 to {MOST_IDS} ids a token, got K = {K}")
+    if ids.device != h_S.device:
+        raise ValueError(f"{name} is on {ids.device}, {name_S} on {h_S.device}")
+    ids = ids.detach().reshape(-1, K).long()  # V may not fit the dtype of the ids
+    return ids.masked_fill((ids < 0) | (ids >= V), -1).int()
+
+
+def _check_integers(name: str, ids: Tensor | None) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, the ids of tokens, got {ids.dtype}")
 
 
 def _check_per_token(name: str, t: Tensor, hidden: Hidden) -> None:

@@ -225,6 +225,7 @@ def value_and_score(
     member: Member,
     needs_score: bool = True,
     of_vocabulary: Callable[[Tensor], Tensor] = _itself,
+    ignored: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """Value f and score a of every entry, both with the null term of the module docstring.
 
@@ -234,23 +235,31 @@ def value_and_score(
         member: a divergence.
         needs_score: without it a is None and costs nothing.
         of_vocabulary: turns sums [R, 1] over these columns into sums over the vocabulary.
+        ignored: entries at the end of a row whose value is 0, as if they were clipped there.
 
     Returns:
         f and a, each [R, V].
     """
-    f, a, textbook, kappa = _unclipped(p, q, x, member, needs_score)
     tau = member.entry_clip
-    if tau is None:
+    limited = tau is not None or ignored > 0
+    f, a, textbook, kappa = _unclipped(p, q, x, member, needs_score, limited)
+    if not limited:
         return f, a
+    given = f if textbook is None else textbook
+    clipped = torch.zeros_like(f, dtype=torch.bool) if tau is None else given > tau
+    if tau is not None:
+        given.clamp_(max=tau)
+    if ignored:
+        clipped[:, -ignored:].fill_(True)
+        given[:, -ignored:].fill_(0)
     if textbook is None:
         if a is not None:
-            a.masked_fill_(f > tau, 0)
-        return f.clamp_(max=tau), a
-    clipped = textbook > tau
-    torch.where(clipped, (q - p).mul_(kappa).add_(tau), f, out=f)
+            a.masked_fill_(clipped, 0)
+        return f, a
+    torch.where(clipped, (q - p).mul_(kappa).add_(textbook), f, out=f)
     # The null term trades the rounding of the unclipped mass for that of the clipped mass.
     mass = of_vocabulary(torch.maximum(p, q).mul_(clipped).sum(-1, keepdim=True))
-    torch.where(mass > 0.5, textbook.clamp_(max=tau), f, out=f)
+    torch.where(mass > 0.5, textbook, f, out=f)
     if a is not None:
         torch.where(clipped, p * -kappa, a, out=a)
     return f, a
@@ -259,19 +268,19 @@ def value_and_score(
 def clipped_off(p: Tensor, q: Tensor, x: Tensor, member: Member) -> Tensor:
     """The part of every entry's value that the clip removes, [R, V]; see `value_and_score`."""
     assert member.entry_clip is not None
-    f, _, textbook, _ = _unclipped(p, q, x, member, needs_score=False)
+    f, _, textbook, _ = _unclipped(p, q, x, member, needs_score=False, needs_textbook=True)
     return (f if textbook is None else textbook).sub_(member.entry_clip).clamp_(min=0)
 
 
 def _unclipped(
-    p: Tensor, q: Tensor, x: Tensor, member: Member, needs_score: bool
+    p: Tensor, q: Tensor, x: Tensor, member: Member, needs_score: bool, needs_textbook: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Weight]:
-    """f and a without a clip; the textbook value, which the clip is defined on, if there is a clip
-    and that value is not f; and κ. Overwrites x."""
+    """f and a without a clip; the textbook value, which the clip is defined on, if it is needed
+    and is not f; and κ. Overwrites x."""
     if member.family == Family.JSD:
         return *_jensen_shannon(p, q, x, member, needs_score), None, 0.0
     formulas = _kullback_leiblers if member.family == Family.KLS else _mixture
-    return formulas(p, q, x, member, needs_score)
+    return formulas(p, q, x, member, needs_score, needs_textbook)
 
 
 def _jensen_shannon(
@@ -294,7 +303,7 @@ def _jensen_shannon(
 
 
 def _mixture(
-    p: Tensor, q: Tensor, x: Tensor, member: Member, needs_score: bool
+    p: Tensor, q: Tensor, x: Tensor, member: Member, needs_score: bool, needs_textbook: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Weight]:
     beta, w_q, w_p = member.columns()
     kappa = w_p * beta - w_q * (1 - beta)
@@ -328,13 +337,13 @@ def _mixture(
     of_Q, of_P = d.mul_(Q).mul_(w_Q), lm.mul_(P).mul_(w_P).neg_()
     if a is not None:
         a.add_(_either(exchanged, of_Q, of_P))
-    if member.entry_clip is not None:
+    if needs_textbook:
         textbook = of_Q.add_(of_P)
     return f, a, textbook, kappa
 
 
 def _kullback_leiblers(
-    p: Tensor, q: Tensor, x: Tensor, member: Member, needs_score: bool
+    p: Tensor, q: Tensor, x: Tensor, member: Member, needs_score: bool, needs_textbook: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Weight]:
     _, w_q, w_p = member.columns()
     forward, reverse = member.has_forward_kl, member.has_reverse_kl
@@ -366,7 +375,7 @@ def _kullback_leiblers(
     f.mul_(base)
     del base, positive, near, far, halves
     textbook = None
-    if member.entry_clip is not None:
+    if needs_textbook:
         side = q * w_q if forward else p * -w_p
         if forward and reverse:
             side.sub_(p * w_p)

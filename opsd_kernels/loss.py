@@ -1,6 +1,6 @@
 """The public losses. Every token has a row of hidden states, in any leading shape [...]."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from .checks import (
 from .description import Divergence
 from .divergence import CLIPPED_SHARE, HUGE, LOG_P, LOG_Q, LOG_RATIO, STATISTICS, Family
 from .heads.head import LMHead
+from .rest import logits_and_rest
 from .scalars import check_beta, check_clip
+from .support import first_slots, log_softmax, with_rest
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -320,17 +322,54 @@ def fused_sampled_token_loss(
     return SampledTokenLoss(loss, log_p, log_q) if return_log_probs else loss
 
 
+class LogProbs(NamedTuple):
+    """What `fused_log_probs` returns with `rest`."""
+
+    log_probs: Tensor
+    """fp32 w log p of the targets, in their shape."""
+    log_rest: Tensor
+    """[...] fp32 w log p_r, p_r the probability of all tokens that are not among the targets."""
+
+
+@overload
 def fused_log_probs(
     h: Tensor,
     W: Tensor | LMHead,
     targets: Tensor,
     *,
+    rest: Literal[False] = False,
     temperature: float = 1.0,
     token_weights: Tensor | None = None,
     workspace_mib: float | None = None,
-) -> Tensor:
-    """Log-probabilities of tokens, from hidden states and the LM head, without [N, V] logits and
-    without a teacher. A cross-entropy is minus their mean; a policy gradient needs them too.
+) -> Tensor: ...
+
+
+@overload
+def fused_log_probs(
+    h: Tensor,
+    W: Tensor | LMHead,
+    targets: Tensor,
+    *,
+    rest: Literal[True],
+    temperature: float = 1.0,
+    token_weights: Tensor | None = None,
+    workspace_mib: float | None = None,
+) -> LogProbs: ...
+
+
+def fused_log_probs(
+    h: Tensor,
+    W: Tensor | LMHead,
+    targets: Tensor,
+    *,
+    rest: bool = False,
+    temperature: float = 1.0,
+    token_weights: Tensor | None = None,
+    workspace_mib: float | None = None,
+) -> Tensor | LogProbs:
+    """Log-probabilities of tokens, one or K at each position, from hidden states and the LM head,
+    without [N, V] logits and without a teacher. A cross-entropy is minus their mean; a policy
+    gradient needs them too.
 
     With p = softmax(h Wᵀ / T), each token gives w log p(ŷ). Its gradient with respect to logits,
     1[v = ŷ] − p, is computed without subtracting probabilities. Where log p(ŷ) is −∞ it is 0.
@@ -340,18 +379,28 @@ def fused_log_probs(
             positions that predict the targets. The gradient flows into them, and into `W` if it
             requires grad.
         W: [V, D] LM head, or an `LMHead`; see `fused_jsd_loss`.
-        targets: [...] ids ŷ of the tokens, see `token_divergence`.
+        targets: [...] ids ŷ of the tokens, see `token_divergence`. Or [..., K], K ≤ 512: ids of K
+            tokens, which may repeat. An id that is negative or not in the vocabulary is then an
+            absent slot: its log p is −∞, without a gradient.
+        rest: whether to return log p_r too, p_r = 1 − Σ p over all distinct targets. It is summed
+            over the other tokens, so it keeps its digits where p_r is small.
         temperature: T > 0, divides the logits.
         token_weights: [...] weights w of either sign, 1 by default; see `fused_jsd_loss`. Where w
             is 0, result and gradient are 0, for any target.
         workspace_mib: see `fused_jsd_loss`.
 
     Returns:
-        [...] fp32, differentiable. Without tokens it is empty.
+        fp32 in the shape of `targets`, differentiable; with `rest` `LogProbs`. Without tokens it is
+        empty.
 
     Raises:
         TypeError, ValueError: as `fused_jsd_loss`.
     """
+    several = isinstance(targets, Tensor) and isinstance(h, Tensor) and targets.ndim == h.ndim
+    if several or rest:
+        options = {"temperature": temperature, "token_weights": token_weights}
+        log_probs, log_rest = _of_several(h, W, targets, several, workspace_mib, **options)
+        return LogProbs(log_probs, log_rest) if rest else log_probs
     arguments = check_arguments(
         {"h": h},
         W,
@@ -364,6 +413,43 @@ def fused_log_probs(
     # Without mass there is no gradient, as of a KL.
     log_p = torch.where(log_p == -torch.inf, -torch.inf, log_p)
     return reduce_tokens(log_p, arguments.weights, "none")
+
+
+def _of_several(
+    h: Tensor,
+    W: Tensor | LMHead,
+    targets: Tensor,
+    several: bool,
+    workspace_mib: float | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """`LogProbs` of `fused_log_probs`, for K targets a token if there are several, else for one."""
+    one = targets[..., None] if isinstance(targets, Tensor) else targets
+    arguments = check_arguments(
+        {"h": h},
+        W,
+        Family.LOG_SUM,
+        targets=None if several else targets,
+        ids=("targets", targets if several else one),
+        **options,
+    )
+    ids = arguments.ids
+    assert ids is not None
+    first = first_slots(ids)
+    repeats = first != torch.arange(ids.shape[1], device=ids.device)
+    workspace_bytes = check_workspace(workspace_mib, h.device)
+    z, L_r, _ = logits_and_rest(
+        arguments, ids.masked_fill(repeats, -1), True, False, workspace_bytes
+    )
+    assert L_r is not None
+    log_p = log_softmax(with_rest(z, L_r))
+    log_rest = reduce_tokens(log_p[:, -1].reshape(arguments.leading), arguments.weights, "none")
+    log_probs = log_p[:, :-1].gather(-1, first)
+    if not several:
+        log_probs = _with_nan(log_probs.reshape(arguments.leading), arguments)
+        return reduce_tokens(log_probs, arguments.weights, "none"), log_rest
+    weights = None if arguments.weights is None else arguments.weights[..., None]
+    return reduce_tokens(log_probs.reshape(targets.shape), weights, "none"), log_rest
 
 
 def fused_entropy(

@@ -6,6 +6,8 @@
     f = w_q q log(q / m_{b_q}) + w_p p log(p / m_{b_p})
     ℓ = Σ_v min(f_v, τ) − A log p(ŷ)        entry clip τ, advantage A of the sampled token ŷ
 
+    S, of K ids      [z_1 … z_K, log Σ_{v∉S} exp z_v] in place of the student's z, or z_1 … z_K
+
     divergence       w_q    w_p      b_q   b_p
     JSD_β            β      1 − β    β     β
     forward KL       1      0        0     –
@@ -35,6 +37,7 @@ from .description import Divergence
 from .divergence import Family
 from .heads.head import LMHead
 from .loss import (
+    LogProbs,
     SampledTokenLoss,
     TokenDivergence,
     either_divergence,
@@ -46,6 +49,8 @@ from .loss import (
     token_divergence,
 )
 from .scalars import check_clip
+from .sparse import ABSENT, LEAST_REST, TopKLoss, check_sparse, fused_top_k_loss
+from .top_k import TopK, check_k, fused_top_k
 
 # Stands for log 0, so that 0 · log 0 is 0, and p log(p / 0) is 1e30 p, beyond a clip.
 LOG_ZERO = -1e30
@@ -66,6 +71,11 @@ class _Call:
     entry_clip: float | None = None
     divergence: Divergence | None = None
     targets: Tensor | None = None
+    rest: bool = False
+    ids: Any = None
+    log_q: Any = None
+    log_q_rest: Tensor | None = None
+    outside: Any = "bucket"
     advantages: Tensor | None = None
     advantage_clip: float | None = None
     temperature: float = 1.0
@@ -73,23 +83,27 @@ class _Call:
     reduction: Any = "none"
     W_teacher: Tensor | LMHead | None = None
     workspace_mib: float | None = None
+    k: int = 1
     return_log_probs: bool = False
+    return_statistics: bool = False
 
-    def check(self, value: Divergence | Family) -> None:
+    def check(
+        self, value: Divergence | Family, *hidden: str, ids: tuple[str, Any] | None = None
+    ) -> None:
         """Refuse what the fused loss refuses, except for float64, and a head that is not whole."""
         if isinstance(self.W, LMHead) and self.W.group is not None:
             raise ValueError("the oracle takes the whole head: W.group must be None")
         self.advantage_clip = check_clip("advantage_clip", self.advantage_clip)
-        hidden = {"h_student": self.h_student, "h_teacher": self.h_teacher}
         check_arguments(
-            {"h": self.h} if self.h_student is None else hidden,
+            {name: getattr(self, name) for name in hidden},
             self.W,
             value,
             self.W_teacher,
             temperature=self.temperature,
             token_weights=self.token_weights,
             reduction=self.reduction,
-            targets=self.targets,
+            targets=None if ids is not None and ids[0] == "targets" else self.targets,
+            ids=ids,
             advantages=self.advantages,
             dtypes=(*FLOAT_DTYPES, torch.float64),
         )
@@ -134,6 +148,18 @@ class _Call:
         found = log_p.gather(-1, targets.clamp(0, V - 1)[:, None]).squeeze(-1)
         found = torch.where(found == LOG_ZERO, -torch.inf, found)
         return torch.where((targets >= 0) & (targets < V), found, torch.nan)
+
+    def slots(self, V: int) -> tuple[Tensor, Tensor]:
+        """The teacher's ids [R, K] and log q; V and −∞ for a slot that is absent or repeats."""
+        ids, log_q = (t.detach()[self.weights != 0] for t in (self.ids.long(), self.log_q.double()))
+        for row, logs in zip(ids, log_q, strict=True):
+            found = set[int]()
+            for k, v in enumerate(row.tolist()):
+                if 0 <= v < V and logs[k] > ABSENT and v not in found:
+                    found.add(v)
+                else:
+                    row[k], logs[k] = V, -torch.inf
+        return ids, log_q
 
     def spread(self, values: Tensor) -> Tensor:
         """Values [...] from those [R] of the tokens that count; 0 for the others."""
@@ -196,7 +222,7 @@ def reference_token_divergence(call: _Call) -> TokenDivergence:
 @_oracle_of(fused_sampled_token_loss)
 def reference_sampled_token_loss(call: _Call) -> Tensor | SampledTokenLoss:
     """`fused_sampled_token_loss` in float64; see `reference_jsd_loss`."""
-    call.check(Family.LOG_PROB)
+    call.check(Family.LOG_PROB, "h_student", "h_teacher")
     log_p, log_q = (call.at_targets(log) for log in call.both_sides())
     A = (log_q - log_p).detach()
     if call.advantage_clip is not None:
@@ -211,24 +237,110 @@ def reference_sampled_token_loss(call: _Call) -> Tensor | SampledTokenLoss:
 
 
 @_oracle_of(fused_log_probs)
-def reference_log_probs(call: _Call) -> Tensor:
+def reference_log_probs(call: _Call) -> Any:
     """`fused_log_probs` in float64; see `reference_jsd_loss`."""
-    call.check(Family.LOG_PROB)
-    return call.reduced(call.at_targets(call.log_softmax(call.h, call.W)))
+    targets, h = call.targets, call.h
+    several = isinstance(targets, Tensor) and isinstance(h, Tensor) and targets.ndim == h.ndim
+    if several:
+        call.check(Family.LOG_SUM, "h", ids=("targets", targets))
+    else:
+        call.check(Family.LOG_PROB, "h")
+    assert targets is not None
+    log_p = call.log_softmax(h, call.W)
+    V = log_p.shape[1]
+    ids = targets[call.weights != 0].long().reshape(len(log_p), -1)
+    ids = torch.where((ids >= 0) & (ids < V), ids, V)
+    if several:
+        log_probs = torch.stack([call.reduced(log) for log in _at(log_p, ids).unbind(-1)], -1)
+    else:
+        log_probs = call.reduced(call.at_targets(log_p))
+    return LogProbs(log_probs, call.reduced(_outside(log_p, ids))) if call.rest else log_probs
+
+
+@_oracle_of(fused_top_k_loss)
+def reference_top_k_loss(call: _Call) -> Tensor | TopKLoss:
+    """`fused_top_k_loss` in float64; see `reference_jsd_loss`."""
+    divergence = either_divergence(call.beta, call.entry_clip, None)
+    call.check(divergence, "h_student", ids=("ids", call.ids))
+    check_sparse(
+        call.ids, call.log_q, call.log_q_rest, call.outside, call.targets, call.return_statistics
+    )
+    log_p = call.log_softmax(call.h_student, call.W)
+    ids, log_q = call.slots(log_p.shape[1])
+    Q, p_r = log_q.exp().sum(-1), _outside(log_p, ids)
+    sides = [_at(log_p, ids), log_q]
+    if call.outside != "renormalize":
+        q_r = (1 - Q).clamp(min=LEAST_REST).log()
+        if call.log_q_rest is not None:
+            q_r = call.of_tokens(call.log_q_rest).squeeze(-1)
+        q_r = torch.where((p_r == -torch.inf) | (q_r <= ABSENT), -torch.inf, q_r)
+        sides = [torch.cat([k, r[:, None]], -1) for k, r in zip(sides, (p_r, q_r), strict=True)]
+    # The one of p sums to 1 already, unless it is renormalized.
+    sides = [log.clamp(min=LOG_ZERO).log_softmax(-1) for log in sides]
+    if call.outside == "ignore":
+        sides = [log[:, :-1] for log in sides]
+    loss, *_ = _values(call, divergence, *sides)
+    counts = log_q > -torch.inf
+    if call.outside == "renormalize":
+        counts &= _at(log_p, ids) > -torch.inf
+    loss = call.reduced(torch.where(counts.any(-1), loss, 0))
+    if not call.return_statistics:
+        return loss
+    told = [_at(log_p, ids).exp().sum(-1), Q, _entropy(log_p)]
+    if call.targets is not None:
+        told.append(call.at_targets(log_p))
+    mass_p, mass_q, entropy, *logp = (call.spread(t.detach()) for t in told)
+    return TopKLoss(loss, mass_p, mass_q, entropy, logp[0] if logp else None)
+
+
+@_oracle_of(fused_top_k)
+def reference_top_k(call: _Call) -> TopK:
+    """`fused_top_k` in float64; see `reference_jsd_loss`. Its order is that of float64."""
+    call.check(Family.ENTROPY, "h")
+    with torch.no_grad():
+        log_p = call.log_softmax(call.h, call.W)
+        check_k(call.k, log_p.shape[1])
+        ids = log_p.sort(dim=-1, descending=True, stable=True).indices[:, : call.k]
+        log_probs = _at(log_p, ids)
+        log_rest = call.spread(_outside(log_p, ids))
+        logp = None if call.targets is None else call.spread(call.at_targets(log_p))
+    counts = call.weights != 0
+    all_ids = ids.new_full((*counts.shape, call.k), -1)
+    all_log_probs = log_probs.new_full(all_ids.shape, -torch.inf)
+    all_ids[counts] = ids.masked_fill(log_probs == -torch.inf, -1)
+    all_log_probs[counts] = log_probs
+    return TopK(all_ids, all_log_probs, log_rest, logp)
 
 
 @_oracle_of(fused_entropy)
 def reference_entropy(call: _Call) -> Tensor:
     """`fused_entropy` in float64; see `reference_jsd_loss`."""
-    call.check(Family.ENTROPY)
+    call.check(Family.ENTROPY, "h")
     return call.reduced(_entropy(call.log_softmax(call.h, call.W)))
 
 
 def _divergence(call: _Call, divergence: Any) -> TokenDivergence:
     """ℓ and all statistics of the tokens that count, [R] each."""
-    call.check(divergence)
-    clip = divergence.entry_clip
+    call.check(divergence, "h_student", "h_teacher")
     log_p, log_q = call.both_sides()
+    loss, forward, reverse, share = _values(call, divergence, log_p, log_q)
+    logp = None if call.targets is None else call.at_targets(log_p)
+    logq = None if call.targets is None else call.at_targets(log_q)
+    if call.advantages is not None and logp is not None:
+        A = call.of_tokens(call.advantages).squeeze(-1)
+        # An infinite ℓ, with or without the policy term, stays as it is and has no gradient.
+        loss = loss + torch.where((A == 0) | loss.isinf(), 0, -A * logp)
+        loss = torch.where(loss.isinf(), loss.detach(), loss)
+    return TokenDivergence(
+        loss, forward, reverse, _entropy(log_p), _entropy(log_q), share, logp, logq
+    )
+
+
+def _values(
+    call: _Call, divergence: Divergence, log_p: Tensor, log_q: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[R] ℓ, both KLs and the share that the clip removes, from log p and log q of the entries."""
+    clip = divergence.entry_clip
     w_q, w_p, b_q, b_p = _halves(call, divergence)
     f_q = w_q * _kl(log_q, _mixture(log_p, log_q, b_q))
     f = f_q + w_p * _kl(log_p, _mixture(log_p, log_q, b_p))
@@ -243,16 +355,7 @@ def _divergence(call: _Call, divergence: Any) -> TokenDivergence:
         taken = (f - clip).clamp(min=0).sum(-1)
         share = torch.where(taken == 0, 0, torch.where(infinite.squeeze(-1), 1, taken / loss))
         loss = f.clamp(max=clip).sum(-1)
-    logp = None if call.targets is None else call.at_targets(log_p)
-    logq = None if call.targets is None else call.at_targets(log_q)
-    if call.advantages is not None and logp is not None:
-        A = call.of_tokens(call.advantages).squeeze(-1)
-        # An infinite ℓ, with or without the policy term, stays as it is and has no gradient.
-        loss = loss + torch.where((A == 0) | loss.isinf(), 0, -A * logp)
-        loss = torch.where(loss.isinf(), loss.detach(), loss)
-    return TokenDivergence(
-        loss, forward, reverse, _entropy(log_p), _entropy(log_q), share, logp, logq
-    )
+    return loss, forward, reverse, share
 
 
 def _halves(call: _Call, divergence: Divergence) -> Iterable[Tensor]:
@@ -264,6 +367,20 @@ def _halves(call: _Call, divergence: Divergence) -> Iterable[Tensor]:
     is_kl = (beta == 0) | (beta == 1)
     w_q = torch.where(is_kl, 1 - beta, beta)
     return w_q, 1 - w_q, beta, beta
+
+
+def _at(log_p: Tensor, ids: Tensor) -> Tensor:
+    """[R, K] log p of ids, −∞ of the id V."""
+    log_p = torch.nn.functional.pad(log_p, (0, 1), value=LOG_ZERO).gather(-1, ids)
+    return torch.where(log_p == LOG_ZERO, -torch.inf, log_p)
+
+
+def _outside(log_p: Tensor, ids: Tensor) -> Tensor:
+    """[R] log of the probability of all entries that are not among the ids."""
+    R, V = log_p.shape
+    inside = torch.zeros(R, V + 1, dtype=torch.bool, device=ids.device).scatter(-1, ids, True)
+    others = log_p.masked_fill(inside[:, :V], LOG_ZERO).logsumexp(-1)
+    return torch.where(others < LOG_ZERO / 2, -torch.inf, others)
 
 
 def _mixture(log_p: Tensor, log_q: Tensor, b: Tensor) -> Tensor:

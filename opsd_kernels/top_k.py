@@ -74,7 +74,7 @@ def fused_top_k(
         token_weights=token_weights,
     )
     problem, leading = arguments.problem, arguments.leading
-    _check_k(k, None if problem.group is not None else problem.W.shape[0])
+    check_k(k, None if problem.group is not None else problem.W.shape[0])
     workspace_bytes = check_workspace(workspace_mib, h.device)
     h_S, N = problem.h_S, problem.h_S.shape[0]
     found = Likeliest(
@@ -98,7 +98,7 @@ def fused_top_k(
     return TopK(ids, log_probs, log_rest, logp_targets)
 
 
-def _check_k(k: int, V: int | None) -> None:
+def check_k(k: int, V: int | None) -> None:
     """Check the number of entries; V is None where its size is not known to this process."""
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k must be an int, got {type(k).__name__}")

@@ -14,6 +14,7 @@ OP = (
     "loss divergence token_divergence against_oracle family kernels logit_free trained_head head "
     "log_probs peers"
 )
+SPARSE = "top_k_trainers several_log_probs top_k_loss"
 KERNELS = f"kernels {OP.replace(' kernels', '')} resources"
 RUNS = "train_step train_opsd train_run train_failures evaluate train_demo"
 
@@ -283,6 +284,49 @@ FAULTS = [
         "if h.shape[:-1] != h_S.shape[:-1]:",
         "if h.shape[0] != h_S.shape[0]:",
         f"arguments {OP}",
+    ),
+    # A teacher of K tokens.
+    Fault(
+        "opsd_kernels/support.py",
+        "repeats[:, 1:] = sorted_ids[:, 1:] == sorted_ids[:, :-1]",
+        "repeats[:, 2:] = sorted_ids[:, 2:] == sorted_ids[:, :-2]",
+        SPARSE,
+    ),
+    Fault(
+        "opsd_kernels/support.py",
+        "at_top = -log_p_top.expm1() * g_top - log_p_top.exp() * g_others",
+        "at_top = (1 - log_p_top.exp()) * g_top - log_p_top.exp() * g_others",
+        SPARSE,
+    ),
+    Fault(
+        "opsd_kernels/support.py",
+        ".masked_fill_((grad == 0)[:, None], 0)",
+        "",
+        SPARSE,
+    ),
+    Fault(
+        "opsd_kernels/sparse.py",
+        "absent = (ids < 0) | ~(log_q > ABSENT)",
+        "absent = (ids < 0) | (log_q <= ABSENT)",
+        SPARSE,
+    ),
+    Fault(
+        "opsd_kernels/sparse.py",
+        "z_T = with_rest(z_T, rest.masked_fill(L_r == -torch.inf, -torch.inf))",
+        "z_T = with_rest(z_T, rest)",
+        SPARSE,
+    ),
+    Fault(
+        "opsd_kernels/sparse.py",
+        "(1 - log_q.exp().sum(-1)).clamp(min=LEAST_REST)",
+        "(1 - log_q.float().exp().sum(-1)).clamp(min=LEAST_REST)",
+        SPARSE,
+    ),
+    Fault(
+        "opsd_kernels/divergence.py",
+        "given[:, -ignored:].fill_(0)",
+        "given[:, -ignored:].mul_(1)",
+        SPARSE,
     ),
     # Heads.
     Fault(

@@ -120,6 +120,27 @@ def log_p(find: Find, of: Inputs, options: Options) -> Result:
     return Result(find("log_probs")(of.h_S, of.W, of.targets, **options), {})
 
 
+def some_ids(of: Inputs) -> Tensor:
+    """[N, 16] for each token, its target first."""
+    step = 97 * torch.arange(16, device=of.targets.device)
+    return (of.targets[:, None] + step) % (len(of.W.weight) - PADDING)
+
+
+def several_log_p(find: Find, of: Inputs, options: Options) -> Result:
+    told = find("log_probs")(of.h_S, of.W, some_ids(of), rest=True, **options)
+    return Result(told.log_probs.sum(-1) + 3 * told.log_rest, {"rest": told.log_rest.detach()})
+
+
+def top_k(find: Find, of: Inputs, options: Options, **more: Any) -> Result:
+    """A teacher that gives some tokens 0.9 of its mass."""
+    ids = some_ids(of)
+    log_q = (of.advantages[:, None] * torch.linspace(0, 3, 16, device=ids.device)).log_softmax(-1)
+    options = {"reduction": "none", "return_statistics": True, "targets": of.targets, **options}
+    told = find("top_k_loss")(of.h_S, of.W, ids, log_q + math.log(0.9), **options, **more)
+    told = told._asdict()
+    return Result(told.pop("loss"), told)
+
+
 def entropy(find: Find, of: Inputs, options: Options) -> Result:
     return Result(find("entropy")(of.h_S, of.W, **options), {})
 
@@ -160,6 +181,10 @@ OPERATIONS: dict[str, Operation] = {
     "both KLs, policy term": Operation(partial(family, beta=None, policy=True)),
     "skewed KLs": Operation(partial(family, beta=0.1)),
     "skewed KLs, policy term": Operation(partial(family, beta=0.1, policy=True)),
+    "log p of several": Operation(several_log_p),
+    "top-k, bucket": Operation(partial(top_k, beta=0.0)),
+    "top-k, renormalized": Operation(partial(top_k, outside="renormalize")),
+    "top-k, ignored": Operation(partial(top_k, beta=1.0, outside="ignore")),
     "entropy": Operation(entropy),
     "temperature, token weights": Operation(weighed),
     "softcap, bias, padding": Operation(jsd, decorate),

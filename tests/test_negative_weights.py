@@ -12,6 +12,7 @@ from opsd_kernels import (
     fused_jsd_loss,
     fused_log_probs,
     fused_sampled_token_loss,
+    fused_top_k_loss,
     reference_jsd_loss,
     reference_sampled_token_loss,
     token_divergence,
@@ -81,6 +82,7 @@ def test_a_frozen_head_and_the_other_functions(op):
         (token_divergence, (h_T, W), {"targets": targets}),
         (fused_sampled_token_loss, (h_T, W, targets), none),
         (fused_log_probs, (W, targets), {}),
+        (fused_top_k_loss, (W, targets[:, None], torch.full((N, 1), -0.5)), none),
     ):
         expected = WEIGHTS[:, None] * gradient(function, *args, **options)
         found = gradient(function, *args, token_weights=WEIGHTS, **options)

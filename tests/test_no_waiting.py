@@ -21,6 +21,7 @@ from opsd_kernels import (
     fused_entropy,
     fused_jsd_loss,
     fused_log_probs,
+    fused_top_k_loss,
     token_divergence,
 )
 from opsd_kernels.heads import vocabulary_parallel
@@ -80,6 +81,16 @@ def outside(h_S: Tensor, h_T: Tensor, W: Any, **options: Any) -> Tensor:
     return z.sum() + L_r.sum() + alone.sum()
 
 
+def sparse(h_S: Tensor, h_T: Tensor, W: Any, **options: Any) -> Tensor:
+    several, log_q = torch.empty(N, 5, dtype=torch.int64), torch.empty(N, 5)
+    told = fused_log_probs(h_S, W, several, rest=True, **options)
+    total = told.log_probs.sum() + told.log_rest.sum()
+    for outside in ("bucket", "renormalize", "ignore"):
+        more = {"outside": outside, "targets": ids(), "return_statistics": True}
+        total = total + fused_top_k_loss(h_S, W, several, log_q, **more, **options).loss
+    return total
+
+
 def ids() -> Tensor:
     return torch.empty(N, dtype=torch.int64)
 
@@ -95,7 +106,7 @@ def waits(call: Callable[..., Tensor], workspace_mib: float, trained: bool, grou
     return waiting.seen
 
 
-CALLS = [fused_jsd_loss, everything, family, alone, weighed, each_beta, outside]
+CALLS = [fused_jsd_loss, everything, family, alone, weighed, each_beta, outside, sparse]
 
 
 @pytest.mark.parametrize("workspace_mib", [0, 64])

@@ -146,6 +146,8 @@ def test_code_of_a_page_runs(page, monkeypatch):
         "w": torch.rand(70),
         "A": torch.randn(70),
         "sampled_ids": torch.arange(70),
+        "several_ids": torch.arange(210).view(70, 3) % 99,
+        "places": [{str(v): {"logprob": -1.0 - v} for v in range(21)}] * 70,  # as vLLM answers
     }
     monkeypatch.setitem(sys.modules, "opsd_kernels.trl", pytest.importorskip("opsd_kernels.trl"))
     monkeypatch.setattr("opsd_kernels.trl.apply_opsd_kernels_to_trl", lambda: None)

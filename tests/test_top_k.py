@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.lib.allocations import Allocations, fake_device
-from opsd_kernels import LMHead, TopK, debug, fused_top_k, replay
+from opsd_kernels import LMHead, TopK, debug, fused_top_k, reference_top_k, replay
 from opsd_kernels.schedules import top_k
 
 MIB = 2**20
@@ -36,6 +36,25 @@ def textbook(h: Tensor, W: Tensor | LMHead, k: int, targets: Tensor, temperature
         rest.logsumexp(-1),
         log_p.gather(-1, targets[:, None]).squeeze(-1),
     )
+
+
+def test_oracle_is_the_textbook():
+    """And a token that is dropped, or whose target is outside of the vocabulary, is as said."""
+    h, _, W = (t.double() for t in random_inputs(8, 30, 6))
+    head, _ = Extras(bias="with bans", softcap=5.0).heads(W, None, 0)
+    targets, weights = torch.arange(8), torch.arange(8) % 3
+    for k in (1, 7, 30):
+        options = {"targets": targets, "temperature": 0.7}
+        found = reference_top_k(h, head, k, **options)
+        for got, exact in zip(found, textbook(h, head, k, targets, 0.7), strict=True):
+            torch.testing.assert_close(got, exact)
+        found = reference_top_k(h, head, k, token_weights=weights, **options)
+        narrow = h.float(), head._replace(weight=head.weight.float(), bias=head.bias.float())
+        fused = fused_top_k(*narrow, k, token_weights=weights, **options)
+        for got, exact in zip(fused, found, strict=True):
+            torch.testing.assert_close(got.to(exact), exact, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="k must lie in"):
+        reference_top_k(h, head, 31)
 
 
 def check(found: TopK, h: Tensor, head: LMHead, targets: Tensor, temperature: float) -> None:

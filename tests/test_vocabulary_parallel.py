@@ -29,6 +29,7 @@ from opsd_kernels import (
     fused_log_probs,
     fused_sampled_token_loss,
     fused_top_k,
+    fused_top_k_loss,
     reference_divergence_loss,
     reference_entropy,
     reference_jsd_loss,
@@ -271,6 +272,11 @@ def on_rank(rank: int, processes: int) -> dict[str, Any]:
             results.append(found(case, shard, shard_T, (h_S, h_T, options), case.function))
         wires.append(wire.calls)
     saved = {"results": results, "wires": wires, "top_k": of_top_k(rank, processes)}
+    saved["support"] = [
+        of_support(Case(V=41, cuts=cuts).shards(top_k_inputs()[1], dist.group.WORLD)[rank], mib)
+        for cuts in CUTS[processes]
+        for mib in (0, None)
+    ]
     if processes == 2:
         saved |= {"refused": refused(rank), "compiled": compiled(rank), "DTensor": of_dtensor(rank)}
         saved |= {"outside": test_outside.of_shards(rank)}
@@ -302,6 +308,22 @@ def of_top_k(rank: int, processes: int) -> list[Any]:
         found += [fused_top_k(h, shard, targets=targets, **options) for options in TOP_K_OPTIONS]
     found.append(fused_top_k(h, shard, 50, targets=targets))
     return [tuple(result) for result in found]
+
+
+def of_support(head: LMHead, workspace_mib: float | None) -> list[Tensor]:
+    """Losses on some ids, among them absent ones, and gradients of the hidden states."""
+    h, _, targets = top_k_inputs()
+    ids = (targets[:, None] + torch.tensor([0, 7, 20, -5, 7])) % 43 - 1
+    log_q = torch.linspace(-3, -2, 5).expand(70, 5)
+    made = []
+    for outside in ("bucket", "renormalize", "ignore"):
+        leaf = (0.1 * h).requires_grad_()
+        told = fused_top_k_loss(leaf, head, ids, log_q, outside=outside, targets=targets,
+                                workspace_mib=workspace_mib, return_statistics=True)  # fmt: skip
+        told.loss.backward()
+        log_p = fused_log_probs(leaf, head, ids, rest=True, workspace_mib=workspace_mib)
+        made += [*(t.detach() for t in (*told, *log_p)), leaf.grad]
+    return made
 
 
 def refused(rank: int) -> list[str]:
@@ -448,6 +470,14 @@ def test_top_k(ranks):
         assert (log_rest == -torch.inf).all()
         for result, first in zip(rank["top_k"], ranks[0]["top_k"], strict=True):
             assert all(t.equal(of_first) for t, of_first in zip(result, first, strict=True))
+
+
+def test_ids_of_the_whole_vocabulary(ranks):
+    """Losses, statistics and gradients as of one process with the whole head."""
+    whole = of_support(top_k_inputs()[1], None)
+    for rank in ranks:
+        for found in rank["support"]:
+            torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_every_process_has_the_same(ranks):

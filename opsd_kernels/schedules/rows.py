@@ -64,6 +64,7 @@ def divergence_rows_(
     advantages: Tensor | None = None,
     seen: tuple[Tensor, Tensor] | None = None,
     group: str | None = None,
+    ignored: int = 0,
 ) -> Tensor:
     """Turn rows of logits into each row's ℓ and, in place, its gradient.
 
@@ -79,6 +80,8 @@ def divergence_rows_(
         seen: stats [STATS, R] and top [R], filled if `needs_score`: all that `logit_gradient_`
             needs to make some columns of the gradient again.
         group: the processes that share the vocabulary, if the columns are a shard of it.
+        ignored: entries at the end of a row that add nothing to a divergence, see
+            `value_and_score`.
 
     Returns:
         [R] ℓ. An entry at −∞ on both sides counts for nothing. Where an unclipped KL whose weight
@@ -123,7 +126,7 @@ def divergence_rows_(
                 del f  # [R, V]: free it before the next tensor of that size
             if member.entry_clip is not None:
                 sums["removed"] = clipped_off(p, teacher.p, x.clone(), member).sum(-1, keepdim=True)
-        f, a = value_and_score(p, teacher.p, x, member, needs_score, summed)
+        f, a = value_and_score(p, teacher.p, x, member, needs_score, summed, ignored)
         sums["loss"] = f.sum(-1, keepdim=True)
     top, c = y, torch.zeros_like(student.top)
     if a is not None:
