@@ -248,8 +248,11 @@ def _gradients_of_rows(
         fill = ops.fill_rows_of_head if is_opaque(c) else gradient_of_rows_
         fill(dW, db, c / problem.temperature, h, ids, problem.operand_dtype)
         if needs_weight:
-            grad_weight = weight.new_zeros(weight.shape)
-            grad_weight[:V].copy_(dW[: weight.shape[0]])
+            # A shard without rows has one in the problem.
+            grad_weight = dW[: weight.shape[0]].to(weight.dtype)
+            padding = max(0, weight.shape[0] - V)
+            if padding:
+                grad_weight = torch.nn.functional.pad(grad_weight, (0, 0, 0, padding))
         if bias is not None and db is not None:
             grad_bias = padded(db, bias.shape[0], bias.dtype)
     return grad, grad_weight, grad_bias

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from heads import Extras, logits
 from inputs import random_inputs
 from marks import slow
-from schedules import DEVICE, LOGIT_FREE, ROW_WORKSPACE, SCHEDULES
+from schedules import DEVICE, ROW_WORKSPACE, SCHEDULES
 from test_trained_head import WAYS, interpreted
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -222,15 +222,12 @@ def test_all_excluded_and_nothing_excluded(way, trained):
 @pytest.mark.parametrize("way", ["logit-free", "PyTorch, backward"])
 def test_many_ids(way):
     """512 of 700, in more than one tile of columns and with a ragged end; and one."""
-    h, _, W = random_inputs(3, 700, 8, torch.bfloat16)
+    h, _, W = random_inputs(2, 700, 8, torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
-    order = torch.stack([torch.randperm(700, generator=generator) for _ in range(3)]).int()
-    for ids in (order[:, :512].contiguous(), order[:, :1].contiguous()):
-        for trained in (False, True):
-            near(
-                by(way, h, LMHead(W), ids, trained=trained),
-                true(h, LMHead(W), ids, trained=trained),
-            )
+    order = torch.stack([torch.randperm(700, generator=generator) for _ in range(2)]).int()
+    for K, trained in ((512, True), (1, False)):
+        args = (h, LMHead(W), order[:, :K].contiguous())
+        near(by(way, *args, trained=trained), true(*args, trained=trained))
 
 
 def test_sums_of_equal_ids():
@@ -307,8 +304,7 @@ def test_a_second_backward_and_a_head_that_changed(rest):
 @pytest.mark.parametrize(
     ("op", "trained", "rest"),
     [
-        (ROW_WORKSPACE, False, True),
-        (LOGIT_FREE, True, True),
+        (ROW_WORKSPACE, True, True),
         *(slow(op, trained, rest) for op in SCHEDULES for trained in (0, 1) for rest in (0, 1)),
     ],
     ids=str,
@@ -341,13 +337,13 @@ def test_one_graph(op, trained, rest):
 
 @interpreted
 def test_passes():
-    """Logit-free 3 U, in the row workspace 2 U, without gradient 1 U; of a trained head 5 and 4;
-    and K rows of the head for each token."""
+    """Logit-free 3 U, in the row workspace 2 U, without gradient 1 U; of a trained head 4; and K
+    rows of the head for each token."""
     N, V, D, K = 32, 512, 64, 4
     h, _, W = random_inputs(N, V, D)
     ids = some_ids(N, K, V)
     U, rows = 2 * N * D * V, 2 * N * D * K
-    ways = {"logit-free": (3, 5), "PyTorch, backward": (2, 4)}
+    ways = {"logit-free": (3, 4), "PyTorch, backward": (2, 4)}
     for way, costs in ways.items():
         for trained, cost in zip((False, True), costs, strict=True):
             with counted_dots() as dots, FlopCounterMode(display=False) as library:
@@ -364,7 +360,7 @@ def test_passes():
 def test_nothing_of_the_size_of_logits_is_allocated(workspace_mib, trained):
     """At the size of a language model: scratch of a bounded size beside what is returned and, in
     fp32, the gradient of h; no [N, V], and no row of the head for each id."""
-    N, V, D, K = 1500, 60000, 1024, 64
+    N, V, D, K = 1100, 40000, 1024, 64
     with fake_device("cuda"):
         h = torch.empty(N, D, dtype=torch.bfloat16, requires_grad=True)
         W = torch.empty(V, D, dtype=h.dtype, requires_grad=trained)

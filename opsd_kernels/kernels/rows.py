@@ -139,8 +139,8 @@ def rows_kernel(
     IS_DIVERGENCE: tl.constexpr = FAMILY != LOG_PROB and FAMILY != ENTROPY and FAMILY != LOG_SUM
     STATISTICS: tl.constexpr = HAS_STATISTICS and IS_DIVERGENCE
     OF_STATISTICS: tl.constexpr = SUMS_OF_STATISTICS - 1 + formula.CLIPPED
-    # Other values themselves need no second sweep.
-    SECOND: tl.constexpr = NEEDS_SCORE or FOR_LATER or IS_DIVERGENCE
+    # Other values themselves need no second sweep, and a log-sum-exp none for later.
+    SECOND: tl.constexpr = NEEDS_SCORE or IS_DIVERGENCE or (FOR_LATER and FAMILY != LOG_SUM)
     row = tl.program_id(0).to(tl.int64)
     V, inverse_temperature = logits.V, formula.inverse_temperature
     g_ptr = gradient.g + row * gradient.stride

@@ -21,6 +21,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from .. import kernels
+from ..divergence import Family
 from ..heads.vocabulary_parallel import begin_sum_, summed_
 from ..kernels import excluded, finish, lse, pair
 from ..kernels.scratch import Scratch, allocate
@@ -39,9 +40,13 @@ def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem) -> None:
         problem: the tokens.
     """
     V, needs_statistics = problem.W.shape[0], outputs.statistics is not None
-    # Other values themselves follow from step 1.
-    v_stop = V if problem.member.is_divergence or outputs.needs_score else 0
     named = Scratch.of(scratch, problem, needs_statistics, outputs.needs_score)
+    # Other values themselves follow from step 1, and what backward needs of a log-sum-exp too, but
+    # for a slope.
+    needs_step_2 = problem.member.is_divergence or outputs.needs_score
+    if problem.member.family == Family.LOG_SUM and outputs.dh_S is None:
+        needs_step_2 = named.slopes > 0
+    v_stop = V if needs_step_2 else 0
     problem = problem.with_contiguous_rows()  # once, for all kernels
     unfinished = []
     with kernels.current(outputs.loss.device):
