@@ -133,7 +133,7 @@ def test_dropped_tokens_where_the_mask_is_not_read(kernel):
     h_S[2] = math.nan
     weights, targets = torch.tensor([1.0, 1, 0, 1, 1, 1]), torch.arange(6)
     with (
-        mock.patch.object(row_workspace, "_kept", return_value=None),
+        mock.patch.object(row_workspace, "kept", return_value=None),
         mock.patch.object(planning, "uses_rows_kernel", return_value=kernel),
     ):
         told, grad = loss_and_grad(
