@@ -123,7 +123,7 @@ def fused_top_k_loss(
         student, slots, has_rest, has_rest and return_statistics, workspace_bytes
     )
     counts = slots >= 0
-    z_S, z_T = z, log_q.float()
+    z_S, z_T = z, log_q
     if L_r is None:
         counts &= z != -torch.inf
     else:
@@ -200,10 +200,10 @@ def _present(arguments: Arguments, log_q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log_rest(log_q: Tensor, given: Tensor | None) -> Tensor:
-    """log q_r [N] in fp32."""
+    """log q_r [N] in float64."""
     if given is None:
-        return (1 - log_q.exp().sum(-1)).clamp(min=LEAST_REST).log().float()
-    given = given.detach().reshape(-1).float()
+        return (1 - log_q.exp().sum(-1)).clamp(min=LEAST_REST).log()
+    given = given.detach().reshape(-1).double()
     return given.masked_fill(given <= ABSENT, -torch.inf)
 
 

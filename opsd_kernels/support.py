@@ -80,12 +80,13 @@ class _Divergence(torch.autograd.Function):
     def forward(
         ctx: Any, z_S: Tensor, z_T: Tensor, member: Member, ignored: int, needs_gradient: bool
     ) -> Tensor:
-        # A teacher's numbers are log-probabilities. Logits of their size lose least in z_T − z_S.
-        dz = z_S - z_S.amax(-1, keepdim=True)
-        loss = divergence_rows_(dz, z_T.clone(), member, needs_gradient, ignored=ignored)
+        # In float64: a logit and a log-probability differ by a normalizer, which in fp32 would take
+        # the last digits of x. K + 1 numbers a token cost little beside a vocabulary.
+        dz, z_T = (z.to(torch.float64, copy=True) for z in (z_S, z_T))
+        loss = divergence_rows_(dz, z_T, member, needs_gradient, ignored=ignored)
         if needs_gradient:
-            ctx.save_for_backward(dz)
-        return loss
+            ctx.save_for_backward(dz.to(z_S.dtype))
+        return loss.to(z_S.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -402,6 +402,20 @@ def test_weights_win_over_everything(op, outside):
     torch.testing.assert_close(mean, expected[0].abs().sum() / weights.sum())
 
 
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_a_nan_stays_in_its_token(op, outside):
+    """And has no gradient where the caller leaves that token out."""
+    h, h_T, W = random_inputs(5, 60, 8, distance=0.5)
+    ids, log_q, _ = teacher(h_T, W, 4)
+    h[2] = torch.nan
+    h.requires_grad_()
+    loss = op.run(fused_top_k_loss, h, W, ids, log_q, outside=outside, reduction="none")
+    loss[[0, 1, 3, 4]].sum().backward()
+    assert loss.isnan().tolist() == [False, False, True, False, False]
+    assert h.grad[2].tolist() == [0] * 8
+    assert h.grad.isfinite().all()
+
+
 def test_any_leading_shape(op):
     h, h_T, W = random_inputs(6, 60, 8, distance=0.5)
     ids, log_q, rest = teacher(h_T, W, 4)
