@@ -164,7 +164,7 @@ def summary(path: Path) -> str:
             ]
         body.append([method, *ends, *differences])
     head = ["loss, gradient norm", "step 1", f"step {last // 2}", f"step {last}",
-            "loss at most apart from eager", "gradient norm"]  # fmt: skip
+            "loss: most from eager, relatively", "gradient norm: most from eager"]  # fmt: skip
     return f"{report.table(head, body)}\n\n({setting})"
 
 
@@ -187,13 +187,14 @@ def plot(path: Path, to: Path) -> None:
                 differences = [max(d, 1e-8) for d in apart(rows, method, name)]
                 column[1].plot(steps, differences, color=COLORS[method], label=method)
         column[0].set_title(title, fontsize=9, loc="left")
-        column[1].set_title("from eager, relatively", fontsize=9, loc="left")
+        column[1].set_title(f"{title}: relative difference from eager", fontsize=9, loc="left")
         column[1].set_yscale("log")
         column[1].set_xlabel("step", fontsize=8)
         for axis in column:
             report.style(axis)
             axis.grid(alpha=0.25)
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=8)
     report.caption(figure, setting)
     figure.savefig(to, dpi=150)
 

@@ -4,14 +4,22 @@ from pathlib import Path
 
 from benchmarks import accuracy
 from benchmarks.lib import report
+from benchmarks.more import adoptions, same_training
 from benchmarks.pages.gpus import gpus
+from benchmarks.pages.tables import picture
 from benchmarks.pages.wins import wins
 from benchmarks.token_efficiency.words import wrapped
 
 
 def real_parts(results: Path, page: Path) -> dict[str, str]:
     """What stands between the marks of the page, by the marks' name. `page` is its place."""
-    return {"accuracy": _errors(results / "real_accuracy.csv")}
+    of_training = results / "same_training.csv"
+    shown = picture(of_training, "Loss and gradient norm over the steps of each run", page)
+    return {
+        "accuracy": _errors(results / "real_accuracy.csv"),
+        "training": "\n\n".join([*shown, same_training.summary(of_training)]),
+        "adoptions": adoptions.summary(results / "adoptions.csv"),
+    }
 
 
 def _errors(path: Path) -> str:
