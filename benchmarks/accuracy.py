@@ -9,7 +9,7 @@ mean loss, and of the gradient in norm. What rounding the exact gradient to bf16
 
 Writes accuracy.csv, accuracy.md and accuracy.png to the folder. With --model the hidden states are
 those of a real model (lib/real_states.py), rounded to bf16 as its head is, and the files are
-real_accuracy.csv, real_accuracy.md and real_accuracy.png.
+real_accuracy.csv and real_accuracy.md.
 
 Without a GPU the logit-free kernels run in Triton's interpreter, their tiles rounded as on a GPU;
 so does Liger's fused loss, with the fp32 logits that it makes on a GPU.
@@ -201,7 +201,7 @@ def main() -> None:
 def of_a_model(
     model: str, N: int, device: torch.device, methods: Iterable[str], output: Path | None
 ) -> None:
-    """Errors on N of the hidden states of a model, of as many positions of all its answers."""
+    """Errors on N hidden states of a model, at positions evenly spaced over its answers."""
     from benchmarks.lib import real_states  # which imports all that trains
 
     h_S, h_T, W = real_states.states(model, answers=24, tokens=24)

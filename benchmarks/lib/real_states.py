@@ -75,8 +75,15 @@ def prepare(folder: str, given: list[Problem], **options: Any) -> Setup:
 
 
 def states(folder: str, answers: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """h_S, h_T [N, D] and W [V, D] in fp32: all positions of sampled answers, as many as are asked,
-    each of at most this many tokens. Made anew by every call, and the same on one machine."""
+    """h_S, h_T [N, D] and W [V, D] in fp32, at all positions of sampled answers.
+
+    Every call samples anew, and on one machine the same.
+
+    Args:
+        folder: of the model, or its hub name.
+        answers: how many.
+        tokens: of an answer, at most.
+    """
     setup = prepare(folder, problems(answers), max_new_tokens=tokens)
     rollout = sample(setup)
     with torch.no_grad():
