@@ -366,6 +366,42 @@ FAULTS = [
         "temperature=1.0,",
         "trl",
     ),
+    Fault(
+        "opsd_kernels/trl/self_distillation.py",
+        "return loss if policy is None else (1 - weight) * policy + weight * loss",
+        "return loss if policy is None else policy + weight * loss",
+        "trl",
+    ),
+    Fault(
+        "opsd_kernels/trl/iw_opd.py",
+        "logits = T * log_p.new_zeros(*labels.shape, 2).masked_scatter(counts, log_p)",
+        "logits = log_p.new_zeros(*labels.shape, 2).masked_scatter(counts, log_p)",
+        "trl",
+    ),
+    Fault(
+        "opsd_kernels/trl/iw_opd.py",
+        "if k >= W.weight.shape[0]:",
+        "if k > 1:",
+        "trl",
+    ),
+    Fault(
+        "opsd_kernels/trl/server.py",
+        "at[:, begin - 1 : end - 1] = counts",
+        "at[:, begin:end] = counts",
+        "trl_server",
+    ),
+    Fault(
+        "opsd_kernels/trl/server.py",
+        'log_q = given["teacher_target_logps"].masked_fill(absent, -torch.inf)',
+        'log_q = given["teacher_target_logps"]',
+        "trl_server",
+    ),
+    Fault(
+        "opsd_kernels/trl/trainers.py",
+        "if _METHOD.search(found_class[0]) and _WORDS.search(found_class[0]):",
+        "if _WORDS.search(found_class[0]):",
+        "trl_routes",
+    ),
     # The harness: data, models, sampling.
     Fault(
         "opsd_train/data/prompts.py",

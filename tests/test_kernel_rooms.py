@@ -70,7 +70,7 @@ ARROWS: dict[str, set[str]] = {
         "sparse",
         "top_k",
     },
-    "trl": {"checks", "head_check", "heads", "loss"},
+    "trl": {"checks", "head_check", "heads", "loss", "sparse", "top_k"},
 }
 
 

@@ -19,6 +19,7 @@ from ranks import on_ranks
 from tiny_qwen3 import FAMILIES, save_model_and_tokenizer
 from trl_runs import (
     LENGTH,
+    OUTSIDE,
     TRAINERS,
     Run,
     difference,
@@ -68,6 +69,18 @@ CASES: list[Any] = [
             "teacher_model_kind": "live",
         },
     ),
+    ("SDFTTrainer", {"distillation_mode": "topk_logits"}),
+    slow(
+        "SDFTTrainer",
+        {
+            "distillation_mode": "topk_logits",
+            "distillation_topk": 5,
+            "distillation_add_tail": True,
+            "num_iterations": 3,
+            "distillation_is_clip": 1.001,
+            "temperature": 0.7,
+        },
+    ),
     slow("SDPOTrainer", {}),
     slow("SDPOTrainer", {"lora": True, "num_iterations": 3, "temperature": 0.8}),
     (
@@ -79,6 +92,20 @@ CASES: list[Any] = [
             "distillation_is_clip": 1.001,
         },
     ),
+    (
+        "SDPOTrainer",
+        {
+            "lora": True,
+            "distillation_mode": "topk_logits",
+            "distillation_topk": 5,
+            "distillation_add_tail": True,
+            "num_iterations": 3,
+            "distillation_is_clip": 1.001,
+            "distillation_weight": 0.7,
+        },
+    ),
+    slow("SDPOTrainer", {"distillation_weight": 0.3, "temperature": 0.7}),
+    slow("SDPOTrainer", {"distillation_weight": 0.5, "importance_sampling_level": "sequence"}),
     ("GKDTrainer", {}),
     slow("GKDTrainer", {"lora": True, "beta": 0.2, "temperature": 0.7}),
     slow("GKDTrainer", {"lmbda": 0.0, "beta": 0.0}),
@@ -89,6 +116,15 @@ CASES: list[Any] = [
     slow("IWOPDTrainer", {}),
     slow("IWOPDTrainer", {"lora": True, "beta": 0.2, "temperature": 0.7}),
     ("IWOPDTrainer", {"lmbda": 0.0, "beta": 0.0}),
+    ("IWOPDTrainer", {"loss_top_k": 3, "beta": 0.3}),
+    slow("IWOPDTrainer", {"loss_top_k": 3, "beta": 0.0, "loss_add_tail": False}),
+    slow("IWOPDTrainer", {"loss_top_k": 3, "beta": 1.0, "temperature": 0.7}),
+    slow("IWOPDTrainer", {"loss_top_k": 300, "lora": True}),
+    ("IWOPDTrainer", {"loss_top_k": 1, "beta": 0.5, "lora": True}),
+    slow("IWOPDTrainer", {"loss_top_k": 1, "beta": 0.5, "reverse_kl_top_1_mode": "argmax"}),
+    slow("IWOPDTrainer", {"loss_top_k": 1, "beta": 1.0}),
+    ("IWOPDTrainer", {"distillation_objective": "iw_opd", "lora": True, "temperature": 0.7}),
+    slow("IWOPDTrainer", {"distillation_objective": "iw_opd", "iw_opd_gamma": 0.7}),
 ]
 
 
@@ -176,9 +212,12 @@ def on_rank(rank: int, folder: Path) -> dict[str, tuple[Run, Run]]:
     runs = {}
     for trainer in ("DistillationTrainer", "SDFTTrainer"):
         for lora in (False, True):
-            theirs = run(trainer, folder, lora=lora, max_steps=2)
+            options: dict[str, Any] = {"lora": lora, "max_steps": 2}
+            if trainer == "SDFTTrainer" and not lora:
+                options["distillation_mode"] = "topk_logits"
+            theirs = run(trainer, folder, **options)
             with apply_opsd_kernels_to_trl([trainer]):
-                ours = run(trainer, folder, lora=lora, max_steps=2)
+                ours = run(trainer, folder, **options)
             assert ours.longest <= 1
             runs[f"{trainer}, {'LoRA' if lora else 'full'}"] = ours, theirs
     assert torch.distributed.get_world_size() == PROCESSES
@@ -309,7 +348,9 @@ def textbook(trainer: str) -> Any:
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.2, 1.0])
-@pytest.mark.parametrize("trainer", [name for name in TRAINERS if name != "DistillationTrainer"])
+@pytest.mark.parametrize(
+    "trainer", [name for name in TRAINERS if name not in ("DistillationTrainer", *OUTSIDE)]
+)
 def test_beta_means_what_it_means_here(trainer, beta):
     """Their formula in float64."""
     g = torch.Generator().manual_seed(0)
@@ -393,10 +434,7 @@ def test_what_distillation_calls(change):
 @pytest.mark.parametrize(
     ("trainer", "options", "reason"),
     [
-        ("SDFTTrainer", {"distillation_mode": "topk_logits", "distillation_topk": 5}, "topk_log"),
-        ("SDPOTrainer", {"distillation_weight": 0.5}, "distillation_weight < 1"),
-        ("IWOPDTrainer", {"loss_top_k": 1}, "loss_top_k > 0"),
-        ("IWOPDTrainer", {"distillation_objective": "iw_opd"}, "distillation_objective='iw_opd'"),
+        ("SDPOTrainer", {"distillation_weight": 0.0}, "distillation_weight=0 is"),
     ],
 )
 def test_what_is_not_computed_stays_theirs_and_is_said_once(
@@ -410,12 +448,12 @@ def test_what_is_not_computed_stays_theirs_and_is_said_once(
     assert ours.logs == theirs.logs
     assert ours.longest == theirs.longest > 1
     messages = said(caplog)
-    assert len(messages) == 1 + (trainer == "IWOPDTrainer")  # evaluated with its outputs
+    assert len(messages) == 1
     assert messages[0].startswith(f"{trainer} computes TRL's own loss: ")
     assert reason in messages[0]
     route = routes(clear=True)[0]
     assert (route.trainer, route.loss, route.reason) in explained
-    assert (route.whose, route.batches) == ("theirs", 3 * 2 + (trainer != "IWOPDTrainer"))
+    assert (route.whose, route.batches) == ("theirs", 3 * 2 + 1)
 
 
 def test_gold_with_two_tokenizers_stays_theirs(folder, caplog):

@@ -24,16 +24,19 @@ from transformers import (
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
+from trl.experimental.async_distillation import AsyncDistillationConfig, AsyncDistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
 from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
+from trl.experimental.server_distillation import ServerDistillationConfig, ServerDistillationTrainer
+from trl_teachers import NoTransfer, Worker
 
 from opsd_kernels.head_check import check_head
 
 LENGTH = 6  # of completions, at most
-OF_TIME = ("time", "per_second")  # in the names of figures that depend on the clock
+OF_TIME = ("time", "per_second", "perf/")  # in the names of figures that depend on the clock
 
 TRAINERS: dict[str, tuple[type, type]] = {
     "DistillationTrainer": (trl.DistillationTrainer, trl.DistillationConfig),
@@ -42,7 +45,11 @@ TRAINERS: dict[str, tuple[type, type]] = {
     "GKDTrainer": (GKDTrainer, GKDConfig),
     "GOLDTrainer": (GOLDTrainer, GOLDConfig),
     "IWOPDTrainer": (IWOPDTrainer, IWOPDConfig),
+    "ServerDistillationTrainer": (ServerDistillationTrainer, ServerDistillationConfig),
+    "AsyncDistillationTrainer": (AsyncDistillationTrainer, AsyncDistillationConfig),
 }
+# A teacher that is no model of the process: of Server a server, of Async what was got from one.
+OUTSIDE = ("ServerDistillationTrainer", "AsyncDistillationTrainer")
 # What each needs to be small, and to compute the loss that ours replaces.
 OPTIONS: dict[str, dict[str, Any]] = {
     "DistillationTrainer": {"max_completion_length": LENGTH},
@@ -58,6 +65,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "max_completion_length": LENGTH,
         "distillation_objective": "jsd",
         "loss_top_k": 0,
+    },
+    "ServerDistillationTrainer": {"max_completion_length": LENGTH},
+    "AsyncDistillationTrainer": {
+        "teacher_top_k": 4,
+        "token_budget": 0,
+        "model_init_kwargs": {"attn_implementation": "sdpa", "dtype": "float32"},
+        "teacher_server_urls": {"a": "http://a", "b": "http://b"},
     },
 }
 
@@ -84,7 +98,7 @@ def save_models(folder: Path) -> None:
 def problems(trainer: str) -> Dataset:
     sums = [(f"{a} + {a * 7 % 10}?", f"It is {a + a * 7 % 10}.") for a in range(8)]
     prompts: dict[str, Any] = {"prompt": [problem for problem, _ in sums]}
-    if trainer in ("DistillationTrainer", "SDPOTrainer"):
+    if trainer in ("DistillationTrainer", "SDPOTrainer", *OUTSIDE):
         return Dataset.from_dict(prompts)
     if trainer == "SDFTTrainer":
         return Dataset.from_dict(prompts | {"privileged_context": [answer for _, answer in sums]})
@@ -118,20 +132,36 @@ def make_trainer(
         "gradient_checkpointing": False,
         "disable_tqdm": True,
     }
+    made = config(**shared | OPTIONS[trainer] | options)
     given: dict[str, Any] = {"model": load(folder / "student")}
-    if trainer not in ("SDFTTrainer", "SDPOTrainer"):
+    if trainer == "AsyncDistillationTrainer":
+        batches = made.max_steps * made.gradient_accumulation_steps
+        teachers = list(made.teacher_server_urls)
+        given = {
+            "model": str(folder / "student"),
+            "rollout_worker": Worker(
+                folder / "teacher", 2 * batches + 2, made.teacher_top_k, teachers
+            ),
+            "weight_transfer": NoTransfer(),
+        }
+    else:
+        given["eval_dataset"] = problems(trainer).select(range(4))
+    if trainer not in ("SDFTTrainer", "SDPOTrainer", *OUTSIDE) and not getattr(
+        made, "use_teacher_server", False
+    ):
         given["teacher_model"] = load(folder / "teacher")
     if trainer == "SDPOTrainer":
         given["reward_funcs"] = reward
     if lora:
         given["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
-    return (base or kind)(
-        args=config(**shared | OPTIONS[trainer] | options),
-        train_dataset=problems(trainer),
-        eval_dataset=problems(trainer).select(range(4)),
-        processing_class=AutoTokenizer.from_pretrained(folder / "student", padding_side="left"),
-        **given,
-    )
+    # It looks for a GPU by name, also where there is none.
+    with patch(f"{AsyncDistillationTrainer.__module__}.get_peak_flops_per_device", lambda *_: None):
+        return (base or kind)(
+            args=made,
+            train_dataset=problems(trainer),
+            processing_class=AutoTokenizer.from_pretrained(folder / "student", padding_side="left"),
+            **given,
+        )
 
 
 def load(path: Path) -> Any:
@@ -168,7 +198,8 @@ def run_of(made: Any) -> Run:
     # Not by a hook, with which a head is not taken for what it is.
     heads = [
         made.accelerator.unwrap_model(model).get_output_embeddings()
-        for model in (made.model, made.teacher_model)
+        for model in (made.model, getattr(made, "teacher_model", None))
+        if model is not None
     ]
 
     def watched(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -193,7 +224,8 @@ def run_of(made: Any) -> Run:
         patch("opsd_kernels.trl.hidden_states.check_head", compared),
     ):
         made.train()
-        made.evaluate()
+        if made.eval_dataset is not None:
+            made.evaluate()
     told.logs = [
         {name: x for name, x in log.items() if not any(part in name for part in OF_TIME)}
         for log in made.state.log_history

@@ -38,6 +38,15 @@ def predicting(mask: Tensor, length: int) -> Tensor:
     return pad(mask != 0, (length - 1 - mask.shape[1], 1))
 
 
+def prompts_and_completions(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The `input_ids` and `attention_mask` [B, L] of the student, from those of prompts and
+    completions."""
+    return {
+        "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+        "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+    }
+
+
 def run_backbone(
     trainer: Any, wrapped: Any, at: Tensor, then: Callable[[Tensor, Any], T], **inputs: Any
 ) -> T:

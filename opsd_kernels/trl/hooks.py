@@ -44,8 +44,9 @@ def compute_loss_or_theirs(
     why_theirs: Callable[[Any], str | None],
     ours: Callable[[Any, Any, dict[str, Any], Tensor | int | None], Tensor],
     text: Callable[[dict[str, Any]], dict[str, Tensor]],
+    teacher_of: Callable[[Any], tuple[Any, ...]] = lambda trainer: (trainer.teacher_model,),
 ) -> Callable[..., Any]:
-    """Make the `compute_loss` of a trainer that has a `teacher_model`.
+    """Make the `compute_loss` of a trainer.
 
     Args:
         losses: the losses that a config can ask for, and why each stays TRL's; None if it does not.
@@ -53,6 +54,7 @@ def compute_loss_or_theirs(
         why_theirs: tells why this trainer, with such a loss, needs TRL's own; None if it does not.
         ours: the loss, from trainer, model, inputs and `num_items_in_batch`.
         text: gives the `input_ids` and `attention_mask` of the student from the inputs.
+        teacher_of: gives the model that is the teacher; an empty tuple if it is a server.
     """
 
     @functools.wraps(theirs)
@@ -63,7 +65,7 @@ def compute_loss_or_theirs(
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        models, loss = (model, self.teacher_model), loss_of(self)
+        models, loss = (model, *teacher_of(self)), loss_of(self)
         if return_outputs:
             reason: str | None = "the model's outputs are asked for, logits among them"
         else:

@@ -10,7 +10,7 @@ it.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,17 +22,20 @@ from ..loss import (
     fused_sampled_token_loss,
     token_divergence,
 )
+from ..top_k import fused_top_k
 from .heads import heads_of_models, in_dtype_of
 from .hidden_states import (
     SIGNATURES,
     loss_of_student,
     predicting,
+    prompts_and_completions,
     run_backbone,
     teacher_hidden_states,
     why_no_hidden_states,
     why_other_logits,
 )
 from .hooks import COMPUTE_LOSS, Hook, compute_loss_or_theirs, why_overridden
+from .top_k import top_k_loss, why_too_many
 
 # Methods whose work ours does. A subclass that overrides one keeps TRL's own loss.
 PARTS = {
@@ -44,13 +47,16 @@ PARTS = {
 _LOSSES: dict[str, str | None] = {
     "full_logits": None,
     "sampled_token": None,
-    "topk_logits": "distillation_mode='topk_logits' is not the whole vocabulary",
+    "topk_logits": None,
     "use_teacher_server": "a teacher server gives some log-probabilities, not hidden states",
 }
-_POLICY = "distillation_weight < 1 adds a policy loss, which needs the student's logits"
 LOSSES: dict[str, dict[str, str | None]] = {
     "SDFTTrainer": _LOSSES,
-    "SDPOTrainer": _LOSSES | {"distillation_weight<1": _POLICY},
+    "SDPOTrainer": _LOSSES
+    | {
+        "distillation_weight<1": None,
+        "distillation_weight=0": "distillation_weight=0 is a policy loss alone",
+    },
 }
 
 
@@ -63,7 +69,9 @@ def _compute_loss(theirs: Callable[..., Any], base: type) -> Callable[..., Any]:
         return loss / (self.current_gradient_accumulation_steps if self.model.training else 1)
 
     losses = LOSSES[base.__name__]
-    return compute_loss_or_theirs(theirs, losses, _loss_of, why_theirs, ours, _text)
+    return compute_loss_or_theirs(
+        theirs, losses, _loss_of, why_theirs, ours, prompts_and_completions
+    )
 
 
 def _compute_rollout_logps(theirs: Callable[..., Any], base: type) -> Callable[..., Any]:
@@ -76,7 +84,7 @@ def _compute_rollout_logps(theirs: Callable[..., Any], base: type) -> Callable[.
         completion_mask: Tensor,
     ) -> Tensor | None:
         loss = _loss_of(self)
-        text = _text(
+        text = prompts_and_completions(
             {
                 "prompt_ids": prompt_ids,
                 "prompt_mask": prompt_mask,
@@ -103,21 +111,28 @@ def _why_theirs(trainer: Any, base: type) -> str | None:
     args = trainer.args
     if args.distillation_mode == "sampled_token" and args.distillation_alpha != 1:
         return f"distillation_alpha={args.distillation_alpha} of sampled tokens is refused by TRL"
-    return why_overridden(trainer, base, *PARTS)
+    if args.distillation_mode == "topk_logits":
+        if args.distillation_topk is None:
+            return "distillation_topk is not given, which TRL refuses"
+        if reason := why_too_many(args.distillation_topk):
+            return reason
+    policy = ("_compute_policy_loss",) if _loss_of(trainer) == "distillation_weight<1" else ()
+    return why_overridden(trainer, base, *PARTS, *policy)
 
 
 def _loss_of(trainer: Any) -> str:
     args = trainer.args
-    if getattr(args, "distillation_weight", 1.0) != 1:
-        return "distillation_weight<1"
+    weight = getattr(args, "distillation_weight", 1.0)
+    if weight != 1:
+        return "distillation_weight<1" if weight else "distillation_weight=0"
     return "use_teacher_server" if args.use_teacher_server else str(args.distillation_mode)
 
 
 def _loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
-    """The mean over sequences of each sequence's mean over tokens. Logs the mean over all
-    tokens."""
+    """The mean over sequences of each sequence's mean over tokens, and with SDPO's
+    `distillation_weight` the policy loss beside it. Logs the mean over all tokens."""
     mask = _mask(trainer, inputs)  # [B, K]
-    teacher, text = trainer.teacher_model, _text(inputs)
+    teacher, text = trainer.teacher_model, prompts_and_completions(inputs)
 
     with trainer._get_teacher_context_for_self_distillation():
         h_T = teacher_hidden_states(
@@ -127,19 +142,33 @@ def _loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
             input_ids=inputs["teacher_input_ids"],
             attention_mask=inputs["teacher_attention_mask"],
         )
-    ids, old_log_p = inputs["completion_ids"][mask != 0], inputs.get("old_per_token_logps")
-    if old_log_p is not None:
-        old_log_p = old_log_p[mask != 0]
-    loss_of_tokens = functools.partial(_loss_of_tokens, trainer, ids, old_log_p)
-    of_tokens = loss_of_student(
+    weight = getattr(trainer.args, "distillation_weight", 1.0)
+    # A policy loss takes all tokens of the completions, the divergence some of them.
+    of_student = mask if weight == 1 else inputs["completion_mask"]
+    counts = mask[of_student != 0] != 0
+    ids, old_log_p = inputs["completion_ids"], inputs.get("old_per_token_logps")
+
+    def losses(
+        h_S: Tensor, W: LMHead, h_T: Tensor, W_T: LMHead | None
+    ) -> tuple[Tensor, Tensor | None]:
+        log_p = None
+        if weight != 1:
+            targets = ids[of_student != 0].to(h_S.device)
+            log_p = fused_log_probs(h_S, W, targets, temperature=trainer.temperature)
+            h_S = h_S[counts.to(h_S.device)]
+        old = None if old_log_p is None else old_log_p[mask != 0]
+        return _loss_of_tokens(trainer, ids[mask != 0], old, h_S, W, h_T, W_T), log_p
+
+    of_tokens, log_p = loss_of_student(
         trainer,
         model,
-        loss_of_tokens,
+        losses,
         h_T,
         teacher,
-        predicting(mask, text["input_ids"].shape[1]),
+        predicting(of_student, text["input_ids"].shape[1]),
         **text,
     )
+    policy = None if log_p is None else _policy_loss(trainer, inputs, log_p)
     mask = mask.to(of_tokens.device)
     # Without tokens the sum is 0, and still has the student's graph.
     of_tokens = of_tokens * mask[mask != 0]
@@ -148,15 +177,39 @@ def _loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     trainer._log_self_distillation_metric(
         "train" if model.training else "eval", trainer.accelerator.gather(mean).mean().item()
     )
-    return (of_tokens * share.expand_as(mask)[mask != 0]).sum()
+    loss = (of_tokens * share.expand_as(mask)[mask != 0]).sum()
+    return loss if policy is None else (1 - weight) * policy + weight * loss
 
 
-def _text(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Prompts and completions of the student, [B, L]."""
-    return {
-        "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-        "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-    }
+class _LogProbs(NamedTuple):
+    """Stands in for the student's logits, where only log p of the completions is made of them."""
+
+    log_p: Tensor
+    """[B, K]"""
+
+
+def _policy_loss(trainer: Any, inputs: dict[str, Any], log_p: Tensor) -> Tensor:
+    """TRL's own policy loss.
+
+    Args:
+        log_p: [n] of the tokens of the completions.
+    """
+    mask, old_log_p = inputs["completion_mask"].to(log_p.device), inputs.get("old_per_token_logps")
+    # Where no token is, the ratio to what was sampled is to be 1.
+    elsewhere = log_p.new_zeros(mask.shape) if old_log_p is None else old_log_p.to(log_p)
+    given = _LogProbs(elsewhere.masked_scatter(mask != 0, log_p))
+    loss: Tensor = trainer._compute_policy_loss(inputs, given)
+    return loss
+
+
+def _selective_log_softmax(theirs: Callable[..., Any], module: Any) -> Callable[..., Any]:
+    @functools.wraps(theirs)
+    def log_p(logits: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(logits, _LogProbs):
+            return logits.log_p
+        return theirs(logits, *args, **options)
+
+    return log_p
 
 
 def _mask(trainer: Any, inputs: dict[str, Any]) -> Tensor:
@@ -191,7 +244,21 @@ def _loss_of_tokens(
     ids, args = ids.to(h_S.device), trainer.args
     clip = None if old_log_p is None else args.distillation_is_clip
     options: dict[str, Any] = {"temperature": trainer.temperature, "W_teacher": W_T}
-    if args.distillation_mode == "sampled_token":
+    if args.distillation_mode == "topk_logits":
+        T, targets = trainer.temperature, None if clip is None else ids
+        likeliest = fused_top_k(h_S, W, args.distillation_topk, targets=targets, temperature=T)
+        log_p = likeliest.logp_targets
+        loss = top_k_loss(
+            h_S,
+            W,
+            h_T,
+            W_T,
+            likeliest.ids,
+            add_tail=args.distillation_add_tail,
+            beta=args.distillation_alpha,
+            temperature=T,
+        )
+    elif args.distillation_mode == "sampled_token":
         loss, log_p, _ = fused_sampled_token_loss(
             h_S, h_T, W, ids, reduction="none", return_log_probs=True, **options
         )
@@ -203,6 +270,7 @@ def _loss_of_tokens(
         loss, log_p = stats.loss, stats.logp_student
     if old_log_p is None or clip is None:
         return loss
+    assert log_p is not None
     return apply_importance_sampling_clipping(loss, log_p, old_log_p.to(loss.device), clip)
 
 
@@ -244,7 +312,18 @@ def _hooks(trainer: str, module: str) -> tuple[Hook, Hook]:
     )
 
 
+_SDPO = "trl.experimental.sdpo.sdpo_trainer"
 HOOKS = (
     *_hooks("SDFTTrainer", "trl.experimental.sdft.sdft_trainer"),
-    *_hooks("SDPOTrainer", "trl.experimental.sdpo.sdpo_trainer"),
+    *_hooks("SDPOTrainer", _SDPO),
+    Hook(
+        "SDPOTrainer",
+        _SDPO,
+        "selective_log_softmax",
+        _selective_log_softmax,
+        {
+            "selective_log_softmax": "logits, index, temperature, row_mask",
+            "SDPOTrainer._compute_policy_loss": "self, inputs, student_logits",
+        },
+    ),
 )

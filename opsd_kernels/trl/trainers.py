@@ -6,11 +6,13 @@ from pathlib import Path
 
 import trl
 
-from . import distillation, on_policy, self_distillation, server
+from . import distillation, iw_opd, on_policy, self_distillation, server
 
-HOOKS = (*distillation.HOOKS, *self_distillation.HOOKS, *on_policy.HOOKS)
+_MODULES = (distillation, self_distillation, on_policy, iw_opd, server)
+HOOKS = tuple(hook for module in _MODULES for hook in module.HOOKS)
 TRAINERS = tuple(dict.fromkeys(hook.trainer for hook in HOOKS))
-LOSSES = distillation.LOSSES | self_distillation.LOSSES | on_policy.LOSSES | server.LOSSES
+# By trainer the losses that it can be configured for, and why each is never ours, or None.
+LOSSES = {trainer: losses for module in _MODULES for trainer, losses in module.LOSSES.items()}
 
 # A class from its first line to the next line that is not indented.
 _CLASS = re.compile(r"^class ([A-Z]\w*Trainer)\b.*\n(?:(?:[ \t)].*)?\n)*", re.MULTILINE)
