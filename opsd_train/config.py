@@ -60,6 +60,8 @@ BOUNDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("ema_decay", "warmup"), lambda x: 0 <= x < 1, "lie in [0, 1)"),
     (("top_p",), lambda x: 0 < x <= 1, "lie in (0, 1]"),
     (("top_k", "record_rollouts", "workspace_mib"), lambda x: x >= 0, "not be negative"),
+    # The loss takes 512 ids, of which one is the sampled token's.
+    (("teacher_top_k",), lambda x: 1 <= x <= 511, "lie in [1, 511]"),
     (("ahead",), lambda x: x in (0, 1), "be 0 or 1"),
     (("seed",), lambda x: 0 <= x < 2**32, "lie in [0, 2**32)"),
 )
@@ -122,6 +124,20 @@ class Config:
     )
     ema_decay: float = option(0.99, help="decay of the ema teacher's average")
     teacher_model: str | None = option(None, help="another model, same vocabulary, as the teacher")
+    teacher_urls: tuple[str, ...] | None = option(
+        None,
+        help="another model, same tokenizer, as the teacher: vLLM servers that run it, as "
+        "http://localhost:8000; with commas between them",
+    )
+    # Others send 32 to 128 (verl) or 64 (NeMo-RL). A token takes about 5 kB of JSON.
+    teacher_top_k: int = option(
+        64, help="likeliest tokens that the teacher's servers send at each position"
+    )
+    outside: Literal["bucket", "renormalize", "ignore"] = option(
+        "bucket",
+        help="all tokens that the teacher's servers do not send: one entry of the divergence; "
+        "left out of both distributions; or ignored",
+    )
 
     split: str = option("train", section="data", help="of a data set on the hub")
     problem_column: str = option("problem", help="text, or chat messages: the user's last")
@@ -252,6 +268,11 @@ class Config:
             raise ValueError("\n".join(wrong))
 
     @property
+    def has_other_teacher(self) -> bool:
+        """Whether the teacher is another model than the student's."""
+        return self.teacher_model is not None or bool(self.teacher_urls)
+
+    @property
     def divergence(self) -> Divergence:
         """What the loss is, unless the objective is another."""
         return Divergence(self.beta, self.forward_weight, self.reverse_weight, self.entry_clip)
@@ -278,7 +299,7 @@ def without_effect(config: Config) -> dict[str, str]:
     """Options that others leave without effect, and what gives them one."""
     idle: dict[str, str] = {}
     if config.objective == "sampled_token":
-        of_divergence = ("beta", "entry_clip", "forward_weight", "reverse_weight")
+        of_divergence = ("beta", "entry_clip", "forward_weight", "reverse_weight", "outside")
         idle |= dict.fromkeys(of_divergence, "objective divergence; it is sampled_token")
     else:
         idle["advantage_clip"] = "objective sampled_token; it is divergence"
@@ -286,6 +307,8 @@ def without_effect(config: Config) -> dict[str, str]:
         idle |= dict.fromkeys(("lora_rank", "lora_alpha", "lora_targets"), "train adapter")
     if config.teacher != "ema":
         idle["ema_decay"] = f"teacher ema; it is {config.teacher}"
+    if not config.teacher_urls:
+        idle |= dict.fromkeys(("teacher_top_k", "outside"), "teacher_urls")
     if config.micro_batch_tokens is not None:
         idle["micro_batch_size"] = "micro_batch_tokens none; give one of the two"
     if config.engine != "vllm":
@@ -328,10 +351,10 @@ def wrong_templates(config: Config) -> Iterator[str]:
             yield f"{name} must contain {{problem}}, got {text!r}"
     if "{solution}" in template_text(config.student_template):
         yield "student_template contains {solution}, which only the teacher may see"
-    if "{solution}" not in template_text(config.teacher_template) and config.teacher_model is None:
+    if "{solution}" not in template_text(config.teacher_template) and not config.has_other_teacher:
         yield (
             "teacher_template must contain {solution}, without which the teacher knows no more than"
-            " the student; only a teacher_model may do without"
+            " the student; only a teacher_model, or one of teacher_urls, may do without"
         )
 
 
@@ -341,11 +364,9 @@ def contradictions(config: Config) -> Iterator[str]:
         yield "offload_checkpoints needs activation_checkpointing: it moves its checkpoints"
     if config.shard and config.quantize != "none":
         yield f"quantize must be none with shard, got {config.quantize}"
-    if config.teacher_model is not None and config.teacher != "initial":
-        yield (
-            "teacher must be initial beside a teacher_model, which has no adapter; got "
-            f"{config.teacher}"
-        )
+    if config.has_other_teacher and config.teacher != "initial":
+        beside = "a teacher_model" if config.teacher_model is not None else "teacher_urls"
+        yield f"teacher must be initial beside {beside}, which has no adapter; got {config.teacher}"
     if config.overwrite and config.resume:
         yield "overwrite and resume contradict each other; give one of them"
     if config.resume and config.output_dir is None:
@@ -367,12 +388,7 @@ def contradictions(config: Config) -> Iterator[str]:
         yield "engine vllm needs engine_urls"
     if urls and not is_vllm:
         yield f"engine {config.engine} takes no engine_urls; add --engine vllm"
-    for url in urls:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            yield f"engine_urls must be like http://localhost:8000, got {url}"
-    if len(set(urls)) < len(urls):
-        yield f"engine_urls must differ, got {', '.join(urls)}"
+    yield from wrong_urls("engine_urls", urls)
     if is_vllm and config.temperature < 0.01:
         yield (
             "temperature must be at least 0.01 for vLLM, which raises a lower one to 0.01; got "
@@ -385,6 +401,33 @@ def contradictions(config: Config) -> Iterator[str]:
         )
     if config.ahead and not is_vllm:
         yield f"ahead needs an engine outside the run, vllm; got {config.engine}"
+
+    if not config.teacher_urls:
+        return
+    yield from wrong_urls("teacher_urls", config.teacher_urls)
+    if config.teacher_model is not None:
+        yield "teacher_urls and teacher_model contradict each other; give one of them"
+    for name in ("forward_weight", "reverse_weight"):
+        if (weight := getattr(config, name)) is not None:
+            yield f"{name} must be none with teacher_urls, whose loss takes beta; got {weight}"
+    is_sampled = config.objective == "sampled_token"
+    if config.temperature != 1 and (is_sampled or config.outside != "renormalize"):
+        yield (
+            f"temperature must be 1 with teacher_urls, got {config.temperature}: vLLM sends the "
+            "teacher's log-probabilities at temperature 1, and those of another need all of its "
+            "logits; set --temperature 1"
+            + ("" if is_sampled else ", or --outside renormalize, which needs only those sent")
+        )
+
+
+def wrong_urls(name: str, urls: tuple[str, ...]) -> Iterator[str]:
+    """What is wrong with addresses of servers."""
+    for url in urls:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            yield f"{name} must be like http://localhost:8000, got {url}"
+    if len(set(urls)) < len(urls):
+        yield f"{name} must differ, got {', '.join(urls)}"
 
 
 def make_config(values: dict[str, Any], preset: dict[str, Any] | None = None) -> Config:

@@ -18,6 +18,16 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class TeacherTopK:
+    """A teacher's log-probabilities at N tokens of completions: of the token itself, in the first
+    column, and of the K likeliest. A slot is absent, id −1 and −inf, where the token is one of
+    these K."""
+
+    ids: Tensor  # [N, K + 1] int64
+    log_q: Tensor  # [N, K + 1] fp32
+
+
+@dataclass(frozen=True)
 class Rollout:
     """ŷ: what the student sampled for a batch of problems."""
 
@@ -26,6 +36,7 @@ class Rollout:
     completions: list[list[int]]  # the token ids it sampled; up to and including the end of text
     finished: list[bool]  # whether the end of text was reached, and not the length limit
     log_probs: list[list[float]] | None = None  # of each token as it was drawn, if that is known
+    top_k: list[TeacherTopK] | None = None  # of each completion, from a teacher on servers
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -47,18 +58,32 @@ class Rollout:
             [self.completions[i] for i in rows],
             [self.finished[i] for i in rows],
             self.log_probs and [self.log_probs[i] for i in rows],
+            self.top_k and [self.top_k[i] for i in rows],
         )
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Both contexts' hidden states at the positions that predict ŷ, all rollouts' tokens packed.
+    """What both contexts make of the positions that predict ŷ, all rollouts' tokens packed: hidden
+    states of the student, and of the teacher either those or its likeliest tokens.
 
     Row n of both predicts the same token: it is taken at the position BEFORE ŷ_n in each sequence.
     """
 
     h_student: Tensor  # [N, D], with graph
-    h_teacher: Tensor  # [N, D_T], without
+    h_teacher: Tensor | None  # [N, D_T], without; None of a teacher on servers
     tokens: Tensor  # [N] the ids ŷ_n
     lengths: Tensor  # [rollouts] tokens of each; they sum to N
     logp_sampler: Tensor | None = None  # [N] of the tokens as they were drawn, if that is known
+    top_k: TeacherTopK | None = None  # of a teacher on servers
+
+    def some(self, rows: slice) -> "Scores":
+        """Of some of the tokens, as if they were all, and one rollout's."""
+
+        def of(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[rows]
+
+        top_k = self.top_k and TeacherTopK(self.top_k.ids[rows], self.top_k.log_q[rows])
+        h_student, tokens = self.h_student[rows], self.tokens[rows]
+        lengths = self.lengths.new_tensor([len(tokens)])
+        return Scores(h_student, of(self.h_teacher), tokens, lengths, of(self.logp_sampler), top_k)

@@ -4,10 +4,12 @@
 As vLLM it keeps what it has computed with an adapter under the adapter's name and path: other
 weights of the same name and path are not looked at. It ignores options that it does not know, fills
 in those left out from the model's generation config, shortens a completion to what fits, reads an
-adapter's files again if it has had another in between, and dies if they are gone.
+adapter's files again if it has had another in between, and dies if they are gone. Log-probabilities
+of a prompt are those of temperature 1, whatever is asked for.
 """
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -42,6 +44,7 @@ class FakeVllm:
         self.name = options.pop("name", str(model))
         self.max_model_len = options.pop("max_model_len", 2048)
         self.max_lora_rank = options.pop("max_lora_rank", 64)
+        self.max_logprobs = options.pop("max_logprobs", 20)
         self.logprobs_mode = options.pop("logprobs_mode", "processed_logprobs")
         self.loads_adapters = options.pop("loads_adapters", True)
         self.at_once = options.pop("at_once", 1)  # completions are held until so many are here
@@ -81,7 +84,7 @@ class FakeVllm:
         self.engine_is_dead = self.is_terminating = False
         self.under_way = 0
         self.connections: set[Any] = set()
-        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), handler_of(self))
+        self.server = Server(("127.0.0.1", self.port), handler_of(self))
         self.server.daemon_threads = True
         self.port = self.server.server_address[1]
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
@@ -122,6 +125,9 @@ class FakeVllm:
     def post(self, path: str, body: dict[str, Any]) -> Any:
         if path == "/v1/completions":
             return self.complete(body)
+        if path == "/tokenize":
+            ids = self.tokenizer(body["prompt"], add_special_tokens=body["add_special_tokens"])
+            return {"tokens": ids["input_ids"]}
         if path == "/v1/load_lora_adapter" and self.loads_adapters:
             return self.load(body["lora_name"], body["lora_path"])
         if path == "/v1/unload_lora_adapter" and self.loads_adapters:
@@ -205,6 +211,9 @@ class FakeVllm:
             raise Answered(400, said(f"maximum context length is {self.max_model_len} tokens"))
         if max(prompt) >= self.model.config.vocab_size:
             raise Answered(400, said(f"Token id {max(prompt)} is out of vocabulary"))
+        if (k := body.get("prompt_logprobs") or 0) > self.max_logprobs:
+            text = f"Requested prompt logprobs of {k}, which is greater than max allowed: "
+            raise Answered(400, said(text + str(self.max_logprobs)))
         sampling = Sampling(
             body.get("temperature", defaults.temperature),
             min(body["max_tokens"], room),
@@ -222,7 +231,7 @@ class FakeVllm:
         sampler.ends = set(body.get("stop_token_ids", []))
         if not body.get("ignore_eos"):
             sampler.ends.add(self.tokenizer.eos_token_id)
-        (ids,) = sampler.sample([prompt], [body["seed"]])
+        (ids,) = sampler.sample([prompt], [body.get("seed", 0)])
         with torch.no_grad():
             logits = base_model(self.model)(torch.tensor([prompt + ids])).logits[0]
         log_p = self.log_probs(logits[len(prompt) - 1 : -1], sampling)
@@ -233,7 +242,27 @@ class FakeVllm:
         }
         if body.get("return_token_ids"):
             choice["token_ids"] = ids
+        if "prompt_logprobs" in body:
+            told = logits if "logits" in self.logprobs_mode else logits.log_softmax(-1)
+            choice["prompt_logprobs"] = self.of_prompt(told, prompt, body["prompt_logprobs"])
         return {"model": body["model"], "choices": [choice]}
+
+    def of_prompt(self, log_p: torch.Tensor, prompt: list[int], k: int) -> list[Any]:
+        """At each token of a prompt, after the first: its own, then those of the k likeliest."""
+        places: list[Any] = [None]
+        for row, token in zip(log_p, prompt[1:], strict=False):
+            order, values = row.argsort(descending=True, stable=True).tolist(), row.tolist()
+            places.append(
+                {
+                    str(i): {
+                        "logprob": max(values[i], -9999.0),
+                        "rank": 1 + order.index(i),
+                        "decoded_token": self.tokenizer.convert_ids_to_tokens(i),
+                    }
+                    for i in dict.fromkeys([token, *order[:k]])
+                }
+            )
+        return places
 
     def log_probs(self, logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         if self.logprobs_mode == "processed_logprobs":
@@ -247,6 +276,13 @@ class FakeVllm:
 
 def said(message: str) -> str:
     return json.dumps({"error": {"message": message}})
+
+
+class Server(ThreadingHTTPServer):
+    def handle_error(self, *arguments: Any) -> None:
+        """Say nothing of a client that hangs up."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(*arguments)
 
 
 def handler_of(fake: FakeVllm) -> type[BaseHTTPRequestHandler]:
@@ -264,8 +300,10 @@ def handler_of(fake: FakeVllm) -> type[BaseHTTPRequestHandler]:
             self.answer(lambda: fake.get(self.path))
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.answer(lambda: fake.post(self.path, body))
+            length = int(self.headers["Content-Length"])
+            text = self.rfile.read(length)
+            if len(text) == length:  # else the client has hung up
+                self.answer(lambda: fake.post(self.path, json.loads(text)))
 
         def answer(self, call: Callable[[], Any]) -> None:
             try:

@@ -447,6 +447,18 @@ FAULTS = [
         f"train_opsd {RUNS}",
     ),
     Fault(
+        "opsd_train/opsd/objective.py",
+        'log_q / T,  # of "renormalize", if T is not 1',
+        'log_q,  # of "renormalize", if T is not 1',
+        "train_teacher_urls",
+    ),
+    Fault(
+        "opsd_train/sampling/server.py",
+        "return _top_k(places[len(prompt) :], completion, k)",
+        "return _top_k([*places[len(prompt) + 1 :], places[-1]], completion, k)",
+        "train_teacher_urls",
+    ),
+    Fault(
         "opsd_train/opsd/step.py",
         "(loss * accelerator.num_processes).backward()",
         "loss.backward()",

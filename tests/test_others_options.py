@@ -26,6 +26,7 @@ from opsd_train.run.setup import check_batch, fit_lengths, make_contexts
 BASE = {"model": "m", "data": "d.jsonl"}
 VLLM = {"engine": "vllm", "engine_urls": ["http://a"]}
 SAMPLED = {"objective": "sampled_token"}
+SERVERS = {"teacher_urls": ["http://a"], "temperature": 1}
 
 REFUSED = [
     ({"beta": 0.5, **SAMPLED}, "beta has an effect only with objective divergence"),
@@ -34,6 +35,16 @@ REFUSED = [
     ({"advantage_clip": 5}, "advantage_clip has an effect only with objective sampled_token"),
     ({"ema_decay": 0.9}, "ema_decay has an effect only with teacher ema; it is initial"),
     ({"ema_decay": 0.9, "teacher": "live"}, "ema_decay has an effect only with teacher ema"),
+    ({"teacher_top_k": 9}, "teacher_top_k has an effect only with teacher_urls"),
+    ({"outside": "ignore"}, "outside has an effect only with teacher_urls"),
+    ({**SERVERS, **SAMPLED, "outside": "ignore"}, "outside has an effect only with objective"),
+    ({**SERVERS, "teacher_urls": "a"}, "teacher_urls must be like http://localhost:8000, got a"),
+    ({**SERVERS, "teacher_model": "m"}, "teacher_urls and teacher_model contradict each other"),
+    ({**SERVERS, "teacher": "live"}, "teacher must be initial beside teacher_urls"),
+    ({**SERVERS, "teacher_top_k": 512}, "teacher_top_k must lie in [1, 511], got 512"),
+    ({**SERVERS, "beta": None, "forward_weight": 1}, "forward_weight must be none with teacher_u"),
+    ({**SERVERS, "temperature": 1.2}, "set --temperature 1, or --outside renormalize"),
+    ({**SERVERS, "temperature": 1.2, **SAMPLED}, "all of its logits; set --temperature 1"),
     ({"micro_batch_size": 1, "micro_batch_tokens": 99}, "micro_batch_size has an effect only"),
     ({"engine_folder": "/tmp"}, "engine_folder has an effect only with engine vllm; it is gen"),
     ({"offload_checkpoints": True, "activation_checkpointing": False}, "offload_checkpoints needs"),
@@ -62,6 +73,9 @@ ACCEPTED = [
     {"record_rollouts": 0},
     {"teacher_template": "{problem}", "teacher_model": "other"},
     {"student_template": r"{problem} \boxed{answer} \frac{a}{b} x^{n} {} {a b} \text{done}"},
+    {**SERVERS, "teacher_template": "{problem}", "teacher_top_k": 511, "outside": "ignore"},
+    {**SERVERS, "temperature": 1.2, "outside": "renormalize"},
+    {**SERVERS, **SAMPLED, "teacher_top_k": 1},
     {"eval_every": 5, "held_out": 9},
     {"data": ["a.jsonl", "b.csv"]},
     {"lora_targets": "all-linear"},

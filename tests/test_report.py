@@ -373,6 +373,37 @@ def test_what_it_shows_of_a_token(open_page, undisturbed):
     )
 
 
+def test_a_teacher_on_servers_has_fewer_figures(open_page, undisturbed, tmp_path):
+    """Alone, and beside a run that has all."""
+    whole = ("forward_kl", "reverse_kl", "entropy_teacher", "clipped_share", "logp_teacher")
+    masses = {"mass_student": 0.7, "mass_teacher": 0.9}
+    folder = tmp_path / "servers"
+    shutil.copytree(undisturbed, folder)
+    for name in ("metrics", "tokens"):
+        path = folder / f"{name}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            of_row = {
+                k: [v] * len(row["loss"]) if name == "tokens" else v for k, v in masses.items()
+            }
+            row |= of_row
+            for absent in whole:
+                row.pop(absent, None)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = tmp_path / "report.html"
+    for folders in ([folder], [undisturbed, folder]):
+        write_report(folders, page)
+        browser = open_page(page)
+        for index in range(browser.run("document.getElementById('sample').length")):
+            browser.run(f"showRollout({index})")
+        assert browser.errors == []
+        assert "Mass of the tokens" in browser.run("document.getElementById('panels').innerText")
+        detail = browser.run("document.getElementById('detail').innerText")
+        assert ("Student's mass on the tokens sent\t0.7" in detail) == (len(folders) == 1)
+        assert "Sampled token, to the student" in detail
+        assert "Sampled token, to the teacher" not in detail
+
+
 def luminance(colour: str) -> float:
     r, g, b = (int(x) / 255 for x in re.findall(r"\d+", colour)[:3])
     linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in (r, g, b)]

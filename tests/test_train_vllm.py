@@ -21,6 +21,7 @@ from opsd_train.errors import RunFailed
 from opsd_train.opsd import Setup
 from opsd_train.run.checkpoint import FOLDER, last_checkpoint
 from opsd_train.sampling import Ahead, roll_out
+from opsd_train.sampling import server as client
 from opsd_train.sampling import servers as fleet
 from opsd_train.sampling import vllm as engine
 
@@ -349,7 +350,7 @@ def test_an_adapter_refused_on_the_way_ends_the_run(folder, tmp_path, server):
 
 def test_no_rollout_is_waited_for_without_end(ready, monkeypatch):
     server, setup = ready
-    monkeypatch.setattr(fleet, "COMPLETION_SECONDS", 0.5)
+    monkeypatch.setattr(client, "COMPLETION_SECONDS", 0.5)
     server.held.clear()
     start = time.monotonic()
     with pytest.raises(RunFailed, match=r"not completed a rollout within 0\.5 s; look there"):

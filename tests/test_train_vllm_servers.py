@@ -17,7 +17,7 @@ from vllm_server import PYTHON, RealVllm
 
 from opsd_train.models import adapter_config
 from opsd_train.sampling import roll_out
-from opsd_train.sampling.servers import VllmServer
+from opsd_train.sampling.server import VllmServer
 from opsd_train.sampling.vllm import whole_adapter
 
 pytestmark = [
@@ -135,11 +135,30 @@ def test_the_other_servers_of_these_tests_answer_alike(world, tmp_path):
             lambda server: ask(server, prompt=[5] * 2046),  # shortened
             lambda server: ask(server, prompt=[104]),
             lambda server: ask(server, return_token_ids=False),
+            lambda server: server.tokenize(base, "1 + 1? <think>"),
+            lambda server: server.score(base, [5, 6], [7, 8, 9], 3).ids.tolist(),
+            lambda server: server.score(base, [5, 6], [7, 8, 9], 21),  # more than it sends
+            lambda server: server.score(base, [5] * 1000, [7] * 1048, 3),  # no room
             lambda server: server._call("GET", "/nowhere", None, 30),
         ]
         for number, call in enumerate(calls):
             assert outcome(call, real) == outcome(call, pretended), number
     assert real.is_healthy()
+
+
+def test_a_teacher_on_a_server(world):
+    """Sends what the other servers of these tests send, as often as it is asked."""
+    asked = {"teacher_top_k": 5, "temperature": 1, "max_new_tokens": 60}
+    setup = prepared(world.folder, teacher_urls=[world.one.url, world.two.url], **asked)
+    rollout = roll_out(setup.sampler, setup.contexts.student, setup.problems[:4], [1, 2, 3, 4])
+    with FakeVllm(world.folder / "model") as fake:
+        other = prepared(world.folder, teacher_urls=[fake.url], **asked)
+        expected = other.teacher.look_at(rollout, other.contexts.teacher).top_k
+    for _ in range(2):  # the second time the server has the prompts cached
+        found = setup.teacher.look_at(rollout, setup.contexts.teacher).top_k
+        for top_k, of_fake in zip(found, expected, strict=True):
+            assert torch.equal(top_k.ids, of_fake.ids)
+            torch.testing.assert_close(top_k.log_q, of_fake.log_q, rtol=0, atol=1e-4)
 
 
 def outcome(call, server: VllmServer):

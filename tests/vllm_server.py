@@ -7,7 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from opsd_train.sampling.servers import VllmServer
+from opsd_train.sampling.server import VllmServer
 
 PYTHON = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 OPTIONS = [

@@ -312,6 +312,7 @@ def trl_loss(
     scores: Scores, head: LMHead, config: Config, weights: Tensor, teacher_head: LMHead | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """In place of `opsd_loss`: the same mean, since there is one rollout; without statistics."""
+    assert scores.h_teacher is not None  # the teacher is no server
     loss = peers.trl(
         scores.h_student, scores.h_teacher, head.weight, config.beta or 0.0, config.temperature
     )

@@ -88,6 +88,7 @@ def states(folder: str, answers: int, tokens: int) -> tuple[Tensor, Tensor, Tens
     rollout = sample(setup)
     with torch.no_grad():
         scores = score(setup.backbone, setup.teacher, setup.contexts.teacher, rollout)
+    assert scores.h_teacher is not None  # the teacher is no server
     return scores.h_student, scores.h_teacher, setup.head.weight
 
 

@@ -117,6 +117,7 @@ def eager_loss(
     scores: Scores, head: LMHead, config: Config, weights: Tensor, teacher_head: LMHead | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """In place of `opsd_loss`: the JSD at a temperature of 1, of all logits in fp32."""
+    assert scores.h_teacher is not None  # the teacher is no server
     log_p = (scores.h_student @ head.weight.t()).log_softmax(-1)
     log_q = (scores.h_teacher @ head.weight.t()).log_softmax(-1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)

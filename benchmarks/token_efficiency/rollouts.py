@@ -68,6 +68,7 @@ def _find(cell: Cell, problems: int, folder: Path) -> list[dict[str, Any]]:
     for part in rollout.some([i for i, right in enumerate(correct) if not right]).micro_batches(16):
         with torch.no_grad():
             scores = score(setup.backbone, setup.teacher, setup.contexts.teacher, part)
+            assert scores.h_teacher is not None  # the teacher is no server
             each = token_divergence(scores.h_student, scores.h_teacher, setup.head, beta=0.5).loss
         for row, of in enumerate(each.split(scores.lengths.tolist())):
             (text,) = setup.tokenizer.batch_decode([part.completions[row]])

@@ -5,9 +5,23 @@ objective, AdamW. Nothing here reads or writes a file or says anything: steps fo
 run/.
 """
 
-from opsd_train.opsd.objective import loss_name, opsd_loss, score, score_sequences, token_weights
+from opsd_train.opsd.objective import (
+    compare,
+    loss_name,
+    opsd_loss,
+    score,
+    score_sequences,
+    token_weights,
+)
 from opsd_train.opsd.step import Observe, Phase, Setup, can_pack, take_step
-from opsd_train.opsd.teachers import AdapterTeacher, BaseTeacher, CopyTeacher, EmaTeacher, Teacher
+from opsd_train.opsd.teachers import (
+    AdapterTeacher,
+    BaseTeacher,
+    CopyTeacher,
+    EmaTeacher,
+    ServerTeacher,
+    Teacher,
+)
 
 __all__ = [
     "AdapterTeacher",
@@ -16,9 +30,11 @@ __all__ = [
     "EmaTeacher",
     "Observe",
     "Phase",
+    "ServerTeacher",
     "Setup",
     "Teacher",
     "can_pack",
+    "compare",
     "loss_name",
     "opsd_loss",
     "score",

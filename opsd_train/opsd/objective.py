@@ -1,4 +1,4 @@
-"""Both sides' hidden states over the same rollouts, and the OPSD objective of them."""
+"""What both sides make of the same rollouts, and the OPSD objective of it."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -7,11 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd_kernels import LMHead, divergence_name, fused_sampled_token_loss, token_divergence
+from opsd_kernels import (
+    LMHead,
+    TopKLoss,
+    divergence_name,
+    fused_log_probs,
+    fused_sampled_token_loss,
+    fused_top_k_loss,
+    token_divergence,
+)
 from opsd_train.config import Config
 from opsd_train.data import Context, join, pack
 from opsd_train.opsd.teachers import Teacher
-from opsd_train.records import Rollout, Scores
+from opsd_train.records import Rollout, Scores, TeacherTopK
 
 
 def score(
@@ -21,17 +29,22 @@ def score(
     rollout: Rollout,
     packed: bool = False,
 ) -> Scores:
-    """Hidden states of both contexts at the completion's positions, of sequences side by side or
-    packed one after the other."""
+    """Both contexts at the completion's positions, of sequences side by side or packed one after
+    the other."""
     teacher_prompts = teacher_context.token_ids(rollout.problems)
     pad_id = teacher_context.tokenizer.pad_token_id
     scores = score_sequences(
         backbone, teacher, rollout.prompts, teacher_prompts, rollout.completions, pad_id, packed
     )
+    device = scores.tokens.device
+    if rollout.top_k is not None:
+        ids = torch.cat([of.ids for of in rollout.top_k]).to(device)
+        log_q = torch.cat([of.log_q for of in rollout.top_k]).to(device)
+        scores = replace(scores, top_k=TeacherTopK(ids, log_q))
     if rollout.log_probs is None:
         return scores
     drawn = [p for row in rollout.log_probs for p in row]
-    return replace(scores, logp_sampler=torch.tensor(drawn, device=scores.tokens.device))
+    return replace(scores, logp_sampler=torch.tensor(drawn, device=device))
 
 
 def score_sequences(
@@ -43,7 +56,7 @@ def score_sequences(
     pad_id: int,
     packed: bool,
 ) -> Scores:
-    """The same for prompts that are given as token ids.
+    """The same for prompts that are given as token ids. A teacher on servers is left out.
 
     The teacher has no gradient and goes first, so that the student's adapter is on, and as it will
     be, when the student's graph is built (and rebuilt, under activation checkpointing).
@@ -52,8 +65,10 @@ def score_sequences(
     def sequences(of: list[list[int]]) -> tuple[Tensor | None, ...]:
         return pack(of, completions) if packed else join(of, completions, pad_id)
 
-    with teacher.active(), torch.no_grad():
-        h_teacher = teacher.backbone(*sequences(teacher_prompts))
+    h_teacher = None
+    if teacher.backbone is not None:
+        with teacher.active(), torch.no_grad():
+            h_teacher = teacher.backbone(*sequences(teacher_prompts))
     h_student = backbone(*sequences(prompts))
 
     device = h_student.device
@@ -73,7 +88,11 @@ MOST_IMPORTANCE = 2.0
 def loss_name(config: Config) -> str:
     if config.objective == "sampled_token":
         return "sampled-token policy gradient"
-    return divergence_name(config.divergence)
+    name = divergence_name(config.divergence)
+    if not config.teacher_urls:
+        return name
+    outside = {"bucket": "all others as one", "renormalize": "renormalized", "ignore": "truncated"}
+    return f"{name} of the teacher's top {config.teacher_top_k}, {outside[config.outside]}"
 
 
 def token_weights(lengths: Tensor, mean: str, rollouts: int, tokens: int) -> Tensor:
@@ -91,6 +110,58 @@ def token_weights(lengths: Tensor, mean: str, rollouts: int, tokens: int) -> Ten
     return each.float().repeat_interleave(lengths)
 
 
+def compare(
+    scores: Scores,
+    head: LMHead,
+    config: Config,
+    weights: Tensor | None = None,
+    teacher_head: LMHead | None = None,
+) -> dict[str, Tensor]:
+    """[N] the divergence of each token, times its weight and with gradient, under "loss"; and, of
+    both sides, statistics by name, with neither. KLs are never clipped.
+
+    Of a teacher on servers what needs its other tokens is not known: its entropy and the KLs; at
+    another temperature than 1, where a server's is 1, its log-probability and mass are not either.
+    """
+    common: dict[str, Any] = {
+        "temperature": config.temperature,
+        "token_weights": weights,
+        "targets": scores.tokens,
+        "workspace_mib": config.workspace_mib,
+    }
+    if scores.top_k is None:
+        assert scores.h_teacher is not None
+        of_all = token_divergence(
+            scores.h_student,
+            scores.h_teacher,
+            head,
+            divergence=config.divergence,
+            W_teacher=teacher_head,
+            **common,
+        )
+        return of_all._asdict()
+    assert config.beta is not None  # as the config makes sure
+    T, log_q = config.temperature, scores.top_k.log_q
+    of_top = fused_top_k_loss(
+        scores.h_student,
+        head,
+        scores.top_k.ids,
+        log_q / T,  # of "renormalize", if T is not 1
+        outside=config.outside,
+        beta=config.beta,
+        entry_clip=config.entry_clip,
+        reduction="none",
+        return_statistics=True,
+        **common,
+    )
+    assert isinstance(of_top, TopKLoss)  # with return_statistics
+    found = of_top._asdict()
+    if T != 1:
+        del found["mass_teacher"]
+        return found
+    return found | {"logp_teacher": log_q[:, 0]}
+
+
 def opsd_loss(
     scores: Scores,
     head: LMHead,
@@ -104,50 +175,56 @@ def opsd_loss(
     Returns:
         The loss, with gradient; and the statistics by name, without it. KLs are never clipped.
     """
-    common: dict[str, Any] = {
-        "temperature": config.temperature,
-        "token_weights": weights,
-        "W_teacher": teacher_head,
-        "workspace_mib": config.workspace_mib,
-    }
     is_sampled = config.objective == "sampled_token"
     with torch.no_grad() if is_sampled else nullcontext():
-        divergence = token_divergence(
-            scores.h_student,
-            scores.h_teacher,
-            head,
-            divergence=config.divergence,
-            targets=scores.tokens,
-            **common,
-        )
-    assert divergence.logp_student is not None  # there are targets
-    assert divergence.logp_teacher is not None
-    statistics = {
-        "forward_kl": divergence.forward_kl,
-        "reverse_kl": divergence.reverse_kl,
-        "clipped_share": divergence.clipped_share,
-        "entropy_student": divergence.entropy_student,
-        "entropy_teacher": divergence.entropy_teacher,
-        "log_ratio": divergence.logp_teacher - divergence.logp_student,
-    }
+        statistics = compare(scores, head, config, weights, teacher_head)
+    loss = statistics.pop("loss").sum()
+    logp_student = statistics.pop("logp_student")
+    if (logp_teacher := statistics.pop("logp_teacher", None)) is not None:
+        statistics["log_ratio"] = logp_teacher - logp_student
     if scores.logp_sampler is not None:
-        off = divergence.logp_student.detach() - scores.logp_sampler
+        off = logp_student.detach() - scores.logp_sampler
         statistics |= {"sampler_log_ratio": off, "sampler_log_ratio_size": off.abs()}
-    loss = divergence.loss.sum()
+    means = {name: (weights * s).sum() for name, s in statistics.items()}
     if is_sampled:
         if scores.logp_sampler is not None:
             # A policy gradient of tokens that another policy drew; a divergence is no expectation
             # of that kind: each of its tokens counts as it comes.
-            common["token_weights"] = weights * off.exp().clamp(max=MOST_IMPORTANCE)
-        sampled = fused_sampled_token_loss(
+            weights = weights * off.exp().clamp(max=MOST_IMPORTANCE)
+        loss = sampled_token_loss(scores, head, config, weights, teacher_head)
+    return loss, means
+
+
+def sampled_token_loss(
+    scores: Scores,
+    head: LMHead,
+    config: Config,
+    weights: Tensor,
+    teacher_head: LMHead | None,
+) -> Tensor:
+    """Σ w ℓ of Eq. 8."""
+    common: dict[str, Any] = {
+        "temperature": config.temperature,
+        "workspace_mib": config.workspace_mib,
+    }
+    if scores.top_k is None:
+        assert scores.h_teacher is not None
+        loss = fused_sampled_token_loss(
             scores.h_student,
             scores.h_teacher,
             head,
             scores.tokens,
             advantage_clip=config.advantage_clip,
+            token_weights=weights,
             reduction="sum",
+            W_teacher=teacher_head,
             **common,
         )
-        assert isinstance(sampled, Tensor)  # without return_log_probs
-        loss = sampled
-    return loss, {name: (weights * s).sum() for name, s in statistics.items()}
+        assert isinstance(loss, Tensor)  # without return_log_probs
+        return loss
+    log_p = fused_log_probs(scores.h_student, head, scores.tokens, **common)
+    assert isinstance(log_p, Tensor)  # without rest
+    advantage = scores.top_k.log_q[:, 0] - log_p.detach()
+    if config.advantage_clip is not None:
+        advantage = advantage.clamp(-config.advantage_clip, config.advantage_clip)
+    return -(weights * advantage * log_p).sum()

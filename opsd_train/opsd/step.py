@@ -73,6 +73,8 @@ def take_step(
     with phase("rollout"):  # (x, y*) ~ S, ŷ ~ p_S(· | x)
         rollout, policy_step = sample_batch(config, setup, step)
         metrics = {"step": step, "policy_step": policy_step, **describe(rollout, setup)}
+    with phase("score"):
+        rollout = teacher.look_at(rollout, setup.contexts.teacher)
 
     totals: dict[str, Tensor] = {}
     packed = can_pack(config, setup)

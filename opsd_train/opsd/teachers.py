@@ -1,10 +1,11 @@
-"""Who scores what the student sampled: a backbone, and the adapter that is on it meanwhile.
+"""Who scores what the student sampled: a backbone, and the adapter that is on it meanwhile; or
+servers.
 
 base            the model with its adapter off
 initial         the policy that training began with: the same, or with --adapter that adapter
 live            the student itself, as it is now
 ema             an exponential moving average of the student's adapter
-another model   with an LM head of its own, for on-policy distillation
+another model   with an LM head of its own, or on vLLM servers: for on-policy distillation
 
 Where all weights are trained there is no adapter to turn off: base and initial are a frozen copy.
 """
@@ -12,21 +13,43 @@ Where all weights are trained there is no adapter to turn off: base and initial 
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from peft import PeftModelForCausalLM
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from opsd_kernels import LMHead
+from opsd_train.config import Config
+from opsd_train.data import Context
 from opsd_train.models import adapter_weights
+from opsd_train.records import Rollout, TeacherTopK
+from opsd_train.sampling import (
+    Batch,
+    Fleet,
+    Refused,
+    VllmServer,
+    in_main_process,
+    result_of,
+    served_model,
+)
 
 
 class Teacher:
     """A backbone as it is: another model's, or the student's own."""
 
-    def __init__(self, backbone: torch.nn.Module, head: LMHead | None = None):
-        self.backbone = backbone
+    def __init__(self, backbone: torch.nn.Module | None, head: LMHead | None = None):
+        self.backbone: Any = backbone  # None of one on servers
         self.head = head  # its own; None where it has the student's
+
+    def look_at(self, rollout: Rollout, context: Context) -> Rollout:
+        """Called with a step's rollouts before they are divided into micro-batches. Returned with
+        what the teacher says of them, if others compute it."""
+        return rollout
 
     def active(self) -> AbstractContextManager[None]:
         """The context in which the backbone is the teacher."""
@@ -112,3 +135,107 @@ class EmaTeacher(AdapterTeacher):
 
     def state(self) -> dict[str, Tensor]:
         return self.adapter
+
+
+# Another model, on servers
+
+PROBE = "Prüfe 12345 + 67890 = 80235, 中文 и русский:\n\tdef f(x): return x ** 2  # ∑ ≤ ∞"
+PROBE_TOKENS = 32  # of the text above that the servers score before a run begins
+# What log-probabilities of one model on two servers may differ by, in the mean: kernels of 16 bits
+# round otherwise. Another model is off by far more.
+TOLERANCE = 0.3
+
+
+class ServerTeacher(Teacher):
+    """Another model, on vLLM servers: they send its log-probabilities of a rollout's tokens and of
+    the likeliest at their places. Nothing of the model is in this process.
+
+    All processes call its methods together; each sends requests for its own rollouts.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase,
+        vocabulary: int,
+    ):
+        """Args:
+        vocabulary: number of the student's tokens.
+
+        Raises:
+            ValueError: a server does not answer, has another tokenizer, or not as it has to be
+                started.
+        """
+        super().__init__(None)
+        self.accelerator, self.k = accelerator, min(config.teacher_top_k, vocabulary)
+        self.at_once = config.rollout_batch_size
+        self.fleet = Fleet(config.teacher_urls or (), "teacher_urls")
+        longest = config.max_prompt_tokens + config.max_new_tokens
+        # With the token that a server samples after a completion it has scored.
+        self.name = in_main_process(accelerator, lambda: served_model(self.fleet, longest, more=1))
+        first, *others = in_main_process(
+            accelerator,
+            lambda: self.fleet.on_each(lambda server: self._check(server, tokenizer, vocabulary)),
+        )
+        for server, other in zip(self.fleet.servers[1:], others, strict=True):
+            if (other.log_q[:, 0] - first.log_q[:, 0]).abs().mean() > TOLERANCE:
+                raise ValueError(
+                    f"teacher_urls must name servers of one model: {server.url} has other "
+                    f"log-probabilities than {self.fleet.servers[0].url}"
+                )
+
+    def look_at(self, rollout: Rollout, context: Context) -> Rollout:
+        """Raises:
+        RunFailed: the servers refuse a request, or are gone.
+        """
+        requests = [
+            partial(
+                VllmServer.score, model=self.name, prompt=prompt, completion=completion, k=self.k
+            )
+            for prompt, completion in zip(
+                context.token_ids(rollout.problems), rollout.completions, strict=True
+            )
+        ]
+        first = self.accelerator.process_index * len(requests)
+        batch = Batch(self.fleet, requests, None, first, self.at_once)
+        return replace(rollout, top_k=result_of(batch))
+
+    def _check(
+        self, server: VllmServer, tokenizer: PreTrainedTokenizerBase, vocabulary: int
+    ) -> TeacherTopK:
+        """What the server says of a text.
+
+        Raises:
+            ValueError: it has another tokenizer, or sends fewer tokens, or other numbers.
+        """
+        text = "".join([PROBE, *sorted(tokenizer.get_added_vocab())])
+        ours: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        theirs = server.tokenize(self.name, text)
+        if theirs != ours:
+            n = next(i for i in range(len(ours) + 1) if ours[: i + 1] != theirs[: i + 1])
+            raise ValueError(
+                f"teacher_urls must serve a model with the student's tokenizer: the tokens of "
+                f"{server.url} are others from {tokenizer.decode(ours[n : n + 8])!r} on"
+            )
+        try:
+            scored = server.score(self.name, ours[:1], ours[1:PROBE_TOKENS], self.k)
+        except Refused as error:
+            if "logprobs" not in str(error):
+                raise
+            raise ValueError(
+                f"teacher_top_k is {self.k}, and {error}; start it with --max-logprobs {self.k}, "
+                "or ask for fewer with --teacher-top-k"
+            ) from error
+        if int(scored.ids.max()) >= vocabulary:
+            raise ValueError(
+                f"teacher_urls must serve a model with the student's vocabulary of {vocabulary}: "
+                f"{server.url} sends the id {int(scored.ids.max())}"
+            )
+        if scored.log_q.max() > 0 or scored.log_q.exp().sum(-1).max() > 1 + 1e-2:
+            raise ValueError(
+                f"{server.url} sends no log-probabilities: their probabilities sum to "
+                f"{scored.log_q.exp().sum(-1).max():.3g} at a token; start it without "
+                "--logprobs-mode raw_logits or processed_logits"
+            )
+        return scored

@@ -97,6 +97,7 @@ const PANELS = {
   "Clip and entropy": [
     ["Part of the loss that the clip took", { clipped_share: "" }, { unlessZero: true }],
     ["Entropy, in nats", { entropy_student: "student", entropy_teacher: "teacher" }, {}],
+    ["Mass of the tokens that the servers sent", { mass_student: "student", mass_teacher: "teacher" }, { to: 1 }],
   ],
   Rollouts: [
     ["Tokens", { length_mean: "mean", length_max: "longest" }, {}],
@@ -235,10 +236,13 @@ const ALL_MEASURES = [
   ["loss", "Divergence"], ["forward_kl", "Forward KL"], ["reverse_kl", "Reverse KL"],
   ["entropy_student", "Student's entropy"], ["entropy_teacher", "Teacher's entropy"],
   ["clipped_share", "Part that the clip took"], ["log_ratio", "Log-ratio, teacher over student"],
+  ["mass_student", "Student's mass on the tokens sent"], ["mass_teacher", "Teacher's mass on them"],
 ];
 const samples = runs.flatMap((run) => run.rollouts.map((rollout) => ({ run, rollout })));
-const isClipped = samples.some(({ rollout }) => rollout.clipped_share.some((x) => x !== 0));
-const MEASURES = ALL_MEASURES.filter(([name]) => name !== "clipped_share" || isClipped);
+const isClipped = samples.some(({ rollout }) => rollout.clipped_share?.some((x) => x !== 0));
+// A teacher on servers has fewer: what all rollouts have can be shown of each.
+const MEASURES = ALL_MEASURES.filter(([name]) => (name !== "clipped_share" || isClipped)
+  && samples.every(({ rollout }) => rollout[name === "log_ratio" ? "logp_teacher" : name]));
 let current = null; // the rollout shown, its values by measure, the token pointed at
 
 function valuesOf(rollout, measure) {
@@ -291,11 +295,11 @@ function colour() {
 
 function profile() {
   const { rollout } = current;
-  const line = (name, called, i) => ({ name: called, key: called, colour: COLOURS[i], points: rollout[name].map((y, x) => [x, y]).filter((p) => p[1] !== null) });
+  const line = (name, called, i) => ({ name: called, key: called, colour: COLOURS[i], points: (rollout[name] ?? []).map((y, x) => [x, y]).filter((p) => p[1] !== null) });
   const panels = [
     ["Entropy along the rollout, in nats", [line("entropy_student", "student", 0), line("entropy_teacher", "teacher", 1)]],
     ["Part of each token's divergence that the clip took", isClipped ? [line("clipped_share", "", 0)] : []],
-  ].filter(([, lines]) => lines.some((l) => l.points.length));
+  ].map(([title, lines]) => [title, lines.filter((l) => l.points.length)]).filter(([, lines]) => lines.length);
   // As wide as the page has room for: its words are then as large as elsewhere.
   const W = Math.max(280, Math.min(720, byId("profile").clientWidth - 20));
   byId("profile").replaceChildren(...panels.map(([title, lines]) => chart(title, lines, { xName: "token", W })));
@@ -325,7 +329,7 @@ function pointAt(index, focused = true) {
   const facts = [
     ...MEASURES.map(([measure, name]) => [name, figure(valuesOf(rollout, measure)[to])]),
     ["Sampled token, to the student", p(rollout.logp_student[to])],
-    ["Sampled token, to the teacher", p(rollout.logp_teacher[to])],
+    ...(rollout.logp_teacher ? [["Sampled token, to the teacher", p(rollout.logp_teacher[to])]] : []),
   ];
   byId("detail").replaceChildren(
     make("h3", {}, `Token ${to}: `, make("code", {}, visible(rollout.tokens[to]).replace(/\n/g, ""))),

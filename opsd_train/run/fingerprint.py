@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from opsd_train.config import Config
 from opsd_train.files import read_json
 from opsd_train.models import adapter_sha256, base_model, base_weights_sha256, end_ids, sha256
-from opsd_train.opsd import Setup
+from opsd_train.opsd import ServerTeacher, Setup
 from opsd_train.records import Problem
 from opsd_train.run.setup import Materials
 
@@ -53,6 +53,8 @@ def fingerprint(
             weights.append(("bias", head.bias))
         hashes["teacher_model's config"] = of_config(teacher.model.config)
         hashes["teacher_model's weights"] = sha256(weights)
+    if isinstance(setup.teacher, ServerTeacher):  # by name: its weights are elsewhere
+        hashes["teacher's model on the servers"] = of_json(setup.teacher.name)
     (hashes,) = broadcast_object_list([hashes])
     return hashes
 

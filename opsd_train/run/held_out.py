@@ -54,7 +54,7 @@ def measure_held_out(
         }
         if step == 0:
             say(f"Held-out problems, student alone: {said_accuracy(metrics)}")
-        if step == 0 and setup.teacher.head is None:
+        if step == 0 and not config.has_other_teacher:
             with setup.teacher.active():
                 taught = accuracy(measure("teacher", step, setup.contexts.teacher))
             say(f"Held-out problems, teacher, who sees the solution: {said_accuracy(taught)}")

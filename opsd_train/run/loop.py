@@ -229,12 +229,10 @@ def figures(metrics: list[dict[str, Any]]) -> dict[str, str]:
         shown["skipped"] = f"{skipped}"
     if measured := [m["accuracy"] for m in metrics if "accuracy" in m]:
         shown["held-out"] = f"{measured[-1]:.0%}"
-    return shown | {
-        "truncated": f"{last['truncated']:.0%}",
-        "length": f"{last['length_mean']:.0f}",
-        "forward KL": f"{last['forward_kl']:.4f}",
-        "seconds": f"{sum(last['seconds'].values()):.1f}",
-    }
+    shown |= {"truncated": f"{last['truncated']:.0%}", "length": f"{last['length_mean']:.0f}"}
+    if "forward_kl" in last:
+        shown["forward KL"] = f"{last['forward_kl']:.4f}"
+    return shown | {"seconds": f"{sum(last['seconds'].values()):.1f}"}
 
 
 def warn_of_truncation(config: Config, metrics: list[dict[str, Any]]) -> None:

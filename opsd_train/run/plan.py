@@ -8,7 +8,7 @@ the line through the two.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
@@ -19,7 +19,9 @@ from opsd_kernels.schedules.planning import MIB, default_workspace_mib, make_pla
 from opsd_train.config import Config
 from opsd_train.models import adapter_weights, base_model, read_lora_config, vocab_size
 from opsd_train.opsd import (
+    ServerTeacher,
     Setup,
+    Teacher,
     can_pack,
     loss_name,
     opsd_loss,
@@ -27,6 +29,7 @@ from opsd_train.opsd import (
     score_sequences,
     token_weights,
 )
+from opsd_train.records import TeacherTopK
 from opsd_train.run.console import say
 from opsd_train.run.setup import Materials
 from opsd_train.sampling import draw_seed, roll_out
@@ -69,7 +72,7 @@ def say_plan(setup: Setup, materials: Materials) -> None:
         f"{model.config._attn_implementation} attention, on {setup.accelerator.device}; "
         f"{what}.\n"
         f"{describe_start(config)}"
-        f"Teacher: {config.teacher_model or config.teacher}.\n"
+        f"Teacher: {describe_teacher(config, setup.teacher)}.\n"
         f"Loss: {loss_name(config)}, temperature {config.temperature}, mean over "
         f"{'each rollout, then the batch' if config.mean == 'rollout' else 'all tokens'}.\n"
         f"Batch: {config.batch_size} rollouts a step ({parts}).\n"
@@ -82,6 +85,13 @@ def say_plan(setup: Setup, materials: Materials) -> None:
         there = torch.cuda.memory_allocated(device)
         available = torch.cuda.get_device_properties(device).total_memory
         say(plan_memory(config, setup, peak_on_gpu, there, available).describe(config))
+
+
+def describe_teacher(config: Config, teacher: Teacher) -> str:
+    if isinstance(teacher, ServerTeacher):
+        n = len(teacher.fleet.servers)
+        return f"{teacher.name}, on {n} server{'s' if n > 1 else ''} of vLLM; none of it here"
+    return config.teacher_model or config.teacher
 
 
 def describe_start(config: Config) -> str:
@@ -122,6 +132,7 @@ def dry_run(config: Config, setup: Setup) -> None:
     seeds = [draw_seed(config.seed, 1, row) for row in range(len(problems))]
     rollout = roll_out(setup.sampler, setup.contexts.student, problems, seeds)
     sampled = time.perf_counter()
+    rollout = setup.teacher.look_at(rollout, setup.contexts.teacher)
     lengths = [len(c) for c in rollout.completions]
     say(
         f"They have {min(lengths):,} to {max(lengths):,} tokens; {sum(rollout.finished)} of "
@@ -148,10 +159,11 @@ def say_loss_memory(config: Config, setup: Setup) -> None:
     h = W.new_empty(0, W.shape[1])
     problem = Problem(h, h, W, None, W.dtype, 0.5)
     used = make_plan(problem, N, budget).bytes if budget else 0
+    sides, of_whom = (1, "the student") if config.teacher_urls else (2, "both sides")
     say(
         f"\nMemory of the loss for {N:,} tokens and a vocabulary of {V:,}: at most "
-        f"{used / MIB:,.1f} MiB of vocabulary-sized tensors; eager, {2 * 4 * N * V / MIB:,.1f} MiB "
-        "for the fp32 logits of both sides alone."
+        f"{used / MIB:,.1f} MiB of vocabulary-sized tensors; eager, "
+        f"{sides * 4 * N * V / MIB:,.1f} MiB for the fp32 logits of {of_whom} alone."
     )
 
 
@@ -285,7 +297,8 @@ def largest_micro_batch(config: Config, setup: Setup) -> Shape:
 
 
 def probe(config: Config, setup: Setup, shape: Shape) -> None:
-    """Take made-up tokens through a micro-batch's scores, loss and backward; nothing is kept."""
+    """Take made-up tokens through a micro-batch's scores, loss and backward; nothing is kept. So
+    is made up what servers would say of them."""
     token = setup.tokenizer.pad_token_id or 0
     prompts, teacher_prompts, completions = (
         [[token] * length] * shape.rollouts
@@ -301,7 +314,13 @@ def probe(config: Config, setup: Setup, shape: Shape) -> None:
         token,
         can_pack(config, setup),
     )
-    weights = token_weights(scores.lengths, config.mean, shape.rollouts, int(scores.lengths.sum()))
+    N = int(scores.lengths.sum())
+    if isinstance(setup.teacher, ServerTeacher):
+        ids = torch.arange(config.teacher_top_k + 1, device=scores.tokens.device).expand(N, -1)
+        scores = replace(
+            scores, top_k=TeacherTopK(ids, torch.full(ids.shape, -9.0, device=ids.device))
+        )
+    weights = token_weights(scores.lengths, config.mean, shape.rollouts, N)
     loss, _ = opsd_loss(scores, setup.head, config, weights, setup.teacher.head)
     loss.backward()
     for w in setup.model.parameters():

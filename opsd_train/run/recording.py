@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd_kernels import LMHead, token_divergence
+from opsd_kernels import LMHead
 from opsd_train.config import Config
 from opsd_train.models import logits, vocab_size
-from opsd_train.opsd import Observe, Setup
-from opsd_train.records import Rollout, Scores
+from opsd_train.opsd import Observe, Setup, compare
+from opsd_train.records import Rollout, Scores, TeacherTopK
 from opsd_train.run.folder import RunFolder
 
 EVERY = 10  # steps between two that are recorded
@@ -32,7 +32,7 @@ class Choices:
 class Observation:
     """What is seen at each token of one rollout."""
 
-    statistics: dict[str, list[float]]  # as `TokenDivergence` names them
+    statistics: dict[str, list[float]]  # as `compare` names them
     student: Choices
     teacher: Choices
 
@@ -104,23 +104,27 @@ def observe_tokens(
     every token, and the likeliest `choices` of both sides there."""
     first = int(scores.lengths[:row].sum())
     some = slice(first, first + min(int(scores.lengths[row]), max_tokens))
-    h_S, h_T, tokens = scores.h_student[some], scores.h_teacher[some], scores.tokens[some]
-    divergence = token_divergence(
-        h_S,
-        h_T,
-        head,
-        divergence=config.divergence,
-        temperature=config.temperature,
-        targets=tokens,
-        W_teacher=teacher_head,
-        workspace_mib=config.workspace_mib,
-    )
-    statistics = {name: t.tolist() for name, t in divergence._asdict().items()}
+    seen = scores.some(some)
+    statistics = compare(seen, head, config, teacher_head=teacher_head)
+    if seen.top_k is not None:
+        teacher = _likeliest_of(seen.top_k, choices)
+    else:
+        assert seen.h_teacher is not None
+        teacher = _likeliest(seen.h_teacher, teacher_head or head, config.temperature, choices)
     return Observation(
-        statistics,
-        _likeliest(h_S, head, config.temperature, choices),
-        _likeliest(h_T, teacher_head or head, config.temperature, choices),
+        {name: t.tolist() for name, t in statistics.items()},
+        _likeliest(seen.h_student, head, config.temperature, choices),
+        teacher,
     )
+
+
+def _likeliest_of(top_k: TeacherTopK, choices: int) -> Choices:
+    """At temperature 1, which is that of the servers."""
+    rows = [
+        sorted(((p, i) for p, i in zip(*row, strict=True) if i >= 0), reverse=True)[:choices]
+        for row in zip(top_k.log_q.tolist(), top_k.ids.tolist(), strict=True)
+    ]
+    return Choices([[i for _, i in row] for row in rows], [[p for p, _ in row] for row in rows])
 
 
 def _likeliest(h: Tensor, head: LMHead, temperature: float, choices: int) -> Choices:

@@ -29,12 +29,14 @@ from opsd_train.models import (
     settle_padding,
     shard,
     train_all,
+    vocab_size,
 )
 from opsd_train.opsd import (
     AdapterTeacher,
     BaseTeacher,
     CopyTeacher,
     EmaTeacher,
+    ServerTeacher,
     Setup,
     Teacher,
 )
@@ -126,7 +128,7 @@ def set_up(
     else:
         backbone = accelerator.prepare(backbone)
     sampler = make_sampler(config, accelerator, student, backbone, tokenizer, sampling_of(config))
-    teacher = make_teacher(config, student, backbone, head, tokenizer)
+    teacher = make_teacher(config, accelerator, student, backbone, head, tokenizer)
     return Setup(
         config,
         accelerator,
@@ -151,11 +153,14 @@ def make_contexts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Context
 
 def make_teacher(
     config: Config,
+    accelerator: Accelerator,
     student: Student,
     backbone: torch.nn.Module,
     head: LMHead,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Teacher:
+    if config.teacher_urls:
+        return ServerTeacher(config, accelerator, tokenizer, vocab_size(head))
     if config.teacher_model is not None:
         other = load_model(config.teacher_model, config).requires_grad_(False)
         torch.nn.Module.to(other, head.weight.device)

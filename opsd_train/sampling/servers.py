@@ -1,200 +1,16 @@
-"""vLLM servers over HTTP: what one answers means, and several as if they were one."""
+"""Several vLLM servers as if they were one."""
 
-import json
 import logging
-import os
 import queue
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
-from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Generic, TypeVar
 
 from opsd_train.errors import RunFailed
-
-CONNECT_SECONDS = 10.0
-ANSWER_SECONDS = 30.0  # for all but completions, and adapters
-LOAD_SECONDS = 300.0  # a large adapter, from a file system over a network
-COMPLETION_SECONDS = 4 * 3600.0  # 40,000 tokens, of a server that has many others to make
-
-
-class Unavailable(Exception):
-    """A server that does not answer, or says that it cannot now: it is down, dying, starting or
-    full. Another server, or this one later, may."""
-
-
-class Late(Unavailable):
-    """A server that took a request, and has not answered in time."""
-
-
-class Refused(Exception):
-    """A server that says what is wrong with a request. It would refuse it again."""
-
-
-class UnknownModel(Refused):
-    """A server without the adapter that a request names, or the path; it may be a new one."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    ids: list[int]
-    log_probs: list[float]  # of each, where it was drawn
-
-
-class VllmServer:
-    """One server, by its URL. Any thread may call."""
-
-    def __init__(self, url: str):
-        self.url = url.rstrip("/")
-        self._open: set[socket.socket] = set()
-        self._lock = threading.Lock()
-
-    def model(self) -> tuple[str, int]:
-        """The name of the model that is served, and how many tokens a sequence may have."""
-        answer = self._call("GET", "/v1/models", None, ANSWER_SECONDS)
-        try:
-            base = answer["data"][0]  # then its adapters
-            return base["id"], int(base["max_model_len"])
-        except (KeyError, IndexError, TypeError) as error:
-            raise Refused(f"{self.url} does not answer as vLLM does") from error
-
-    def load_adapter(self, name: str, path: Path) -> None:
-        """Read an adapter, a folder of PEFT's, under a name that has had no other contents.
-
-        Raises:
-            Unavailable, Refused: the latter says how to start the server, or where to put adapters.
-        """
-        body = {"lora_name": name, "lora_path": str(path)}
-        try:
-            self._call("POST", "/v1/load_lora_adapter", body, LOAD_SECONDS)
-        except UnknownModel as error:
-            if "Not Found" in str(error):  # FastAPI's, of a route that is not there
-                raise Refused(
-                    f"{self.url} loads no adapters; start it with --enable-lora and "
-                    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
-                ) from error
-            raise Refused(
-                f"{error}; name a folder that every server can read with --engine-folder"
-            ) from error
-        except Refused as error:
-            if "already" not in str(error):  # loaded, as after an answer that was lost
-                raise
-
-    def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; a server that is gone, or does not know it, has done so."""
-        with suppress(Unavailable, Refused):
-            body = {"lora_name": name}
-            self._call("POST", "/v1/unload_lora_adapter", body, ANSWER_SECONDS)
-
-    def complete(self, body: dict[str, Any]) -> Completion:
-        """One completion, of a request for /v1/completions.
-
-        Raises:
-            Unavailable, Refused; UnknownModel: the server has no such adapter.
-            RunFailed: there is no answer in time, or it does not fit the request.
-        """
-        try:
-            answer = self._call("POST", "/v1/completions", body, COMPLETION_SECONDS)
-        except Late as error:
-            raise RunFailed(
-                f"{self.url} has not completed a rollout within {COMPLETION_SECONDS:g} s; look "
-                "there, and go on with --resume"
-            ) from error
-        try:
-            choice = answer["choices"][0]
-            ids, reason = choice["token_ids"], choice["finish_reason"]
-            log_probs = choice["logprobs"]["token_logprobs"]
-        except (KeyError, IndexError, TypeError):
-            ids, reason, log_probs = None, None, None
-        if answer == "" or reason == "abort":  # cut off among the headers; or on its way down
-            raise Unavailable(f"{self.url} gave a completion up")
-        if not ids or len(log_probs or []) != len(ids):
-            raise RunFailed(
-                f"{self.url} answers without the token ids of a completion and their "
-                "log-probabilities; it must be vLLM, of version 0.11 or later"
-            )
-        if reason == "length" and len(ids) != body["max_tokens"]:
-            raise RunFailed(
-                f"{self.url} cut a rollout short at {len(ids)} of {body['max_tokens']} tokens; "
-                "start it with a larger --max-model-len"
-            )
-        return Completion(ids, log_probs)
-
-    def is_healthy(self) -> bool:
-        try:
-            self._call("GET", "/health", None, ANSWER_SECONDS)
-        except (Unavailable, Refused):
-            return False
-        return True
-
-    def is_waited_for(self) -> bool:
-        return bool(self._open)
-
-    def hang_up(self) -> None:
-        """End all calls under way, which fail with `Unavailable`."""
-        with self._lock:
-            for s in self._open:
-                with suppress(OSError):
-                    s.shutdown(socket.SHUT_RDWR)
-
-    def _call(self, method: str, path: str, body: Any, seconds: float) -> Any:
-        """The answer, of JSON or else as text."""
-        at = urlsplit(self.url)
-        kind = HTTPSConnection if at.scheme == "https" else HTTPConnection
-        connection = kind(at.hostname or "", at.port, timeout=CONNECT_SECONDS)
-        headers = {"Content-Type": "application/json", "Connection": "close"}
-        if key := os.environ.get("VLLM_API_KEY"):  # as the server reads it
-            headers["Authorization"] = f"Bearer {key}"
-        try:
-            connection.connect()
-        except OSError as error:
-            raise Unavailable(f"{self.url}: {error}") from error
-        s = connection.sock  # which the connection gives away once there is an answer
-        s.settimeout(seconds)
-        with self._lock:
-            self._open.add(s)
-        try:
-            data = None if body is None else json.dumps(body).encode()
-            connection.request(method, at.path + path, data, headers)
-            response = connection.getresponse()
-            status, text = response.status, response.read().decode(errors="replace")
-        except TimeoutError as error:
-            raise Late(f"{self.url} has not answered {path} in {seconds:g} s") from error
-        except (OSError, HTTPException) as error:
-            raise Unavailable(f"{self.url}: {error or type(error).__name__}") from error
-        finally:
-            with self._lock:
-                self._open.discard(s)
-            connection.close()
-        if status == 200:
-            return _parsed(text)
-        said = f"{self.url} answers {status} to {path}: {_message(text)}"
-        if status == 429 or status >= 500:
-            raise Unavailable(said)
-        raise (UnknownModel if status == 404 else Refused)(said)
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def _message(text: str) -> str:
-    """What an error's body says, in a line."""
-    answer = _parsed(text)
-    if isinstance(answer, dict):
-        error = answer.get("error", answer)
-        answer = error.get("message", error.get("detail", error)) if error else text
-    return " ".join(str(answer).split())[:300]
-
+from opsd_train.sampling.server import Refused, Unavailable, UnknownModel, VllmServer
 
 T = TypeVar("T")
 
@@ -208,14 +24,15 @@ UNHEALTHY = 2  # times in a row, before the requests that wait for a server are 
 
 
 class Fleet:
-    """Servers that have the same model and read the same files.
+    """Servers that have the same model, and for adapters read the same files.
 
     What a request draws is a function of its seed: it does not matter which server it goes to, nor
     how often it is sent.
     """
 
-    def __init__(self, urls: Iterable[str]):
-        self.servers = [VllmServer(url) for url in urls]
+    def __init__(self, urls: Iterable[str], option: str = "engine_urls"):
+        """`option`: the one that names the URLs, for messages."""
+        self.servers, self.option = [VllmServer(url) for url in urls], option
 
     def load(self, name: str, path: Path, *, every: bool = False) -> None:
         """Have an adapter read by all servers; of those that are gone now, requests for it will ask
@@ -230,7 +47,7 @@ class Fleet:
             if not gone or (len(gone) < len(self.servers) and not every):
                 break
             if (pause := next(pauses, None)) is None:
-                raise given_up(gone[0])
+                raise self.given_up(gone[0])
             time.sleep(pause)
         for error in gone:
             logger.warning("%s; its rollouts go to other servers", error)
@@ -253,19 +70,20 @@ class Fleet:
     def unload(self, name: str) -> None:
         self.on_each(lambda server: server.unload_adapter(name))
 
+    def given_up(self, error: Exception | None) -> RunFailed:
+        does = "takes" if self.option == "engine_urls" else "scores"
+        return RunFailed(
+            f"no vLLM server {does} rollouts ({error}); see to them, or name others with "
+            f"--{self.option.replace('_', '-')}, and go on with --resume"
+        )
+
     def on_each(self, call: Callable[[VllmServer], T]) -> list[T]:
         """What a call returns for each server, made for all at once."""
         with ThreadPoolExecutor(len(self.servers)) as pool:
             return list(pool.map(call, self.servers))
 
-    def complete(
-        self, requests: list[dict[str, Any]], path: Path | None, first: int, at_once: int | None
-    ) -> "Batch":
-        """Send requests, all together; see `Batch`."""
-        return Batch(self, requests, path, first, at_once)
 
-
-class Batch:
+class Batch(Generic[T]):
     """Requests under way, each in a thread of its own.
 
     A request goes to its server, the i-th to the (first + i)-th, and where that is gone or full to
@@ -280,18 +98,19 @@ class Batch:
     def __init__(
         self,
         fleet: Fleet,
-        requests: list[dict[str, Any]],
+        requests: Sequence[Callable[[VllmServer], T]],
         path: Path | None,
         first: int,
         at_once: int | None,
     ):
         """Args:
+        requests: each is made of the server that it is called with.
         path: the folder of the adapter that the requests name, or None where it is the model.
         first: the place among the servers of the first request's.
         at_once: how many may be under way together; None for all.
         """
         self.fleet, self.requests, self.path, self.first = fleet, requests, path, first
-        self.futures: list[Future[Completion]] = [Future() for _ in requests]
+        self.futures: list[Future[T]] = [Future() for _ in requests]
         self._gone: set[VllmServer] = set()
         self._cancelled = threading.Event()
         self._waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -311,7 +130,7 @@ class Batch:
         if pending:
             self.cancel()
 
-    def result(self) -> list[Completion]:
+    def result(self) -> list[T]:
         """In the order of the requests.
 
         Raises:
@@ -335,15 +154,15 @@ class Batch:
             except queue.Empty:
                 return
             try:
-                self.futures[i].set_result(self._complete(i))
+                self.futures[i].set_result(self._answer(i))
             except Exception as error:
                 self.futures[i].set_exception(error)
 
-    def _complete(self, i: int) -> Completion:
+    def _answer(self, i: int) -> T:
         error: Exception | None = None
         for server in self._servers_for(i):
             try:
-                return self._complete_on(server, self.requests[i])
+                return self._answer_of(server, self.requests[i])
             except Unavailable as unavailable:
                 error = unavailable
                 if server not in self._gone:
@@ -351,17 +170,17 @@ class Batch:
                     logger.warning("%s; its rollouts are requested again", error)
             except Refused as refused:
                 raise RunFailed(str(refused)) from refused
-        raise given_up(error)
+        raise self.fleet.given_up(error)
 
-    def _complete_on(self, server: VllmServer, request: dict[str, Any]) -> Completion:
+    def _answer_of(self, server: VllmServer, request: Callable[[VllmServer], T]) -> T:
         try:
-            return server.complete(request)
+            return request(server)
         except UnknownModel:
             if self.path is None:
                 raise
-        server.load_adapter(request["model"], self.path)
+        server.load_adapter(self.path.name, self.path)
         try:
-            return server.complete(request)
+            return request(server)
         except UnknownModel as error:  # started anew once more
             raise Unavailable(str(error)) from error
 
@@ -385,10 +204,3 @@ class Batch:
                 failures[server] = 0 if is_fine else failures[server] + 1
                 if failures[server] >= UNHEALTHY:
                     server.hang_up()
-
-
-def given_up(error: Exception | None) -> RunFailed:
-    return RunFailed(
-        f"no vLLM server takes rollouts ({error}); see to them, or name others with "
-        "--engine-urls, and go on with --resume"
-    )

@@ -6,6 +6,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -32,7 +33,8 @@ from opsd_train.models import (
     peft_name,
 )
 from opsd_train.sampling.sampler import Samples, Sampling
-from opsd_train.sampling.servers import Batch, Fleet, Refused, Unavailable
+from opsd_train.sampling.server import Completion, Refused, Unavailable, VllmServer
+from opsd_train.sampling.servers import Batch, Fleet
 
 
 def is_on(model: PeftModelForCausalLM) -> bool:
@@ -167,8 +169,8 @@ class VllmSampler:
         self.fleet = Fleet(config.engine_urls or ())
         self.under_way: Batch | None = None
         longest = config.max_prompt_tokens + config.max_new_tokens
-        self.base = self._in_main_process(lambda: served_model(self.fleet, longest))
-        self._in_main_process(lambda: self._make_folder(config.engine_folder))
+        self.base = in_main_process(self.accelerator, lambda: served_model(self.fleet, longest))
+        in_main_process(self.accelerator, lambda: self._make_folder(config.engine_folder))
         self._check(len(tokenizer))
 
     def sample(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
@@ -186,24 +188,12 @@ class VllmSampler:
             self.under_way.wait()  # its adapter is about to be replaced
         path = self._publish() if is_on(self.model) else None
         requests = [
-            self._request(path, prompt, seed, self.sampling)
+            partial(VllmServer.complete, body=self._request(path, prompt, seed, self.sampling))
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         first = self.accelerator.process_index * len(prompts)
-        batch = self.under_way = self.fleet.complete(requests, path, first, self.at_once)
-        return lambda: self._result(batch)
-
-    def _result(self, batch: Batch) -> Samples:
-        failure = None
-        try:
-            completions = batch.result()
-        except RunFailed as error:
-            failure = str(error)
-        # What fails in one process fails in all, so that they can end together.
-        for message in gather_object([failure]):
-            if message is not None:
-                raise RunFailed(message)
-        return Samples([c.ids for c in completions], [c.log_probs for c in completions])
+        batch = self.under_way = Batch(self.fleet, requests, path, first, self.at_once)
+        return lambda: as_samples(result_of(batch))
 
     def _make_folder(self, within: Path | None) -> None:
         self.published = Published(self.fleet, adapter_config(self.model), within)
@@ -213,7 +203,9 @@ class VllmSampler:
         they call it."""
         weights = whole_adapter(self.model)
         self.accelerator.wait_for_everyone()  # nothing is sampled from the one before
-        return self._in_main_process(lambda: self.published.publish(weights, everywhere=everywhere))
+        return in_main_process(
+            self.accelerator, lambda: self.published.publish(weights, everywhere=everywhere)
+        )
 
     def _request(
         self, adapter: Path | None, prompt: list[int], seed: int, sampling: Sampling
@@ -247,8 +239,9 @@ class VllmSampler:
         prompt = [i * vocabulary // 10 for i in range(10)]
         with noise(self.model):
             request = self._request(self._publish(everywhere=True), prompt, 0, CHECK)
-            answers = self._in_main_process(
-                lambda: self.fleet.on_each(lambda s: s.complete(request))
+            answers = in_main_process(
+                self.accelerator,
+                lambda: self.fleet.on_each(lambda s: s.complete(request)),
             )
             for server, answer in zip(self.fleet.servers, answers, strict=True):
                 logits = self._logits(prompt + answer.ids)[len(prompt) - 1 : -1]
@@ -283,28 +276,55 @@ class VllmSampler:
             return forward()
         return call_with_full_parameters(self.backbone, forward)
 
-    def _in_main_process(self, call: Callable[[], T]) -> T:
-        """What the call returns or raises there, in all processes."""
-        outcome: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                outcome[0] = call()
-            except (RunFailed, ValueError) as error:
-                outcome[1] = error
-            except (Refused, Unavailable) as error:
-                outcome[1] = ValueError(str(error))
-        broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+
+def as_samples(completions: list[Completion]) -> Samples:
+    return Samples([c.ids for c in completions], [c.log_probs for c in completions])
 
 
-def served_model(fleet: Fleet, longest: int) -> str:
-    """The name that all servers call their model by.
+def in_main_process(accelerator: Accelerator, call: Callable[[], T]) -> T:
+    """What the call returns or raises there, in all processes. What servers say is wrong is a
+    ValueError."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = call()
+        except (RunFailed, ValueError) as error:
+            outcome[1] = error
+        except (Refused, Unavailable) as error:
+            outcome[1] = ValueError(str(error))
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def result_of(batch: Batch[T]) -> list[T]:
+    """Of this process's requests. What fails in one process fails in all, so that they can end
+    together.
 
     Raises:
-        ValueError: they differ, or sequences of `longest` tokens are too long for one, or it does
-            not answer.
+        RunFailed: a request failed for good.
+    """
+    failure, answers = None, []
+    try:
+        answers = batch.result()
+    except RunFailed as error:
+        failure = str(error)
+    for message in gather_object([failure]):
+        if message is not None:
+            raise RunFailed(message)
+    return answers
+
+
+def served_model(fleet: Fleet, longest: int, more: int = 0) -> str:
+    """The name that all servers call their model by.
+
+    Args:
+        longest: tokens of the longest sequence.
+        more: tokens that a server needs room for beside them.
+
+    Raises:
+        ValueError: they differ, or the sequences are too long for one, or it does not answer.
     """
     names = []
     for server in fleet.servers:
@@ -312,16 +332,17 @@ def served_model(fleet: Fleet, longest: int) -> str:
             name, max_length = server.model()
         except (Unavailable, Refused) as error:
             raise ValueError(
-                f"{error}; start vLLM there, or name other servers with --engine-urls"
+                f"{error}; start vLLM there, or name other servers with "
+                f"--{fleet.option.replace('_', '-')}"
             ) from error
         names.append(name)
-        if longest > max_length:
+        if longest + more > max_length:
             raise ValueError(
                 f"max_prompt_tokens and max_new_tokens together are {longest}, and {server.url} "
-                f"takes {max_length} at most; start it with --max-model-len {longest}"
+                f"takes {max_length - more} at most; start it with --max-model-len {longest + more}"
             )
     if len(set(names)) > 1:
-        raise ValueError(f"engine_urls name servers of different models: {', '.join(names)}")
+        raise ValueError(f"{fleet.option} name servers of different models: {', '.join(names)}")
     return names[0]
 
 
