@@ -241,15 +241,14 @@ def step(model: Any, loss: StepLoss, N: int, teacher: Any = None) -> None:
     W = model.get_base_model().lm_head.weight.detach()
     targets = torch.zeros(N, dtype=torch.long, device=W.device)
     with torch.no_grad(), teacher.disable_adapter():
-        h_T = hidden_states(teacher, TEACHER_PROMPT, N)
-    h_S = hidden_states(model, STUDENT_PROMPT, N)
+        h_T = hidden_states(teacher.get_base_model().model, TEACHER_PROMPT, N)
+    h_S = hidden_states(model.get_base_model().model, STUDENT_PROMPT, N)
     loss(h_S, h_T, W, targets).backward()
     model.zero_grad()
 
 
-def hidden_states(model: Any, prompt: int, N: int) -> Tensor:
+def hidden_states(backbone: Any, prompt: int, N: int) -> Tensor:
     """[N, D], of the positions that predict the completion."""
-    backbone = model.get_base_model().model
     ids = torch.zeros(1, prompt + N, dtype=torch.long, device=backbone.embed_tokens.weight.device)
     # One sequence without padding: causal attention alone, no mask in memory.
     masks = {"full_attention": None}
