@@ -3,9 +3,9 @@
     python benchmarks/pages/readme.py
 
 README.md has one table of a GPU, docs/choosing.md what helps to choose, docs/compatibility.md what
-was tested where, docs/training.md the memory of a long rollout, docs/real_distributions.md what a
-real model showed, examples/README.md what TRL's trainers save; docs/benchmarks.md has all tables,
-with a line for every method (tables.py).
+was tested where, docs/training.md the memory of a long rollout, docs/vllm.md that of a large
+teacher, docs/real_distributions.md what a real model showed, examples/README.md what TRL's trainers
+save; docs/benchmarks.md has all tables, with a line for every method (tables.py).
 docs/token_efficiency.md is generated as a whole, and so is the Markdown beside each csv.
 """
 
@@ -22,7 +22,7 @@ from benchmarks import accuracy, memory, speed, step, trl_trainers
 from benchmarks.lib import report
 from benchmarks.lib.peers import METHODS
 from benchmarks.lib.shapes import MODELS, QWEN3
-from benchmarks.more import adoptions, cross_entropy, same_training
+from benchmarks.more import adoptions, cross_entropy, same_training, teachers
 from benchmarks.pages.gpus import Gpu, gpus, slug, versions
 from benchmarks.pages.real import accuracy_in_a_sentence, real_parts
 from benchmarks.pages.tables import benchmarks_parts
@@ -40,6 +40,7 @@ CHOOSING = ROOT / "docs" / "choosing.md"
 COMPATIBILITY = ROOT / "docs" / "compatibility.md"
 REAL = ROOT / "docs" / "real_distributions.md"
 TRAINING = ROOT / "docs" / "training.md"
+VLLM = ROOT / "docs" / "vllm.md"
 TOKEN_EFFICIENCY = ROOT / "docs" / "token_efficiency.md"  # all of it is generated
 
 LOGIT_FREE, ROW_WORKSPACE = "ours, logit-free", "ours, row workspace"
@@ -279,6 +280,23 @@ def _layers(path: Path) -> str:
     )
 
 
+def vllm_parts(results: Path, page: Path) -> dict[str, str]:
+    """The same of docs/vllm.md."""
+    return {"teachers": _teachers(results / "teachers.csv")}
+
+
+def _teachers(path: Path) -> str:
+    """What a teacher on servers saves."""
+    _, rows = report.read(path, teachers.Row)
+    N = max(row.N for row in rows)
+    here, away = ({row.place: row for row in rows if row.N == N}[p] for p in teachers.PLACES)
+    return wrapped(
+        f"A step of {here.student} with a rollout of {N:,} tokens takes {here.total_gib:.0f} GiB, "
+        f"weights included, with {here.teacher} beside it, and {away.total_gib:.0f} with the "
+        f"teacher on servers (counted as on a GPU; {report.source(path)})."
+    )
+
+
 def compatibility_parts(results: Path, page: Path) -> dict[str, str]:
     """The same of docs/compatibility.md."""
     return {"compatibility": _compatibility(results)}
@@ -327,6 +345,7 @@ PAGES: dict[Path, Callable[[Path, Path], dict[str, str]]] = {
     COMPATIBILITY: compatibility_parts,
     REAL: real_parts,
     TRAINING: training_parts,
+    VLLM: vllm_parts,
 }
 
 SUMMARIES: dict[str, Callable[[Path], str]] = {
@@ -338,6 +357,7 @@ SUMMARIES: dict[str, Callable[[Path], str]] = {
     "same_training": same_training.summary,
     "speed": speed.summary,
     "step": step.summary,
+    "teachers": teachers.summary,
     "trained": speed.summary,
     "trl_trainers": trl_trainers.summary,
 }
