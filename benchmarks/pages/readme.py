@@ -4,9 +4,10 @@
 
 README.md has one table of a GPU, docs/choosing.md what helps to choose, docs/compatibility.md what
 was tested where, docs/training.md the memory of a long rollout, docs/vllm.md that of a large
-teacher, docs/real_distributions.md what a real model showed, examples/README.md what TRL's trainers
-save; docs/benchmarks.md has all tables, with a line for every method (tables.py).
-docs/token_efficiency.md is generated as a whole, and so is the Markdown beside each csv.
+teacher, docs/real_distributions.md what a real model showed, docs/real_model.md what it learned,
+examples/README.md what TRL's trainers save; docs/benchmarks.md has all tables, with a line for
+every method (tables.py). docs/token_efficiency.md is generated as a whole, and so is the Markdown
+beside each csv.
 """
 
 import csv
@@ -26,6 +27,7 @@ from benchmarks.more import adoptions, cross_entropy, same_training, teachers
 from benchmarks.pages.gpus import Gpu, gpus, slug, versions
 from benchmarks.pages.real import accuracy_in_a_sentence, real_parts
 from benchmarks.pages.tables import benchmarks_parts
+from benchmarks.real_model import page as real_model
 from benchmarks.token_efficiency import figures
 from benchmarks.token_efficiency import page as comparison
 from benchmarks.token_efficiency.results import Results
@@ -39,6 +41,7 @@ BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 CHOOSING = ROOT / "docs" / "choosing.md"
 COMPATIBILITY = ROOT / "docs" / "compatibility.md"
 REAL = ROOT / "docs" / "real_distributions.md"
+REAL_MODEL = ROOT / "docs" / "real_model.md"
 TRAINING = ROOT / "docs" / "training.md"
 VLLM = ROOT / "docs" / "vllm.md"
 TOKEN_EFFICIENCY = ROOT / "docs" / "token_efficiency.md"  # all of it is generated
@@ -68,6 +71,7 @@ def readme_parts(results: Path, page: Path) -> dict[str, str]:
             [
                 _tests(gpus(results)),
                 comparison.in_a_sentence(Results(results / "token_efficiency")),
+                real_model.in_a_sentence(results),
             ]
         ),
     }
@@ -344,6 +348,7 @@ PAGES: dict[Path, Callable[[Path, Path], dict[str, str]]] = {
     CHOOSING: choosing_parts,
     COMPATIBILITY: compatibility_parts,
     REAL: real_parts,
+    REAL_MODEL: real_model.real_model_parts,
     TRAINING: training_parts,
     VLLM: vllm_parts,
 }
@@ -393,5 +398,6 @@ def generated(results: Path = RESULTS) -> dict[Path, str]:
 
 if __name__ == "__main__":
     figures.draw(Results(RESULTS / "token_efficiency"), TOKEN_EFFICIENCY.with_suffix(""))
+    real_model.draw(RESULTS, REAL_MODEL.with_suffix(".svg"))
     for page, text in generated().items():
         page.write_text(text)

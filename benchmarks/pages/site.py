@@ -17,6 +17,7 @@ PATTERNS = (
     "LICENSE",
     "docs/**/*.md",
     "docs/**/*.png",
+    "docs/**/*.svg",
     "docs/site.css",
     "examples/*",
     "opsd_train/**/*.py",

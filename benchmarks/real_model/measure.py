@@ -4,76 +4,122 @@ and one for each time that a run measured its held-out problems.
     python benchmarks/real_model/measure.py MODEL ROWS.jsonl [RUN ...]
 
 RUN is a run folder of `python -m opsd_train` or of sft.py, called METHOD-SEED; without any the
-model itself is asked, and on the sums its teacher as well. Rows are added to those that are there.
+model itself is asked. Rows are added to those that are there. The adapter is merged into a copy of
+the weights, in fp32.
 """
 
 import json
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from accelerate import Accelerator
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.lib.sources import commit
-from benchmarks.real_model.questions import GREEDY, PRESET, Questions, all_questions
+from benchmarks.real_model.questions import PRESET, Questions, all_questions
 from opsd_train.command_line import parse
-from opsd_train.data import Context
-from opsd_train.grading import Attempt, evaluate
-from opsd_train.models import Student, load_adapter, load_model, load_tokenizer
-from opsd_train.sampling import GenerateSampler, Sampling
+from opsd_train.data import left_pad
+from opsd_train.models import load_adapter, load_model, load_tokenizer
+from opsd_train.records import Problem
+from opsd_train.sampling.generate import up_to_the_end
 
+Row = dict[str, Any]
+AT_ONCE = 48
 SHOWN = 4  # answers that a row keeps
 
 
 def main() -> None:
     model, rows, *runs = sys.argv[1:]
-    Accelerator(mixed_precision="no")
     config = parse([PRESET, "--model", model])
     tokenizer = load_tokenizer(model)
     questions = all_questions(config, tokenizer)
-    teacher = Context(tokenizer, config.teacher_template)
     with Path(rows).open("a") as file:
         for run in map(Path, runs or ["base"]):
-            asked = [("student", of, of.context) for of in questions]
-            base = load_model(model, config)
-            student: Student = load_adapter(base, run / "adapter") if runs else base
-            if not runs:
-                asked += [("teacher", questions[0], teacher)]
-            for side, of, context in asked:
-                for temperature in of.temperatures:
-                    start = time.time()
-                    samples = 1 if temperature == GREEDY else of.samples
-                    attempts = ask(student.eval(), of, context, temperature, samples)
-                    row = {
-                        **{"run": run.name, "side": side, "questions": of.name},
-                        **{"temperature": temperature, "asked": len(attempts)},
-                        "correct": sum(a.correct for a in attempts),
-                        "finished": sum(a.finished for a in attempts),
-                        "tokens": sum(a.tokens for a in attempts),
-                        "seconds": round(time.time() - start, 1),
-                        "right": "".join("01"[a.correct] for a in attempts),
-                        "examples": [a.completion for a in attempts[:SHOWN]],
-                        **{"commit": commit(), "torch": torch.__version__},
-                        **{"transformers": transformers.__version__},
-                        "python": platform.python_version(),
-                    }
-                    print(row, flush=True)
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    file.flush()
+            student: PreTrainedModel = load_model(model, config)
+            if runs:
+                student = load_adapter(student, run / "adapter").merge_and_unload()
+            for row in chain.from_iterable(ask(student.eval(), run.name, of) for of in questions):
+                print(row, flush=True)
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
             for row in held_out(run) if runs else []:
                 file.write(json.dumps(row) + "\n")
 
 
-def held_out(run: Path) -> list[dict[str, Any]]:
+def ask(model: PreTrainedModel, run: str, of: Questions) -> Iterator[Row]:
+    """A row for each temperature."""
+    start, texts = time.time(), list[list[str]]()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(0, len(of.problems), AT_ONCE):
+        texts += answers(model, of, of.problems[i : i + AT_ONCE], generator)
+    for temperature, column in zip(of.temperatures, zip(*texts, strict=True), strict=True):
+        pairs = zip(of.problems, column, strict=True)
+        right = [of.grader(problem, text).correct for problem, text in pairs]
+        yield {
+            **{"run": run, "side": "student", "questions": of.name, "temperature": temperature},
+            **{"asked": len(right), "correct": sum(right)},
+            "right": "".join("01"[is_right] for is_right in right),
+            "examples": column[:SHOWN],
+            **{"seconds": round(time.time() - start, 1), "commit": commit()},
+            **{"torch": torch.__version__, "transformers": transformers.__version__},
+            "python": platform.python_version(),
+        }
+
+
+@torch.no_grad()
+def answers(
+    model: PreTrainedModel, of: Questions, problems: list[Problem], generator: torch.Generator
+) -> list[list[str]]:
+    """Of each problem a text for each temperature. What all prompts begin with is read once, and
+    each prompt once for all temperatures."""
+    tokenizer = of.context.tokenizer
+    prompts = of.context.token_ids(problems)
+    shared = next(i for i, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1)
+    cache = DynamicCache()
+    model(torch.tensor([prompts[0][:shared]]), past_key_values=cache)
+    cache.batch_repeat_interleave(len(prompts))
+    ids, mask = left_pad([p[shared:] for p in prompts], tokenizer.pad_token_id)
+    mask = torch.cat([mask.new_ones(len(prompts), shared), mask], 1)
+    positions = (mask.cumsum(1) - 1)[:, shared:]
+    z = model(
+        ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
+    ).logits[:, -1]
+
+    k = len(of.temperatures)
+    cache.batch_repeat_interleave(k)
+    z, mask, at = (x.repeat_interleave(k, 0) for x in (z, mask, positions[:, -1:]))
+    temperatures = torch.tensor(of.temperatures).repeat(len(prompts))[:, None]
+    tokens: list[Tensor] = []
+    ended = torch.zeros(len(z), dtype=torch.bool)
+    while len(tokens) < of.max_new_tokens and not ended.all():
+        if tokens:
+            mask, at = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), at + 1
+            z = model(
+                tokens[-1][:, None], attention_mask=mask, position_ids=at, past_key_values=cache
+            ).logits[:, -1]
+        noise = -torch.empty_like(z).exponential_(generator=generator).clamp_(min=1e-37).log()
+        tokens.append((z + temperatures * noise).argmax(1))  # as Gumbel draws
+        ended |= tokens[-1] == tokenizer.eos_token_id
+    found = [
+        up_to_the_end(row, {tokenizer.eos_token_id}) for row in torch.stack(tokens, 1).tolist()
+    ]
+    texts = tokenizer.batch_decode(found)
+    return [texts[i : i + k] for i in range(0, len(texts), k)]
+
+
+def held_out(run: Path) -> list[Row]:
     """Of metrics.jsonl of a run folder: the held-out problems before, during and after training;
     and before it with the teacher's prompt, where that was measured."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for m in map(json.loads, lines):
         if "accuracy" not in m:
             continue
@@ -84,16 +130,6 @@ def held_out(run: Path) -> list[dict[str, Any]]:
             right = round(m["teacher_accuracy"] * m["problems"])
             rows.append({**row, "side": "teacher", "correct": right})
     return rows
-
-
-def ask(
-    student: Student, questions: Questions, context: Context, temperature: float, samples: int
-) -> list[Attempt]:
-    """All problems once, and then again."""
-    sampling = Sampling(temperature, questions.max_new_tokens)
-    sampler = GenerateSampler(student, context.tokenizer, sampling)
-    problems = questions.problems * samples
-    return evaluate(sampler, context, problems, questions.grader, seed=0, batch_size=48)
 
 
 if __name__ == "__main__":

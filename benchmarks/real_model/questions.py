@@ -11,7 +11,7 @@ from opsd_train.grading import Grader, MathGrader, Verdict
 from opsd_train.records import Problem
 from opsd_train.sums import sums
 
-GREEDY = 0.01  # the temperature that stands for it
+GREEDY = 0.0
 PRESET = "smollm2-135m-sums"
 
 CAPITALS = {
@@ -42,7 +42,6 @@ class Questions:
     problems: list[Problem]
     grader: Grader
     temperatures: tuple[float, ...] = (GREEDY,)
-    samples: int = 1  # of each problem, where it is not greedy
     max_new_tokens: int = 24
 
 
@@ -62,7 +61,7 @@ def all_questions(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Qu
     opposites = [Problem(f"What is the opposite of {k}?", "", v) for k, v in OPPOSITES.items()]
     products = [Problem(f"What is {a} times {b}?", "", str(a * b)) for a, b in PRODUCTS]
     return [
-        Questions("sums", student, tests, MathGrader(), (GREEDY, config.temperature), 2),
+        Questions("sums", student, tests, MathGrader(), (GREEDY, config.temperature)),
         Questions("products", with_example, products, last_number),
         Questions("capitals", alone, capitals, contains),
         Questions("opposites", alone, opposites, contains),

@@ -594,7 +594,7 @@ def in_a_sentence(results: Results) -> str:
         f"In a toy world of long multiplication OPSD took held-out accuracy from {begin:.0%} to "
         f"{ours:.0%} with {spent:.0f}k generated tokens, GRPO to {grpo:.0%} with "
         f"{spent_by_grpo:.0f}k ({len(results.plan['seeds'])} seeds, {results.source}; "
-        "[all methods](docs/token_efficiency.md)). No model of a real size has been trained."
+        "[all methods](docs/token_efficiency.md))."
     )
 
 
