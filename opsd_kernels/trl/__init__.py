@@ -5,15 +5,15 @@
     apply_opsd_kernels_to_trl()
 
 The trainers of TRL that distil then compute their losses from hidden states. TRL's own loss stays
-where a config asks for something that this package does not compute, and where the logits of a
-model differ from those that its head gives, on a few tokens of the first batch. A warning says so
-once. `explain` lists every loss and whose it is; `routes` counts whose losses were computed.
-docs/trl.md has a section for each trainer.
+where a config asks for something that this package does not compute. It also stays where a model's
+logits are not those of its head; they are compared on a few tokens of the first batch. A warning
+names the reason once. `explain` lists every loss, and whether it is ours or TRL's. `routes` counts
+the losses that were computed, ours and TRL's. docs/trl.md has a section for each trainer.
 
 patches.py replaces functions of TRL and puts them back; hooks.py describes a replacement.
 trainers.py knows the trainers, and finds those of the installed TRL. losses.py lists their losses;
 route.py counts and warns. distillation.py, self_distillation.py, on_policy.py and server.py hold
-the losses; top_k.py has what losses on K tokens share. hidden_states.py runs a model up to its
+the losses; top_k.py is for losses on K tokens. hidden_states.py runs a model up to its
 head, inside its wrappers; heads.py makes the head whole. No other folder imports TRL.
 """
 

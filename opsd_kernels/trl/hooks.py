@@ -25,8 +25,8 @@ class Hook:
     replaced: str
     """`function`, or `Class.method`, in that module."""
     make: Callable[[Callable[..., Any], Any], Callable[..., Any]]
-    """Makes our function from TRL's, which it falls back to, and the class or module that holds
-    it."""
+    """Makes our function. It takes TRL's function, to fall back to, and the class or module that
+    holds TRL's function."""
     signatures: Mapping[str, str]
     """The names of the parameters of every function of TRL that is replaced, that ours calls, or
     whose work ours does; by path, after `module:` if it is in another module."""

@@ -1,5 +1,5 @@
-"""The losses of `IWOPDTrainer`: a divergence, of the whole vocabulary or on the likeliest tokens,
-or the loss after which it is named, of sampled tokens. The teacher is a model or a server.
+"""The losses of `IWOPDTrainer`: a divergence on the whole vocabulary or on the likeliest tokens, or
+"iw_opd", a loss on the sampled tokens. The teacher is a model or a server.
 
 β weighs the teacher, and names the forward KL at 0 and the reverse KL at 1, as in `fused_jsd_loss`.
 Logits are divided by the temperature.
@@ -89,9 +89,9 @@ def _compute_loss(theirs: Callable[..., Any], base: type) -> Callable[..., Any]:
 def _top_k_loss(
     trainer: Any, ids: Tensor, h_S: Tensor, W: LMHead, h_T: Tensor, W_T: LMHead | None
 ) -> Tensor:
-    """Σ ℓ on the likeliest tokens: those of the teacher in the forward KL, those of the student in
-    the reverse KL, and both in between. With one token, that of the student is the one that was
-    sampled, unless the config asks for the likeliest.
+    """Σ ℓ on the likeliest tokens: the teacher's for the forward KL, the student's for the reverse
+    KL, both for 0 < β < 1. With `loss_top_k` = 1 the sampled token stands for the student's
+    likeliest, unless the config asks for the likeliest.
 
     Args:
         ids: [n] the tokens that were sampled.
@@ -121,7 +121,7 @@ def _top_k_loss(
 def _iw_opd_loss(
     trainer: Any, model: Any, inputs: dict[str, Any], items: Tensor | int | None
 ) -> Tensor:
-    """TRL's own loss, of logits of two entries: the token that was sampled, and all others."""
+    """TRL's own loss, from logits of two entries: the sampled token, and all others together."""
     begin, T = trainer._compute_prompt_length(inputs), trainer.temperature
     labels = inputs["labels"][:, begin:]
     counts = labels != -100  # [B, K]

@@ -20,17 +20,18 @@ class Loss(NamedTuple):
     loss: str
     """As its config names it."""
     whose: str
-    """`ours` or `theirs`, as things are now."""
+    """`ours` or `theirs`, at present."""
     reason: str
     """Why it is TRL's; empty if it is ours."""
 
 
 def explain() -> Table[Loss]:
-    """Tell for every distillation loss of the installed TRL whether it is ours now, and why not.
+    """List every distillation loss of the installed TRL: whether it is ours at present, and if not,
+    why.
 
-    A trainer of TRL that is not known here has a row too. A loss that is ours is still left to TRL
-    where something else in a run stands in the way, such as `torch.nn.DataParallel`. A warning says
-    so then, and `routes` counts it.
+    A trainer of TRL that is not known here has a row too. TRL may still compute a loss that is
+    listed as ours, if something else in a run stands in the way, such as `torch.nn.DataParallel`.
+    Then a warning says so, and `routes` counts the loss as TRL's.
     """
     return Table(
         Loss(trainer, loss, "theirs" if reason else "ours", reason)
@@ -54,7 +55,7 @@ def say_what_stays_theirs() -> None:
 
 
 def _losses(trainer: str, module: str) -> Mapping[str, str | None]:
-    """The losses of a trainer, and why each is never ours; None for one that can be."""
+    """The losses of a trainer, each with the reason why it is never ours; None if it can be."""
     modules = {hook.trainer: hook.module for hook in HOOKS}
     if trainer in LOSSES and modules.get(trainer, module) == module:
         return LOSSES[trainer]
@@ -62,7 +63,8 @@ def _losses(trainer: str, module: str) -> Mapping[str, str | None]:
 
 
 def _is_applied(trainer: str) -> bool:
-    """Whether all that ours replaces for a trainer is replaced now. It imports nothing of TRL."""
+    """Whether every function that we replace for a trainer is replaced now. Nothing of TRL is
+    imported."""
     for hook in HOOKS:
         if hook.trainer == trainer:
             found: Any = sys.modules.get(hook.module)

@@ -1,5 +1,4 @@
-"""Which losses of TRL's trainers were computed by this package, counted, and a word where one was
-not."""
+"""Counts which losses of TRL's trainers this package computed, and warns where TRL computed one."""
 
 import logging
 from collections import Counter
@@ -22,7 +21,7 @@ class Route(NamedTuple):
     reason: str
     """Why it stayed TRL's; empty if it is ours."""
     batches: int
-    """How often: for each micro-batch of gradient accumulation, and of evaluation, once."""
+    """How often: once for each micro-batch, in training and in evaluation."""
 
 
 class Table(list[Row]):
@@ -47,8 +46,8 @@ _said: set[tuple[str, str]] = set()  # trainer and reason, where no trainer is a
 def routes(*, clear: bool = False) -> Table[Route]:
     """Count the losses that trainers computed in this process, by trainer, loss and route.
 
-    A trainer whose loss `apply_opsd_kernels_to_trl` does not replace is not counted: `explain` says
-    which.
+    A trainer whose loss `apply_opsd_kernels_to_trl` does not replace is not counted. `explain`
+    lists such trainers.
 
     Args:
         clear: start to count from 0 again.
@@ -66,7 +65,7 @@ def took(trainer: Any, loss: str, reason: str | None) -> None:
     """Count a loss. If it stays TRL's, warn once for each trainer and reason.
 
     Args:
-        trainer: a trainer; or its class's name, in a function that is not given it.
+        trainer: the trainer, or the name of its class where the trainer is not at hand.
         reason: why the loss stays TRL's; None if it is ours.
     """
     name = trainer if isinstance(trainer, str) else type(trainer).__name__

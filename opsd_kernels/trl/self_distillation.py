@@ -182,7 +182,8 @@ def _loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 class _LogProbs(NamedTuple):
-    """Stands in for the student's logits, where only log p of the completions is made of them."""
+    """Stands in for the student's logits where TRL computes only log p of the completions from
+    them."""
 
     log_p: Tensor
     """[B, K]"""
@@ -195,7 +196,7 @@ def _policy_loss(trainer: Any, inputs: dict[str, Any], log_p: Tensor) -> Tensor:
         log_p: [n] of the tokens of the completions.
     """
     mask, old_log_p = inputs["completion_mask"].to(log_p.device), inputs.get("old_per_token_logps")
-    # Where no token is, the ratio to what was sampled is to be 1.
+    # Where there is no token, the ratio of probabilities now and then has to be 1.
     elsewhere = log_p.new_zeros(mask.shape) if old_log_p is None else old_log_p.to(log_p)
     given = _LogProbs(elsewhere.masked_scatter(mask != 0, log_p))
     loss: Tensor = trainer._compute_policy_loss(inputs, given)
@@ -232,8 +233,8 @@ def _loss_of_tokens(
     h_T: Tensor,
     W_T: LMHead | None,
 ) -> Tensor:
-    """[n] losses of the tokens that count, weighted by the ratio of a token's probability to that
-    when it was sampled, up to a clip.
+    """[n] losses of the tokens that count. Each is weighted by the token's probability now over its
+    probability when it was sampled, up to a clip.
 
     Args:
         ids: [n] the tokens.

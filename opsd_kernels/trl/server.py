@@ -2,8 +2,8 @@
 `use_teacher_server`. The teacher is a server. At each position it gives the log-probabilities of
 its K likeliest tokens, and of the token that was sampled.
 
-The forward KL compares the K tokens of the teacher, the reverse KL the sampled token, and what lies
-between the two the teacher's likeliest token and the sampled one.
+The forward KL compares the teacher's K tokens. The reverse KL compares the sampled token. With
+0 < β < 1 the divergence compares the teacher's likeliest token and the sampled one.
 """
 
 import functools
@@ -77,7 +77,7 @@ def _compute_loss(theirs: Callable[..., Any], base: type) -> Callable[..., Any]:
 
 
 def loss_of_server(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
-    """The mean over the tokens of this micro-batch.
+    """The mean loss over the tokens of this micro-batch.
 
     Args:
         inputs: `input_ids`, `attention_mask` and `labels` [B, L], and what
@@ -161,9 +161,9 @@ def _sums(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
     """The loss for the arguments of the function that is replaced.
 
     Returns:
-        Sums over tokens: the loss; it again, without gradient; the student's entropy; the teacher's
-        over the entries that are compared; and for each teacher the number of its tokens, their
-        loss and its entropy, as one vector.
+        Sums over tokens: the loss; the loss without gradient; the student's entropy; the teacher's
+        entropy over the entries that are compared; and one vector with the number of tokens, the
+        loss and the entropy of each teacher.
     """
     h, absent = given["hidden_valid"], ~given["valid_candidate_mask"]
     W = LMHead(

@@ -13,12 +13,12 @@ from ..sparse import Outside, fused_top_k_loss
 
 
 def outside(add_tail: bool) -> Outside:
-    """What becomes of all other tokens."""
+    """How all other tokens count, in the words of `fused_top_k_loss`."""
     return "bucket" if add_tail else "renormalize"
 
 
 def why_too_many(tokens: int) -> str | None:
-    """Why the loss cannot take so many tokens at a position; None if it can."""
+    """Why the loss cannot take this number of tokens at a position; None if it can."""
     return f"{tokens} tokens at a position are above {MOST_IDS}" if tokens > MOST_IDS else None
 
 
@@ -36,7 +36,7 @@ def top_k_loss(
     """The loss [n] of each token where the teacher is a model.
 
     Args:
-        ids: [n, K] the tokens that are compared. Of equal ones the first counts.
+        ids: [n, K] the tokens that are compared. Of equal ids the first counts.
     """
     with no_grad():
         log_q, log_q_rest = fused_log_probs(

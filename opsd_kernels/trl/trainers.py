@@ -11,7 +11,7 @@ from . import distillation, iw_opd, on_policy, self_distillation, server
 _MODULES = (distillation, self_distillation, on_policy, iw_opd, server)
 HOOKS = tuple(hook for module in _MODULES for hook in module.HOOKS)
 TRAINERS = tuple(dict.fromkeys(hook.trainer for hook in HOOKS))
-# By trainer the losses that it can be configured for, and why each is never ours, or None.
+# For each trainer its losses, each with the reason why it is never ours; None if it can be ours.
 LOSSES = {trainer: losses for module in _MODULES for trainer, losses in module.LOSSES.items()}
 
 # A class from its first line to the next line that is not indented.
@@ -24,8 +24,8 @@ _WORDS = re.compile("distill|teacher", re.IGNORECASE)
 def trainers_of_trl() -> tuple[tuple[str, str], ...]:
     """Name and module of each trainer of the installed TRL that distils.
 
-    They are found in TRL's sources, by what these say of teachers, without importing them. A class
-    that has an `__init__` alone is its base under another name, and is left out.
+    TRL's sources are searched for classes that speak of teachers or distillation; nothing is
+    imported. A class that has an `__init__` alone is its base under another name, and is left out.
     """
     root = Path(trl.__file__).parent
     found = []
