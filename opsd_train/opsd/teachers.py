@@ -1,8 +1,8 @@
-"""Who scores what the student sampled: a backbone, and the adapter that is on it meanwhile; or
-servers.
+"""Teachers, which score what the student sampled. A teacher is a backbone, with or without an
+adapter, or runs on servers.
 
 base            the model with its adapter off
-initial         the policy that training began with: the same, or with --adapter that adapter
+initial         the policy that training began with: base, or the model with the given --adapter
 live            the student itself, as it is now
 ema             an exponential moving average of the student's adapter
 another model   with an LM head of its own, or on vLLM servers: for on-policy distillation
@@ -43,12 +43,12 @@ class Teacher:
     """A backbone as it is: another model's, or the student's own."""
 
     def __init__(self, backbone: torch.nn.Module | None, head: LMHead | None = None):
-        self.backbone: Any = backbone  # None of one on servers
-        self.head = head  # its own; None where it has the student's
+        self.backbone: Any = backbone  # None if the teacher is on servers
+        self.head = head  # the teacher's own; None if it is the student's
 
     def look_at(self, rollout: Rollout, context: Context) -> Rollout:
-        """Called with a step's rollouts before they are divided into micro-batches. Returned with
-        what the teacher says of them, if others compute it."""
+        """Called with a step's rollouts before they are divided into micro-batches. A teacher on
+        servers returns them with its log-probabilities; the others return them as they are."""
         return rollout
 
     def active(self) -> AbstractContextManager[None]:
@@ -59,7 +59,8 @@ class Teacher:
         """Called after each step of the student."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint has to keep of it, by name; filled in place when a run is resumed."""
+        """The teacher's tensors that a checkpoint keeps, by name. A resumed run fills them in
+        place."""
         return {}
 
 
@@ -75,8 +76,8 @@ class BaseTeacher(Teacher):
 
 
 class CopyTeacher(Teacher):
-    """A frozen second copy of a backbone that is trained itself. Weights that are not trained, its
-    embeddings, are those of the first. With a decay it follows as an average of the student:
+    """A frozen copy of a backbone whose own weights are trained. Weights that are not trained, the
+    embeddings, are shared with the student. With a decay the copy is an average of the student:
     ā ← decay · ā + (1 − decay) · a after each step."""
 
     def __init__(self, backbone: torch.nn.Module, decay: float | None = None):
@@ -98,8 +99,8 @@ class CopyTeacher(Teacher):
 
 
 class AdapterTeacher(Teacher):
-    """The student's backbone with adapter weights of the teacher's own: those that the student has
-    when this is made."""
+    """The student's backbone with the teacher's own adapter weights: a copy of the student's from
+    when this teacher is made."""
 
     def __init__(self, backbone: torch.nn.Module, model: PeftModelForCausalLM):
         super().__init__(backbone)
@@ -122,8 +123,8 @@ class AdapterTeacher(Teacher):
 
 
 class EmaTeacher(AdapterTeacher):
-    """With the average of the student's adapter: ā ← decay · ā + (1 − decay) · a after each
-    step."""
+    """The student's backbone with an average of the student's adapter:
+    ā ← decay · ā + (1 − decay) · a after each step."""
 
     def __init__(self, backbone: torch.nn.Module, model: PeftModelForCausalLM, decay: float):
         super().__init__(backbone, model)
@@ -141,14 +142,14 @@ class EmaTeacher(AdapterTeacher):
 
 PROBE = "Prüfe 12345 + 67890 = 80235, 中文 и русский:\n\tdef f(x): return x ** 2  # ∑ ≤ ∞"
 PROBE_TOKENS = 32  # of the text above that the servers score before a run begins
-# What log-probabilities of one model on two servers may differ by, in the mean: kernels of 16 bits
-# round otherwise. Another model is off by far more.
+# How far the log-probabilities of one model on two servers may lie apart, in the mean: 16-bit
+# kernels round differently. Those of two models lie much further apart.
 TOLERANCE = 0.3
 
 
 class ServerTeacher(Teacher):
-    """Another model, on vLLM servers: they send its log-probabilities of a rollout's tokens and of
-    the likeliest at their places. Nothing of the model is in this process.
+    """Another model, on vLLM servers. They send its log-probabilities of a rollout's tokens, and of
+    the likeliest tokens at the same positions. Nothing of the model is in this process.
 
     All processes call its methods together; each sends requests for its own rollouts.
     """
@@ -164,15 +165,15 @@ class ServerTeacher(Teacher):
         vocabulary: number of the student's tokens.
 
         Raises:
-            ValueError: a server does not answer, has another tokenizer, or not as it has to be
-                started.
+            ValueError: a server does not answer, has another tokenizer, or was started with options
+                that do not fit.
         """
         super().__init__(None)
         self.accelerator, self.k = accelerator, min(config.teacher_top_k, vocabulary)
         self.at_once = config.rollout_batch_size
         self.fleet = Fleet(config.teacher_urls or (), "teacher_urls")
         longest = config.max_prompt_tokens + config.max_new_tokens
-        # With the token that a server samples after a completion it has scored.
+        # One more, since a server samples a token after the completion that it scores.
         self.name = in_main_process(accelerator, lambda: served_model(self.fleet, longest, more=1))
         first, *others = in_main_process(
             accelerator,
@@ -204,10 +205,11 @@ class ServerTeacher(Teacher):
     def _check(
         self, server: VllmServer, tokenizer: PreTrainedTokenizerBase, vocabulary: int
     ) -> TeacherTopK:
-        """What the server says of a text.
+        """The server's log-probabilities of the tokens of a text.
 
         Raises:
-            ValueError: it has another tokenizer, or sends fewer tokens, or other numbers.
+            ValueError: the server has another tokenizer, sends fewer than k tokens, or sends
+                numbers that are not log-probabilities.
         """
         text = "".join([PROBE, *sorted(tokenizer.get_added_vocab())])
         ours: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
