@@ -1,4 +1,4 @@
-"""Products with K rows of the head for each token, which are gathered by their ids.
+"""Products of each token with K rows of the head, which are gathered by id.
 
     u_k = h · W[id_k]          out ← out + Σ_k c_k W[id_k]          dW[id_k] ← dW[id_k] + c_k h
 
@@ -55,8 +55,8 @@ def gradient_of_rows_(
     ids: Tensor,
     operand_dtype: torch.dtype,
 ) -> None:
-    """dW[id_k] ← dW[id_k] + c_k h and db[id_k] ← db[id_k] + c_k in fp32: [V, D] and [V]. The
-    kernel sorts N · K ids."""
+    """dW[id_k] ← dW[id_k] + c_k h and db[id_k] ← db[id_k] + c_k in fp32: [V, D] and [V]. With
+    kernels the N · K ids are sorted first."""
     if _uses_kernels(dW):
         from .kernels import gathered
 
@@ -85,7 +85,7 @@ def _add_at_(out: Tensor, at: Tensor, rows: Tensor) -> None:
     if out.device.type == "cpu":
         out.index_add_(0, at, rows)
     else:
-        # It sorts, where index_add_ would add atomically.
+        # index_put_ sorts the indices. index_add_ would add atomically, in any order.
         out.index_put_((at,), rows, accumulate=True)
 
 
@@ -94,7 +94,7 @@ def _absent(ids: Tensor, W: Tensor) -> Tensor:
 
 
 def _gather(W: Tensor, ids: Tensor, operand_dtype: torch.dtype) -> Tensor:
-    """W[ids] [n, k, D] in fp32, rounded; any row where an id is absent."""
+    """W[ids] [n, k, D], rounded, in fp32. Where an id is absent, the row is some row of W."""
     at = ids.clamp(0, W.shape[0] - 1).flatten()
     return W.index_select(0, at).to(operand_dtype).float().unflatten(0, ids.shape)
 

@@ -2,16 +2,16 @@
 
     z_k = z at id_k              L_r = log Σ_{v∉S} exp z_v,    S the ids of the token
 
-All that a loss on K entries needs to know of the vocabulary: the softmax of [z_1 … z_K, L_r] is
+A loss on K entries needs nothing else of the vocabulary: the softmax of [z_1 … z_K, L_r] is
 exactly (p_1 … p_K, p_r). With the upstream gradients c_k of z_k and c_r of L_r, and the slope s of
 a softcap,
 
     dh = (Σ_k c_k s_k W[id_k] + c_r B) / T        B = Σ_{v∉S} p̃_v s_v W_v
 
-where p̃ is the softmax of the logits outside S alone. B is as large as a row of W, however little
-mass the rest has, and does not depend on c_r: forward makes it, where h needs a gradient. Backward
-adds K rows of W to c_r B in fp32 and rounds once. A trained head gets its gradient in backward from
-another pass over the vocabulary (`head_gradient`), in whose tiles the entries of S have c_k s_k.
+where p̃ is the softmax of the logits outside S alone. B has the size of a row of W, however little
+mass the rest has. B does not depend on c_r, so forward makes it if h needs a gradient. Backward
+adds K rows of W to c_r B in fp32 and rounds once. The gradient of a trained head takes another pass
+over the vocabulary, in backward (`head_gradient`). In its tiles the entries of S hold c_k s_k.
 """
 
 from dataclasses import replace
@@ -56,8 +56,8 @@ def logits_and_rest(
     Args:
         arguments: of the call. Results of tokens that do not count are undefined, and their
             gradients 0.
-        ids: [N, K] int32, in any order; they may repeat. Those outside the vocabulary are absent.
-        needs_rest: whether L_r is wanted. Without it K rows of W are read, and no vocabulary.
+        ids: [N, K] int32, in any order; they may repeat. Ids outside the vocabulary are absent.
+        needs_rest: whether L_r is wanted. Without it only K rows of W are read for each token.
         needs_entropy: whether the entropy of p̃ is wanted too.
         workspace_bytes: see `divergence_of_tokens`.
 
@@ -116,7 +116,7 @@ class _LogitsAndRest(torch.autograd.Function):
                 ctx.mark_non_differentiable(results[-1])
         if needs_gradient:
             heads = {"weight": weight, "head_bias": bias} if trained else {}
-            # A frozen head's gradient is made: h_S is not read again.
+            # With a frozen head forward has made B: backward does not read h_S.
             read = {} if trained else {"h_S": None, "excluded": None}
             save(ctx, vars(problem) | read | made | heads)
             ctx.trained, ctx.workspace_bytes, ctx.dtype = trained, workspace_bytes, h_S.dtype
@@ -127,7 +127,7 @@ class _LogitsAndRest(torch.autograd.Function):
         refuse_second_derivative()
         kept = restored(ctx)
         ids, slope, gone = (kept.pop(name) for name in ("ids", "slope", "gone"))
-        # Selected, not multiplied: what has no part may have any gradient.
+        # Masked, not multiplied by 0: the gradient of an absent slot may be NaN.
         c = grad_z.masked_fill(gone, 0)
         if slope is not None:
             c = c * slope
@@ -180,7 +180,7 @@ def _logits_at_ids(
     slope = LogitMap(of_ids, softcap, 1.0).apply_(u, needs_slope=True)
     z = u.div_(temperature).masked_fill_(ids < 0, -torch.inf)
     if group is not None:
-        # An id belongs to one process, except that an empty shard has a row too, a banned one.
+        # An id is in one shard. But a shard without rows has one too, a banned row.
         there = z != -torch.inf
         total, count = summed_(torch.stack([z.where(there, 0), there.float()]), group)
         z = total.masked_fill_(count == 0, -torch.inf)
@@ -235,7 +235,7 @@ def _gradients_of_rows(
     bias: Tensor | None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of h, weight and bias where no rest is wanted."""
+    """The gradients of h, weight and bias for logits without the rest."""
     needs_h, needs_weight, needs_bias = needs
     grad = grad_weight = grad_bias = None
     if needs_h:
@@ -248,7 +248,7 @@ def _gradients_of_rows(
         fill = ops.fill_rows_of_head if is_opaque(c) else gradient_of_rows_
         fill(dW, db, c / problem.temperature, h, ids, problem.operand_dtype)
         if needs_weight:
-            # A shard without rows has one in the problem.
+            # A shard without rows has one, a banned row, in the problem.
             grad_weight = dW[: weight.shape[0]].to(weight.dtype)
             padding = max(0, weight.shape[0] - V)
             if padding:

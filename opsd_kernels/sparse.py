@@ -1,4 +1,4 @@
-"""A divergence from a sparse teacher, which gives K ids and log-probabilities a token."""
+"""A divergence from a sparse teacher, which gives K ids and log-probabilities at each position."""
 
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -17,10 +17,10 @@ Outside = Literal["bucket", "renormalize", "ignore"]
 
 # A log q that is not above this marks an absent slot. Servers write −9999 for −∞, which JSON lacks.
 ABSENT = -9999.0
-# The least mass that a teacher has outside the ids, where it is 1 − Σ q: log-probabilities of fp32
-# say no more.
+# The least value of 1 − Σ q, the teacher's mass outside the ids: log-probabilities in fp32 do not
+# tell less from 0.
 LEAST_REST = 1e-7
-# As good as −∞, for a mass that is given but not compared.
+# The least log q_r with "ignore", which does not compare q_r: as good as −∞, but finite.
 LEAST_LOG = -69.0
 
 
@@ -33,7 +33,7 @@ class TopKLoss(NamedTuple):
     mass_student: Tensor
     """Σ p over the ids: the student's mass on the teacher's tokens."""
     mass_teacher: Tensor
-    """Σ q over the ids, as given: above 1 where log_q is not that of a distribution."""
+    """Σ q over the ids, as given. It is above 1 if `log_q` is not of a distribution."""
     entropy_student: Tensor
     """−Σ p log p over the whole vocabulary, in nats."""
     logp_student: Tensor | None
@@ -58,19 +58,20 @@ def fused_top_k_loss(
     return_statistics: bool = False,
 ) -> Tensor | TopKLoss:
     """Divergence from a teacher that gives K tokens and their log-probabilities at each position,
-    as a server does, from the student's hidden states and LM head, without [N, V] logits.
+    as a server does. It is computed from the student's hidden states and LM head, without [N, V]
+    logits.
 
     Each token has the student's p = softmax(h_student Wᵀ / T), the teacher's q, and a support S of
     K ids. All other tokens together have p_r and q_r. D is the divergence that `beta` names in
-    `fused_jsd_loss`, a sum of terms f(p, q). `outside` says what becomes of the other tokens:
+    `fused_jsd_loss`, a sum of terms f(p, q). `outside` says how the other tokens count:
 
-        "bucket"         D of (p_1 … p_K, p_r) and (q_1 … q_K, q_r): they are one more entry
-        "renormalize"    D of p and q divided by their sums over S. Only the K rows of W are read.
-                         With one id nothing is left to compare.
-        "ignore"         Σ_S f(p, q). Such a KL can be negative: the forward KL where p has more
-                         mass on S than q, the reverse KL where it has less.
+        "bucket"         D of (p_1 … p_K, p_r) and (q_1 … q_K, q_r): the others are one more entry.
+        "renormalize"    D of p and q, each divided by its sum over S. Only K rows of W are read.
+                         With K = 1 the loss is 0.
+        "ignore"         Σ_S f(p, q). A KL can then be negative: the forward KL where p has more
+                         mass on S than q, the reverse KL where p has less.
 
-    The gradient is exact: with a bucket, or ignored, tokens outside S have a gradient too.
+    The gradient is exact: with "bucket" and "ignore" the logits outside S have a gradient too.
 
     Args:
         h_student: [..., D], see `fused_jsd_loss`. The gradient flows into them, and into `W` if it
@@ -83,9 +84,9 @@ def fused_top_k_loss(
             −∞, or where its id is negative or not in the vocabulary. A token without a slot has
             loss 0; its weight still counts in a mean.
         log_q_rest: [...] float, log q_r. By default log(1 − Σ q), and at least log 1e-7, since
-            log-probabilities in fp32 say no more. If (q_1 … q_K, q_r) does not sum to 1, it is
-            divided by its sum. Not used with "renormalize". Where S is all that the student's head
-            allows, there is nothing outside.
+            log-probabilities in fp32 do not tell less from 0. If (q_1 … q_K, q_r) does not sum to
+            1, it is divided by its sum. Not used with "renormalize". Where S has every token that
+            the student's head allows, q_r counts as 0.
         outside: "bucket", "renormalize" or "ignore".
         beta, entry_clip: see `fused_jsd_loss`. Many train on top-k teachers with the forward KL,
             `beta=0`.
@@ -94,8 +95,8 @@ def fused_top_k_loss(
             "renormalize": pass log_q / T.
         targets: [...] ids of the sampled tokens, for `logp_student`; see `token_divergence`.
         token_weights, reduction, workspace_mib: see `fused_jsd_loss`.
-        return_statistics: whether to return a `TopKLoss`. With "renormalize" that takes a pass over
-            the vocabulary.
+        return_statistics: whether to return a `TopKLoss`. With "renormalize" the statistics take a
+            pass over the vocabulary.
 
     Returns:
         fp32 scalar, or [...] with reduction "none"; with `return_statistics` a `TopKLoss`.
@@ -132,7 +133,7 @@ def fused_top_k_loss(
         if outside == "ignore":
             rest = rest.clamp(min=LEAST_LOG)
         z_T = with_rest(z_T, rest.masked_fill(L_r == -torch.inf, -torch.inf))
-    # Where nothing is to be compared both sides are the same.
+    # Where there is nothing to compare, both sides get the same logits, so that the loss is 0.
     empty = ~counts.any(-1, keepdim=True)
     loss = divergence_of_rows(
         z_S.masked_fill(empty, 0),

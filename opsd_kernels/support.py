@@ -1,10 +1,10 @@
-"""The support S of a token: K ids, and with the rest of the vocabulary a row of K + 1 logits.
+"""The support S of a token: K ids. With the rest of the vocabulary it has a row of K + 1 logits.
 
     L_r = log Σ_{v∉S} exp(z_v)        log-sum-exp of the logits outside S
 
-The softmax of [z_1 … z_K, L_r] is (p_1 … p_K, p_r): what the full softmax gives to the K ids, and
-to all other entries together. So a loss on a support is pointwise on [N, K + 1]. L_r is summed over
-the other entries: 1 − Σ p_k would have no digits left where p_r is small.
+The softmax of [z_1 … z_K, L_r] is (p_1 … p_K, p_r): the probabilities of the K ids in the full
+softmax, and that of all other entries together. So a loss on a support is pointwise on [N, K + 1].
+L_r is summed over the other entries: 1 − Σ p_k would have no digits left where p_r is small.
 
 A slot whose id is −1 is absent; its logit is −∞.
 """
@@ -20,7 +20,7 @@ from .schedules.rows import divergence_rows_
 
 
 def first_slots(ids: Tensor) -> Tensor:
-    """[N, K] the first slot with the id of a slot, from ids [N, K]."""
+    """For each slot of ids [N, K] the first slot with the same id, [N, K]."""
     sorted_ids, slots = ids.sort(dim=-1, stable=True)
     place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     repeats = torch.zeros_like(ids, dtype=torch.bool)
@@ -35,8 +35,8 @@ def with_rest(of_ids: Tensor, of_rest: Tensor) -> Tensor:
 
 
 def log_softmax(z: Tensor) -> Tensor:
-    """log p [N, K + 1] of rows of logits, which keeps its digits, and those of its gradient, where
-    p is almost 1. An entry at −∞ has no gradient."""
+    """log p [N, K + 1] of rows of logits. Value and gradient keep their digits where p is almost 1.
+    An entry at −∞ has no gradient."""
     log_p: Tensor = _LogSoftmax.apply(z)
     return log_p
 
@@ -65,10 +65,11 @@ class _LogSoftmax(torch.autograd.Function):
 
 
 def divergence_of_rows(z_S: Tensor, z_T: Tensor, member: Member, ignored: int = 0) -> Tensor:
-    """ℓ [N] of rows of logits [N, ·], those of a student and the constant ones of a teacher.
+    """ℓ [N] from rows of logits [N, ·]: the student's z_S and the teacher's z_T, a constant.
 
     Args:
-        ignored: entries at the end of a row which add nothing to ℓ, although they have mass.
+        ignored: number of entries at the end of a row that add nothing to ℓ, although they have
+            mass.
     """
     needs_gradient = torch.is_grad_enabled() and z_S.requires_grad
     loss: Tensor = _Divergence.apply(z_S, z_T, member, ignored, needs_gradient)
@@ -80,8 +81,9 @@ class _Divergence(torch.autograd.Function):
     def forward(
         ctx: Any, z_S: Tensor, z_T: Tensor, member: Member, ignored: int, needs_gradient: bool
     ) -> Tensor:
-        # In float64: a logit and a log-probability differ by a normalizer, which in fp32 would take
-        # the last digits of x. K + 1 numbers a token cost little beside a vocabulary.
+        # In float64: z_S are logits, z_T can be log-probabilities. They differ by a normalizer, and
+        # in fp32 it would take the last digits of x. K + 1 numbers a token cost little beside a
+        # vocabulary.
         dz, z_T = (z.to(torch.float64, copy=True) for z in (z_S, z_T))
         loss = divergence_rows_(dz, z_T, member, needs_gradient, ignored=ignored)
         if needs_gradient:
@@ -92,5 +94,5 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         (dz,) = ctx.saved_tensors
-        # Selected, not multiplied: the gradient of a dropped token may be NaN.
+        # Masked, not multiplied by 0: the gradient of a dropped token may be NaN.
         return (dz * grad[:, None]).masked_fill_((grad == 0)[:, None], 0), None, None, None, None

@@ -16,8 +16,8 @@ class TopK(NamedTuple):
     """The k likeliest entries of every token, from `fused_top_k`. Nothing here has a gradient."""
 
     ids: Tensor
-    """[..., k] int64, the likeliest entry first; of entries whose logits are equal in fp32 the
-    smallest id first. −1 where fewer than k entries are not banned."""
+    """[..., k] int64, the likeliest entry first. Entries whose logits are equal in fp32 are in the
+    order of their ids. −1 where fewer than k entries are not banned."""
     log_probs: Tensor
     """[..., k] fp32 log p of these entries; −inf where the id is −1."""
     log_rest: Tensor
@@ -40,10 +40,10 @@ def fused_top_k(
     """The k likeliest entries of next-token distributions, and the mass of all others, from hidden
     states and the LM head, in one pass over the vocabulary and without [N, V] logits.
 
-    With p = softmax(h Wᵀ / T), each token gives its k largest p, in order. The mass of the rest is
-    a sum over the rest, not 1 − Σ p: it keeps its digits where it is small. Logits are in fp32, and
-    their last bits depend on the device, the number of tokens and the workspace: entries whose
-    logits differ by so little may change places.
+    Each token gets the k largest of p = softmax(h Wᵀ / T), in order. The mass of the rest is a sum
+    over the rest, not 1 − Σ p: it keeps its digits where it is small. Logits are in fp32, and their
+    last bits depend on the device, the number of tokens and the workspace. Entries whose logits
+    differ in those bits alone may change places.
 
     Args:
         h: [..., D] bf16, fp16 or fp32, the last hidden states, which enter the LM head. A constant.
@@ -57,7 +57,7 @@ def fused_top_k(
             log-probabilities −inf, its `log_rest` and `logp_targets` 0, whatever its hidden states
             are. Other weights have no effect.
         workspace_mib: MiB for all temporaries together; see `fused_jsd_loss` for the default. Here
-            logits are in memory on a GPU too, and 0 stands for 64.
+            logits are in memory on a GPU too, so 0 is read as 64.
 
     Returns:
         A `TopK`.

@@ -1,8 +1,8 @@
 """Entries that are excluded from rows of logits, a set for each row: one bit for each entry.
 
 `mark` makes the bits of some columns from K ids of each row. A kernel that makes logits begins the
-product of an excluded entry with −∞ in place of 0, so that it counts as a banned one. `put` writes
-given numbers over excluded entries.
+product of an excluded entry with −∞ in place of 0, so the entry counts as a banned one. `put`
+writes given numbers over excluded entries.
 """
 
 import triton
@@ -18,13 +18,13 @@ BLOCK = tl.constexpr(1024)
 
 
 def words(columns: int) -> int:
-    """Words of a row of bits, those of whole tiles of up to 256 columns."""
+    """Words of a row of bits: enough for whole tiles of up to 256 columns."""
     return cdiv(columns, 256) * 256 // BITS.value
 
 
 def mark(bits: Tensor, excluded: Tensor, first: int) -> None:
-    """bits [R, words] int32 ← the entries from `first` on that are in `excluded` [R, K] int32; ids
-    of other columns mean nothing."""
+    """bits [R, words] int32 ← the entries from `first` on that are in `excluded` [R, K] int32. Ids
+    of other columns are passed over."""
     R, K = excluded.shape
     with current(bits.device):
         mark_kernel[(R,)](bits, excluded, K, first, bits.shape[1], bits.stride(0))
@@ -77,7 +77,7 @@ def excluded_tile(begin, row, exists, tokens, BV: tl.constexpr):
     for i in tl.static_range(1, BV // BITS):
         later = tl.load(ptrs + i, mask=exists, other=0)[:, None]
         word = tl.where(col >= i * BITS, later, word)
-    # In two shifts: as NVIDIA's tensor cores leave a tile, a thread has two of eight columns, so
-    # that the first shift is the same for all of its columns, and the second a constant.
+    # In two shifts. In the layout of NVIDIA's tensor cores a thread has two of every eight columns.
+    # Then the first shift is the same for all columns of a thread, and the second is a constant.
     bit = ((word >> (col & 6)) >> (col & 25)) & 1
     return tl.where(bit != 0, float("-inf"), 0.0)

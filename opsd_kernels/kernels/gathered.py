@@ -1,4 +1,4 @@
-"""gathered: products with K rows of the head for each token, which are read where they lie.
+"""gathered: products of each token with K rows of the head, which are read where they lie.
 
     products_at         u_k = h · W[id_k]
     add_rows            out ← out + Σ_k c_k W[id_k]
@@ -17,10 +17,10 @@ from . import cdiv, current
 from .logits_tile import round_to
 from .records import DTYPE_NAMES, Side
 
-# Features of a row, and most rows of W, that a program loads at once.
+# Features of a row, and the most rows of W, that a program loads at once.
 BLOCK, MOST_ROWS = tl.constexpr(1024), 4
-# The same of h in `gradient_of_rows`. An id that all tokens have is the work of few programs, so
-# each loads many rows and few features.
+# Features and rows of h that a program of `gradient_of_rows` loads at once. Few programs do all the
+# work of an id that every token has, so each loads many rows and few features.
 BLOCK_OF_PAIRS, PAIRS = tl.constexpr(256), tl.constexpr(16)
 
 

@@ -3,8 +3,8 @@
     L_r = log Σ_{v∉S} exp(z_v)          ∂L_r/∂z_v = p̃_v = exp(z_v − L_r),  0 where v ∈ S
 
 The entries of S are excluded as banned ones are: their products are −∞. So L_r is summed over the
-others alone, whatever small part of the mass they have, and p̃ sums to 1. If no entry is left, L_r
-is −∞ and p̃ is 0.
+others alone, and keeps its digits however little mass they have. p̃ sums to 1. If no entry is left,
+L_r is −∞ and p̃ is 0.
 """
 
 import torch
@@ -16,12 +16,12 @@ from .rows import softmaxes
 
 
 def sums_of_equal(values: Tensor, ids: Tensor) -> Tensor:
-    """From one value of each id [N, K]: one of equal ids of a row gets the sum of their values, in
-    the order of their places, the others get 0."""
+    """Sum the values [N, K] of equal ids [N, K] in each row, in the order of their places. One of
+    the equal ids gets the sum, the others get 0."""
     sorted_ids, place = ids.sort(dim=1, stable=True)
     values = values.gather(1, place)
     distance, K = 1, ids.shape[1]
-    # At every step a value is the sum of up to `distance` equal ids from its own place on.
+    # At every step a value is the sum over up to `distance` equal ids, from its own place on.
     while distance < K:
         equal = sorted_ids[:, distance:] == sorted_ids[:, :-distance]
         further = torch.where(equal, values[:, distance:], 0)
@@ -33,13 +33,13 @@ def sums_of_equal(values: Tensor, ids: Tensor) -> Tensor:
 
 
 def exclude_(u: Tensor, excluded: Tensor, first: int = 0) -> None:
-    """u ← −∞ at the excluded entries: of products [R, columns] whose first column is the entry
-    `first` of the vocabulary."""
+    """u ← −∞ at the excluded entries. u [R, columns] are products, and its first column is the
+    entry `first` of the vocabulary."""
     if excluded.shape[1] == 0:
         return
     inside, column = _columns(u, excluded, first)
-    # An id of another column stands for an excluded column of this row, if there is one, and else
-    # leaves the first column as it is.
+    # Every id has to write somewhere. An id that is no column of u writes −∞ to an excluded column
+    # of its row. If the row has none, all its ids write the first column's own value there.
     some = column.amax(1, keepdim=True)
     value = u[:, :1].masked_fill(some >= 0, -torch.inf)
     u.scatter_(1, torch.where(inside, column, some.clamp(min=0)), value.expand_as(column))
@@ -65,7 +65,8 @@ def log_sum_rows_(
     seen: tuple[Tensor, Tensor] | None = None,
     group: str | None = None,
 ) -> Tensor:
-    """L_r [R] from rows of logits [R, V], excluded ones at −∞; in place of z p̃, if `needs_score`.
+    """L_r [R] from rows of logits z [R, V], in which excluded entries are −∞. If `needs_score`, z
+    becomes p̃.
 
     Args:
         entropy: [R], filled with −Σ p̃ log p̃; 0 where no entry is left.
