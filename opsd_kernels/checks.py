@@ -163,7 +163,7 @@ def check_token_beta(beta: Tensor, hidden: Hidden) -> Tensor:
         beta = beta.expand(_student_of(hidden)[1].shape[:-1])
     _check_per_token("beta", beta, hidden)
     beta = beta.detach().reshape(-1)
-    if _readable(beta) and not ((beta >= 0) & (beta <= 1)).all():
+    if is_readable(beta) and not ((beta >= 0) & (beta <= 1)).all():
         raise ValueError("beta must lie in [0, 1], and that of some token does not")
     # A β between 0 and 1 names a JSD, and still does when it is rounded to fp32. A β outside [0, 1]
     # gives NaN, where it could not be refused because it cannot be read.
@@ -326,7 +326,7 @@ def _check_shapes(head: Head) -> None:
             f"{head.name}.bias must have one number for each of the {rows} rows of {name}, "
             f"got shape {list(bias.shape)}"
         )
-    if _readable(bias) and not (bias[: head.V] < math.inf).all():
+    if is_readable(bias) and not (bias[: head.V] < math.inf).all():
         raise ValueError(f"{head.name}.bias must be finite, or −∞ for entries that are banned")
 
 
@@ -365,7 +365,7 @@ def check_weights(token_weights: Tensor | None, hidden: Hidden, reduction: str) 
     _check_per_token("token_weights", token_weights, hidden)
     # A copy: a tensor made in inference mode could not be saved for backward.
     weights = token_weights.detach().float().clone()
-    if _readable(weights):
+    if is_readable(weights):
         if not weights.isfinite().all():
             raise ValueError("token_weights must be finite, and that of some token is not")
         if reduction == "mean" and (weights < 0).any():
@@ -394,7 +394,7 @@ def check_weights_of_tokens(
         values = torch.where(weights != 0, values, 0)
     # A copy: a tensor made in inference mode could not be saved for backward.
     values = values.reshape(-1).clone()
-    if _readable(values) and not values.isfinite().all():
+    if is_readable(values) and not values.isfinite().all():
         raise ValueError(f"{name} must be finite, and that of some token is not")
     return values
 
@@ -415,7 +415,7 @@ def check_targets(
     valid = (targets >= 0) & (targets < V)
     if weights is not None:
         valid = valid | (weights == 0)
-    if _readable(targets) and not valid.all():
+    if is_readable(targets) and not valid.all():
         raise ValueError(
             f"targets must lie in [0, {int(V)}), the vocabulary, for every token whose weight is "
             "not 0"
@@ -451,6 +451,8 @@ def check_ids(name: str, ids: Tensor, hidden: Hidden, V: int | Tensor) -> Tensor
 def _check_integers(name: str, ids: Tensor | None) -> None:
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
+    if ids.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {ids.layout}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, the ids of tokens, got {ids.dtype}")
 
@@ -471,7 +473,7 @@ def _student_of(hidden: Hidden) -> tuple[str, Tensor]:
     return next(iter(hidden.items()))
 
 
-def _readable(t: Tensor) -> bool:
+def is_readable(t: Tensor) -> bool:
     """Whether the contents of t can be read without waiting for a device."""
     compiling = torch.compiler.is_compiling() or isinstance(t, FakeTensor)
     return t.device.type == "cpu" and not compiling

@@ -272,7 +272,8 @@ def reference_top_k_loss(call: _Call) -> Tensor | TopKLoss:
     if call.outside != "renormalize":
         q_r = (1 - Q).clamp(min=LEAST_REST).log()
         if call.log_q_rest is not None:
-            q_r = call.of_tokens(call.log_q_rest).squeeze(-1)
+            given = call.of_tokens(call.log_q_rest).squeeze(-1)
+            q_r = torch.where(given.isnan(), q_r, given)
         q_r = torch.where((p_r == -torch.inf) | (q_r <= ABSENT), -torch.inf, q_r)
         sides = [torch.cat([k, r[:, None]], -1) for k, r in zip(sides, (p_r, q_r), strict=True)]
     # The one of p sums to 1 already, unless it is renormalized.

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import Arguments, check_arguments, check_workspace
+from .checks import Arguments, check_arguments, check_workspace, is_readable
 from .divergence import HUGE
 from .heads.head import LMHead
 from .loss import Reduction, either_divergence, reduce_tokens
@@ -15,8 +15,10 @@ from .support import divergence_of_rows, first_slots, log_softmax, with_rest
 
 Outside = Literal["bucket", "renormalize", "ignore"]
 
-# A log q that is not above this marks an absent slot. Servers write −9999 for −∞, which JSON lacks.
-ABSENT = -9999.0
+# A log q that is not above this marks an absent slot. Servers write −9999 for −∞, which JSON lacks;
+# it is still below when it was rounded to bf16 or divided by a T up to 9. No softmax in fp32 of
+# logits within ±500 gives so little.
+ABSENT = -1000.0
 # The least value of 1 − Σ q, the teacher's mass outside the ids: log-probabilities in fp32 do not
 # tell less from 0.
 LEAST_REST = 1e-7
@@ -80,13 +82,13 @@ def fused_top_k_loss(
         ids: [..., K] the tokens of S, in any order, of any integer dtype, K ≤ 512. Of equal ids the
             first counts.
         log_q: [..., K] float, the teacher's log-probabilities of these tokens at temperature T; a
-            constant. A slot is absent where log_q is NaN or at most −9999, which servers write for
-            −∞, or where its id is negative or not in the vocabulary. A token without a slot has
+            constant. A slot is absent where log_q is NaN or at most −1000 (servers write −9999 for
+            −∞), or where its id is negative or not in the vocabulary. A token without a slot has
             loss 0; its weight still counts in a mean.
-        log_q_rest: [...] float, log q_r. By default log(1 − Σ q), and at least log 1e-7, since
-            log-probabilities in fp32 do not tell less from 0. If (q_1 … q_K, q_r) does not sum to
-            1, it is divided by its sum. Not used with "renormalize". Where S has every token that
-            the student's head allows, q_r counts as 0.
+        log_q_rest: [...] float, log q_r. By default, and where it is NaN, log(1 − Σ q), and at
+            least log 1e-7, since log-probabilities in fp32 do not tell less from 0. If
+            (q_1 … q_K, q_r) does not sum to 1, it is divided by its sum. Not used with
+            "renormalize". Where S has every token that the student's head allows, q_r counts as 0.
         outside: "bucket", "renormalize" or "ignore".
         beta, entry_clip: see `fused_jsd_loss`. Many train on top-k teachers with the forward KL,
             `beta=0`.
@@ -178,6 +180,8 @@ def check_sparse(
     for name, (t, shape) in given.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got {t.layout}")
         if not t.is_floating_point():
             raise TypeError(f"{name} must be float, got {t.dtype}")
         if t.shape != shape:
@@ -187,6 +191,8 @@ def check_sparse(
             )
         if t.device != ids.device:
             raise ValueError(f"{name} is on {t.device}, ids on {ids.device}")
+        if is_readable(t) and (t == torch.inf).any():
+            raise ValueError(f"{name} must not be +inf: it is the logarithm of a probability")
 
 
 def _present(arguments: Arguments, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,10 +208,12 @@ def _present(arguments: Arguments, log_q: Tensor) -> tuple[Tensor, Tensor]:
 
 def _log_rest(log_q: Tensor, given: Tensor | None) -> Tensor:
     """log q_r [N] in float64."""
+    derived = (1 - log_q.exp().sum(-1)).clamp(min=LEAST_REST).log()
     if given is None:
-        return (1 - log_q.exp().sum(-1)).clamp(min=LEAST_REST).log()
+        return derived
     given = given.detach().reshape(-1).double()
-    return given.masked_fill(given <= ABSENT, -torch.inf)
+    given = given.masked_fill(given <= ABSENT, -torch.inf)
+    return torch.where(given.isnan(), derived, given)
 
 
 def _statistics(
@@ -228,7 +236,7 @@ def _statistics(
         logp = (z_y[:, 0] - top - (z - top[:, None]).logsumexp(-1)).clamp(max=0)
         assert arguments.valid is not None
         fields.append(logp.masked_fill(~arguments.valid.reshape(-1), torch.nan))
-    told = torch.stack(fields).reshape(-1, *arguments.leading)
+    told = torch.stack(fields).reshape(len(fields), *arguments.leading)
     if arguments.weights is not None:
         told = torch.where(arguments.weights != 0, told, 0)
     return told[0], told[1], told[2], None if z_y is None else told[3]

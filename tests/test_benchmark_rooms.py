@@ -13,9 +13,9 @@ ARROWS: dict[str, set[str]] = {
     "": {"lib"},
     "gpu": {"", "lib"},
     "more": {"", "lib"},
-    "real_model": {"lib"},
     "token_efficiency": {"", "lib"},
-    "pages": {"", "gpu", "lib", "more", "token_efficiency"},
+    "real_model": {"lib", "token_efficiency"},
+    "pages": {"", "gpu", "lib", "more", "real_model", "token_efficiency"},
 }
 
 

@@ -602,7 +602,7 @@ def test_a_description_is_in_place_of_a_beta():
 
 
 def test_a_target_out_of_the_vocabulary_where_it_cannot_be_read():
-    with mock.patch("opsd_kernels.checks._readable", return_value=False):
+    with mock.patch("opsd_kernels.checks.is_readable", return_value=False):
         loss = fused_divergence_loss(
             H, H, HEAD, Divergence(forward=1, reverse=1), advantages=A, reduction="none",
             targets=torch.tensor([0, 1, 99, 2, -1, 3]),

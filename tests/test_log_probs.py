@@ -433,7 +433,7 @@ def test_a_target_outside_the_vocabulary_where_it_cannot_be_read(op):
     """As on a GPU, where an error would have the host wait: NaN, of that token alone."""
     h, _, W = random_inputs(6, 40, 8)
     targets = torch.tensor([0, 39, 40, 5, -1, 7])
-    with mock.patch.object(checks, "_readable", return_value=False):
+    with mock.patch.object(checks, "is_readable", return_value=False):
         found = op.run(fused_log_probs, h, W, targets)
         weights = torch.tensor([1.0, 1, 0, 1, 0, 1])
         dropped = op.run(fused_log_probs, h, W, targets, token_weights=weights)

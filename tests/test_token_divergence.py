@@ -192,7 +192,7 @@ def test_no_tokens(op):
 def test_what_cannot_be_read_and_is_wrong_gives_nan():
     """On a GPU ids and β are not looked at."""
     h_S, h_T, W = random_inputs(3, 20, 5)
-    with mock.patch("opsd_kernels.checks._readable", return_value=False):
+    with mock.patch("opsd_kernels.checks.is_readable", return_value=False):
         oracle = reference_token_divergence(h_S, h_T, W, targets=torch.tensor([3, 20, -1]))
         assert oracle.logp_student.isnan().tolist() == [False, True, True]
         for op in (ROW_WORKSPACE, LOGIT_FREE):

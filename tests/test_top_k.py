@@ -298,7 +298,7 @@ def test_bad_arguments():
 def test_an_id_outside_of_the_vocabulary_that_is_not_read():
     """As on a GPU, where contents are not checked."""
     h, _, W = random_inputs(3, 50, 8)
-    with mock.patch("opsd_kernels.checks._readable", return_value=False):
+    with mock.patch("opsd_kernels.checks.is_readable", return_value=False):
         found = fused_top_k(h, W, 5, targets=torch.tensor([1, 50, -1]))
     assert found.logp_targets.isnan().tolist() == [False, True, True]
 

@@ -620,3 +620,62 @@ def test_refused(function, error, message, changed):
     arguments = {"h_student": H, "W": HEAD, "ids": IDS, "log_q": LOG_Q} | changed
     with pytest.raises(error, match=message):
         function(**arguments)
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_what_a_server_writes_for_none_stays_absent(op, outside):
+    """−9999 rounds to −9984 in bf16, and is divided by a temperature as other numbers are."""
+    h, h_T, W = random_inputs(4, 60, 8, distance=0.5)
+    ids, log_q, _ = teacher(h_T, W, 4)
+    log_q = log_q.bfloat16()
+    log_q[:, 2] = -torch.inf
+    options = {"outside": outside, "beta": 1.0}
+    expected = op.run(fused_top_k_loss, h, W, ids, log_q, **options)
+    log_q[:, 2] = -9999.0
+    assert torch.equal(op.run(fused_top_k_loss, h, W, ids, log_q, **options), expected)
+    if outside == "renormalize":
+        scaled = log_q.float() / 1.2
+        kept = [0, 1, 3]
+        torch.testing.assert_close(
+            op.run(fused_top_k_loss, h, W, ids, scaled, temperature=1.2, **options),
+            op.run(
+                fused_top_k_loss, h, W, ids[:, kept], scaled[:, kept], temperature=1.2, **options
+            ),
+        )
+
+
+@pytest.mark.parametrize("outside", ["bucket", "ignore"])
+def test_a_rest_that_is_nan_is_derived(op, outside):
+    h, h_T, W = random_inputs(4, 60, 8, distance=0.5)
+    ids, log_q, rest = teacher(h_T, W, 4)
+    options = {"outside": outside, "reduction": "none"}
+    derived = op.run(fused_top_k_loss, h, W, ids, log_q, **options)
+    given = op.run(fused_top_k_loss, h, W, ids, log_q, log_q_rest=rest, **options)
+    rest[1] = torch.nan
+    found = op.run(fused_top_k_loss, h, W, ids, log_q, log_q_rest=rest, **options)
+    assert torch.equal(found, torch.where(torch.arange(4) == 1, derived, given))
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+@pytest.mark.parametrize("leading", [(0,), (2, 0)])
+def test_statistics_of_no_tokens(outside, leading):
+    h, W = torch.zeros(*leading, 8), torch.zeros(20, 8)
+    ids, log_q = torch.zeros(*leading, 4).long(), torch.zeros(*leading, 4)
+    told = fused_top_k_loss(
+        h, W, ids, log_q, outside=outside, targets=ids[..., 0], return_statistics=True
+    )
+    assert told.loss == 0
+    assert all(field.shape == leading for field in told[1:])
+
+
+def test_infinite_and_sparse_arguments_are_refused():
+    h, W, ids = torch.zeros(3, 8), torch.zeros(20, 8), torch.arange(4).expand(3, 4)
+    log_q = torch.full((3, 4), -2.0)
+    with pytest.raises(ValueError, match=r"log_q must not be \+inf"):
+        fused_top_k_loss(h, W, ids, log_q.masked_fill(ids == 2, torch.inf))
+    with pytest.raises(ValueError, match=r"log_q_rest must not be \+inf"):
+        fused_top_k_loss(h, W, ids, log_q, log_q_rest=torch.full((3,), torch.inf))
+    with pytest.raises(TypeError, match=r"log_q must be a dense tensor, got torch.sparse_coo"):
+        fused_top_k_loss(h, W, ids, log_q.to_sparse())
+    with pytest.raises(TypeError, match=r"ids must be a dense tensor, got torch.sparse_coo"):
+        fused_top_k_loss(h, W, ids.to_sparse(), log_q)
