@@ -263,8 +263,9 @@ def reference_top_k_loss(call: _Call) -> Tensor | TopKLoss:
     divergence = either_divergence(call.beta, call.entry_clip, None)
     call.check(divergence, "h_student", ids=("ids", call.ids))
     check_sparse(
-        call.ids, call.log_q, call.log_q_rest, call.outside, call.targets, call.return_statistics
-    )
+        call.ids, call.log_q, call.log_q_rest, call.outside, call.targets, call.return_statistics,
+        call.token_weights,
+    )  # fmt: skip
     log_p = call.log_softmax(call.h_student, call.W)
     ids, log_q = call.slots(log_p.shape[1])
     Q, p_r = log_q.exp().sum(-1), _outside(log_p, ids)

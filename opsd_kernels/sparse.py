@@ -116,7 +116,8 @@ def fused_top_k_loss(
         token_weights=token_weights,
         reduction=reduction,
     )
-    check_sparse(ids, log_q, log_q_rest, outside, targets, return_statistics)
+    weights = arguments.weights
+    check_sparse(ids, log_q, log_q_rest, outside, targets, return_statistics, weights)
     workspace_bytes = check_workspace(workspace_mib, h_student.device)
     problem = arguments.problem
     student = arguments._replace(problem=replace(problem, beta=None, entry_clip=None, targets=None))
@@ -168,6 +169,7 @@ def check_sparse(
     outside: Outside,
     targets: Tensor | None,
     return_statistics: bool,
+    weights: Tensor | None = None,
 ) -> None:
     """Check the arguments that only `fused_top_k_loss` has; ids [..., K] have been checked."""
     if outside not in ("bucket", "renormalize", "ignore"):
@@ -191,8 +193,13 @@ def check_sparse(
             )
         if t.device != ids.device:
             raise ValueError(f"{name} is on {t.device}, ids on {ids.device}")
-        if is_readable(t) and (t == torch.inf).any():
+        if is_readable(t) and (_counted(t, weights) == torch.inf).any():
             raise ValueError(f"{name} must not be +inf: it is the logarithm of a probability")
+
+
+def _counted(t: Tensor, weights: Tensor | None) -> Tensor:
+    """The rows of tokens that count."""
+    return t if weights is None else t[weights != 0]
 
 
 def _present(arguments: Arguments, log_q: Tensor) -> tuple[Tensor, Tensor]:
