@@ -14,6 +14,7 @@ from mkdocs.structure.files import File, Files
 
 PATTERNS = (
     "*.md",
+    "CITATION.cff",
     "LICENSE",
     "docs/**/*.md",
     "docs/**/*.png",
@@ -21,6 +22,7 @@ PATTERNS = (
     "docs/site.css",
     "examples/*",
     "opsd_train/**/*.py",
+    "opsd_train/presets/*.yaml",
     "benchmarks/README.md",
     "benchmarks/**/*.py",
     "benchmarks/gpu/*.txt",
