@@ -9,6 +9,7 @@ L_r is summed over the other entries: 1 − Σ p_k would have no digits left whe
 A slot whose id is −1 is absent; its logit is −∞.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,19 +77,39 @@ def divergence_of_rows(z_S: Tensor, z_T: Tensor, member: Member, ignored: int = 
     return loss
 
 
+# Numbers that are in float64 at once: 8 MiB for each temporary.
+ENTRIES = 2**20
+
+
+def _pieces(z: Tensor) -> list[slice]:
+    """Slices of rows, for a bounded number of entries at once. PyTorch's compiler, to which the
+    number of rows is a symbol, gets all rows as one."""
+    if torch.compiler.is_compiling():
+        return [slice(None)]
+    rows = max(1, ENTRIES // z.shape[1])
+    return [slice(n, n + rows) for n in range(0, z.shape[0], rows)]
+
+
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, z_S: Tensor, z_T: Tensor, member: Member, ignored: int, needs_gradient: bool
     ) -> Tensor:
         # In float64: z_S are logits, z_T can be log-probabilities. They differ by a normalizer, and
-        # in fp32 it would take the last digits of x. K + 1 numbers a token cost little beside a
-        # vocabulary.
-        dz, z_T = (z.to(torch.float64, copy=True) for z in (z_S, z_T))
-        loss = divergence_rows_(dz, z_T, member, needs_gradient, ignored=ignored)
-        if needs_gradient:
-            ctx.save_for_backward(dz.to(z_S.dtype))
-        return loss.to(z_S.dtype)
+        # in fp32 it would take the last digits of x.
+        loss = z_S.new_empty(z_S.shape[0])
+        dz = torch.empty_like(z_S) if needs_gradient else None
+        for rows in _pieces(z_S):
+            z, other = (t[rows].to(torch.float64, copy=True) for t in (z_S, z_T))
+            some = member
+            if isinstance(member.beta, Tensor):
+                some = replace(member, beta=member.beta[rows])
+            loss[rows] = divergence_rows_(z, other, some, needs_gradient, ignored=ignored)
+            if dz is not None:
+                dz[rows] = z
+        if dz is not None:
+            ctx.save_for_backward(dz)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

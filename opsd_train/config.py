@@ -60,7 +60,7 @@ BOUNDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("ema_decay", "warmup"), lambda x: 0 <= x < 1, "lie in [0, 1)"),
     (("top_p",), lambda x: 0 < x <= 1, "lie in (0, 1]"),
     (("top_k", "record_rollouts", "workspace_mib"), lambda x: x >= 0, "not be negative"),
-    # The loss takes 512 ids, of which one is the sampled token's.
+    # The loss takes 512 ids. One of them is that of the sampled token.
     (("teacher_top_k",), lambda x: 1 <= x <= 511, "lie in [1, 511]"),
     (("ahead",), lambda x: x in (0, 1), "be 0 or 1"),
     (("seed",), lambda x: 0 <= x < 2**32, "lie in [0, 2**32)"),

@@ -4,8 +4,8 @@
 As vLLM it keeps what it has computed with an adapter under the adapter's name and path: other
 weights of the same name and path are not looked at. It ignores options that it does not know, fills
 in those left out from the model's generation config, shortens a completion to what fits, reads an
-adapter's files again if it has had another in between, and dies if they are gone. Log-probabilities
-of a prompt are those of temperature 1, whatever is asked for.
+adapter's files again if it has had another in between, and dies if they are gone. A
+request's temperature does not change the log-probabilities of a prompt: they are those of 1.
 """
 
 import json

@@ -127,7 +127,7 @@ def near(found: Found, expected: Found, bound: float = 1e-6) -> None:
 
 
 def some_ids(N: int, K: int, V: int, seed: int = 0) -> Tensor:
-    """Ids in any order, some of which repeat, and some of which are absent."""
+    """Ids in any order. Some repeat, and some are absent."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(V, (N, K), generator=generator, dtype=torch.int32)
     ids[:, K // 2] = ids[:, 0]

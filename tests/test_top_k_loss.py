@@ -26,6 +26,7 @@ from opsd_kernels import (
     fused_jsd_loss,
     fused_top_k_loss,
     reference_top_k_loss,
+    support,
     token_divergence,
 )
 from opsd_kernels.divergence import HUGE, Member
@@ -679,3 +680,18 @@ def test_infinite_and_sparse_arguments_are_refused():
         fused_top_k_loss(h, W, ids, log_q.to_sparse())
     with pytest.raises(TypeError, match=r"ids must be a dense tensor, got torch.sparse_coo"):
         fused_top_k_loss(h, W, ids.to_sparse(), log_q)
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["one beta", "a beta of each token"])
+def test_rows_are_computed_a_few_at_a_time(monkeypatch, per_token):
+    h, h_T, W = random_inputs(7, 60, 8, distance=0.5)
+    ids, log_q, _ = teacher(h_T, W, 4)
+    beta = torch.linspace(0, 1, 7) if per_token else 0.3
+    results = []
+    for most in (2**20, 3 * 5):
+        monkeypatch.setattr(support, "ENTRIES", most)
+        leaf = h.clone().requires_grad_()
+        loss = fused_top_k_loss(leaf, W, ids, log_q, beta=beta, reduction="none")
+        (loss * torch.arange(7)).sum().backward()
+        results.append((loss, leaf.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

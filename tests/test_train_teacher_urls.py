@@ -221,8 +221,8 @@ def test_a_plan_needs_no_server(world, capsys):
 
 
 def test_a_run_goes_on_where_it_was_killed(folder, other, tmp_path):
-    """Sampled one step ahead by one server, scored by two, of which one ends and comes back; and
-    by two processes, from a checkpoint on."""
+    """One server samples one step ahead, and two score; one of the two ends and comes back. Two
+    processes go on from a checkpoint."""
     output, killed = tmp_path / "run", tmp_path / "killed"
     with (
         FakeVllm(folder / "model") as student,
