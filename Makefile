@@ -7,7 +7,7 @@ PYTHON := $(VENV)/bin/python
 # Two processes, each of which takes what the other has not begun.
 PYTEST = $(PYTHON) -m pytest -n 2 --dist worksteal
 
-.PHONY: demo real docs test test-slow test-power test-tiles test-vllm lint format gpu clean
+.PHONY: demo real docs test test-slow test-power test-tiles test-vllm test-swift lint format gpu clean
 
 demo: $(VENV)/.installed-train
 	$(PYTHON) -m opsd_train $(ARGS)
@@ -53,6 +53,11 @@ VLLM_VENV := .venv-vllm
 test-vllm: $(VENV)/.installed-test $(VLLM_VENV)/.installed
 	$(PYTHON) -m pytest -m vllm tests/test_train_vllm_servers.py $(ARGS)
 
+# The plugin for ms-swift, which wants an environment of its own too (2.8 GB).
+SWIFT_VENV := .venv-swift
+test-swift: $(SWIFT_VENV)/.installed
+	$(SWIFT_VENV)/bin/python -m pytest -m swift tests/test_ms_swift.py $(ARGS)
+
 lint: $(VENV)/.installed-test
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
@@ -80,5 +85,14 @@ $(VLLM_VENV)/.installed:
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+# ms-swift takes no transformers from 5.20 on. It imports msgspec, and does not require it.
+$(SWIFT_VENV)/.installed:
+	test -x $(SWIFT_VENV)/bin/python || $(BASE_PYTHON) -m venv $(SWIFT_VENV)
+	$(SWIFT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		torch triton
+	$(SWIFT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check ms-swift==4.6.0 \
+		msgspec pytest hypothesis -e ".[train]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(SWIFT_VENV) site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,18 +1,20 @@
-"""ms-swift's GKD with the plugin of examples/, against its own; where ms-swift is installed."""
+"""ms-swift's GKD with the plugin of examples/, against its own: `make test-swift`."""
 
 import json
 import sys
-from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import tiny_qwen3
 import torch
 
-try:
-    metadata.version("ms-swift")
-except metadata.PackageNotFoundError:
-    pytest.skip("needs ms-swift", allow_module_level=True)
+pytestmark = [
+    pytest.mark.swift,
+    pytest.mark.skipif(
+        find_spec("swift") is None, reason="needs ms-swift, which make test-swift sets up"
+    ),
+]
 
 PLUGIN = Path(__file__).parents[1] / "examples" / "ms_swift_gkd.py"
 COMMON = (
