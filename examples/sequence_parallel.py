@@ -27,7 +27,7 @@ def mean_over_group(h_S: Tensor, h_T: Tensor, W: Tensor, w: Tensor, *, averaged:
     """This process's part of L: the parts of all add up to it.
 
     Args:
-        h_S, h_T: [n, D] of this process's tokens, of which there may be none.
+        h_S, h_T: [n, D] of this process's tokens; n may be 0.
         W: [V, D] the head, whole.
         w: [n] weights of the tokens.
         averaged: whether gradients are averaged over the group afterwards, not summed.

@@ -2,7 +2,7 @@
 
     274+358=12 13 06.
 
-A solution has a sum for each column, units first, of which the first digit is carried. The model
+A solution has a sum for each column, units first, whose first digit is carried. The model
 has been shown solutions with slips where it works alone, and without where it sees one before it
 (274+358=12 13 06?12 13 06.): so it has something to learn from itself.
 """

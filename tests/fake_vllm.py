@@ -47,7 +47,7 @@ class FakeVllm:
         self.max_logprobs = options.pop("max_logprobs", 20)
         self.logprobs_mode = options.pop("logprobs_mode", "processed_logprobs")
         self.loads_adapters = options.pop("loads_adapters", True)
-        self.at_once = options.pop("at_once", 1)  # completions are held until so many are here
+        self.at_once = options.pop("at_once", 1)  # completions are held until this number is here
         assert not options
         self.port = 0
         self.held = threading.Event()  # cleared, no completion is answered

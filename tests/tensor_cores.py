@@ -9,7 +9,7 @@ A matrix instruction adds a block of K products to an fp32 accumulator, in four 
     4. it is cut off to the 24 bits of fp32, towards zero again
 
 The exponent of a product is the sum of its factors', so that its significand is in [1, 4). A
-product over D features is a chain of D / K such additions, each of which loses a little.
+product over D features is a chain of D / K such additions, and each loses a little.
 
 What is known, and from where: truncation, and the alignment to the largest exponent, from Fasi et
 al., "Numerical behavior of NVIDIA tensor cores", PeerJ CS 330 (V100, T4, A100); K and F from

@@ -114,7 +114,7 @@ def test_compiled_by_inductor(workspace_mib):
 
 
 def test_64k_tokens_of_memory():
-    """1.1 GiB above the inputs and the returned gradient, of which dh_S in fp32 is 1 GiB."""
+    """1.1 GiB above the inputs and the returned gradient; dh_S in fp32 is 1 GiB of it."""
     N, D = 65536, 4096
     h_S = torch.randn(N, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     h_T = torch.randn(N, D, device="cuda", dtype=torch.bfloat16)

@@ -356,7 +356,7 @@ def test_rows(beta, entry_clip, g_dtype, mixed):
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_rows_of_infinite_divergence(beta, mixed):
-    """−∞ on one side, and on both: see tests/test_divergence.py, of which this is the kernel."""
+    """−∞ on one side, and on both: see tests/test_divergence.py; here it is the kernel."""
     z_S, z_T = torch.randn(3, 9), torch.randn(3, 9)
     z_S[0, 4], z_T[1, 5], z_S[2, 6], z_T[2, 6] = (-math.inf,) * 4
     expected_g = z_S.clone()

@@ -37,7 +37,7 @@ def dot(a: list[float], b: list[float], c: float, core: TensorCore) -> float:
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize(("core", "kept"), [(A100, 2), (H100, 4)])
 def test_beside_an_accumulator_of_one(core, kept, sign):
-    """Its last bit is 2⁻²³, of which products keep `kept`-ths."""
+    """Its last bit is 2⁻²³; products keep `kept`-ths of it."""
     bit = 2.0**-23
 
     def beside_one(*products: float) -> float:

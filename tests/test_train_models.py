@@ -82,7 +82,7 @@ def test_less_memory_changes_nothing_but_rounding(options, family, tmp_path):
 
 
 def test_what_layers_keep(folder):
-    """Checkpoints go where save_on_cpu puts them, and an MLP sees so many tokens at a time."""
+    """Checkpoints go where save_on_cpu puts them, and an MLP sees a number of tokens at a time."""
     sequences = join([[5, 6, 7], [8]], [[9, 10], [11, 12, 13]], pad_id=0)
     with unpinned() as moved:
         setup = prepared(folder, offload_checkpoints=True, mlp_tokens=5)

@@ -200,7 +200,7 @@ def test_micro_batches_add_up(folder, mean, options):
 @pytest.mark.parametrize("most", [1, 60, 100, 10_000])
 @pytest.mark.parametrize("packed", [False, True])
 def test_micro_batches_of_tokens_add_up(folder, most, packed):
-    """Loss and gradient of a batch, one rollout at a time and up to so many tokens."""
+    """Loss and gradient of a batch, one rollout at a time and up to a number of tokens."""
     setup = with_adapter(prepared(folder))
     rollout = roll_out(setup.sampler, setup.contexts.student, setup.problems[:4], [1, 2, 7, 9])
     rollout.completions[1][4:] = []

@@ -196,7 +196,7 @@ def test_a_run_is_that_of_another_engine(folder, undisturbed, tmp_path, servers)
         assert 0 <= row.pop("sampler_log_ratio_size") < 1e-5
         assert row == other
         assert row["policy_step"] == row["step"] - 1
-    # A new adapter each step, of which a server has had each once.
+    # A new adapter each step: a server has had each of them once.
     assert len(set(servers[0].loaded)) == len(servers[0].loaded) == 1 + 6
 
 

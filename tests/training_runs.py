@@ -170,7 +170,7 @@ def die_at_change(number: int, folder: Path) -> None:
 
 
 def let_no_file_grow(limit: int) -> None:
-    """As on a full disk, writing fails: a file beyond so many bytes."""
+    """As on a full disk, writing fails: for a file beyond a number of bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
 

@@ -305,7 +305,7 @@ def width(name: str) -> int:
             return twice * int(size[1]) // 8
         return 1 if "byte" in name else 2
     modifiers = name.split(".")[1:]
-    if name.startswith(("LDSM", "STSM")):  # 1, 2 or 4 matrices of 8 × 8, of which a thread has 4 B
+    if name.startswith(("LDSM", "STSM")):  # 1, 2 or 4 matrices of 8 × 8; a thread has 4 B of each
         return 4 * int(modifiers[-1]) if modifiers[-1].isdigit() else 4
     if name.startswith(("LDTM", "STTM")):  # x columns of tensor memory
         return 4 * int(modifiers[-1].removeprefix("x")) if modifiers else 4

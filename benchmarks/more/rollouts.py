@@ -6,7 +6,7 @@
 Each round, every engine samples the same prompts from the same student, whose adapter has just
 changed: what an engine needs to learn of that is part of its seconds. An engine's speed is its
 sampled tokens a second, all of a batch divided by the seconds until the last is there; the ratio is
-to `generate` in the same round, of which the median and the range are shown. vLLM is one of them
+to `generate` in the same round; the median and the range are shown. vLLM is one of them
 where --engine-urls names servers of the same model, started as docs/vllm.md says; where they
 share a GPU with this process, they share its time as well.
 

@@ -59,7 +59,7 @@ def tokens_to(curve: Sequence[dict[str, Any]], accuracy: float) -> float:
 
 
 def accuracy_after(curve: Sequence[dict[str, Any]], tokens: float) -> float:
-    """After so many generated tokens, in proportion between two evaluations; at most as many as
+    """After a number of generated tokens, in proportion between two evaluations; at most as many as
     there are."""
     for a, b in pairwise(curve):
         if b["tokens"] >= tokens:
@@ -77,6 +77,6 @@ def mean_accuracy(curve: Sequence[dict[str, Any]]) -> float:
 
 
 def pass_at_ks(solved: Sequence[int], n: int) -> dict[int, float]:
-    """pass@k for k = 1, 2, 4, ..., n, the mean over problems that so many of n samples solved."""
+    """pass@k for k = 1, 2, 4, ..., n, the mean over problems. `solved` counts right ones of n."""
     ks = [2**i for i in range(n.bit_length()) if 2**i <= n]
     return {k: fmean(pass_at(k, n, c) for c in solved) for k in ks}

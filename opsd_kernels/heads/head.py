@@ -42,7 +42,7 @@ class LMHead(NamedTuple):
     vocab_size: int | None = None
     """V: the first V rows are the vocabulary, the others are padding and ignored. None for all."""
     group: Optional["ProcessGroup"] = None
-    """The processes that share the vocabulary, each of which holds some of its rows, in the order
+    """The processes that share the vocabulary. Each holds some of its rows, in the order
     of ranks. A process passes its own rows as `weight` [rows, D], perhaps none, and `bias` and
     `vocab_size` for these rows; the other side's head has as many. Every process passes all tokens
     and the same other arguments, and gets the whole loss and the whole gradient of its hidden
