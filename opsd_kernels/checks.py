@@ -328,6 +328,11 @@ def _check_shapes(head: Head) -> None:
         )
     if is_readable(bias) and not (bias[: head.V] < math.inf).all():
         raise ValueError(f"{head.name}.bias must be finite, or −∞ for entries that are banned")
+    # A shard may be banned, if another process has entries that are not.
+    if head.group is None and is_readable(bias) and (bias[: head.V] == -math.inf).all():
+        raise ValueError(
+            f"{head.name}.bias is −∞ for the whole vocabulary: it must leave at least one entry"
+        )
 
 
 def is_same_weight(student: Head, teacher: Head) -> bool:

@@ -15,7 +15,7 @@ from .description import Divergence
 from .divergence import CLIPPED_SHARE, HUGE, LOG_P, LOG_Q, LOG_RATIO, STATISTICS, Family
 from .heads.head import LMHead
 from .rest import logits_and_rest
-from .scalars import check_beta, check_clip
+from .scalars import check_beta, check_bool, check_clip
 from .support import first_slots, log_softmax, with_rest
 
 Reduction = Literal["mean", "sum", "none"]
@@ -300,6 +300,7 @@ def fused_sampled_token_loss(
         TypeError, ValueError: as `fused_jsd_loss`.
     """
     advantage_clip = check_clip("advantage_clip", advantage_clip)
+    check_bool("return_log_probs", return_log_probs)
     arguments = check_arguments(
         {"h_student": h_student, "h_teacher": h_teacher},
         W,
@@ -396,6 +397,7 @@ def fused_log_probs(
     Raises:
         TypeError, ValueError: as `fused_jsd_loss`.
     """
+    check_bool("rest", rest)
     several = isinstance(targets, Tensor) and isinstance(h, Tensor) and targets.ndim == h.ndim
     if several or rest:
         options = {"temperature": temperature, "token_weights": token_weights}

@@ -48,7 +48,7 @@ from .loss import (
     fused_sampled_token_loss,
     token_divergence,
 )
-from .scalars import check_clip
+from .scalars import check_bool, check_clip
 from .sparse import ABSENT, LEAST_REST, TopKLoss, check_sparse, fused_top_k_loss
 from .top_k import TopK, check_k, fused_top_k
 
@@ -94,6 +94,8 @@ class _Call:
         if isinstance(self.W, LMHead) and self.W.group is not None:
             raise ValueError("the oracle takes the whole head: W.group must be None")
         self.advantage_clip = check_clip("advantage_clip", self.advantage_clip)
+        check_bool("rest", self.rest)
+        check_bool("return_log_probs", self.return_log_probs)
         check_arguments(
             {name: getattr(self, name) for name in hidden},
             self.W,

@@ -1,4 +1,4 @@
-"""Check numbers that are arguments. A refusal names the argument."""
+"""Check numbers and flags that are arguments. A refusal names the argument."""
 
 import math
 from numbers import Real
@@ -14,6 +14,12 @@ def number(name: str, value: float) -> float:
         return float(value)
     except OverflowError:
         raise ValueError(f"{name} is too large: {value}") from None
+
+
+def check_bool(name: str, value: bool) -> None:
+    """Check that an argument is True or False: a string such as "no" would count as True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
 def check_beta(beta: float) -> float:

@@ -11,6 +11,7 @@ from .divergence import HUGE
 from .heads.head import LMHead
 from .loss import Reduction, either_divergence, reduce_tokens
 from .rest import logits_and_rest
+from .scalars import check_bool
 from .support import divergence_of_rows, first_slots, log_softmax, with_rest
 
 Outside = Literal["bucket", "renormalize", "ignore"]
@@ -174,6 +175,7 @@ def check_sparse(
     """Check the arguments that only `fused_top_k_loss` has; ids [..., K] have been checked."""
     if outside not in ("bucket", "renormalize", "ignore"):
         raise ValueError(f'outside must be "bucket", "renormalize" or "ignore", got {outside!r}')
+    check_bool("return_statistics", return_statistics)
     if targets is not None and not return_statistics:
         raise ValueError("targets are for the statistics: return_statistics must be True with them")
     given = {"log_q": (log_q, ids.shape), "log_q_rest": (log_q_rest, ids.shape[:-1])}

@@ -9,10 +9,14 @@ from inputs import random_inputs
 from opsd_kernels import (
     FusedJSDLoss,
     fused_jsd_loss,
+    fused_log_probs,
     fused_sampled_token_loss,
+    fused_top_k_loss,
     reference_jsd_loss,
+    reference_log_probs,
     reference_sampled_token_loss,
     reference_token_divergence,
+    reference_top_k_loss,
     token_divergence,
 )
 
@@ -124,6 +128,29 @@ TARGETS = torch.arange(6)
 def test_targets_refused(function, error, message, targets):
     with pytest.raises(error, match=message):
         function(H_S, H_T, HEAD, targets=targets)
+
+
+@pytest.mark.parametrize("wrong", ["no", 1, None, torch.tensor(True)], ids=repr)
+@pytest.mark.parametrize(
+    ("name", "function", "arguments"),
+    [
+        ("rest", fused_log_probs, (H_S, HEAD, TARGETS)),
+        ("rest", reference_log_probs, (H_S, HEAD, TARGETS)),
+        ("return_log_probs", fused_sampled_token_loss, (H_S, H_T, HEAD, TARGETS)),
+        ("return_log_probs", reference_sampled_token_loss, (H_S, H_T, HEAD, TARGETS)),
+        ("return_statistics", fused_top_k_loss, (H_S, HEAD, TARGETS[:, None], -H_S[:, :1].abs())),
+        (
+            "return_statistics",
+            reference_top_k_loss,
+            (H_S, HEAD, TARGETS[:, None], -H_S[:, :1].abs()),
+        ),
+    ],
+)
+def test_only_a_bool_is_a_flag(name, function, arguments, wrong):
+    """Python would take "no" for True."""
+    function(*arguments, **{name: True})
+    with pytest.raises(TypeError, match=f"^{name} must be a bool, got {type(wrong).__name__}$"):
+        function(*arguments, **{name: wrong})
 
 
 def test_a_beta_without_dimensions_is_that_of_every_token():

@@ -22,8 +22,11 @@ from opsd_kernels import (
     Divergence,
     FusedJSDLoss,
     LMHead,
+    checks,
     fused_jsd_loss,
+    fused_log_probs,
     fused_sampled_token_loss,
+    fused_top_k_loss,
     reference_jsd_loss,
     reference_sampled_token_loss,
     token_divergence,
@@ -312,6 +315,10 @@ HEAD = random_inputs(6, V, 8)[2]
         (ValueError, r"NAME\.bias must have .* got shape \[50, 1\]", {"bias": torch.zeros(V, 1)}),
         (ValueError, r"NAME\.bias must be finite, or −∞", {"bias": torch.full((V,), math.inf)}),
         (ValueError, r"NAME\.bias must be finite, or −∞", {"bias": torch.full((V,), math.nan)}),
+        (ValueError, r"NAME\.bias is −∞ for the whole vocabulary",
+         {"bias": torch.full((V,), -math.inf)}),
+        (ValueError, r"NAME\.bias is −∞ for the whole vocabulary",
+         {"bias": torch.eye(V)[-1].log(), "vocab_size": V - 1}),
         (ValueError, r"NAME\.softcap must be positive and finite.*got 0", {"softcap": 0}),
         (ValueError, r"NAME\.softcap .*got -30", {"softcap": -30.0}),
         (ValueError, r"NAME\.softcap .*got inf", {"softcap": math.inf}),
@@ -332,6 +339,23 @@ def test_refused(loss, name, error, message, changed):
     heads = {"W": W, "W_teacher": W} | {name: head}
     with pytest.raises(error, match="^" + message.replace("NAME", name)):
         loss(h_S, h_T, heads["W"], W_teacher=heads["W_teacher"])
+
+
+def test_where_a_bias_is_not_read_a_head_without_entries_gives_nan(monkeypatch):
+    monkeypatch.setattr(checks, "is_readable", lambda _: False)
+    h_S, h_T, W = random_inputs(6, V, 8)
+    nothing = LMHead(W, torch.full((V,), -math.inf))
+    ids = torch.arange(12).reshape(6, 2)
+    log_q = torch.full((6, 2), -1.0)
+    for loss in (
+        fused_jsd_loss(h_S, h_T, nothing),
+        fused_jsd_loss(h_S, h_T, W, W_teacher=nothing),
+        fused_log_probs(h_S, nothing, ids).sum(),
+        fused_top_k_loss(h_S, nothing, ids, log_q, outside="bucket"),
+        fused_top_k_loss(h_S, nothing, ids, log_q, outside="ignore"),
+    ):
+        assert loss.isnan()
+    assert fused_top_k_loss(h_S, nothing, ids, log_q, outside="renormalize") == 0
 
 
 def test_vocabularies_must_be_one():

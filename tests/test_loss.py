@@ -224,6 +224,18 @@ def test_no_grad_and_inference_mode(op):
         assert torch.equal(loss, expected)
 
 
+def test_what_fp32_rounds_off_large_logits(op):
+    """On one side, or on both; however large they are, nothing becomes infinite or NaN."""
+    a, b, _ = random_inputs(4, 24, 24)
+    W = torch.eye(24)
+    for h_S, h_T in ((a, 1e5 * b), (1e5 * b, a), (1e20 * a, -1e20 * b)):
+        z = max(h_S.abs().max(), h_T.abs().max())
+        found = op.loss_and_grad(h_S, h_T, W, beta=1)
+        for t, true in zip(found, exact(h_S, h_T, W, beta=1), strict=True):
+            assert t.isfinite().all()
+            assert (t - true).abs().max() <= 2**-22 * z
+
+
 def test_a_token_with_infinite_divergence(op):
     """Logits that overflow to −∞ on one side: the loss says so, the others' gradient survives."""
     W = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-3e38, 0.0]])

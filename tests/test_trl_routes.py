@@ -109,3 +109,5 @@ def test_what_is_counted(caplog):
     assert [message.split()[0] for message in said(caplog)] == [name, "GivenByNameTrainer"]
     assert routes(clear=True)
     assert not routes()
+    with pytest.raises(TypeError, match="clear must be a bool, got str"):
+        routes(clear="no")

@@ -34,7 +34,9 @@ class LMHead(NamedTuple):
     weight: Tensor
     """[V, D], or with more rows than the vocabulary has entries."""
     bias: Tensor | None = None
-    """One number for each row of `weight`, in its dtype. −∞ bans an entry."""
+    """One number for each row of `weight`, in its dtype. −∞ bans an entry. A bias that bans all
+    entries is refused on a CPU. On a GPU it is not read, and the loss is NaN, or 0 with
+    `outside="renormalize"`."""
     softcap: float | None = None
     """C > 0: logits lie within ±C. None for no softcap."""
     scale: float = 1.0

@@ -4,6 +4,8 @@ import logging
 from collections import Counter
 from typing import Any, NamedTuple, TypeVar
 
+from ..scalars import check_bool
+
 logger = logging.getLogger("opsd_kernels.trl")
 
 Row = TypeVar("Row", bound=tuple[Any, ...])
@@ -51,7 +53,11 @@ def routes(*, clear: bool = False) -> Table[Route]:
 
     Args:
         clear: start to count from 0 again.
+
+    Raises:
+        TypeError: clear is not a bool.
     """
+    check_bool("clear", clear)
     found = Table(
         Route(trainer, loss, "theirs" if reason else "ours", reason, batches)
         for (trainer, loss, reason), batches in _counts.items()
