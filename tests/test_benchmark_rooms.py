@@ -12,10 +12,11 @@ ARROWS: dict[str, set[str]] = {
     "lib": set(),
     "": {"lib"},
     "gpu": {"", "lib"},
+    "history": {"", "lib"},
     "more": {"", "lib"},
     "token_efficiency": {"", "lib"},
     "real_model": {"lib", "token_efficiency"},
-    "pages": {"", "gpu", "lib", "more", "real_model", "token_efficiency"},
+    "pages": {"", "gpu", "history", "lib", "more", "real_model", "token_efficiency"},
 }
 
 

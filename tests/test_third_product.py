@@ -11,10 +11,10 @@ import torch
 from inputs import random_inputs
 from schedules import DEVICE
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu import tune
 from benchmarks.lib import allocations
+from benchmarks.lib.gpu_work import recorded_launches
 from opsd_kernels import LMHead, fused_jsd_loss, fused_log_probs, token_divergence
 from opsd_kernels.kernels import tiles, top_row
 from opsd_kernels.kernels.logits_tile import INTERPRETED
@@ -28,50 +28,17 @@ MIB = 2**20
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="a GPU has the kernel anyway")
 
 
-class Launches(TorchDispatchMode):
-    """Counts what a GPU is given to do, and names it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func.name().removeprefix("aten::").partition(".")[0]
-        free = ("empty", "new_empty", "empty_like", "detach", "_unsafe_view")
-        if func.namespace == "aten" and not func.is_view and name not in free:
-            self.names.append(name)
-        return out
-
-    def kernel(self, kernel: Any, *args: Any, **kwargs: Any) -> None:
-        self.names.append(getattr(kernel, "fn", kernel).__name__)
-
-
 def launched(
     call: Any, N: int, split_rows: int = 0, dtype: torch.dtype = torch.bfloat16, **options: Any
 ) -> list[str]:
     """By a call, as on an H200, without backward."""
     row = replace(tiles.TABLE["sm_90", "bfloat16"], split_rows=split_rows)
-    launches = Launches()
-
-    def named(where: Any, name: str) -> Any:
-        return mock.patch.object(where, name, lambda kernel, *a, **k: launches.kernel(kernel))
-
     with allocations.fake_device("cuda"):
         h_S = torch.empty(N, 64, dtype=dtype, requires_grad=True)
         h_T, W = torch.empty_like(h_S), torch.empty(QWEN3, 64, dtype=dtype)
-        with launches, launching(named), mock.patch.object(tiles, "lookup", return_value=row):
+        with recorded_launches() as names, mock.patch.object(tiles, "lookup", return_value=row):
             call(h_S, h_T, W, workspace_mib=320, **options)
-    return launches.names
-
-
-@contextmanager
-def launching(named: Any) -> Any:
-    from triton.runtime.interpreter import GridExecutor
-    from triton.runtime.jit import JITFunction
-
-    with named(GridExecutor, "__call__"), named(JITFunction, "run"):
-        yield
+    return names
 
 
 def log_probs(h_S: Tensor, h_T: Tensor, W: Tensor, **options: Any) -> Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from benchmarks import accuracy, memory, speed, step
 from benchmarks.gpu import resources
+from benchmarks.history import record
 from benchmarks.lib import report
 from benchmarks.lib.records import OperationError
 from benchmarks.more import cross_entropy
@@ -27,6 +28,7 @@ def benchmarks_parts(results: Path, page: Path) -> dict[str, str]:
         "cross-entropy": _cross_entropy(results),
         "step": _step(results / "step.csv"),
         "resources": resources.summary(results / "resources.csv"),
+        "history": record.summary(),
         "gpus": "\n\n".join(_section(gpu, page) for gpu in gpus(results)) or "None yet.",
     }
 
