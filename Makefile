@@ -7,7 +7,8 @@ PYTHON := $(VENV)/bin/python
 # Two processes, each of which takes what the other has not begun.
 PYTEST = $(PYTHON) -m pytest -n 2 --dist worksteal
 
-.PHONY: demo real docs test test-slow test-power test-tiles test-vllm test-swift lint format gpu clean
+.PHONY: demo real docs test test-slow test-power test-tiles test-vllm test-swift test-dist lint format \
+	gpu clean
 
 demo: $(VENV)/.installed-train
 	$(PYTHON) -m opsd_train $(ARGS)
@@ -58,6 +59,16 @@ SWIFT_VENV := .venv-swift
 test-swift: $(SWIFT_VENV)/.installed
 	$(SWIFT_VENV)/bin/python -m pytest -m swift tests/test_ms_swift.py $(ARGS)
 
+# What is published, in dist/: an sdist, a wheel built from it, and each in an environment that holds
+# nothing else.
+DIST_VENV := .venv-dist
+DIST_PYTHON := $(DIST_VENV)/bin/python
+test-dist: $(DIST_VENV)/.installed
+	rm -rf dist
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(DIST_PYTHON) -m build
+	$(DIST_PYTHON) -m twine check --strict dist/*
+	$(DIST_PYTHON) -m pytest --noconftest -m dist tests/test_dist.py $(ARGS)
+
 lint: $(VENV)/.installed-test
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
@@ -94,5 +105,11 @@ $(SWIFT_VENV)/.installed:
 		msgspec pytest hypothesis -e ".[train]"
 	touch $@
 
+$(DIST_VENV)/.installed: constraints.txt
+	test -x $(DIST_PYTHON) || $(BASE_PYTHON) -m venv $(DIST_VENV)
+	$(DIST_PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		build pytest twine
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(SWIFT_VENV) site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-* dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -43,7 +43,7 @@ def test_workflows_call_what_is_there():
         assert all("timeout-minutes" in job for job in jobs.values()), path
     assert ".ci/run" in commands
     made = {word for command in commands for word in re.findall(r"make ([a-z-]+)", command)}
-    assert made == {"test-slow", "docs"}
+    assert made == {"test-slow", "test-dist", "docs"}
     assert made <= set(targets)
 
 
