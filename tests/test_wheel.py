@@ -1,11 +1,14 @@
-"""The wheel, as someone who installs it has it: without the repository on the path."""
+"""The wheel, as someone who installs it has it: without the repository on the path. And what the
+sdist holds."""
 
+import email
 import json
 import os
 import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -39,13 +42,17 @@ main("small-world --steps 2 --held-out 4 --output-dir run".split())
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built from what is there; nothing is fetched."""
-    folder = tmp_path_factory.mktemp("wheel")
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
-    run(sys.executable, "-m", "pip", "wheel", *options, "-w", folder, ROOT, cwd=folder)
-    (built,) = folder.glob("*.whl")
-    return built
+def built(tmp_path_factory) -> Path:
+    """A folder with both, built from what is there; nothing is fetched."""
+    folder = tmp_path_factory.mktemp("built")
+    run(sys.executable, "-m", "hatchling", "build", "-d", folder, cwd=ROOT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> Path:
+    (path,) = built.glob("*.whl")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +91,39 @@ def test_what_it_holds(wheel):
         for path in (ROOT / package).rglob("*"):
             if path.suffix in (".py", ".yaml", ".html", ".css", ".js"):
                 assert str(path.relative_to(ROOT)) in names
+
+
+def test_the_sdist_holds_what_the_wheel_is_built_from(built, wheel):
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    packages = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    told = {"README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "PKG-INFO"}
+    assert names == packages | told | {"pyproject.toml", ".gitignore"}
+
+
+def test_links_of_the_description(wheel):
+    """An index shows the README. What it links to is in the repository of that version."""
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+    metadata = email.message_from_bytes(archive.read(name))
+    description = metadata.get_payload(decode=True).decode()
+    (address,) = (
+        line.partition(", ")[2]
+        for line in metadata.get_all("Project-URL")
+        if line.startswith("Repository")
+    )
+    ours = re.compile(rf"{address}/(blob|raw)/v{re.escape(metadata['Version'])}/([^#]+)")
+    paths = []
+    for image, target in re.findall(r"(!?)\[[^\]]*\]\(([^)\s]+)\)", description):
+        if target.startswith("https://arxiv.org/"):
+            continue
+        link = ours.match(target)
+        assert link is not None, target
+        assert link[1] == ("raw" if image else "blob")
+        paths.append(link[2])
+    assert {"docs/demo.png", "docs/maths.md", "LICENSE"} <= set(paths)
+    assert all((ROOT / path).exists() for path in paths)
 
 
 def test_it_is_imported_from_where_it_is_installed(python):
