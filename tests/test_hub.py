@@ -56,7 +56,7 @@ def kernel(tmp_path_factory):
 
 def test_the_source_is_the_package():
     assert (HUB / "torch-ext/opsd_kernels").resolve() == ROOT / "opsd_kernels"
-    owner = re.search(r"github\.com/(\w+)/", (ROOT / "pyproject.toml").read_text())
+    owner = re.search(r"github\.com/([^/]+)/", (ROOT / "pyproject.toml").read_text())
     assert owner is not None
     assert BUILD["general"]["hub"]["repo-id"].split("/")[0] == owner[1]
 

@@ -54,6 +54,8 @@ def test_the_repository_has_one_address():
     assert citation["repository-code"] == address
     known = (address, f"https://{owner}.github.io/{name}")
     assert all(url.startswith(known) for url in PROJECT["urls"].values())
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert set(re.findall(r"https://github\.com/[^/]+/[\w.-]+", text)) == {address}
 
 
 def test_the_version_is_in_the_changelog():
