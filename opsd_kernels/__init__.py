@@ -54,4 +54,4 @@ __all__ = [
     "reference_top_k_loss",
     "token_divergence",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -8,6 +8,8 @@ import pytest
 import yaml
 from check_jsonschema import main as check_jsonschema
 
+from opsd_kernels import __version__
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # it comes with pytest
@@ -58,16 +60,33 @@ def test_the_repository_has_one_address():
     assert set(re.findall(r"https://github\.com/[^/]+/[\w.-]+", text)) == {address}
 
 
-def test_the_version_is_in_the_changelog():
-    from opsd_kernels import __version__
+def releases() -> dict[str, list[str]]:
+    """The sections of each release in the changelog, by its heading."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    found: dict[str, list[str]] = {}
+    for level, heading in re.findall(r"^(##|###) (.*)$", text, re.M):
+        if level == "##":
+            found[heading] = []
+        else:
+            found[list(found)[-1]].append(heading)
+    return found
 
-    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
-    released = [heading for heading in headings if heading != "Unreleased"]
-    assert released[0] == __version__
-    sections = re.findall(r"^##+ (.*)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+
+def test_the_changelog_is_in_order():
+    headings = [heading for heading in releases() if heading != "Unreleased"]
+    dates = [heading.partition(" - ")[2] for heading in headings[:-1]]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for date in dates)
+    assert dates == sorted(dates, reverse=True)
     order = ["Breaking", "Added", "Changed", "Fixed", "Removed"]
-    newest = sections[1 : sections.index(next(s for s in sections[1:] if s not in order))]
-    assert newest == [name for name in order if name in newest]
+    for sections in releases().values():
+        assert sections == [name for name in order if name in sections]
+
+
+def test_files_say_the_same_version():
+    version, _, date = next(h for h in releases() if h != "Unreleased").partition(" - ")
+    assert version == __version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], citation["date-released"]) == (version, date)
 
 
 def test_classifiers_name_the_pythons_that_were_tested():
