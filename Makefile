@@ -7,8 +7,8 @@ PYTHON := $(VENV)/bin/python
 # Two processes, each of which takes what the other has not begun.
 PYTEST = $(PYTHON) -m pytest -n 2 --dist worksteal
 
-.PHONY: demo real docs test test-slow test-power test-tiles test-vllm test-swift test-dist lint format \
-	gpu clean
+.PHONY: demo real docs test test-slow test-power test-tiles test-vllm test-swift test-versions \
+	test-dist lint format gpu clean
 
 demo: $(VENV)/.installed-train
 	$(PYTHON) -m opsd_train $(ARGS)
@@ -68,6 +68,11 @@ test-dist: $(DIST_VENV)/.installed
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(DIST_PYTHON) -m build
 	$(DIST_PYTHON) -m twine check --strict dist/*
 	$(DIST_PYTHON) -m pytest --noconftest -m dist tests/test_dist.py $(ARGS)
+
+# The core of the suite with older and newer packages, in environments of their own (2 GB each). By
+# name also with another PyTorch or Python: make test-versions ARGS=torch-newest
+test-versions: $(VENV)/.installed-test
+	PYTHONPATH=. $(PYTHON) tests/versions.py $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(PYTHON) -m ruff format --check .

@@ -16,3 +16,24 @@ class OperationError:
     what: str  # loss, gradient, or a statistic
     error: float  # norm over the rows that are compared
     bound: float
+
+
+@dataclass(frozen=True)
+class TriedVersions:
+    """Of versions.csv: what became of the core of the suite in an environment of its own."""
+
+    environment: str
+    python: str
+    torch: str
+    triton: str
+    numpy: str
+    transformers: str
+    peft: str
+    accelerate: str
+    datasets: str
+    trl: str
+    passed: int
+    failed: int
+    skipped: int
+    date: str
+    code: str  # the commit, and a digest of the kernels
