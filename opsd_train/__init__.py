@@ -19,7 +19,6 @@ grading/         whether solutions are right, how many are, and whether that is 
 evaluation.py    the former name of grading/
 report/          a page that shows what runs did
 run/             the life of a run: loop, checkpoints, folder, failures, console
-sums.py          the problems of the preset smollm2-135m-sums
 demo.py          the demo's model and problems
 command_line.py  from the command line to a config
 evaluate.py      another command: what a run has learned, on benchmarks

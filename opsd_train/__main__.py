@@ -16,7 +16,6 @@ except ImportError as error:
 from opsd_train.command_line import command, parse
 from opsd_train.demo import find_demo
 from opsd_train.run import check_distribution, check_tracker, run_training
-from opsd_train.sums import find_sums
 
 NO_MEMORY = (
     "no memory for the model, which each process loads whole, with --shard too: take a smaller "
@@ -29,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     with command(NO_MEMORY) as accelerator:
         check_tracker(config.tracker)
         check_distribution(config, accelerator)
-        run_training(find_sums(find_demo(config, accelerator)), accelerator)
+        run_training(find_demo(config, accelerator), accelerator)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,7 @@ from opsd_train.config import (
     options,
 )
 from opsd_train.errors import RunFailed, did_you_mean
-from opsd_train.files import read_yaml
-from opsd_train.presets import DEFAULT_PRESET, find_preset, preset_names, preset_summary
+from opsd_train.presets import DEFAULT_PRESET, preset_names, preset_summary, read_preset
 from opsd_train.run import be_quiet, fail
 
 DESCRIPTION = (
@@ -55,7 +54,7 @@ def parse(arguments: list[str] | None = None) -> Config:
     values: dict[str, Any] = {}
     try:
         name = DEFAULT_PRESET if given is None else given
-        values = read_yaml(find_preset(name))
+        values = read_preset(name)
         is_preset = name in preset_names()
         if is_preset:
             return make_config(overrides, preset=values)

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +38,7 @@ from transformers import (
 from opsd_train.config import Config
 from opsd_train.data import fill
 from opsd_train.errors import RunFailed
+from opsd_train.models import save_model
 from opsd_train.records import Problem
 from opsd_train.run import progress_bar, say
 
@@ -98,23 +98,7 @@ def build(path: Path) -> None:
         warm_start(model, tokenizer, numbers[PROBLEMS:], random.Random(0), bar.advance_to, 600)
     problems = [make_problem(*ab) for ab in numbers[:PROBLEMS]]
     rows = [json.dumps({"problem": p.question, "solution": p.solution}) + "\n" for p in problems]
-    save(path, model, tokenizer, {"problems.jsonl": "".join(rows)})
-
-
-def save(
-    path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, files: dict[str, str]
-) -> None:
-    """Write a model and other files into a folder that is there whole, or not."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        for name, text in files.items():
-            (unfinished / name).write_text(text)
-        if not path.exists():  # else another run was faster, with the same model
-            unfinished.rename(path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    save_model(path, model, tokenizer, {"problems.jsonl": "".join(rows)})
 
 
 # Multiplication

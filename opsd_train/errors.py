@@ -1,7 +1,7 @@
 """Errors that any room may raise, and how a message helps with a name that is wrong."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -26,3 +26,10 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     enough."""
     nearest = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+def listed(what: str, lines: Sequence[str], shown: int) -> str:
+    """A message: what there is, the first of it a line each, and how many more there are."""
+    first = [f"  {line}" for line in lines[:shown]]
+    more = [f"  and {len(lines) - shown:,} more"] if len(lines) > shown else []
+    return "\n".join([f"{what}:", *first, *more])

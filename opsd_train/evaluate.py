@@ -43,12 +43,11 @@ from opsd_train.grading import (
     load_benchmark,
 )
 from opsd_train.models import add_adapter, check_ids, load_adapter, settle_padding
-from opsd_train.presets import find_preset
+from opsd_train.presets import read_preset
 from opsd_train.records import Problem
 from opsd_train.report import write_report
 from opsd_train.run import Materials, check_base, check_distribution, load, progress_bar, say
 from opsd_train.sampling import Sampling, draw_seed, make_sampler, sampling_of
-from opsd_train.sums import find_sums
 
 HELD_OUT = "held-out"
 OF_SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens")  # options that it has
@@ -96,7 +95,7 @@ def evaluate_run(options: argparse.Namespace, accelerator: Accelerator) -> None:
     for k in ks:
         check_k(k, options.samples)
 
-    config = find_sums(find_demo(config, accelerator))
+    config = find_demo(config, accelerator)
     materials = load(config)
     grader = MathGrader()
     template = config.student_template
@@ -225,7 +224,7 @@ def find_config(options: argparse.Namespace) -> tuple[Path | None, Config]:
     path = Path(options.run)
     folder = path if path.is_dir() else None
     try:
-        values = read_yaml(path / "config.yaml" if folder else find_preset(options.run))
+        values = read_yaml(path / "config.yaml") if folder else read_preset(options.run)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{options.run}: {error}") from None
     if folder:  # the run's own adapter is evaluated, not the one that it started from

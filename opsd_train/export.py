@@ -14,7 +14,7 @@ import torch
 from opsd_train.command_line import command
 from opsd_train.config import make_config
 from opsd_train.files import read_yaml
-from opsd_train.models import load_adapter, load_model, load_tokenizer
+from opsd_train.models import load_adapter, load_model, load_tokenizer, save_model
 from opsd_train.run import check_base, say
 
 
@@ -58,8 +58,8 @@ def export(run: Path, output: Path, adapter: Path | None = None) -> None:
     if config.quantize == "none":
         check_base(run, model)
     merged = model.float().merge_and_unload()
-    merged.to(getattr(torch, config.dtype)).save_pretrained(output)
-    load_tokenizer(config.model).save_pretrained(output)
+    merged = merged.to(getattr(torch, config.dtype))
+    save_model(output, merged, load_tokenizer(config.model))
     say(f"Merged into {output}: {config.model} and {adapter or run / 'adapter'}")
 
 

@@ -49,7 +49,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if line.endswith("\n"):
-                yield _object(line, f"{path}, line {number}")
+                yield _object(line, f"{path}, line {number}", remedy="; remove the line")
 
 
 def remove_cut_line(path: Path) -> None:
@@ -68,13 +68,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return _object(path.read_text(encoding="utf-8"), str(path)) if path.exists() else {}
 
 
-def _object(text: str, place: str) -> dict[str, Any]:
+def _object(text: str, place: str, remedy: str = "") -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error})") from None
+        raise ValueError(f"{place}: not JSON ({error}){remedy}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{place}: must be an object, got {type(value).__name__}")
+        raise ValueError(f"{place}: must be an object, got {type(value).__name__}{remedy}")
     return value
 
 

@@ -6,8 +6,6 @@ to them has lost stays lost.
 """
 
 import argparse
-import os
-import shutil
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from opsd_train.command_line import command
+from opsd_train.models import save_model
 from opsd_train.run import say
 
 
@@ -63,14 +62,7 @@ def convert(file: Path, output: Path) -> None:
     model = type(read)(config)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f"{output.name}.{os.getpid()}")
-    try:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        unfinished.rename(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    save_model(output, model, tokenizer)
     say(f"Wrote {output}: {type(model).__name__}, {model.num_parameters():,} parameters in fp32")
 
 

@@ -472,14 +472,14 @@ FAULTS = [
     ),
     Fault(
         "opsd_train/opsd/teachers.py",
-        "self.adapter[name].lerp_(w.detach(), 1 - self.decay)",
-        "self.adapter[name].lerp_(w.detach(), self.decay)",
+        "self.weights[name].lerp_(w, 1 - self.decay)",
+        "self.weights[name].lerp_(w, self.decay)",
         f"train_opsd {RUNS}",
     ),
     Fault(
         "opsd_train/opsd/teachers.py",
-        "super().__init__(copy.deepcopy(backbone, dict(frozen)).requires_grad_(False))",
-        "super().__init__(backbone)",
+        "copied = copy.deepcopy(backbone, dict(frozen)).requires_grad_(False)",
+        "copied = backbone",
         "train_full",
     ),
     Fault(
@@ -521,13 +521,13 @@ FAULTS = [
         "train_evaluation evaluate",
     ),
     Fault(
-        "opsd_train/report/page.py",
+        "opsd_train/report/__init__.py",
         '.replace("<", "\\\\u003c")',
         '.replace("</script", "\\\\u003c/script")',
         "report",
     ),
     Fault(
-        "opsd_train/report/page.py",
+        "opsd_train/report/__init__.py",
         "steps = [steps[i * last // (STEPS_SHOWN - 1)] for i in range(STEPS_SHOWN)]",
         "steps = steps[:STEPS_SHOWN]",
         "report",

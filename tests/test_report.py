@@ -20,9 +20,8 @@ from training_runs import contents, metrics, run, shrunk
 
 from opsd_train.data import join
 from opsd_train.opsd import score
-from opsd_train.report import write_report
+from opsd_train.report import as_data, write_report
 from opsd_train.report.__main__ import main
-from opsd_train.report.page import as_data
 from opsd_train.run import recording
 from opsd_train.run.recording import observe_tokens
 from opsd_train.sampling import roll_out
@@ -72,24 +71,25 @@ def test_recorded_tokens_are_those_of_the_metrics(folder, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["Qwen3", "Gemma2", "Phi"])
-def test_choices_are_the_models_own(tmp_path, family):
+def test_choices_are_the_models_own(tmp_path, family, monkeypatch):
     """Of the student with its adapter, at the temperature of the loss, head and all."""
     tiny_qwen3.save_model_and_tokenizer(tmp_path / "model", family=family)
     tiny_qwen3.save_problems(tmp_path / "problems.jsonl", 4)
     options = tiny_qwen3.adapter_options(family) | {"temperature": 0.7}
     setup = tiny_qwen3.with_adapter(tiny_qwen3.prepared(tmp_path, **options))
-    config = tiny_qwen3.config(tmp_path, **options)
     rollout = roll_out(setup.sampler, setup.contexts.student, setup.problems[:2], [1, 2])
     scores = score(setup.backbone, setup.teacher, setup.contexts.teacher, rollout)
-    seen = observe_tokens(scores, setup.head, config, None, row=1, max_tokens=3, choices=4)
+    monkeypatch.setattr("opsd_train.run.recording.MAX_TOKENS", 3)
+    statistics, choices = observe_tokens(setup, scores, row=1)
     ids, mask, predicts = join(rollout.prompts[1:], rollout.completions[1:], 0)
     with torch.no_grad():
         z = setup.model(input_ids=ids, attention_mask=mask).logits[predicts][:3]
-    top = torch.log_softmax(z / 0.7, dim=-1).topk(4)
-    assert seen.student.ids == top.indices.tolist()
-    torch.testing.assert_close(torch.tensor(seen.student.log_probs), top.values, atol=1e-4, rtol=0)
-    assert seen.teacher.ids != seen.student.ids
-    assert all(len(values) == 3 for values in seen.statistics.values())
+    top = torch.log_softmax(z / 0.7, dim=-1).topk(5)
+    seen = torch.tensor(choices["student"])
+    assert seen[..., 0].tolist() == top.indices.tolist()
+    torch.testing.assert_close(seen[..., 1], top.values, atol=1e-4, rtol=0)
+    assert choices["teacher"] != choices["student"]
+    assert all(len(values) == 3 for values in statistics.values())
 
 
 def test_recording_changes_nothing(folder, undisturbed, tmp_path):
@@ -230,7 +230,7 @@ def test_a_run_under_way_or_broken(undisturbed, tmp_path):
     main([str(folder)])
     assert len(data_of(folder / "report.html")["runs"][0]["metrics"]) == 5
     (folder / "metrics.jsonl").write_text("{\n" + lines)
-    with pytest.raises(SystemExit, match=r"metrics\.jsonl, line 1: not JSON"):
+    with pytest.raises(SystemExit, match=r"metrics\.jsonl, line 1: not JSON .*; remove the line"):
         main([str(folder)])
 
 

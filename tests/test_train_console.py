@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from opsd_train.grading import Completion
 from opsd_train.run import console
 from opsd_train.run.held_out import say_example
 
@@ -56,7 +55,10 @@ def test_lines_in_a_file(monkeypatch, capsys):
 def test_an_example_is_shown_from_its_end(capsys):
     """A chat template puts much before a problem."""
     prompt = "You are a helpful assistant. " * 20 + "What is 5 plus 9?"
-    steps = {0: Completion(prompt, "15.", False), 40: Completion(prompt, "14.", True)}
+    steps = {
+        0: {"prompt": prompt, "completion": "15.", "correct": False},
+        40: {"prompt": prompt, "completion": "14.", "correct": True},
+    }
     run = SimpleNamespace(completions=lambda name, step: [steps[step]])
     say_example(run, 0, 40)
     shown, before, after = capsys.readouterr().out.splitlines()[1:]

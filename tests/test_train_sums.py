@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.real_model.sums import sums
 from opsd_train.command_line import parse
 from opsd_train.config import template_text
 from opsd_train.data import last_boxed, load_problems
-from opsd_train.errors import RunFailed
-from opsd_train.sums import find_sums, sums
 
 ROOT = Path(__file__).parents[1]
 PRESET = "smollm2-135m-sums"
@@ -35,18 +34,11 @@ def test_no_sum_is_known_from_another():
     assert max(numbers(example)) == 40  # is no problem itself
 
 
-def test_the_file_is_made_where_the_cache_is(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config = find_sums(parse([PRESET]))
-    (made,) = (tmp_path / "opsd_train").iterdir()
-    assert config.data == str(made)
+def test_the_file_beside_the_preset_is_what_is_made():
+    config = parse([PRESET])
+    assert Path(config.data).name == "smollm2-135m-sums.jsonl"
     assert load_problems(config) == sums()[0]
-    assert find_sums(config) == config
-    assert find_sums(parse([PRESET, "--data", "others.jsonl"])).data == "others.jsonl"
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(made))
-    with pytest.raises(RunFailed, match="set XDG_CACHE_HOME"):
-        find_sums(parse([PRESET]))
+    assert parse([PRESET, "--data", "others.jsonl"]).data == "others.jsonl"
 
 
 @pytest.mark.slow
@@ -65,8 +57,8 @@ def test_make_real(tmp_path):
         env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)},
         check=True,
     )
-    made = [path.name for path in (tmp_path / "cache" / "opsd_train").iterdir()]
-    assert sorted(made) == ["SmolLM2-135M-Instruct", "sums.jsonl"]
+    (made,) = (tmp_path / "cache" / "opsd_train").iterdir()
+    assert made.name == "SmolLM2-135M-Instruct"
     first, last = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert first["teacher_accuracy"] > 0
     assert last["finished"] > 0.5

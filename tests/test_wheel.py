@@ -89,7 +89,7 @@ def test_what_it_holds(wheel):
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     for package in ("opsd_kernels", "opsd_train"):
         for path in (ROOT / package).rglob("*"):
-            if path.suffix in (".py", ".yaml", ".html", ".css", ".js"):
+            if path.suffix in (".py", ".yaml", ".jsonl", ".html", ".css", ".js"):
                 assert str(path.relative_to(ROOT)) in names
 
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.real_model.sums import sums
 from opsd_train.config import Config
 from opsd_train.data import Context
 from opsd_train.grading import Grader, MathGrader, Verdict
 from opsd_train.records import Problem
-from opsd_train.sums import sums
 
 GREEDY = 0.0
 PRESET = "smollm2-135m-sums"

@@ -17,21 +17,21 @@ from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.real_model.questions import PRESET
+from opsd_kernels.head_check import head_logits
 from opsd_train.command_line import parse
 from opsd_train.data import join
 from opsd_train.grading import MathGrader, accuracy, evaluate
-from opsd_train.models import adapter_weights, logits
+from opsd_train.models import adapter_weights
 from opsd_train.opsd import Setup
 from opsd_train.opsd.step import learning_rate, own_batch
 from opsd_train.run import load, set_up
 from opsd_train.sampling import draw_seed
-from opsd_train.sums import find_sums
 
 
 def main() -> None:
     folder, *options = sys.argv[1:]
     accelerator = Accelerator(mixed_precision="no")
-    config = find_sums(parse([PRESET, *options]))
+    config = parse([PRESET, *options])
     materials = load(config)
     setup = set_up(config, accelerator, materials.model, materials.tokenizer, materials.problems)
     config = setup.config
@@ -72,7 +72,8 @@ def take_step(setup: Setup, optimizer: torch.optim.Optimizer, step: int) -> floa
     h = setup.backbone(*join(prompts, solutions, tokenizer.pad_token_id))
     targets = torch.tensor([token for solution in solutions for token in solution])
     weights = torch.cat([torch.full((len(s),), 1 / len(s)) for s in solutions]) / len(solutions)
-    losses = torch.nn.functional.cross_entropy(logits(setup.head, h), targets, reduction="none")
+    logits = head_logits(setup.head, h).float()
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     loss = weights @ losses
     loss.backward()
     for group in optimizer.param_groups:

@@ -36,7 +36,8 @@ from benchmarks.token_efficiency.multiplication import (
 )
 from opsd_train import demo
 from opsd_train.data import fill
-from opsd_train.demo import build_model, build_tokenizer, next_token_loss, save, train
+from opsd_train.demo import build_model, build_tokenizer, next_token_loss, train
+from opsd_train.models import save_model
 
 SPECIAL_TOKENS = ["<pad>", "<problem>", "<reference>", "<rework>", "<solution>", "<end>"]
 CHARACTERS = "0123456789*+=" + LETTERS
@@ -136,7 +137,7 @@ def build(size: str, steps: int, folder: Path) -> dict[str, Any]:
         "wall_s": round(time.perf_counter() - wall, 2),
         "processor_s": round(time.process_time() - processor, 2),
     }
-    save(path, model, tokenizer, {facts.name: json.dumps(made)})
+    save_model(path, model, tokenizer, {facts.name: json.dumps(made)})
     return made
 
 

@@ -14,18 +14,3 @@ from opsd_train.data.problems import (
     those_that_fit,
 )
 from opsd_train.data.prompts import Context, Contexts, fill, join, left_pad, pack
-
-__all__ = [
-    "AnsweredSet",
-    "Context",
-    "Contexts",
-    "fill",
-    "hold_out",
-    "join",
-    "last_boxed",
-    "left_pad",
-    "load_answered_problems",
-    "load_problems",
-    "pack",
-    "those_that_fit",
-]

@@ -10,7 +10,7 @@ from typing import Any
 from opsd_train.config import Config
 from opsd_train.data.prompts import Contexts
 from opsd_train.data.rows import is_data_set, rows
-from opsd_train.errors import did_you_mean
+from opsd_train.errors import did_you_mean, listed
 from opsd_train.records import Problem
 
 ENCODED_AT_ONCE = 1000
@@ -112,10 +112,8 @@ def _listed(bad: list[tuple[str, str]], total: int) -> str:
         return f"{place}: {reason}"
     if len(bad) == total and {other for _, other in bad} == {reason}:
         return f"{place}: {reason} (so it is in all {total:,} rows)"
-    counted = f"{len(bad):,} of {total:,} rows cannot be used"
-    lines = [f"  {place}: {reason}" for place, reason in bad[:SHOWN]]
-    more = [f"  and {len(bad) - SHOWN:,} more"] if len(bad) > SHOWN else []
-    return "\n".join([f"{counted}:", *lines, *more])
+    lines = [f"{place}: {reason}" for place, reason in bad]
+    return listed(f"{len(bad):,} of {total:,} rows cannot be used", lines, SHOWN)
 
 
 def those_that_fit(

@@ -8,13 +8,12 @@ what a run has made is evaluate.py.
 from opsd_train.grading.benchmarks import benchmark_names, load_benchmark
 from opsd_train.grading.graders import (
     Attempt,
-    Completion,
     Grader,
     Verdict,
     attempt,
     evaluate,
     grade,
-    read_completions,
+    texts,
 )
 from opsd_train.grading.math_answers import MathGrader, said_dropped
 from opsd_train.grading.scores import (
@@ -25,24 +24,3 @@ from opsd_train.grading.scores import (
     comparison_table,
     said_accuracy,
 )
-
-__all__ = [
-    "Attempt",
-    "Attempts",
-    "Completion",
-    "Grader",
-    "MathGrader",
-    "Verdict",
-    "accuracy",
-    "attempt",
-    "benchmark_names",
-    "check_k",
-    "compare",
-    "comparison_table",
-    "evaluate",
-    "grade",
-    "load_benchmark",
-    "read_completions",
-    "said_accuracy",
-    "said_dropped",
-]

@@ -25,15 +25,6 @@ Grader = Callable[[Problem, str], Verdict]
 
 
 @dataclass(frozen=True)
-class Completion:
-    """One line of completions.jsonl."""
-
-    prompt: str
-    completion: str
-    correct: bool | None  # None where it is not graded
-
-
-@dataclass(frozen=True)
 class Attempt:
     """A graded completion, with what its score hides."""
 
@@ -45,22 +36,17 @@ class Attempt:
     finished: bool  # whether the end of text was reached, and not the length limit
 
 
-def read_completions(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[Completion]:
-    """What was sampled, as text, not graded."""
-    return [Completion(x, y, None) for x, y in _texts(tokenizer, rollout)]
-
-
 def grade(tokenizer: PreTrainedTokenizerBase, rollout: Rollout, grader: Grader) -> list[Attempt]:
     """Read what was sampled, and grade all of it."""
     attempts = []
-    for i, (x, y) in enumerate(_texts(tokenizer, rollout)):
+    for i, (x, y) in enumerate(texts(tokenizer, rollout)):
         verdict = grader(rollout.problems[i], y)
         tokens, finished = len(rollout.completions[i]), rollout.finished[i]
         attempts.append(Attempt(x, y, verdict.correct, verdict.answer, tokens, finished))
     return attempts
 
 
-def _texts(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[tuple[str, str]]:
+def texts(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[tuple[str, str]]:
     """Prompts and completions: the only place where token ids become text."""
     prompts = tokenizer.batch_decode(rollout.prompts)
     completions = tokenizer.batch_decode(rollout.completions)

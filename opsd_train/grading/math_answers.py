@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from opsd_train.data import last_boxed
+from opsd_train.errors import listed
 from opsd_train.grading.answer_text import (
     Answer,
     equal_as_text,
@@ -147,8 +148,6 @@ class MathGrader:
 
 def said_dropped(problems: list[Problem]) -> str:
     """A message: how many problems cannot be graded, and the first of them."""
-    lines = [f"  {p.place or p.question[:60]}: {p.answer!r:.80}" for p in problems[:SHOWN]]
-    more = [f"  and {len(problems) - SHOWN:,} more"] if len(problems) > SHOWN else []
-    return "\n".join(
-        [f"Not graded: {len(problems):,} problems whose answer cannot be compared:", *lines, *more]
-    )
+    lines = [f"{p.place or p.question[:60]}: {p.answer!r:.80}" for p in problems]
+    what = f"Not graded: {len(problems):,} problems whose answer cannot be compared"
+    return listed(what, lines, SHOWN)

@@ -25,7 +25,6 @@ from opsd_train.models.head import (
     check_logits,
     check_same_vocabulary,
     lm_head,
-    logits,
     vocab_size,
 )
 from opsd_train.models.loading import (
@@ -34,6 +33,7 @@ from opsd_train.models.loading import (
     load_config,
     load_model,
     load_tokenizer,
+    save_model,
     settle_padding,
 )
 from opsd_train.models.memory import (
@@ -44,38 +44,3 @@ from opsd_train.models.memory import (
     shard,
     tile_mlps,
 )
-
-__all__ = [
-    "Backbone",
-    "Student",
-    "adapter_config",
-    "adapter_sha256",
-    "adapter_weights",
-    "add_adapter",
-    "base_model",
-    "base_weights_sha256",
-    "call_with_full_parameters",
-    "check_ids",
-    "check_logits",
-    "check_not_merged",
-    "check_same_vocabulary",
-    "copy_full",
-    "end_ids",
-    "full_tensor",
-    "lm_head",
-    "load_adapter",
-    "load_config",
-    "load_model",
-    "load_tokenizer",
-    "logits",
-    "peft_name",
-    "read_lora_config",
-    "save_memory",
-    "saved_weights",
-    "settle_padding",
-    "sha256",
-    "shard",
-    "tile_mlps",
-    "train_all",
-    "vocab_size",
-]

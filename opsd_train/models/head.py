@@ -5,12 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_kernels import LMHead
 from opsd_kernels.head_check import check_head, head_logits
-from opsd_kernels.heads.head import LogitMap
 
 
 class Backbone(torch.nn.Module):
@@ -65,15 +63,6 @@ def lm_head(model: PreTrainedModel) -> LMHead:
 def vocab_size(head: LMHead) -> int:
     """V, without what the head's weight is padded with."""
     return head.weight.shape[0] if head.vocab_size is None else head.vocab_size
-
-
-def logits(head: LMHead, h: Tensor) -> Tensor:
-    """[N, V] logits of a few hidden states [N, D], in fp32. The loss has no need of them."""
-    V = vocab_size(head)
-    z = linear(h, head.weight[:V]).float()
-    bias = None if head.bias is None else head.bias[:V]
-    LogitMap(bias, head.softcap, head.scale).apply_(z)
-    return z
 
 
 def check_logits(model: Any, base: PreTrainedModel, head: LMHead, ids: list[int]) -> None:
@@ -140,7 +129,7 @@ def _check_logits(model: PreTrainedModel, head: LMHead) -> None:
     ]
     model.train(was_training)
 
-    z = logits(head, h)
+    z = head_logits(head, h).float()
     expected = torch.cat(rows)[:, :V].float()
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.1
     if not (z - expected).norm() <= tolerance * expected.norm():  # nor NaN

@@ -1,11 +1,14 @@
-"""A model and its tokenizer, from a folder or the hub: with the weights of the file, or refused."""
+"""A model and its tokenizer, from a folder or the hub: with the weights of the file, or refused.
+And into a new folder."""
 
 import contextlib
 import importlib
 import json
 import math
+import os
 import re
-from collections.abc import Collection, Iterable
+import shutil
+from collections.abc import Collection, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -268,6 +271,25 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def save_model(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Write a model, its tokenizer and other files into a folder that is there whole, or not."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        for name, text in (files or {}).items():
+            (unfinished / name).write_text(text)
+        if not path.exists():  # else another process was faster
+            unfinished.rename(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def in_a_line(error: Exception) -> str:

@@ -92,9 +92,11 @@ def shard(backbone: Any, accelerator: Accelerator) -> None:
 
 
 def call_with_full_parameters(backbone: Any, call: Callable[[], Any]) -> Any:
-    """Call with all weights of a sharded backbone in place: what is called may then use the model
-    as often as it likes, without waiting for other processes."""
+    """Call with all weights of a backbone in place, if it is sharded: what is called may then use
+    the model as often as it likes, without waiting for other processes."""
     layers = [module for module in backbone.modules() if isinstance(module, FSDPModule)]
+    if not layers:
+        return call()
 
     def gather_and_call() -> Any:
         for layer in layers:

@@ -18,27 +18,6 @@ from opsd_train.opsd.teachers import (
     AdapterTeacher,
     BaseTeacher,
     CopyTeacher,
-    EmaTeacher,
     ServerTeacher,
     Teacher,
 )
-
-__all__ = [
-    "AdapterTeacher",
-    "BaseTeacher",
-    "CopyTeacher",
-    "EmaTeacher",
-    "Observe",
-    "Phase",
-    "ServerTeacher",
-    "Setup",
-    "Teacher",
-    "can_pack",
-    "compare",
-    "loss_name",
-    "opsd_loss",
-    "score",
-    "score_sequences",
-    "take_step",
-    "token_weights",
-]

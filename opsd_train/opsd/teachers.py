@@ -40,11 +40,23 @@ from opsd_train.sampling import (
 
 
 class Teacher:
-    """A backbone as it is: another model's, or the student's own."""
+    """A backbone as it is: another model's, or the student's own.
 
-    def __init__(self, backbone: torch.nn.Module | None, head: LMHead | None = None):
+    Some teachers have weights of their own beside the student's. With a decay these are an average
+    of the student's: ā ← decay · ā + (1 − decay) · a after each step.
+    """
+
+    def __init__(
+        self,
+        backbone: torch.nn.Module | None,
+        head: LMHead | None = None,
+        decay: float | None = None,
+    ):
         self.backbone: Any = backbone  # None if the teacher is on servers
         self.head = head  # the teacher's own; None if it is the student's
+        self.decay = decay
+        self.weights: dict[str, Tensor] = {}  # the teacher's own
+        self.student: dict[str, torch.nn.Parameter] = {}  # the student's of the same names
 
     def look_at(self, rollout: Rollout, context: Context) -> Rollout:
         """Called with a step's rollouts before they are divided into micro-batches. A teacher on
@@ -55,13 +67,17 @@ class Teacher:
         """The context in which the backbone is the teacher."""
         return nullcontext()
 
+    @torch.no_grad()
     def follow(self) -> None:
         """Called after each step of the student."""
+        if self.decay is not None:
+            for name, w in self.student.items():
+                self.weights[name].lerp_(w, 1 - self.decay)
 
     def state(self) -> dict[str, Tensor]:
-        """The teacher's tensors that a checkpoint keeps, by name. A resumed run fills them in
-        place."""
-        return {}
+        """The teacher's tensors that a checkpoint keeps, by name: those that follow the student. A
+        resumed run fills them in place."""
+        return {} if self.decay is None else self.weights
 
 
 class BaseTeacher(Teacher):
@@ -75,42 +91,21 @@ class BaseTeacher(Teacher):
         return self.model.disable_adapter()
 
 
-class CopyTeacher(Teacher):
-    """A frozen copy of a backbone whose own weights are trained. Weights that are not trained, the
-    embeddings, are shared with the student. With a decay the copy is an average of the student:
-    ā ← decay · ā + (1 − decay) · a after each step."""
-
-    def __init__(self, backbone: torch.nn.Module, decay: float | None = None):
-        frozen = {id(w): w for w in backbone.parameters() if not w.requires_grad}
-        super().__init__(copy.deepcopy(backbone, dict(frozen)).requires_grad_(False))
-        self.decay = decay
-        self.student = {name: w for name, w in backbone.named_parameters() if w.requires_grad}
-        copies = dict(self.backbone.named_parameters())
-        self.average = {name: copies[name] for name in self.student}
-
-    @torch.no_grad()
-    def follow(self) -> None:
-        if self.decay is not None:
-            for name, w in self.student.items():
-                self.average[name].lerp_(w, 1 - self.decay)
-
-    def state(self) -> dict[str, Tensor]:
-        return dict(self.average) if self.decay is not None else {}
-
-
 class AdapterTeacher(Teacher):
     """The student's backbone with the teacher's own adapter weights: a copy of the student's from
-    when this teacher is made."""
+    when this teacher is made, or an average."""
 
-    def __init__(self, backbone: torch.nn.Module, model: PeftModelForCausalLM):
-        super().__init__(backbone)
+    def __init__(
+        self, backbone: torch.nn.Module, model: PeftModelForCausalLM, decay: float | None = None
+    ):
+        super().__init__(backbone, decay=decay)
         self.student = adapter_weights(model)
-        self.adapter = {name: w.detach().clone() for name, w in self.student.items()}
+        self.weights = {name: w.detach().clone() for name, w in self.student.items()}
 
     @contextmanager
     def active(self) -> Iterator[None]:
         live = {name: w.detach().clone() for name, w in self.student.items()}
-        self._set(self.adapter)
+        self._set(self.weights)
         try:
             yield
         finally:
@@ -122,20 +117,17 @@ class AdapterTeacher(Teacher):
             w.copy_(weights[name])
 
 
-class EmaTeacher(AdapterTeacher):
-    """The student's backbone with an average of the student's adapter:
-    ā ← decay · ā + (1 − decay) · a after each step."""
+class CopyTeacher(Teacher):
+    """A frozen copy of a backbone whose own weights are trained, or an average. Weights that are
+    not trained, the embeddings, are shared with the student."""
 
-    def __init__(self, backbone: torch.nn.Module, model: PeftModelForCausalLM, decay: float):
-        super().__init__(backbone, model)
-        self.decay = decay
-
-    def follow(self) -> None:
-        for name, w in self.student.items():
-            self.adapter[name].lerp_(w.detach(), 1 - self.decay)
-
-    def state(self) -> dict[str, Tensor]:
-        return self.adapter
+    def __init__(self, backbone: torch.nn.Module, decay: float | None = None):
+        frozen = {id(w): w for w in backbone.parameters() if not w.requires_grad}
+        copied = copy.deepcopy(backbone, dict(frozen)).requires_grad_(False)
+        super().__init__(copied, decay=decay)
+        self.student = {name: w for name, w in backbone.named_parameters() if w.requires_grad}
+        copies = dict(copied.named_parameters())
+        self.weights = {name: copies[name] for name in self.student}
 
 
 # Another model, on servers

@@ -5,10 +5,10 @@ says of it. What a key means is said in config.py, and nothing else lives here.
 """
 
 from pathlib import Path
+from typing import Any
 
 from opsd_train.errors import did_you_mean
-
-__all__ = ["DEFAULT_PRESET", "find_preset", "preset_names", "preset_summary"]
+from opsd_train.files import read_yaml
 
 DEFAULT_PRESET = "small-world"
 _FOLDER = Path(__file__).parent
@@ -22,6 +22,21 @@ def preset_summary(name: str) -> str:
     """The comment on a preset's first line."""
     first, *_ = find_preset(name).read_text(encoding="utf-8").splitlines()
     return first.lstrip("# ")
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The keys and values of a preset, or of a config file given by its path. A preset's data may
+    be a file beside it.
+
+    Raises:
+        OSError: as `find_preset`.
+        ValueError: it is not a mapping.
+    """
+    values = read_yaml(find_preset(name))
+    beside = _FOLDER / str(values.get("data"))
+    if name in preset_names() and beside.is_file():
+        values["data"] = str(beside)
+    return values
 
 
 def find_preset(name: str) -> Path:

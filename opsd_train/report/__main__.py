@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from opsd_train.report.page import write_report
+from opsd_train.report import write_report
 
 
 def main(arguments: list[str] | None = None) -> None:

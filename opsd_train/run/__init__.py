@@ -9,18 +9,3 @@ from opsd_train.run.fingerprint import check_base
 from opsd_train.run.folder import RunFolder, check_tracker
 from opsd_train.run.loop import run_training
 from opsd_train.run.setup import Materials, check_distribution, load, set_up
-
-__all__ = [
-    "Materials",
-    "RunFolder",
-    "be_quiet",
-    "check_base",
-    "check_distribution",
-    "check_tracker",
-    "fail",
-    "load",
-    "progress_bar",
-    "run_training",
-    "say",
-    "set_up",
-]

@@ -23,7 +23,6 @@ from accelerate.tracking import (
 from opsd_train.config import options
 from opsd_train.errors import difference
 from opsd_train.files import append_lines, as_lines, read_json, read_lines, replace_file
-from opsd_train.grading import Attempt, Completion
 from opsd_train.run.checkpoint import (
     FOLDER,
     copy_adapter,
@@ -159,23 +158,20 @@ class RunFolder:
             self.tracker.log(numbers_by_name(metrics), step=metrics["step"])
 
     def write_completions(
-        self, phase: str, step: int, completions: Iterable[Completion | Attempt]
+        self, phase: str, step: int, completions: Iterable[tuple[str, str, bool | None]]
     ) -> None:
-        what = {"phase": phase, "step": step}
-        columns = ("prompt", "completion", "correct")
-        rows = (what | {name: getattr(c, name) for name in columns} for c in completions)
+        """Prompts, completions and whether they are right, None where they are not graded."""
+        columns = ("phase", "step", "prompt", "completion", "correct")
+        rows = (dict(zip(columns, (phase, step, *c), strict=True)) for c in completions)
         self._append("completions.jsonl", rows)
 
     def write_tokens(self, rows: Iterable[dict[str, Any]]) -> None:
         self._append("tokens.jsonl", rows)
 
-    def completions(self, phase: str, step: int) -> list[Completion]:
-        """Those of a step, as they were written."""
-        return [
-            Completion(row["prompt"], row["completion"], row["correct"])
-            for row in read_lines(self.path / "completions.jsonl")
-            if (row["phase"], row["step"]) == (phase, step)
-        ]
+    def completions(self, phase: str, step: int) -> list[dict[str, Any]]:
+        """The lines of a step."""
+        rows = read_lines(self.path / "completions.jsonl")
+        return [row for row in rows if (row["phase"], row["step"]) == (phase, step)]
 
     def write_json(self, name: str, values: Any) -> Path:
         if self.is_main:

@@ -18,6 +18,7 @@ Evaluate = Callable[[int, bool], dict[str, Any]]
 """Called with the number of steps taken, 0 before the first, and whether it was the last; returns
 metrics."""
 
+CPU_BYTES = 2**30  # for keys and values
 EXAMPLE_CHARACTERS = 160  # of a prompt or completion that is shown at the end
 
 
@@ -39,9 +40,9 @@ def measure_held_out(
 
         with run.phase("evaluate"):
             seed = draw_seed(config.seed, name, step)
-            # As many at once as a step samples, for which there is memory.
-            attempts = evaluate(setup.sampler, context, fit, grader, seed, config.batch_size, show)
-        run.write_completions(name, step, attempts)
+            size = problems_at_once(config, setup, context, fit)
+            attempts = evaluate(setup.sampler, context, fit, grader, seed, size, show)
+        run.write_completions(name, step, ((a.prompt, a.completion, a.correct) for a in attempts))
         return attempts
 
     def measure_after(step: int, is_last: bool) -> dict[str, Any]:
@@ -62,6 +63,19 @@ def measure_held_out(
         return metrics
 
     return measure_after
+
+
+def problems_at_once(
+    config: Config, setup: Setup, context: Context, problems: list[Problem]
+) -> int:
+    """As many as a step samples, for which there is memory. On a CPU more of them: many rows take
+    little longer there than a few."""
+    if setup.accelerator.device.type != "cpu":
+        return config.batch_size
+    of = base_model(setup.model).config.get_text_config()
+    tokens = max(map(len, context.token_ids(problems))) + config.max_new_tokens
+    at_most = 2 * of.num_hidden_layers * of.hidden_size * setup.head.weight.element_size()
+    return max(config.batch_size, CPU_BYTES // (at_most * tokens))
 
 
 def say_change(run: RunFolder) -> dict[str, Any]:
@@ -88,10 +102,10 @@ def say_example(run: RunFolder, first: int, last: int) -> None:
     """A problem that was answered wrongly at one step and rightly at another: what was said."""
     before, after = (run.completions("held-out", step) for step in (first, last))
     for old, new in zip(before, after, strict=False):
-        if not old.correct and new.correct:
-            say(f"\n{end_of(old.prompt)}")
-            say(f"  before  {end_of(old.completion)}  WRONG")
-            say(f"  after   {end_of(new.completion)}  right")
+        if not old["correct"] and new["correct"]:
+            say(f"\n{end_of(old['prompt'])}")
+            say(f"  before  {end_of(old['completion'])}  WRONG")
+            say(f"  after   {end_of(new['completion'])}  right")
             return
 
 

@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from opsd_train.config import Config
 from opsd_train.errors import RunFailed
-from opsd_train.grading import read_completions
+from opsd_train.grading import texts
 from opsd_train.models import (
     adapter_config,
     adapter_weights,
@@ -132,14 +132,14 @@ def train(config: Config, setup: Setup, run: RunFolder, evaluate: Evaluate) -> N
             run.write_metrics(step=0, **measured)
             bar.start = time.monotonic()  # no step will take what this took
         while step < config.steps:
-            observe = record_tokens(config, setup, run, step + 1)
+            observe = record_tokens(setup, run, step + 1)
             rollout, metrics = take_step(config, setup, optimizer, step + 1, run.phase, observe)
             step += 1
 
             stopping = asked_to_stop(stop, setup)
             is_last = step == config.steps
             metrics |= evaluate(step, is_last)
-            completions = read_completions(setup.tokenizer, rollout)
+            completions = [(x, y, None) for x, y in texts(setup.tokenizer, rollout)]
             run.write_completions("rollout", step, gather_object(completions))
             run.write_metrics(**metrics, **cost(run, setup, metrics["tokens"]))
             bar.advance_to(step, **figures(run.metrics))
@@ -272,7 +272,7 @@ def give_up(run: RunFolder, rollout: Rollout) -> None:
     batch = {"prompts": rollout.prompts, "completions": rollout.completions}
     path = run.write_json("failed_batch.json", gather_object([batch]))
     raise RunFailed(
-        f"the loss or its gradient was not finite in {MAX_SKIPPED} steps one after the other, none "
-        f"of which was taken. {path} holds the last batch's token ids, by process; look there, or "
-        "begin anew with a smaller --learning-rate or --max-grad-norm"
+        f"the loss or its gradient was not finite in {MAX_SKIPPED} steps one after the other; "
+        f"these steps changed nothing. {path} holds the last batch's token ids, by process; look "
+        "there, or begin anew with a smaller --learning-rate or --max-grad-norm"
     )

@@ -1,15 +1,14 @@
 """tokens.jsonl: a few rollouts of some steps, token by token, from which the report is made."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from opsd_kernels import LMHead
-from opsd_train.config import Config
-from opsd_train.models import logits, vocab_size
+from opsd_kernels.head_check import head_logits
+from opsd_train.models import vocab_size
 from opsd_train.opsd import Observe, Setup, compare
 from opsd_train.records import Rollout, Scores, TeacherTopK
 from opsd_train.run.folder import RunFolder
@@ -19,69 +18,49 @@ MAX_TOKENS = 1024  # of a rollout
 CHOICES = 5  # of either side at a token
 ENTRIES_AT_ONCE = 2**22  # of the vocabulary times tokens, 16 MiB in fp32
 
-
-@dataclass(frozen=True)
-class Choices:
-    """The likeliest tokens at each position of a rollout, the likeliest first."""
-
-    ids: list[list[int]]
-    log_probs: list[list[float]]
+Choices = list[list[tuple[int, float]]]
+"""At each token of a rollout its likeliest ids, the likeliest first, with log-probabilities."""
 
 
-@dataclass(frozen=True)
-class Observation:
-    """What is seen at each token of one rollout."""
-
-    statistics: dict[str, list[float]]  # as `compare` names them
-    student: Choices
-    teacher: Choices
-
-
-def record_tokens(config: Config, setup: Setup, run: RunFolder, step: int) -> Observe | None:
+def record_tokens(setup: Setup, run: RunFolder, step: int) -> Observe | None:
     """What writes down the first rollouts of a step, if the step is one of those recorded."""
-    is_recorded = step in (1, config.steps) or step % EVERY == 0
-    if not (run.is_main and is_recorded and config.record_rollouts):
+    is_recorded = step in (1, setup.config.steps) or step % EVERY == 0
+    left = setup.config.record_rollouts
+    if not (run.is_main and is_recorded and left):
         return None
-    left = config.record_rollouts
 
     def observe(part: Rollout, scores: Scores) -> None:
         nonlocal left
-        rows = []
-        for row in range(min(left, len(part))):
-            seen = observe_tokens(
-                scores, setup.head, config, setup.teacher.head, row, MAX_TOKENS, CHOICES
-            )
-            rows.append({"step": step, **describe_tokens(setup, part, row, seen)})
+        rows = range(min(left, len(part)))
         left -= len(rows)
         if rows:
-            run.write_tokens(rows)
+            run.write_tokens(
+                {"step": step, **describe_tokens(setup, part, scores, row)} for row in rows
+            )
 
     return observe
 
 
-def describe_tokens(setup: Setup, part: Rollout, row: int, seen: Observation) -> dict[str, Any]:
+def describe_tokens(setup: Setup, part: Rollout, scores: Scores, row: int) -> dict[str, Any]:
     """A line of tokens.jsonl: lists with a value for each token, and what they belong to."""
 
     def text(token: int) -> str:
         return str(setup.tokenizer.decode([token]))
 
-    def choices(of: Choices) -> list[list[Any]]:
-        """[text, log-probability, text, ...] of each token."""
-        return [
-            [x for i, p in zip(ids, log_p, strict=True) for x in (text(i), short(p))]
-            for ids, log_p in zip(of.ids, of.log_probs, strict=True)
-        ]
-
     completion = part.completions[row]
+    statistics, choices = observe_tokens(setup, scores, row)
     return {
         "prompt": setup.tokenizer.decode(part.prompts[row]),
         "reference": part.problems[row].solution,
         "length": len(completion),
         "finished": part.finished[row],
-        "tokens": [text(token) for token in completion[: len(seen.student.ids)]],
-        **{name: [short(x) for x in values] for name, values in seen.statistics.items()},
-        "student": choices(seen.student),
-        "teacher": choices(seen.teacher),
+        "tokens": [text(token) for token in completion[:MAX_TOKENS]],
+        **{name: [short(x) for x in values] for name, values in statistics.items()},
+        # [text, log-probability, text, ...] of each token.
+        **{
+            side: [[x for i, p in at for x in (text(i), short(p))] for at in of_side]
+            for side, of_side in choices.items()
+        },
     }
 
 
@@ -92,48 +71,38 @@ def short(x: float) -> float | None:
 
 @torch.no_grad()
 def observe_tokens(
-    scores: Scores,
-    head: LMHead,
-    config: Config,
-    teacher_head: LMHead | None,
-    row: int,
-    max_tokens: int,
-    choices: int,
-) -> Observation:
-    """One rollout of a micro-batch, up to `max_tokens` of it: the divergence and statistics of
-    every token, and the likeliest `choices` of both sides there."""
+    setup: Setup, scores: Scores, row: int
+) -> tuple[dict[str, list[float]], dict[str, Choices]]:
+    """One rollout of a micro-batch, up to `MAX_TOKENS` of it: the divergence and statistics of
+    every token, by the names of `compare`; and the choices of both sides."""
+    config, head, teacher_head = setup.config, setup.head, setup.teacher.head
     first = int(scores.lengths[:row].sum())
-    some = slice(first, first + min(int(scores.lengths[row]), max_tokens))
-    seen = scores.some(some)
+    seen = scores.some(slice(first, first + min(int(scores.lengths[row]), MAX_TOKENS)))
     statistics = compare(seen, head, config, teacher_head=teacher_head)
+    student = likeliest(seen.h_student, head, config.temperature)
     if seen.top_k is not None:
-        teacher = _likeliest_of(seen.top_k, choices)
+        teacher = likeliest_sent(seen.top_k)
     else:
         assert seen.h_teacher is not None
-        teacher = _likeliest(seen.h_teacher, teacher_head or head, config.temperature, choices)
-    return Observation(
+        teacher = likeliest(seen.h_teacher, teacher_head or head, config.temperature)
+    return (
         {name: t.tolist() for name, t in statistics.items()},
-        _likeliest(seen.h_student, head, config.temperature, choices),
-        teacher,
+        {"student": student, "teacher": teacher},
     )
 
 
-def _likeliest_of(top_k: TeacherTopK, choices: int) -> Choices:
+def likeliest(h: Tensor, head: LMHead, temperature: float) -> Choices:
+    found: Choices = []
+    for some in h.split(max(1, ENTRIES_AT_ONCE // vocab_size(head))):
+        log_p = torch.log_softmax(head_logits(head, some).float() / temperature, dim=-1)
+        top = log_p.topk(min(CHOICES, log_p.shape[-1]))
+        ids, log_probs = top.indices.tolist(), top.values.tolist()
+        found += [list(zip(*row, strict=True)) for row in zip(ids, log_probs, strict=True)]
+    return found
+
+
+def likeliest_sent(top_k: TeacherTopK) -> Choices:
     """At temperature 1, which is that of the servers."""
-    rows = [
-        sorted(((p, i) for p, i in zip(*row, strict=True) if i >= 0), reverse=True)[:choices]
-        for row in zip(top_k.log_q.tolist(), top_k.ids.tolist(), strict=True)
-    ]
-    return Choices([[i for _, i in row] for row in rows], [[p for p, _ in row] for row in rows])
-
-
-def _likeliest(h: Tensor, head: LMHead, temperature: float, choices: int) -> Choices:
-    V = vocab_size(head)
-    ids: list[list[int]] = []
-    log_probs: list[list[float]] = []
-    for some in h.split(max(1, ENTRIES_AT_ONCE // V)):
-        log_p = torch.log_softmax(logits(head, some) / temperature, dim=-1)
-        top = log_p.topk(min(choices, V), dim=-1)
-        ids += top.indices.tolist()
-        log_probs += top.values.tolist()
-    return Choices(ids, log_probs)
+    rows = zip(top_k.ids.tolist(), top_k.log_q.tolist(), strict=True)
+    sent = [[(i, p) for i, p in zip(*row, strict=True) if i >= 0] for row in rows]
+    return [sorted(at, key=lambda choice: -choice[1])[:CHOICES] for at in sent]

@@ -35,7 +35,6 @@ from opsd_train.opsd import (
     AdapterTeacher,
     BaseTeacher,
     CopyTeacher,
-    EmaTeacher,
     ServerTeacher,
     Setup,
     Teacher,
@@ -170,13 +169,11 @@ def make_teacher(
         return Teacher(Backbone(other), teacher_head)
     if config.teacher == "live":
         return Teacher(backbone)
+    decay = config.ema_decay if config.teacher == "ema" else None
     if not isinstance(student, PeftModelForCausalLM):
-        decay = config.ema_decay if config.teacher == "ema" else None
         return CopyTeacher(Backbone(student), decay)
-    if config.teacher == "ema":
-        return EmaTeacher(backbone, student, config.ema_decay)
-    if config.teacher == "initial" and config.adapter is not None:
-        return AdapterTeacher(backbone, student)
+    if config.teacher == "ema" or (config.teacher == "initial" and config.adapter is not None):
+        return AdapterTeacher(backbone, student, decay)
     return BaseTeacher(backbone, student)
 
 

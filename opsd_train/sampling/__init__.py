@@ -1,13 +1,21 @@
 """Sampling: from prompts to rollouts, by one of several engines.
 
 An engine is whatever has the `sample` of `Sampler`; each has a file here, and its name in
-engines.py. server.py and servers.py speak to vLLM, whatever it is asked. Nothing here knows what
-rollouts are for: scoring them is in opsd/, grading in grading/.
+`make_sampler` and in the config's `engine`. One that runs outside this process has the `begin` of
+`BackgroundSampler` too. server.py and servers.py speak to vLLM, whatever it is asked. Nothing here
+knows what rollouts are for: scoring them is in opsd/, grading in grading/.
 """
 
-from opsd_train.sampling.engines import Ahead, make_sampler
+import torch
+from accelerate import Accelerator
+from peft import PeftModelForCausalLM
+from transformers import PreTrainedTokenizerBase
+
+from opsd_train.config import Config
+from opsd_train.models import Student
 from opsd_train.sampling.generate import GenerateSampler
 from opsd_train.sampling.sampler import (
+    Ahead,
     BackgroundSampler,
     Sampler,
     Sampling,
@@ -18,24 +26,23 @@ from opsd_train.sampling.sampler import (
 )
 from opsd_train.sampling.server import Refused, VllmServer
 from opsd_train.sampling.servers import Batch, Fleet
-from opsd_train.sampling.vllm import in_main_process, result_of, served_model
+from opsd_train.sampling.vllm import VllmSampler, in_main_process, result_of, served_model
 
-__all__ = [
-    "Ahead",
-    "BackgroundSampler",
-    "Batch",
-    "Fleet",
-    "GenerateSampler",
-    "Refused",
-    "Sampler",
-    "Sampling",
-    "VllmServer",
-    "as_rollout",
-    "draw_seed",
-    "in_main_process",
-    "make_sampler",
-    "result_of",
-    "roll_out",
-    "sampling_of",
-    "served_model",
-]
+
+def make_sampler(
+    config: Config,
+    accelerator: Accelerator,
+    student: Student,
+    backbone: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+) -> Sampler:
+    """The engine that the config asks for.
+
+    Raises:
+        ValueError: it cannot sample from this model, or is not there.
+    """
+    if config.engine == "generate":
+        return GenerateSampler(student, tokenizer, sampling, config.rollout_batch_size, backbone)
+    assert isinstance(student, PeftModelForCausalLM)  # as the config makes sure
+    return VllmSampler(config, accelerator, student, backbone, tokenizer, sampling)

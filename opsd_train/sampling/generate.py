@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from opsd_train.data import left_pad
-from opsd_train.models import Student, base_model, end_ids
+from opsd_train.models import Student, base_model, call_with_full_parameters, end_ids
 from opsd_train.sampling.sampler import Sampling
 
 # The methods by which transformers samples; a model that overrides one is refused.
@@ -38,18 +38,23 @@ class GenerateSampler:
         tokenizer: PreTrainedTokenizerBase,
         sampling: Sampling,
         batch_size: int | None = None,
+        backbone: torch.nn.Module | None = None,
     ):
+        """`backbone`: the model's, whose weights may be sharded."""
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
-        self.batch_size = batch_size
+        self.batch_size, self.backbone = batch_size, model if backbone is None else backbone
         check_generates(base_model(model))
         self.ends = end_ids(base_model(model), tokenizer)
 
     def sample(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
         self.model.eval()  # without activation checkpointing, which knows no cache
         size = self.batch_size or len(prompts)
-        completions = []
-        for i in range(0, len(prompts), size):
-            completions += self._sample_batch(prompts[i : i + size], seeds[i : i + size])
+
+        def sample() -> list[list[int]]:
+            batches = [slice(i, i + size) for i in range(0, len(prompts), size)]
+            return [c for b in batches for c in self._sample_batch(prompts[b], seeds[b])]
+
+        completions = call_with_full_parameters(self.backbone, sample)
         return [up_to_the_end(completion, self.ends) for completion in completions]
 
     def _sample_batch(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:

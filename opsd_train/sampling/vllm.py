@@ -30,7 +30,7 @@ from opsd_train.models import (
     copy_full,
     end_ids,
     full_tensor,
-    peft_name,
+    saved_weights,
 )
 from opsd_train.sampling.sampler import Samples, Sampling
 from opsd_train.sampling.server import Completion, Refused, Unavailable, VllmServer
@@ -47,8 +47,7 @@ def whole_adapter(model: PeftModelForCausalLM) -> dict[str, Tensor]:
     """Its weights as PEFT names them, in the dtype of the model, which an engine computes in; all
     processes call it, as each may hold a share."""
     dtype = base_model(model).dtype
-    weights = adapter_weights(model).items()
-    return {peft_name(name): full_tensor(w.detach()).to(dtype) for name, w in weights}
+    return {name: full_tensor(w.detach()).to(dtype) for name, w in saved_weights(model).items()}
 
 
 @contextmanager
@@ -163,7 +162,7 @@ class VllmSampler:
             be started.
         """
         self.accelerator, self.model, self.sampling = accelerator, model, sampling
-        self.backbone = backbone if config.shard else None
+        self.backbone = backbone
         self.at_once = config.rollout_batch_size
         self.ends = end_ids(base_model(model), tokenizer)
         self.fleet = Fleet(config.engine_urls or ())
@@ -272,8 +271,6 @@ class VllmSampler:
             return base_model(self.model)(input_ids=tokens, use_cache=False).logits[0].float()
 
         self.model.eval()
-        if self.backbone is None:
-            return forward()
         return call_with_full_parameters(self.backbone, forward)
 
 
