@@ -8,7 +8,6 @@ and `--no-` no switch, and it names no nearest key; most of what follows would s
 """
 
 import dataclasses
-import json
 import math
 import re
 import types
@@ -303,8 +302,11 @@ def without_effect(config: Config) -> dict[str, str]:
         idle |= dict.fromkeys(of_divergence, "objective divergence; it is sampled_token")
     else:
         idle["advantage_clip"] = "objective sampled_token; it is divergence"
+    lora = ("lora_rank", "lora_alpha", "lora_targets")
     if config.train == "full":
-        idle |= dict.fromkeys(("lora_rank", "lora_alpha", "lora_targets"), "train adapter")
+        idle |= dict.fromkeys(lora, "train adapter")
+    elif config.adapter is not None:
+        idle |= dict.fromkeys(lora, "a new adapter; that of adapter has its own")
     if config.teacher != "ema":
         idle["ema_decay"] = f"teacher ema; it is {config.teacher}"
     if not config.teacher_urls:
@@ -459,44 +461,7 @@ def make_config(values: dict[str, Any], preset: dict[str, Any] | None = None) ->
         if every[name] == "":
             raise ValueError(f"{name} must be given, and is empty")
     made = {name: _convert(name, value) for name, value in every.items()}
-    if made.get("adapter") is not None:
-        for name, has in adapter_options(made["adapter"]).items():
-            asked = made.get(name)
-            if name == "lora_targets" and asked is not None:
-                asked = tuple(sorted(asked))
-            if name in values and asked != has:
-                raise ValueError(
-                    f"{name} {values[name]} contradicts adapter {made['adapter']}, which has {has}:"
-                    " leave it out"
-                )
-            made[name] = has
     return Config(**made, given=frozenset(values))
-
-
-def adapter_options(path: Path) -> dict[str, Any]:
-    """The options that describe the adapter in a folder, as its adapter_config.json says.
-
-    Raises:
-        ValueError: there is none.
-    """
-    try:
-        said = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        targets = said["target_modules"]
-        names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
-        rank, alpha = (_whole(name, said[name]) for name in ("r", "lora_alpha"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"adapter must be a folder with PEFT's adapter_config.json and "
-            f"adapter_model.safetensors of LoRA, got {path} ({type(error).__name__}: {error})"
-        ) from None
-    return {"lora_rank": rank, "lora_alpha": alpha, "lora_targets": names}
-
-
-def _whole(name: str, value: Any) -> int:
-    """A number of an adapter_config.json, where 16 may be 16.0."""
-    if not isinstance(value, int | float) or value < 1 or value != int(value):
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
-    return int(value)
 
 
 def field_types(name: str) -> tuple[Any, ...]:

@@ -26,7 +26,6 @@ from opsd_train.files import (
     append_lines,
     read_json,
     read_lines,
-    read_yaml,
     remove_cut_line,
     replace_file,
 )
@@ -46,7 +45,15 @@ from opsd_train.models import add_adapter, check_ids, load_adapter, settle_paddi
 from opsd_train.presets import read_preset
 from opsd_train.records import Problem
 from opsd_train.report import write_report
-from opsd_train.run import Materials, check_base, check_distribution, load, progress_bar, say
+from opsd_train.run import (
+    Materials,
+    check_base,
+    check_distribution,
+    config_of_adapter,
+    load,
+    progress_bar,
+    say,
+)
 from opsd_train.sampling import Sampling, draw_seed, make_sampler, sampling_of
 
 HELD_OUT = "held-out"
@@ -221,20 +228,14 @@ def read_samples(path: Path) -> dict[Place, Attempt]:
 
 def find_config(options: argparse.Namespace) -> tuple[Path | None, Config]:
     """The run folder, if it is one, and the config that its model is loaded and sampled by."""
-    path = Path(options.run)
-    folder = path if path.is_dir() else None
-    try:
-        values = read_yaml(path / "config.yaml") if folder else read_preset(options.run)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{options.run}: {error}") from None
-    if folder:  # the run's own adapter is evaluated, not the one that it started from
-        values.pop("adapter", None)
-    config = make_config({}, preset=values)
-    if folder and config.train == "full":
-        raise ValueError(
-            f"{folder} trained all weights: name {folder / 'model'} as the model of a config file, "
-            "and evaluate that"
-        )
+    folder = Path(options.run) if Path(options.run).is_dir() else None
+    if folder is not None:
+        config = config_of_adapter(folder)
+    else:
+        try:
+            config = make_config({}, preset=read_preset(options.run))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{options.run}: {error}") from None
     return folder, replace(config, **engine_of(options, config), shard=False, ahead=0)
 
 

@@ -12,10 +12,8 @@ from pathlib import Path
 import torch
 
 from opsd_train.command_line import command
-from opsd_train.config import make_config
-from opsd_train.files import read_yaml
 from opsd_train.models import load_adapter, load_model, load_tokenizer, save_model
-from opsd_train.run import check_base, say
+from opsd_train.run import check_base, config_of_adapter, say
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,14 +42,8 @@ def export(run: Path, output: Path, adapter: Path | None = None) -> None:
     """
     if output.exists():
         raise FileExistsError(f"{output} is there already; name a new folder")
-    if not (run / "config.yaml").is_file():
-        raise FileNotFoundError(f"{run} is no run folder: it has no config.yaml")
-    values = read_yaml(run / "config.yaml")
-    values.pop("adapter", None)  # of the run's own adapter, which includes it
-    config = make_config({}, preset=values)
+    config = config_of_adapter(run)
     say(f"Loading {config.model} ...")
-    if config.train == "full":
-        raise ValueError(f"{run} trained all weights; {run / 'model'} is the model, whole")
     # Into whole weights, whatever they were quantized to while the adapter was trained.
     whole = load_model(config.model, replace(config, quantize="none"))
     model = load_adapter(whole, adapter or run / "adapter")

@@ -33,7 +33,7 @@ ARROWS: dict[str, set[str]] = {
         *("command_line", "config", "data", "demo", "errors", "files", "grading", "models"),
         *("presets", "records", "report", "run", "sampling"),
     },
-    "export": {"command_line", "config", "files", "models", "run"},
+    "export": {"command_line", "models", "run"},
     "from_gguf": {"command_line", "models", "run"},
     "__main__": {"command_line", "demo", "run"},
 }

@@ -106,10 +106,11 @@ def run_distributed(
 
 def shrunk(folder: Path, output: Path, *options: object, preset: str = "4b-paper") -> list[object]:
     """The command line of a preset made small, by options alone."""
+    shape = () if "--adapter" in options else ("--lora-rank", 4, "--lora-alpha", 8)
     return [
         f"qwen3-{preset}",
         *("--model", folder / "model", "--data", folder / "problems.jsonl"),
-        *("--dtype", "float32", "--lora-rank", 4, "--lora-alpha", 8),
+        *("--dtype", "float32", *shape),
         *("--max-prompt-tokens", 512, "--max-new-tokens", 6),
         *("--steps", 6, "--batch-size", 4, "--micro-batch-size", 2, "--learning-rate", 0.01),
         *("--save-every", 2, "--keep-last", 2, "--output-dir", output),

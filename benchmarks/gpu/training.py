@@ -41,6 +41,7 @@ from opsd_train.models import adapter_weights
 from opsd_train.opsd import Setup, opsd_loss, take_step
 from opsd_train.records import Problem, Scores
 from opsd_train.run import plan, set_up
+from opsd_train.sampling import Sampler
 
 NAN = float("nan")
 MODEL = "qwen3-8b"
@@ -254,8 +255,8 @@ def rollout(item: Item, setup: Setup, config: Config) -> dict[str, Any]:
     }
 
 
-class MadeUp:
-    """A sampler of completions that are all as long as asked."""
+class MadeUp(Sampler):
+    """Samples completions that are all as long as asked."""
 
     def __init__(self, tokens: int):
         self.tokens, self.ends = tokens, set[int]()

@@ -34,7 +34,7 @@ from opsd_train.models import adapter_weights, load_model, load_tokenizer
 from opsd_train.opsd import Setup
 from opsd_train.records import Problem
 from opsd_train.run import set_up
-from opsd_train.sampling import BackgroundSampler, Sampler, Sampling, make_sampler
+from opsd_train.sampling import Sampler, Sampling, VllmSampler, make_sampler
 
 NAN = float("nan")
 FLOOR = "generate"  # what the others are compared with
@@ -193,7 +193,7 @@ def measure(sampler: Sampler, prompts: list[list[int]]) -> tuple[float, float, f
     seeds = list(range(len(prompts)))
     start = time.perf_counter()
     begin_s = NAN
-    if isinstance(sampler, BackgroundSampler):
+    if isinstance(sampler, VllmSampler):
         wait = sampler.begin(prompts, seeds)
         begin_s = time.perf_counter() - start
         completions = wait().completions

@@ -31,6 +31,7 @@ from opsd_train.config import Config
 from opsd_train.models import adapter_weights
 from opsd_train.opsd import opsd_loss, take_step
 from opsd_train.records import Scores
+from opsd_train.sampling import Sampler
 
 OURS, EAGER, REORDERED = "ours", "eager", "eager, a rollout at a time"
 COLORS = {OURS: "#1f6fb4", EAGER: "#c7502b", REORDERED: "#e09f3e"}
@@ -99,8 +100,8 @@ def train(
         yield Row(method, step, told["tokens"], told["loss"], told["grad_norm"])
 
 
-class Replay:
-    """A sampler of what the first run sampled."""
+class Replay(Sampler):
+    """Samples what the first run sampled."""
 
     def __init__(self, sampler: Any, sampled: list[list[list[int]]], is_first: bool):
         self.sampler, self.sampled, self.is_first = sampler, sampled, is_first

@@ -111,7 +111,7 @@ def load_adapter(
     head = model.get_output_embeddings()
     try:
         adapted = get_peft_model(model, lora)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is no adapter of this model: {in_a_line(error)}") from error
     assert isinstance(adapted, PeftModelForCausalLM)  # what task_type asks for
     for name, module in adapted.named_modules():

@@ -13,7 +13,7 @@ from opsd_train.opsd.objective import (
     score_sequences,
     token_weights,
 )
-from opsd_train.opsd.step import Observe, Phase, Setup, can_pack, take_step
+from opsd_train.opsd.step import Observe, Setup, can_pack, take_step
 from opsd_train.opsd.teachers import (
     AdapterTeacher,
     BaseTeacher,

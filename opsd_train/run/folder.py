@@ -20,9 +20,16 @@ from accelerate.tracking import (
     WandBTracker,
 )
 
-from opsd_train.config import options
+from opsd_train.config import Config, make_config, options
 from opsd_train.errors import difference
-from opsd_train.files import append_lines, as_lines, read_json, read_lines, replace_file
+from opsd_train.files import (
+    append_lines,
+    as_lines,
+    read_json,
+    read_lines,
+    read_yaml,
+    replace_file,
+)
 from opsd_train.run.checkpoint import (
     FOLDER,
     copy_adapter,
@@ -288,6 +295,27 @@ class RunFolder:
     def _lines(self, name: str, up_to: float) -> list[dict[str, Any]]:
         """The rows of a file, up to a step."""
         return list(takewhile(lambda row: row["step"] <= up_to, read_lines(self.path / name)))
+
+
+def config_of_adapter(folder: Path) -> Config:
+    """The config of a run that trained an adapter. The one that it started from is left out, since
+    the run's own includes it.
+
+    Raises:
+        FileNotFoundError: it is no run folder.
+        ValueError: the run trained all weights.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(f"{folder} is no run folder: it has no config.yaml")
+    values = read_yaml(folder / "config.yaml")
+    values.pop("adapter", None)
+    config = make_config({}, preset=values)
+    if config.train == "full":
+        raise ValueError(
+            f"{folder} trained all weights; {folder / 'model'} is the model, whole, and can be "
+            "named as the model of a config file"
+        )
+    return config
 
 
 def synchronize() -> None:

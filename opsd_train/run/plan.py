@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 import torch
+from peft import PeftModelForCausalLM
 from transformers import PreTrainedModel
 
 from opsd_kernels.problem import Problem
@@ -59,9 +61,10 @@ def say_plan(setup: Setup, materials: Materials) -> None:
     adapter = sum(w.numel() for w in adapter_weights(model).values())
     parameters = count_parameters(base_model(model))
     what = f"{adapter:,} of them trained"
-    if config.train == "adapter":
+    if isinstance(model, PeftModelForCausalLM):
         parameters -= adapter
-        what = f"adapter of {adapter:,}, rank {config.lora_rank}"
+        lora: Any = model.peft_config[model.active_adapter]
+        what = f"adapter of {adapter:,}, rank {lora.r}"
     kind = type(base_model(model)).__name__.removesuffix("ForCausalLM")
     say(
         f"Data: {len(setup.problems):,} problems of {config.data}{held_out}; "

@@ -25,6 +25,7 @@ from opsd_train.models import (
     load_config,
     load_model,
     load_tokenizer,
+    read_lora_config,
     save_memory,
     settle_padding,
     shard,
@@ -61,6 +62,8 @@ def load(config: Config) -> Materials:
         OSError, ValueError: they cannot be loaded, or are not what they should be.
     """
     load_config(config.model)  # a model that is not there is told before the data are read
+    if config.adapter is not None:
+        read_lora_config(config.adapter)
     say(f"Loading the problems of {config.data} ...")
     problems = load_problems(config, report=say)
     held_out: list[Problem] = []

@@ -1,9 +1,8 @@
 """Sampling: from prompts to rollouts, by one of several engines.
 
-An engine is whatever has the `sample` of `Sampler`; each has a file here, and its name in
-`make_sampler` and in the config's `engine`. One that runs outside this process has the `begin` of
-`BackgroundSampler` too. server.py and servers.py speak to vLLM, whatever it is asked. Nothing here
-knows what rollouts are for: scoring them is in opsd/, grading in grading/.
+An engine is a `Sampler`; each has a file here, and its name in `make_sampler` and in the config's
+`engine`. server.py and servers.py speak to vLLM, whatever it is asked. Nothing here knows what
+rollouts are for: scoring them is in opsd/, grading in grading/.
 """
 
 import torch
@@ -16,7 +15,6 @@ from opsd_train.models import Student
 from opsd_train.sampling.generate import GenerateSampler
 from opsd_train.sampling.sampler import (
     Ahead,
-    BackgroundSampler,
     Sampler,
     Sampling,
     as_rollout,

@@ -20,7 +20,7 @@ from transformers import (
 
 from opsd_train.data import left_pad
 from opsd_train.models import Student, base_model, call_with_full_parameters, end_ids
-from opsd_train.sampling.sampler import Sampling
+from opsd_train.sampling.sampler import Sampler, Sampling
 
 # The methods by which transformers samples; a model that overrides one is refused.
 OF_TRANSFORMERS = (
@@ -29,7 +29,7 @@ OF_TRANSFORMERS = (
 )
 
 
-class GenerateSampler:
+class GenerateSampler(Sampler):
     """transformers' `generate`, in left-padded batches of `batch_size` prompts, by default all."""
 
     def __init__(

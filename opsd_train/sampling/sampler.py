@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -27,29 +27,27 @@ def sampling_of(config: Config) -> Sampling:
     return Sampling(config.temperature, config.max_new_tokens, config.top_p, config.top_k)
 
 
-class Sampler(Protocol):
-    ends: set[int]  # the tokens that finish a completion
-
-    def sample(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
-        """A completion a prompt, as token ids: up to and including the end of text, or as many
-        as are allowed. The same prompts and seeds give the same completions."""
-        ...
-
-
 @dataclass(frozen=True)
 class Samples:
     completions: list[list[int]]
     log_probs: list[list[float]] | None = None  # of each token as it was drawn, if that is known
 
 
-@runtime_checkable
-class BackgroundSampler(Sampler, Protocol):
-    """An engine outside this process: it samples while this one does something else."""
+class Sampler:
+    """An engine."""
+
+    ends: set[int]  # the tokens that finish a completion
+
+    def sample(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
+        """A completion a prompt, as token ids: up to and including the end of text, or as many
+        as are allowed. The same prompts and seeds give the same completions."""
+        raise NotImplementedError
 
     def begin(self, prompts: list[list[int]], seeds: list[int]) -> Callable[[], Samples]:
         """Begin what `sample` does, from the student as it is now. What is returned waits for it
-        when it is called."""
-        ...
+        when it is called. An engine outside this process samples meanwhile; others at once."""
+        samples = Samples(self.sample(prompts, seeds))
+        return lambda: samples
 
 
 def draw_seed(*of: object) -> int:
@@ -63,11 +61,7 @@ def roll_out(
 ) -> Rollout:
     """One completion a problem."""
     prompts = context.token_ids(problems)
-    if isinstance(sampler, BackgroundSampler):
-        samples = sampler.begin(prompts, seeds)()
-    else:
-        samples = Samples(sampler.sample(prompts, seeds))
-    return as_rollout(sampler, problems, prompts, samples)
+    return as_rollout(sampler, problems, prompts, sampler.begin(prompts, seeds)())
 
 
 def as_rollout(
@@ -82,11 +76,6 @@ class Ahead:
     together."""
 
     def __init__(self, accelerator: Accelerator, sampler: Sampler):
-        """Raises:
-        TypeError: the engine cannot sample while something else is done.
-        """
-        if not isinstance(sampler, BackgroundSampler):
-            raise TypeError(f"ahead needs a BackgroundSampler, got {type(sampler).__name__}")
         self.accelerator, self.sampler = accelerator, sampler
         self.step: int | None = None  # the step that samples were begun for
         self._policy_step = 0

@@ -32,7 +32,7 @@ from opsd_train.models import (
     full_tensor,
     saved_weights,
 )
-from opsd_train.sampling.sampler import Samples, Sampling
+from opsd_train.sampling.sampler import Sampler, Samples, Sampling
 from opsd_train.sampling.server import Completion, Refused, Unavailable, VllmServer
 from opsd_train.sampling.servers import Batch, Fleet
 
@@ -137,7 +137,7 @@ TOLERANCE_16_BITS = 0.3
 CHECK = Sampling(temperature=2.0, max_new_tokens=16)
 
 
-class VllmSampler:
+class VllmSampler(Sampler):
     """A sampler whose model is elsewhere: servers of vLLM, which have the same base model. Each
     gets the adapter whenever it has changed.
 
