@@ -54,11 +54,9 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, adapter_config: str, keep
     Raises:
         OSError: it could not be written; the earlier checkpoints are as they were.
     """
-    folder, path = run / FOLDER, _path(run, checkpoint.step)
+    path = _path(run, checkpoint.step)
     if _is_whole(path):
         return
-    remove_unfinished(run)
-    unfinished = folder / f"unfinished-{path.name}"
     contents = {
         checkpoint.weights_file: _serialized(checkpoint.adapter),
         WEIGHTS[checkpoint.weights_file]: adapter_config.encode(),
@@ -69,20 +67,10 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, adapter_config: str, keep
         contents[AHEAD] = json.dumps(checkpoint.ahead).encode()
     state = {"step": checkpoint.step, "bytes": {name: len(data) for name, data in contents.items()}}
     contents[STATE] = json.dumps(state, indent=2).encode()
-    unfinished.mkdir(parents=True)
-    try:
-        for name, data in contents.items():
-            write_through(unfinished / name, data)
-        _sync_folder(unfinished)
-        if path.exists():  # one that is not whole
-            _remove(path)
-        unfinished.rename(path)
-    except OSError:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    _sync_folder(folder)
+    _write_folder(run, path, contents)
     for old in _paths(run)[:-keep_last]:
-        _remove(old)
+        _set_aside(run, old)
+    remove_unfinished(run)
 
 
 def last_step(run: Path) -> int | None:
@@ -115,18 +103,33 @@ def last_checkpoint(run: Path) -> Checkpoint | None:
 def copy_adapter(run: Path, to: Path, more: Callable[[Path], object] = lambda path: None) -> None:
     """Copy the adapter of the newest checkpoint, or the model, to a folder of its own, in place of
     what is there. At any instant it is there whole, or not. `more` writes other files into it."""
+    last = _path(run, last_step(run) or 0)
+    files = [last / name for pair in WEIGHTS.items() for name in pair if (last / name).exists()]
+    _write_folder(run, to, {path.name: path.read_bytes() for path in files}, more)
+
+
+def _write_folder(
+    run: Path,
+    path: Path,
+    contents: Mapping[str, bytes],
+    more: Callable[[Path], object] = lambda path: None,
+) -> None:
+    """Write a folder's files in place of what is there: beside its place, and then renamed."""
     remove_unfinished(run)
-    unfinished = run / FOLDER / "unfinished-adapter"
-    unfinished.mkdir()
-    more(unfinished)
-    for name in [name for pair in WEIGHTS.items() for name in pair]:
-        if (found := _path(run, last_step(run) or 0) / name).exists():
-            write_through(unfinished / name, found.read_bytes())
-    _sync_folder(unfinished)
-    if to.exists():
-        to.rename(run / FOLDER / "unfinished-removal-adapter")
-    unfinished.rename(to)
-    _sync_folder(to.parent)
+    unfinished = run / FOLDER / f"unfinished-{path.name}"
+    unfinished.mkdir(parents=True)
+    try:
+        more(unfinished)
+        for name, data in contents.items():
+            write_through(unfinished / name, data)
+        _sync_folder(unfinished)
+        if path.exists():
+            _set_aside(run, path)
+        unfinished.rename(path)
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    _sync_folder(path.parent)
     remove_unfinished(run)
 
 
@@ -153,11 +156,9 @@ def _is_whole(path: Path) -> bool:
         return False  # a file that is missing, or state.json says something else
 
 
-def _remove(path: Path) -> None:
-    # Renamed first: a removal that is cut short leaves nothing that looks like a checkpoint.
-    unfinished = path.with_name(f"unfinished-removal-{path.name}")
-    path.rename(unfinished)
-    shutil.rmtree(unfinished)
+def _set_aside(run: Path, path: Path) -> None:
+    # A removal that is cut short leaves nothing that looks like a checkpoint.
+    path.rename(run / FOLDER / f"unfinished-removal-{path.name}")
 
 
 def _serialized(tensors: Mapping[str, Tensor]) -> bytes:

@@ -45,7 +45,7 @@ class Sampler:
 
     def begin(self, prompts: list[list[int]], seeds: list[int]) -> Callable[[], Samples]:
         """Begin what `sample` does, from the student as it is now. What is returned waits for it
-        when it is called. An engine outside this process samples meanwhile; others at once."""
+        when it is called. Only an engine outside this process samples in the meantime."""
         samples = Samples(self.sample(prompts, seeds))
         return lambda: samples
 
