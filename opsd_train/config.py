@@ -306,7 +306,7 @@ def without_effect(config: Config) -> dict[str, str]:
     if config.train == "full":
         idle |= dict.fromkeys(lora, "train adapter")
     elif config.adapter is not None:
-        idle |= dict.fromkeys(lora, "a new adapter; that of adapter has its own")
+        idle |= dict.fromkeys(lora, "a new adapter; one that is loaded has its own")
     if config.teacher != "ema":
         idle["ema_decay"] = f"teacher ema; it is {config.teacher}"
     if not config.teacher_urls:

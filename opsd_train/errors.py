@@ -1,4 +1,4 @@
-"""Errors that any room may raise, and how a message helps with a name that is wrong."""
+"""Errors that any room may raise, and what messages of several rooms have in common."""
 
 import difflib
 from collections.abc import Iterable, Sequence

@@ -216,7 +216,7 @@ def test_a_run_from_an_adapter(runs, tmp_path):
     runs(first, *shape)
     adapter = ("--adapter", first / "adapter")
     said = runs(output, *adapter, *shape)
-    assert "lora_rank has an effect only with a new adapter; that of adapter has its own" in said
+    assert "lora_rank has an effect only with a new adapter; one that is loaded has its own" in said
     said = runs(output, *adapter, "--held-out", 3)
     assert ", rank 3." in said
     assert f"Adapter to start from: {first / 'adapter'}.\nTeacher: initial." in said

@@ -5,12 +5,15 @@ student and teacher see; and those that are held out, with their answers. What i
 prompt is in sampling/.
 """
 
-from opsd_train.data.problems import (
-    AnsweredSet,
-    hold_out,
-    last_boxed,
-    load_answered_problems,
-    load_problems,
-    those_that_fit,
-)
-from opsd_train.data.prompts import Context, Contexts, fill, join, left_pad, pack
+from opsd_train.data.problems import AnsweredSet as AnsweredSet
+from opsd_train.data.problems import hold_out as hold_out
+from opsd_train.data.problems import last_boxed as last_boxed
+from opsd_train.data.problems import load_answered_problems as load_answered_problems
+from opsd_train.data.problems import load_problems as load_problems
+from opsd_train.data.problems import those_that_fit as those_that_fit
+from opsd_train.data.prompts import Context as Context
+from opsd_train.data.prompts import Contexts as Contexts
+from opsd_train.data.prompts import fill as fill
+from opsd_train.data.prompts import join as join
+from opsd_train.data.prompts import left_pad as left_pad
+from opsd_train.data.prompts import pack as pack

@@ -5,19 +5,18 @@ objective, AdamW. Nothing here reads or writes a file or says anything: steps fo
 run/.
 """
 
-from opsd_train.opsd.objective import (
-    compare,
-    loss_name,
-    opsd_loss,
-    score,
-    score_sequences,
-    token_weights,
-)
-from opsd_train.opsd.step import Observe, Setup, can_pack, take_step
-from opsd_train.opsd.teachers import (
-    AdapterTeacher,
-    BaseTeacher,
-    CopyTeacher,
-    ServerTeacher,
-    Teacher,
-)
+from opsd_train.opsd.objective import compare as compare
+from opsd_train.opsd.objective import loss_name as loss_name
+from opsd_train.opsd.objective import opsd_loss as opsd_loss
+from opsd_train.opsd.objective import score as score
+from opsd_train.opsd.objective import score_sequences as score_sequences
+from opsd_train.opsd.objective import token_weights as token_weights
+from opsd_train.opsd.step import Observe as Observe
+from opsd_train.opsd.step import Setup as Setup
+from opsd_train.opsd.step import can_pack as can_pack
+from opsd_train.opsd.step import take_step as take_step
+from opsd_train.opsd.teachers import AdapterTeacher as AdapterTeacher
+from opsd_train.opsd.teachers import BaseTeacher as BaseTeacher
+from opsd_train.opsd.teachers import CopyTeacher as CopyTeacher
+from opsd_train.opsd.teachers import ServerTeacher as ServerTeacher
+from opsd_train.opsd.teachers import Teacher as Teacher

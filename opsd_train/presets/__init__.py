@@ -1,7 +1,7 @@
 """Presets: config files that travel with the package and are called by name.
 
 A preset is a YAML file here, named as it is called; the comment on its first line is what `--help`
-says of it. What a key means is said in config.py. Beside a preset may be a file of its problems, and
+says of it. What a key means is said in config.py. A file of a preset's problems may be beside it;
 nothing else lives here.
 """
 

@@ -12,19 +12,22 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd_train.config import Config
 from opsd_train.models import Student
-from opsd_train.sampling.generate import GenerateSampler
-from opsd_train.sampling.sampler import (
-    Ahead,
-    Sampler,
-    Sampling,
-    as_rollout,
-    draw_seed,
-    roll_out,
-    sampling_of,
-)
-from opsd_train.sampling.server import Refused, VllmServer
-from opsd_train.sampling.servers import Batch, Fleet
-from opsd_train.sampling.vllm import VllmSampler, in_main_process, result_of, served_model
+from opsd_train.sampling.generate import GenerateSampler as GenerateSampler
+from opsd_train.sampling.sampler import Ahead as Ahead
+from opsd_train.sampling.sampler import Sampler as Sampler
+from opsd_train.sampling.sampler import Sampling as Sampling
+from opsd_train.sampling.sampler import as_rollout as as_rollout
+from opsd_train.sampling.sampler import draw_seed as draw_seed
+from opsd_train.sampling.sampler import roll_out as roll_out
+from opsd_train.sampling.sampler import sampling_of as sampling_of
+from opsd_train.sampling.server import Refused as Refused
+from opsd_train.sampling.server import VllmServer as VllmServer
+from opsd_train.sampling.servers import Batch as Batch
+from opsd_train.sampling.servers import Fleet as Fleet
+from opsd_train.sampling.vllm import VllmSampler as VllmSampler
+from opsd_train.sampling.vllm import in_main_process as in_main_process
+from opsd_train.sampling.vllm import result_of as result_of
+from opsd_train.sampling.vllm import served_model as served_model
 
 
 def make_sampler(
