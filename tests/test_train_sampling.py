@@ -1,10 +1,15 @@
 """Engines: what they draw, and that nothing else decides it."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import tiny_qwen3
 import torch
 from tiny_qwen3 import prepared, with_adapter
 
+from opsd_train.run import held_out
+from opsd_train.run.held_out import problems_at_once
 from opsd_train.sampling import GenerateSampler, Sampling, draw_seed, roll_out
 from opsd_train.sampling.generate import SeededDraws
 
@@ -35,6 +40,18 @@ def test_a_rollout_does_not_depend_on_the_rollouts_beside_it(folder):
     assert len({tuple(c) for c in alone}) == 5
     other = roll_out(setup.sampler, setup.contexts.student, problems[:1], [99])
     assert other.completions[0] != alone[0]
+
+
+def test_a_cpu_samples_as_many_held_out_problems_at_once_as_fit(folder, monkeypatch):
+    setup = prepared(folder, batch_size=2)
+    context, problems = setup.contexts.student, setup.problems[:5]
+    longest = max(map(len, context.token_ids(problems))) + setup.config.max_new_tokens
+    of_one = 2 * 2 * 32 * 4 * longest  # keys and values, layers, features, bytes
+    for room, size in ((0, 2), (3 * of_one - 1, 2), (3 * of_one, 3)):
+        monkeypatch.setattr(held_out, "CPU_BYTES", room)
+        assert problems_at_once(setup.config, setup, context, problems) == size
+    elsewhere = replace(setup, accelerator=SimpleNamespace(device=torch.device("cuda")))
+    assert problems_at_once(setup.config, elsewhere, context, problems) == 2
 
 
 def test_the_model_does_not_decide_how_it_is_sampled(folder):
