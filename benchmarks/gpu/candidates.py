@@ -25,6 +25,50 @@ TENSOR_MEMORY = 512
 # Registers of a thread that accumulators may take; it has 255.
 ACCUMULATORS = 160
 
+# Candidates to benchmark against the tiles of `lse` and `pair`, for bf16 and fp16: predicted to be
+# about as fast, or unpredictable because loads by descriptors overlap with other work. (One loop
+# over tiles and K-steps, so that the loads of a tile begin before the last tile is done, was slower
+# on an H200.)
+RIVALS: dict[str, dict[str, tuple[Tile, ...]]] = {
+    "sm_80": {
+        "lse": (Tile(128, 128, 64, 16, 8, 3), Tile(64, 256, 64, 32, 8, 3)),
+        "pair": (Tile(128, 128, 64, 8, 8, 3), Tile(64, 128, 64, 16, 4, 2)),
+    },
+    "sm_89": {
+        "lse": (Tile(64, 256, 32, 32, 8, 3), Tile(128, 128, 32, 16, 8, 2)),
+        "pair": (Tile(64, 256, 32, 32, 8, 3), Tile(128, 128, 32, 16, 8, 3)),
+    },
+    "sm_90": {
+        "lse": (
+            Tile(128, 128, 64, 16, 8, 3),
+            Tile(128, 128, 64, 8, 8, 4, BULK=True),
+            Tile(128, 128, 32, 16, 8, 8, BULK=True),
+            Tile(64, 256, 64, 16, 8, 4, BULK=True),
+            Tile(64, 256, 64, 32, 8, 4, BULK=True),
+        ),
+        "pair": (
+            Tile(128, 128, 64, 8, 8, 3),
+            Tile(128, 128, 64, 16, 8, 4, BULK=True),
+            Tile(128, 128, 64, 4, 8, 4, BULK=True),
+            Tile(128, 128, 32, 8, 8, 8, BULK=True),
+            Tile(64, 256, 64, 16, 8, 4, BULK=True),
+            Tile(64, 128, 64, 16, 4, 4, BULK=True),
+        ),
+    },
+    "sm_100": {
+        "lse": (Tile(128, 256, 64, 32, 8, 3, BULK=True), Tile(128, 128, 64, 8, 8, 3)),
+        "pair": (
+            Tile(128, 256, 64, 32, 8, 3, BULK=True),
+            Tile(128, 256, 64, 16, 8, 3, BULK=True),
+            Tile(128, 128, 64, 8, 8, 3),
+        ),
+    },
+    "gfx942": {
+        "lse": (Tile(128, 128, 32, 8, 8, 2), Tile(128, 64, 32, 8, 8, 2)),
+        "pair": (Tile(64, 128, 32, 8, 8, 2), Tile(128, 64, 32, 4, 8, 2)),
+    },
+}
+
 
 def candidates(start: Tile, variant: Variant) -> Iterator[Tile]:
     """Tiles other than `start` that fit: those that differ from `start` in the fewest fields

@@ -35,7 +35,7 @@ import triton
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.gpu import launches
 from benchmarks.gpu import run as gpu
-from benchmarks.gpu.candidates import candidates
+from benchmarks.gpu.candidates import RIVALS, candidates
 from benchmarks.gpu.compile import Compiled
 from benchmarks.gpu.resources import Variant
 from benchmarks.lib import report
@@ -167,7 +167,7 @@ def asked_of(row: Row, kernel: str, arch: str, dtype: str) -> Iterator[Any]:
     if kernel == "rows":
         yield from (sweep for sweep in sweeps() if sweep != start)
         return
-    rivals = () if dtype == "float32" else tiles.RIVALS[arch][kernel]
+    rivals = () if dtype == "float32" else RIVALS[arch][kernel]
     yield from rivals
     others = candidates(start, Variant(arch, dtype, kernel, "JSD"))
     others = (tile for tile in others if tile not in rivals)

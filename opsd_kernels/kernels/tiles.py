@@ -1,7 +1,7 @@
 """Tile sizes and warp counts, in one frozen table by architecture and dtype.
 
 Nothing is tuned when the package is imported or a kernel first called. `benchmarks/gpu/tune.py`
-measures the rows and their rivals on a GPU and prints rows for this table.
+measures the rows and other tiles on a GPU and prints rows for this table.
 `benchmarks/gpu/resources.py` compiles every row and prints its registers and shared memory; a test
 holds the rows to these.
 
@@ -128,50 +128,6 @@ TABLE: dict[tuple[str, str], Row] = {
         for arch, row in _NARROW.items()
     },
 }
-# Candidates to benchmark against the tiles of `lse` and `pair`, for bf16 and fp16: predicted to be
-# about as fast, or unpredictable because loads by descriptors overlap with other work. (One loop
-# over tiles and K-steps, so that the loads of a tile begin before the last tile is done, was slower
-# on an H200.)
-RIVALS: dict[str, dict[str, tuple[Tile, ...]]] = {
-    "sm_80": {
-        "lse": (Tile(128, 128, 64, 16, 8, 3), Tile(64, 256, 64, 32, 8, 3)),
-        "pair": (Tile(128, 128, 64, 8, 8, 3), Tile(64, 128, 64, 16, 4, 2)),
-    },
-    "sm_89": {
-        "lse": (Tile(64, 256, 32, 32, 8, 3), Tile(128, 128, 32, 16, 8, 2)),
-        "pair": (Tile(64, 256, 32, 32, 8, 3), Tile(128, 128, 32, 16, 8, 3)),
-    },
-    "sm_90": {
-        "lse": (
-            Tile(128, 128, 64, 16, 8, 3),
-            Tile(128, 128, 64, 8, 8, 4, BULK=True),
-            Tile(128, 128, 32, 16, 8, 8, BULK=True),
-            Tile(64, 256, 64, 16, 8, 4, BULK=True),
-            Tile(64, 256, 64, 32, 8, 4, BULK=True),
-        ),
-        "pair": (
-            Tile(128, 128, 64, 8, 8, 3),
-            Tile(128, 128, 64, 16, 8, 4, BULK=True),
-            Tile(128, 128, 64, 4, 8, 4, BULK=True),
-            Tile(128, 128, 32, 8, 8, 8, BULK=True),
-            Tile(64, 256, 64, 16, 8, 4, BULK=True),
-            Tile(64, 128, 64, 16, 4, 4, BULK=True),
-        ),
-    },
-    "sm_100": {
-        "lse": (Tile(128, 256, 64, 32, 8, 3, BULK=True), Tile(128, 128, 64, 8, 8, 3)),
-        "pair": (
-            Tile(128, 256, 64, 32, 8, 3, BULK=True),
-            Tile(128, 256, 64, 16, 8, 3, BULK=True),
-            Tile(128, 128, 64, 8, 8, 3),
-        ),
-    },
-    "gfx942": {
-        "lse": (Tile(128, 128, 32, 8, 8, 2), Tile(128, 64, 32, 8, 8, 2)),
-        "pair": (Tile(64, 128, 32, 8, 8, 2), Tile(128, 64, 32, 4, 8, 2)),
-    },
-}
-
 # The interpreter's time goes by operations, not by entries.
 INTERPRETER = Row(
     lse=Tile(32, 256, 64, 2, 1, 1),
