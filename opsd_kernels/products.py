@@ -6,6 +6,7 @@ by tile.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,7 @@ def project(z: Tensor, h: Tensor, W: Tensor, operand_dtype: torch.dtype, tile: i
     dtype = multiplied_dtype(W.device, operand_dtype)
     h = h.to(operand_dtype).to(dtype)
     for v, W_v in _tiles(W, operand_dtype, dtype, tile):
-        if dtype == torch.float32:
-            torch.mm(h, W_v.t(), out=z[:, v])
-        else:
-            torch.mm(h, W_v.t(), out_dtype=torch.float32, out=z[:, v])
+        _multiply(z[:, v], h, W_v.t())
 
 
 def project_back(
@@ -37,13 +35,7 @@ def project_back(
     dtype = _back_dtype(terms[0][1], W, operand_dtype)
     for v, W_v in _tiles(W, operand_dtype, dtype, tile):
         for out, g in terms:
-            g_v = g[:, v].to(dtype)
-            if dtype == torch.float32:
-                torch.mm(g_v, W_v, out=out) if first else torch.addmm(out, g_v, W_v, out=out)
-            elif first:
-                torch.mm(g_v, W_v, out_dtype=torch.float32, out=out)
-            else:
-                torch.addmm(out, g_v, W_v, out_dtype=torch.float32, out=out)
+            _multiply(out, g[:, v].to(dtype), W_v, add=not first)
         first = False
 
 
@@ -55,10 +47,7 @@ def project_back_in_parts(parts: Tensor, g: Tensor, W: Tensor, operand_dtype: to
     most = V // n // PART_MULTIPLE * PART_MULTIPLE
     g_parts = g[:, : n * most].to(dtype).unflatten(1, (n, most)).transpose(0, 1)
     W_parts = W[: n * most].to(dtype).unflatten(0, (n, most))
-    if dtype == torch.float32:
-        torch.bmm(g_parts, W_parts, out=parts)
-    else:
-        torch.bmm(g_parts, W_parts, out_dtype=torch.float32, out=parts)
+    torch.bmm(g_parts, W_parts, **_into_fp32(dtype), out=parts)
     if n * most < V:
         project_back([(parts[-1], g[:, n * most :])], W[n * most :], operand_dtype, V)
 
@@ -88,16 +77,22 @@ def project_onto_head(
     narrowed as in `project_back`. With `first`, dW ← gᵀ h: dW need not be initialized."""
     if dW is not None:
         dtype = _back_dtype(g, dW, operand_dtype)
-        h = h.to(operand_dtype).to(dtype)
-        g_t = g.t().to(dtype)
-        if dtype == torch.float32:
-            torch.mm(g_t, h, out=dW) if first else torch.addmm(dW, g_t, h, out=dW)
-        elif first:
-            torch.mm(g_t, h, out_dtype=torch.float32, out=dW)
-        else:
-            torch.addmm(dW, g_t, h, out_dtype=torch.float32, out=dW)
+        _multiply(dW, g.t().to(dtype), h.to(operand_dtype).to(dtype), add=not first)
     if db is not None:
         db += g.sum(0, dtype=torch.float32)
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+    """out ← a b, or out + a b, in fp32."""
+    if add:
+        torch.addmm(out, a, b, **_into_fp32(a.dtype), out=out)
+    else:
+        torch.mm(a, b, **_into_fp32(a.dtype), out=out)
+
+
+def _into_fp32(dtype: torch.dtype) -> dict[str, Any]:
+    """The option by which a product of operands of a dtype has an fp32 result."""
+    return {} if dtype == torch.float32 else {"out_dtype": torch.float32}
 
 
 def score_dtype(operand_dtype: torch.dtype, bounded: bool) -> torch.dtype:
