@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import kernels
-from .description import Divergence, Weight
-from .divergence import Family
+from .description import Divergence
+from .divergence import Family, Weight
 from .heads.head import LMHead
 from .heads.vocabulary_parallel import check_group, find_shard, is_dtensor, local_ids
 from .problem import Problem
@@ -99,14 +99,14 @@ def check_arguments(
         if not isinstance(advantages, Tensor):
             raise TypeError(f"advantages must be a torch.Tensor, got {type(advantages).__name__}")
         advantages = check_weights_of_tokens("advantages", advantages, hidden, weights)
-    sampled = valid = shard = None
+    sampled = valid = offset = None
+    V: int | Tensor = student.V
     if student.group is not None:
-        shard = find_shard(student.V, h_student, student.group)
-    V = student.V if shard is None else shard.V
+        offset, V = find_shard(student.V, h_student, student.group)
     if targets is not None or value == Family.LOG_PROB:
         sampled, valid = check_targets(targets, hidden, V, weights)
-        if shard is not None:
-            sampled = local_ids(sampled, shard.offset, student.V).int()
+        if offset is not None:
+            sampled = local_ids(sampled, offset, student.V).int()
     several = None if ids is None else check_ids(*ids, hidden, V)
     h_S = h_student.reshape(-1, h_student.shape[-1])
     problem = Problem(
@@ -127,7 +127,7 @@ def check_arguments(
         _quotient(teacher.softcap, student.scale),
         teacher.scale / student.scale,
         group=student.group,
-        offset=None if shard is None else shard.offset,
+        offset=offset,
         w_q=w_q,
         w_p=w_p,
         advantages=advantages,

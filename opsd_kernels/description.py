@@ -4,9 +4,8 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
+from .divergence import Weight
 from .scalars import check_beta, check_clip, check_weight
-
-Weight = float | Tensor
 
 
 @dataclass(frozen=True, eq=False)

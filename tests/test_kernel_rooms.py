@@ -14,7 +14,7 @@ ARROWS: dict[str, set[str]] = {
     "divergence": set(),
     "products": set(),
     "scalars": {"divergence"},
-    "description": {"scalars"},
+    "description": {"divergence", "scalars"},
     "heads": {"_ops"},
     "problem": {"divergence", "heads"},
     "kernels": {"divergence", "heads", "problem", "products"},

@@ -15,7 +15,7 @@ shards. The number of collectives depends on the number of tokens, not on the ro
 shard may be empty.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -31,13 +31,6 @@ if TYPE_CHECKING:
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
     dist, "all_gather_into_tensor", None
 )
-
-
-class Shard(NamedTuple):
-    """The place of this process's rows in the vocabulary, [] int64 each."""
-
-    offset: Tensor  # of the first row
-    V: Tensor  # rows of all processes together
 
 
 def local_ids(ids: Tensor, offset: Tensor, own_rows: int) -> Tensor:
@@ -68,15 +61,17 @@ def check_group(name: str, group: Any) -> str | None:
     return None if group.size() == 1 else group.group_name
 
 
-def find_shard(own_rows: int, h: Tensor, group: str) -> Shard:
-    """The place of this process's rows, from the sizes of all shards, which one collective gathers.
+def find_shard(own_rows: int, h: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """The place of this process's first row, and the number of rows of all processes, [] int64
+    each, from the sizes of all shards, which one collective gathers.
 
     Raises:
         ValueError: the processes have different numbers of tokens (checked on a CPU only).
     """
     compiling = torch.compiler.is_compiling()
     find = ops.find_shard if compiling else _find_shard
-    return Shard(*find(h, own_rows, group).unbind())
+    offset, V = find(h, own_rows, group).unbind()
+    return offset, V
 
 
 def _find_shard(h: Tensor, own_rows: int, group: str) -> Tensor:
