@@ -20,7 +20,7 @@ from torch import Tensor
 from .checks import Arguments
 from .divergence import STATISTICS
 from .problem import STATS, Outputs, Problem
-from .schedules import choice, head_gradient
+from .schedules import choice
 from .schedules.head_gradient import HeadGradients, largest_size
 from .schedules.planning import can_weigh
 
@@ -50,18 +50,22 @@ def divergence_of_tokens(
     return _FrozenHead.apply(h_S, problem, needs_gradient, needs_statistics, workspace_bytes)
 
 
-def weighed_sum(arguments: Arguments, weights: Tensor, workspace_bytes: float) -> Tensor | None:
+def has_weighed_sum(arguments: Arguments, workspace_bytes: float) -> bool:
+    """Whether forward can make all gradients of a weighed sum, see the module docstring."""
+    if not is_trained(arguments) or workspace_bytes == 0 or arguments.h_S.shape[0] == 0:
+        return False
+    return can_weigh(arguments.problem, workspace_bytes)
+
+
+def weighed_sum(arguments: Arguments, weights: Tensor, workspace_bytes: float) -> Tensor:
     """Σ w ℓ of weights w [N], differentiable with respect to h_S, weight and bias, at the cost of
-    one product more than with a frozen head; None where that is not possible."""
+    one product more than with a frozen head."""
     problem, h_S, weight, bias = arguments[:4]
-    if not is_trained(arguments) or workspace_bytes == 0 or h_S.shape[0] == 0:
-        return None
-    if not can_weigh(problem, workspace_bytes):
-        return None
     # Tiles of scores in fp16 need weights with a bound.
     largest = largest_size(weights)
     problem = replace(problem, weights=weights / largest)
-    return _WeighedSum.apply(h_S, weight, bias, problem, largest, workspace_bytes)
+    total: Tensor = _WeighedSum.apply(h_S, weight, bias, problem, largest, workspace_bytes)
+    return total
 
 
 def is_trained(arguments: Arguments) -> bool:
@@ -113,8 +117,8 @@ class _TrainedHead(torch.autograd.Function):
         outputs = filled(problem, needs_statistics, workspace_bytes, stats=stats, top=top)
         # Not the loss itself: the caller may weigh it in place.
         infinite = outputs.loss.isinf()
-        made = {"infinite": infinite, "stats": stats, "top": top}
-        save(ctx, vars(problem) | made | {"weight": weight, "head_bias": bias})
+        problem = replace(problem, stats=stats, top=top)
+        save(ctx, problem, infinite=infinite, weight=weight, head_bias=bias)
         ctx.workspace_bytes = workspace_bytes
         if outputs.statistics is None:
             return outputs.loss  # PyTorch's compiler takes no None beside it
@@ -124,16 +128,13 @@ class _TrainedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        kept = restored(ctx)
-        infinite, stats, top, weight, bias = (
-            kept.pop(name) for name in ("infinite", "stats", "top", "weight", "head_bias")
-        )
+        problem, kept = restored(ctx)
         # Where ℓ is infinite it has no gradient.
-        weights = grad_loss.masked_fill(infinite, 0)
-        problem = replace(Problem(**kept), weights=weights)
-        needs, seen = ctx.needs_input_grad[:3], (stats, top)
+        weights = grad_loss.masked_fill(kept["infinite"], 0)
+        problem = replace(problem, weights=weights)
+        heads = kept["weight"], kept["head_bias"]
         made = trained_gradients(
-            problem, weights == 0, seen, weight, bias, needs, ctx.workspace_bytes
+            problem, weights == 0, *heads, ctx.needs_input_grad, ctx.workspace_bytes
         )
         return *made, None, None, None
 
@@ -141,15 +142,15 @@ class _TrainedHead(torch.autograd.Function):
 def trained_gradients(
     problem: Problem,
     dropped: Tensor,
-    seen: tuple[Tensor, Tensor],
     weight: Tensor,
     bias: Tensor | None,
-    needs: tuple[bool, bool, bool],
+    needs: tuple[bool, ...],
     workspace_bytes: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of h_S, weight and bias, those of them that are needed, from the upstream
-    weights of the problem; see `head_gradient.fill`. Tokens that are `dropped` [N] have none."""
-    needs_h, needs_weight, needs_bias = needs
+    """The gradients of h_S, weight and bias, as far as the first three of `needs` say, from the
+    upstream weights of the problem; see `head_gradient.fill`. Tokens that are `dropped` [N] have
+    none."""
+    needs_h, needs_weight, needs_bias = needs[:3]
     h_S, V = problem.h_S, problem.W.shape[0]
     # Hidden states of a token that does not count may be NaN, which a product would spread.
     # The memory is used again for their gradient.
@@ -160,9 +161,7 @@ def trained_gradients(
     own_rows = None if dW is None or dW.shape[0] == 0 else dW[:V]
     dh_S = zeros(problem, *h_S.shape) if needs_h else None
     gradients = HeadGradients(dh_S, own_rows, db)
-    problem = replace(problem, h_S=grad)
-    scratch = head_gradient.allocate(problem, gradients, workspace_bytes)
-    choice.fill_head_gradients(gradients, scratch, problem, seen, workspace_bytes)
+    choice.fill(gradients, replace(problem, h_S=grad), workspace_bytes)
     if dW is not None:
         dW[V:].zero_()
     if dh_S is not None:
@@ -236,8 +235,7 @@ def filled(
     N = problem.h_S.shape[0]
     statistics = zeros(problem, STATISTICS, N) if needs_statistics else None
     outputs = Outputs(zeros(problem, N), statistics, **gradients)
-    scratch = choice.allocate(outputs, problem, workspace_bytes)
-    choice.fill(outputs, scratch, problem, workspace_bytes)
+    choice.fill(outputs, problem, workspace_bytes)
     return outputs
 
 
@@ -258,9 +256,11 @@ def padded(db: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     return torch.nn.functional.pad(db, (0, rows - db.shape[0])).to(dtype)
 
 
-def save(ctx: Any, values: dict[str, Any]) -> None:
-    """Keep named values for backward. `save_for_backward` takes no tensor of inference mode: such a
-    tensor has no gradient and no version, and is kept as it is."""
+def save(ctx: Any, problem: Problem, **more: Any) -> None:
+    """Keep a problem and named values for backward. `save_for_backward` takes no tensor of
+    inference mode: such a tensor has no gradient and no version, and is kept as it is."""
+    values = vars(problem) | more
+    ctx.fields = list(vars(problem))
     compiling = torch.compiler.is_compiling()
     ctx.names = [
         name
@@ -271,10 +271,10 @@ def save(ctx: Any, values: dict[str, Any]) -> None:
     ctx.others = {name: value for name, value in values.items() if name not in ctx.names}
 
 
-def restored(ctx: Any) -> dict[str, Any]:
+def restored(ctx: Any) -> tuple[Problem, dict[str, Any]]:
     """What `save` kept, unless a tensor was changed since."""
     try:
-        return ctx.others | dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        kept = ctx.others | dict(zip(ctx.names, ctx.saved_tensors, strict=True))
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
@@ -283,3 +283,5 @@ def restored(ctx: Any) -> dict[str, Any]:
             "which reads them once more: call backward before the optimizer's step, or give the "
             "loss a clone"
         ) from error
+    problem = Problem(**{name: kept.pop(name) for name in ctx.fields})
+    return problem, kept

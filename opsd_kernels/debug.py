@@ -55,23 +55,20 @@ if LEVEL is not None:
         logger.addHandler(handler)
 
 
-def before(
-    problem: Problem, made: Any, workspace_bytes: float, seen: tuple[Tensor, ...] = ()
-) -> None:
+def before(problem: Problem, made: Any, workspace_bytes: float) -> None:
     """Log and write what a pass is about to compute.
 
     Args:
         problem: what the pass reads.
         made: the record of the tensors that the pass fills.
         workspace_bytes: the budget of the pass; 0 for the logit-free schedule.
-        seen: what forward kept, where the pass is that of a backward.
     """
     if LEVEL is not None:
         logger.info("%s", described(problem, made, workspace_bytes))
     if LEVEL == "values":
         _log_values(problem)
     if FOLDER is not None:
-        _write(Path(FOLDER), problem, made, workspace_bytes, seen)
+        _write(Path(FOLDER), problem, made, workspace_bytes)
 
 
 def after(made: Any) -> None:
@@ -149,17 +146,15 @@ def summarized(t: Tensor) -> str:
     return f"{nan} NaN, {infinite} infinite, largest {largest:.6g}, of {t.numel()} entries"
 
 
-def _write(
-    folder: Path, problem: Problem, made: Any, workspace_bytes: float, seen: tuple[Tensor, ...]
-) -> None:
+def _write(folder: Path, problem: Problem, made: Any, workspace_bytes: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "problem": {
             name: value.detach() if isinstance(value, Tensor) else value
             for name, value in vars(problem).items()
         },
+        "record": type(made).__name__,
         "made": {name: (list(t.shape), t.dtype) for name, t in tensors_of(made).items()},
-        "seen": [t.detach() for t in seen],
         "workspace_bytes": workspace_bytes,
     }
     torch.save(content, folder / f"{os.getpid()}-{next(_passes) % KEPT}.pt")

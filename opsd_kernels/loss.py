@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from .autograd import divergence_of_tokens, weighed_sum
+from .autograd import divergence_of_tokens, has_weighed_sum, weighed_sum
 from .checks import (
     Arguments,
     check_arguments,
@@ -242,11 +242,9 @@ def fused_divergence_loss(
         reduction=reduction,
         W_teacher=W_teacher,
     )
-    if reduction != "none":
-        workspace_bytes = check_workspace(workspace_mib, h_student.device)
-        total = weighed_sum(arguments, weights_of_sum(arguments, reduction), workspace_bytes)
-        if total is not None:
-            return total
+    workspace_bytes = check_workspace(workspace_mib, h_student.device)
+    if reduction != "none" and has_weighed_sum(arguments, workspace_bytes):
+        return weighed_sum(arguments, weights_of_sum(arguments, reduction), workspace_bytes)
     loss = _loss(arguments, workspace_mib)
     return reduce_tokens(loss, arguments.weights, reduction)
 

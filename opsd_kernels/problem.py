@@ -55,6 +55,9 @@ class Problem:
     # In backward, [N, K] fp32: the gradients with respect to the logits of excluded entries, which
     # are given, times the slope of a softcap. Where an id repeats the first has them all.
     g_excluded: Tensor | None = None
+    # In backward: what forward kept of each row of logits, see `Outputs`.
+    stats: Tensor | None = None
+    top: Tensor | None = None
 
     @property
     def heads(self) -> tuple[Tensor, ...]:
@@ -86,12 +89,7 @@ class Problem:
 
     def tokens(self, rows: slice | Tensor) -> "Problem":
         """The same problem for some of the tokens; a slice makes no copy."""
-        some: dict[str, Any] = {
-            name: value[rows]
-            for name, value in vars(self).items()
-            if name in OF_TOKENS and isinstance(value, Tensor)
-        }
-        return replace(self, **some)
+        return replace(self, **_of_tokens(self, rows))
 
     def without_teacher(self) -> "Problem":
         """The same problem without h_T and the teacher's head."""
@@ -109,11 +107,13 @@ def _with_contiguous_rows(h: Tensor) -> Tensor:
 
 STATS = 8  # numbers that forward keeps of a row of logits, from which backward makes it again
 
-# Fields that have a number or a row for each token, where they are tensors.
-OF_TOKENS = (
+# Fields that have a number or a row for each token, where they are tensors; and those that have a
+# column for each.
+ROWS_OF_TOKENS = (
     "h_S", "h_T", "beta", "keep", "targets", "weights", "w_q", "w_p", "advantages", "excluded",
-    "g_excluded",
+    "g_excluded", "top", "loss", "dh_S",
 )  # fmt: skip
+COLUMNS_OF_TOKENS = ("statistics", "stats")
 
 
 @dataclass(frozen=True)
@@ -146,23 +146,23 @@ class Outputs:
 
     def tokens(self, rows: slice | Tensor) -> "Outputs":
         """Outputs of some of the tokens: views if `rows` is a slice, copies if it is indices."""
-        return replace(
-            self,
-            loss=self.loss[rows],
-            statistics=None if self.statistics is None else self.statistics[:, rows],
-            dh_S=None if self.dh_S is None else self.dh_S[rows],
-            stats=None if self.stats is None else self.stats[:, rows],
-            top=None if self.top is None else self.top[rows],
-        )
+        return replace(self, **_of_tokens(self, rows))
 
     def put(self, rows: Tensor, some: "Outputs") -> None:
         """Write back copies that `tokens` made."""
-        self.loss[rows] = some.loss
-        if self.statistics is not None and some.statistics is not None:
-            self.statistics[:, rows] = some.statistics
-        if self.dh_S is not None and some.dh_S is not None:
-            self.dh_S[rows] = some.dh_S
-        if self.stats is not None and some.stats is not None:
-            self.stats[:, rows] = some.stats
-        if self.top is not None and some.top is not None:
-            self.top[rows] = some.top
+        for name, t in _of_tokens(some, slice(None)).items():
+            if name in COLUMNS_OF_TOKENS:
+                getattr(self, name)[:, rows] = t
+            else:
+                getattr(self, name)[rows] = t
+
+
+def _of_tokens(record: Problem | Outputs, rows: slice | Tensor) -> dict[str, Any]:
+    """Some of the tokens of every tensor of a record that tokens have a part of, by name."""
+    found: dict[str, Any] = {}
+    for name, value in vars(record).items():
+        if isinstance(value, Tensor) and name in ROWS_OF_TOKENS:
+            found[name] = value[rows]
+        elif isinstance(value, Tensor) and name in COLUMNS_OF_TOKENS:
+            found[name] = value[:, rows]
+    return found

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from .debug import described, summarized, tensors_of
-from .problem import Outputs, Problem
-from .schedules import choice, head_gradient
-from .schedules.head_gradient import HeadGradients
-from .schedules.top_k import Likeliest
+from .problem import Problem
+from .schedules.choice import RECORDS, fill
 
 
 def replay(path: Path, device: torch.device | None = None) -> tuple[str, dict[str, Tensor]]:
@@ -28,25 +26,15 @@ def replay(path: Path, device: torch.device | None = None) -> tuple[str, dict[st
         ValueError: the pass was that of one of several processes that share a vocabulary.
     """
     content = torch.load(path, map_location=device, weights_only=True)
-    problem, budget, seen = (content[name] for name in ("problem", "workspace_bytes", "seen"))
-    problem = Problem(**problem)
+    problem, budget = Problem(**content["problem"]), content["workspace_bytes"]
     if problem.group is not None:
         raise ValueError(f"{path} needs the other processes of its group: it cannot run alone")
     tensors = {
         name: problem.h_S.new_zeros(shape, dtype=dtype)
         for name, (shape, dtype) in content["made"].items()
     }
-    made: HeadGradients | Likeliest | Outputs
-    if "ids" in tensors:
-        made = Likeliest(**tensors)
-        choice.fill_top_k(made, problem, budget)
-    elif seen:
-        made = HeadGradients(**tensors)
-        scratch = head_gradient.allocate(problem, made, budget)
-        choice.fill_head_gradients(made, scratch, problem, (seen[0], seen[1]), budget)
-    else:
-        made = Outputs(**tensors)
-        choice.fill(made, choice.allocate(made, problem, budget), problem, budget)
+    made = RECORDS[content["record"]](**tensors)
+    fill(made, problem, budget)
     return described(problem, made, budget), tensors_of(problem) | tensors_of(made)
 
 

@@ -109,48 +109,46 @@ class _LogitsAndRest(torch.autograd.Function):
             elif needs_gradient:
                 for_backward = {"dh_S": zeros(problem, *h_S.shape)}
             outputs = filled(problem, needs_entropy, workspace_bytes, **for_backward)
+            problem = replace(problem, stats=outputs.stats, top=outputs.top)
             results.append(outputs.loss)
-            made |= for_backward | {"nothing": outputs.loss == -torch.inf}
+            made |= {"B": outputs.dh_S, "nothing": outputs.loss == -torch.inf}
             if outputs.statistics is not None:
                 results.append(outputs.statistics[ENTROPY_S])
                 ctx.mark_non_differentiable(results[-1])
         if needs_gradient:
-            heads = {"weight": weight, "head_bias": bias} if trained else {}
-            # With a frozen head forward has made B: backward does not read h_S.
-            read = {} if trained else {"h_S": None, "excluded": None}
-            save(ctx, vars(problem) | read | made | heads)
+            if trained:
+                made |= {"weight": weight, "head_bias": bias}
+            else:  # forward has made B, and backward does not read h_S
+                problem = replace(problem, h_S=h_S.new_empty(0))
+            save(ctx, problem, **made)
             ctx.trained, ctx.workspace_bytes, ctx.dtype = trained, workspace_bytes, h_S.dtype
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        kept = restored(ctx)
-        ids, slope, gone = (kept.pop(name) for name in ("ids", "slope", "gone"))
+        problem, kept = restored(ctx)
+        ids, slope = kept["ids"], kept["slope"]
         # Masked, not multiplied by 0: the gradient of an absent slot may be NaN.
-        c = grad_z.masked_fill(gone, 0)
+        c = grad_z.masked_fill(kept["gone"], 0)
         if slope is not None:
             c = c * slope
         c_r = None
         if grads:
-            c_r = grads[0].masked_fill(kept.pop("nothing"), 0)
-            if kept["keep"] is not None:
-                c_r = c_r.masked_fill(~kept["keep"], 0)
+            c_r = grads[0].masked_fill(kept["nothing"], 0)
+            if problem.keep is not None:
+                c_r = c_r.masked_fill(~problem.keep, 0)
         nothing_else = (None,) * 7
         if not ctx.trained:
-            B, problem = kept.pop("dh_S", None), Problem(**kept)
-            return _gradient_of_h(problem, ids, c, c_r, B, ctx.dtype), None, None, *nothing_else
-        weight, bias = kept.pop("weight"), kept.pop("head_bias")
-        needs = ctx.needs_input_grad[:3]
+            dh = _gradient_of_h(problem, ids, c, c_r, kept.get("B"), ctx.dtype)
+            return dh, None, None, *nothing_else
+        heads, needs = (kept["weight"], kept["head_bias"]), ctx.needs_input_grad
         if c_r is None:
-            made = _gradients_of_rows(Problem(**kept), ids, c, weight, bias, needs)
+            made = _gradients_of_rows(problem, ids, c, *heads, needs)
         else:
-            seen = kept.pop("stats"), kept.pop("top")
-            problem = Problem(**kept)
             problem = replace(problem, weights=c_r, g_excluded=sums_of_equal(c, ids))
             dropped = (c_r == 0) & (c == 0).all(1)
-            workspace = ctx.workspace_bytes
-            made = trained_gradients(problem, dropped, seen, weight, bias, needs, workspace)
+            made = trained_gradients(problem, dropped, *heads, needs, ctx.workspace_bytes)
         return *made, *nothing_else
 
 
@@ -233,10 +231,10 @@ def _gradients_of_rows(
     c: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    needs: tuple[bool, bool, bool],
+    needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of h, weight and bias for logits without the rest."""
-    needs_h, needs_weight, needs_bias = needs
+    """`trained_gradients` for logits without the rest."""
+    needs_h, needs_weight, needs_bias = needs[:3]
     grad = grad_weight = grad_bias = None
     if needs_h:
         grad = _gradient_of_h(problem, ids, c, None, None, problem.h_S.dtype)

@@ -83,7 +83,7 @@ def fused_top_k(
         h_S.new_empty(N, dtype=torch.float32),
         None if targets is None else h_S.new_empty(N, dtype=torch.float32),
     )
-    choice.fill_top_k(found, problem, workspace_bytes)
+    choice.fill(found, problem, workspace_bytes)
     ids, log_probs = found.ids.reshape(*leading, k), found.log_probs.reshape(*leading, k)
     log_rest, logp_targets = found.log_rest.reshape(leading), found.logp_targets
     if logp_targets is not None and arguments.valid is not None:

@@ -63,15 +63,16 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(f"Skipped on this machine: {told}")
 
 
-def poisoned(allocate: Callable[..., list[torch.Tensor]]) -> Callable[..., list[torch.Tensor]]:
+def poisoned(allocate: Callable[..., Any]) -> Callable[..., Any]:
     """With scratch that shows in every result if it is read before it is written."""
 
     @wraps(allocate)
-    def allocate_and_fill(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
-        tensors = allocate(*args, **kwargs)
-        for t in tensors:
-            t.fill_(float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).max)
-        return tensors
+    def allocate_and_fill(*args: Any, **kwargs: Any) -> Any:
+        scratch = allocate(*args, **kwargs)
+        for t in scratch if isinstance(scratch, tuple) else vars(scratch).values():
+            if isinstance(t, torch.Tensor):
+                t.fill_(float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).max)
+        return scratch
 
     return allocate_and_fill
 

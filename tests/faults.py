@@ -263,7 +263,7 @@ FAULTS = [
     ),
     Fault(
         "opsd_kernels/autograd.py",
-        "weights = grad_loss.masked_fill(infinite, 0)",
+        'weights = grad_loss.masked_fill(kept["infinite"], 0)',
         "weights = grad_loss.clone()",
         f"trained_head {OP}",
     ),

@@ -167,8 +167,7 @@ def problem_of(h_S, h_T, W, *, keep=None, W_T=None, beta=0.5, temperature=1.0, e
 
 
 def scratch_of(problem):
-    tensors = logit_free.allocate(problem, needs_gradient=True, needs_statistics=False)
-    return logit_free.Scratch.of(tensors, problem, needs_statistics=False)
+    return logit_free.allocate(problem, needs_gradient=True, needs_statistics=False)
 
 
 CASES = {

@@ -19,10 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.lib.allocations import Allocations
 from benchmarks.lib.measure import counted_dots
 from opsd_kernels import fused_jsd_loss, fused_sampled_token_loss, token_divergence
+from opsd_kernels.debug import tensors_of
 from opsd_kernels.kernels import finish, lse, pair, tiles
 from opsd_kernels.kernels.logits_tile import INTERPRETED
 from opsd_kernels.kernels.scratch import SCRATCH_MIB
+from opsd_kernels.problem import Problem
 from opsd_kernels.schedules import logit_free, row_workspace
+from opsd_kernels.schedules.planning import make_plan
 
 MIB = 2**20
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
@@ -119,14 +122,12 @@ def test_scratch_of_the_table(arch, dtype, D):
     h_S = torch.empty(2**17, D, dtype=getattr(torch, dtype), device="meta")
     W = torch.empty(262144, D, dtype=h_S.dtype, device="meta")
     targets = torch.empty(len(h_S), dtype=torch.int32, device="meta")
-    problem = logit_free.Problem(
-        h_S, h_S, W, None, h_S.dtype, 0.5, entry_clip=0.05, targets=targets
-    )
+    problem = Problem(h_S, h_S, W, None, h_S.dtype, 0.5, entry_clip=0.05, targets=targets)
     with tiles_of(tiles.TABLE[arch, dtype]):
-        tensors = logit_free.allocate(problem, needs_gradient=True, needs_statistics=True)
+        scratch = logit_free.allocate(problem, needs_gradient=True, needs_statistics=True)
     bound = SCRATCH_MIB * max(1, D / 4096)
     for_copies = 4
-    assert sum(t.nbytes for t in tensors) / MIB <= bound - for_copies
+    assert sum(t.nbytes for t in tensors_of(scratch).values()) / MIB <= bound - for_copies
 
 
 @pytest.mark.parametrize("D", [1024, 2560, 4096, 8192])
@@ -136,12 +137,11 @@ def test_what_products_read_is_aligned(D):
     h_S = torch.empty(5000, D, device="meta")
     W = torch.empty(151669, D, device="meta")
     for operand_dtype in (torch.bfloat16, torch.float16):
-        problem = logit_free.Problem(h_S, h_S, W, None, operand_dtype, 1.0)
+        problem = Problem(h_S, h_S, W, None, operand_dtype, 1.0)
         with tiles_of(tiles.TABLE["sm_90", str(operand_dtype).removeprefix("torch.")]):
-            tensors = logit_free.allocate(problem, needs_gradient=True, needs_statistics=False)
-            scratch = logit_free.Scratch.of(tensors, problem, needs_statistics=False)
+            scratch = logit_free.allocate(problem, needs_gradient=True, needs_statistics=False)
         assert scratch.copied_rows % 64 == 0 < scratch.copied_rows
-    (workspace,) = row_workspace.allocate(problem, True, needs_statistics=False, budget=2**30)
+    workspace, _ = row_workspace.allocate(problem, make_plan(problem, 5000, 2**30), True)
     assert workspace.stride(0) == 151680
 
 

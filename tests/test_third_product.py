@@ -152,13 +152,15 @@ def test_rows_of_a_workspace(mib, rows):
         h = torch.empty(16384, 4096, dtype=torch.bfloat16)
         W = torch.empty(QWEN3, 4096, dtype=h.dtype)
         problem = Problem(h, h, W, None, h.dtype, 0.5)
-        for split_rows, parts in ((0, []), (rows, [(4, rows, 4096)]), (rows - 1, [])):
+        for split_rows, parts in ((0, None), (rows, (4, rows, 4096)), (rows - 1, None)):
             row = replace(tiles.TABLE["sm_90", "bfloat16"], split_rows=split_rows)
             with mock.patch.object(tiles, "lookup", return_value=row):
-                scratch = row_workspace.allocate(problem, True, False, mib * MIB)
-                alone = row_workspace.allocate(problem, False, False, mib * MIB)
-            assert [tuple(t.shape) for t in scratch] == [(2 * rows, QWEN3), *parts]
-            assert len(alone) == 1
+                plan = planning.make_plan(problem, 16384, mib * MIB)
+                workspace, split = row_workspace.allocate(problem, plan, True)
+                _, alone = row_workspace.allocate(problem, plan, False)
+            assert workspace.shape == (2 * rows, QWEN3)
+            assert (None if split is None else tuple(split.shape)) == parts
+            assert alone is None
     assert all(row.split_rows == 0 for row in tiles.TABLE.values())  # none was measured yet
 
 

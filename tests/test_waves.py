@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.lib.allocations import fake_device
+from opsd_kernels.debug import tensors_of
 from opsd_kernels.kernels import cdiv, pair, tiles
 from opsd_kernels.kernels.scratch import SCRATCH_MIB
 from opsd_kernels.problem import Problem
@@ -45,8 +46,7 @@ def counted(V: int, row: tiles.Row) -> tuple[int, int, int]:
         mock.patch.object(pair, "pair_kernel", grids),
     ):
         given = problem(V)
-        tensors = logit_free.allocate(given, needs_gradient=True, needs_statistics=False)
-        scratch = logit_free.Scratch.of(tensors, given, needs_statistics=False)
+        scratch = logit_free.allocate(given, needs_gradient=True, needs_statistics=False)
         arguments = pair.arguments(scratch, given)
         for v in range(0, V, scratch.columns):
             pair.launch(arguments, v)
@@ -114,10 +114,9 @@ def test_scratch_is_bounded_whatever_the_size_of_a_gpu(arch, dtype):
                     targets=torch.empty(N, dtype=torch.int32, device="meta"),
                 )
                 with mock.patch.object(tiles, "lookup", return_value=row):
-                    tensors = logit_free.allocate(given, True, needs_statistics=True)
-                    scratch = logit_free.Scratch.of(tensors, given, needs_statistics=True)
+                    scratch = logit_free.allocate(given, True, needs_statistics=True)
                 room = SCRATCH_MIB * 2**20 * max(1, D / 4096)
-                assert sum(t.nbytes for t in tensors) <= room - copied
+                assert sum(t.nbytes for t in tensors_of(scratch).values()) <= room - copied
                 widths.add(scratch.columns)
             assert len(widths) == 1
             assert widths.pop() % row.pair_wide.BV == 0

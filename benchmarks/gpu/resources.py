@@ -247,8 +247,7 @@ def _launch(variant: Variant, row: Row, stored: torch.dtype) -> None:
     if variant.kernel in EXCLUDED:
         launch_excluded(variant.kernel, problem, empty)
         return
-    tensors = logit_free.allocate(problem, True, case.statistics)
-    scratch = logit_free.Scratch.of(tensors, problem, case.statistics)
+    scratch = logit_free.allocate(problem, True, case.statistics)
     if variant.kernel in ("lse", "merge"):
         lse.launch(scratch, problem)
     elif variant.kernel == "shard":
@@ -264,16 +263,18 @@ def _launch(variant: Variant, row: Row, stored: torch.dtype) -> None:
 def launch_gradient(problem: Problem) -> None:
     """The kernel of a head that is trained, on tensors without contents."""
     h_S, (V, D) = problem.h_S, problem.W.shape
-    problem = replace(problem, weights=h_S.new_empty(len(h_S), dtype=torch.float32))
+    problem = replace(
+        problem,
+        weights=h_S.new_empty(len(h_S), dtype=torch.float32),
+        stats=h_S.new_empty(STATS, len(h_S), dtype=torch.float32),
+        top=h_S.new_empty(len(h_S), dtype=torch.int32),
+    )
     if problem.excluded is not None:
         given = h_S.new_empty(problem.excluded.shape, dtype=torch.float32)
         problem = replace(problem, g_excluded=given)
     gradients = HeadGradients(None, problem.W.new_empty(V, D), None)
-    scratch = head_gradient.allocate(problem, gradients, 0)
-    stats = h_S.new_empty(STATS, len(h_S), dtype=torch.float32)
-    top = h_S.new_empty(len(h_S), dtype=torch.int32)
-    bits = None if problem.excluded is None else scratch[-1]
-    gradient.launch(scratch[0], problem, stats, top, 0, bits)
+    tiles_of_g, _, bits = head_gradient.allocate(problem, gradients, 0)
+    gradient.launch(tiles_of_g, problem, 0, bits)
 
 
 def launch_gathered(kernel: str, problem: Problem, empty: Callable[..., Tensor]) -> None:

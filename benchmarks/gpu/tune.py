@@ -41,6 +41,7 @@ from benchmarks.gpu.resources import Variant
 from benchmarks.lib import report
 from benchmarks.lib.hashes import settle_hashes
 from opsd_kernels.kernels import lse, pair, tiles, top_row
+from opsd_kernels.kernels.scratch import Scratch
 from opsd_kernels.kernels.tiles import Row, Sweep
 from opsd_kernels.problem import Outputs, Problem
 from opsd_kernels.products import score_dtype
@@ -254,11 +255,10 @@ def measure(kernel: str, candidate: Any, row: Row, problem: Problem, timer: Time
     for beta, entry_clip in DIVERGENCES:
         case = replace(problem, beta=beta, entry_clip=entry_clip)
         with mock.patch.object(tiles, "lookup", return_value=changed):
-            tensors = logit_free.allocate(case, needs_gradient=True, needs_statistics=False)
-            scratch = logit_free.Scratch.of(tensors, case, needs_statistics=False)
+            scratch = logit_free.allocate(case, needs_gradient=True, needs_statistics=False)
         lse.launch(scratch, case)
 
-        def sweep(case: Problem = case, scratch: logit_free.Scratch = scratch) -> None:
+        def sweep(case: Problem = case, scratch: Scratch = scratch) -> None:
             if kernel == "lse":
                 lse.launch(scratch, case)
                 return
@@ -314,7 +314,7 @@ def measure_last_product(problem: Problem, split: bool, timer: Timer) -> float:
 def launch_end_of_last_product(problem: Problem, split: bool) -> None:
     """The kernel alone."""
     dh_S, parts, gradient = _last_product(problem.tokens(slice(1)), split)
-    product = parts[0] if split else dh_S[None]
+    product = dh_S[None] if parts is None else parts
     assert gradient.top is not None
     assert gradient.g_top is not None
     top_row.launch(dh_S, product, gradient.top, gradient.g_top, gradient.scale, problem)
@@ -322,14 +322,14 @@ def launch_end_of_last_product(problem: Problem, split: bool) -> None:
 
 def _last_product(
     problem: Problem, split: bool
-) -> tuple[torch.Tensor, list[torch.Tensor], LogitGradient]:
+) -> tuple[torch.Tensor, torch.Tensor | None, LogitGradient]:
     """dh_S, scratch, and a gradient of logits that lies as `rows` writes it."""
     W, (R, D) = problem.W, problem.h_S.shape
     z = torch.randn(R, planning.row_stride(len(W)), device=W.device)
     g = z.view(_score_dtype(problem))[:, : len(W)].normal_()
     top = torch.zeros(R, dtype=torch.int32, device=W.device)
     dh_S = torch.empty(R, D, device=W.device)
-    parts = [dh_S.new_empty(planning.PARTS, R, D)] if split else []
+    parts = dh_S.new_empty(planning.PARTS, R, D) if split else None
     return dh_S, parts, LogitGradient(g, top, z.new_ones(R))
 
 

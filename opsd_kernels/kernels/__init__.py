@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
-# To PyTorch's compiler the properties of a machine are constants, which it does not trace.
+# To PyTorch's compiler this is a constant, which it does not trace.
 @torch.compiler.assume_constant_result
 def available(device: torch.device) -> bool:
     """Whether the kernels run on a device: a GPU of compute capability 8.0 or above (or AMD's), or
@@ -41,19 +41,10 @@ def available(device: torch.device) -> bool:
     return torch.version.hip is not None or capability(device) >= (8, 0)
 
 
-@torch.compiler.assume_constant_result
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of an NVIDIA GPU; without a GPU, for fake tensors, the least that the
     kernels run on."""
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)
-
-
-@torch.compiler.assume_constant_result
-def multiprocessors(device: torch.device) -> int | None:
-    """Multiprocessors of a GPU; None without a GPU, for fake tensors."""
-    if not torch.cuda.is_available():
-        return None
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
@@ -63,5 +54,5 @@ def current(device: torch.device) -> AbstractContextManager[object]:
 
 
 def cdiv(a: int, b: int) -> int:
-    """⌈a / b⌉. PyTorch's compiler cannot trace triton.cdiv."""
+    """⌈a / b⌉"""
     return -(-a // b)

@@ -36,21 +36,20 @@ from .pointwise import columns_of, formula_of, parameters_of
 from .records import PerToken, Weighed
 
 
-def launch(
-    g: Tensor, chunk: Problem, stats: Tensor, top: Tensor, v: int, bits: Tensor | None = None
-) -> None:
+def launch(g: Tensor, chunk: Problem, v: int, bits: Tensor | None = None) -> None:
     """g [R, columns] ← the gradient with respect to logits of the columns from v on, weighed, times
     `score_scale`.
 
     Args:
         g: in a `score_dtype`; its columns are a multiple of the tile's.
-        chunk: the tokens, with weights.
-        stats, top: see `Outputs`.
+        chunk: the tokens, with weights and what forward kept of them.
         bits: of the entries that are excluded, from column v on. Their g is 0, or given.
     """
     if bits is not None and chunk.excluded is not None:
         bits = bits[: chunk.h_S.shape[0]]
         excluded.mark(bits, chunk.excluded, v)
+    stats = chunk.stats
+    assert stats is not None
     tile = tiles.lookup(g.device, chunk.operand_dtype).pair_for(chunk.member, False)
     R, columns = chunk.h_S.shape[0], min(g.shape[1], chunk.W.shape[0] - v)
     policy = chunk.advantages is not None
@@ -67,7 +66,7 @@ def launch(
             POLICY=tl.constexpr(policy),
         ),
         tokens=PerToken.of(
-            chunk, stats, top, needs_keep=False, needs_targets=needs_targets, bits=bits
+            chunk, stats, chunk.top, needs_keep=False, needs_targets=needs_targets, bits=bits
         ),
         R=R,
         stride=stats.stride(0),

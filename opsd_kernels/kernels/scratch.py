@@ -25,12 +25,14 @@ class Scratch:
     """What a chunk of R rows needs. Nothing here grows with N or V."""
 
     row: tiles.Row  # of the table
+    rows: int  # R
+    columns: int  # of the vocabulary at a time
     pair: tiles.Tile  # of `pair`
     copied_rows: int  # of W at a time, where the last product cannot read it in place
     scores: bool  # whether a gradient is needed
+    scale: float  # the factor of the scores in `s_p`
     mean_limit: float  # see `Member.mean_limit`
     slopes: int  # how many of the sums, the last ones, are slopes of a softcap
-    bits: Tensor | None  # [R, V/32] int32, if entries are excluded: see `excluded`
     partials: Tensor  # [6 or 8, spans, R] fp32
     index: Tensor  # [spans, R] int32
     stats: Tensor  # [8 or 11, R] fp32
@@ -40,42 +42,7 @@ class Scratch:
     s_p: Tensor | None = None
     # P, or A and P below it: [R or 2R, D] fp32; for dh_S only, unless G is known.
     A_P: Tensor | None = None
-
-    @staticmethod
-    def of(
-        tensors: list[Tensor], problem: Problem, needs_statistics: bool, needs_score: bool = True
-    ) -> "Scratch":
-        """The tensors that `allocate` returned for the same needs, with names."""
-        R, D = tensors[0].shape[-1], problem.h_S.shape[1]
-        # One tile of W is made while the last is still alive; a narrow tile of scores may be
-        # widened. A multiple of 64 lets every tile of scores begin at a multiple of 16 bytes.
-        room = SCRATCH_MIB * MIB * max(1, D / 4096) - sum(t.nbytes for t in tensors)
-        bytes_per_row = 2 * copied_bytes(problem.W, problem.operand_dtype) + 8 * R
-        copied_rows = int(room // bytes_per_row) // 64 * 64
-        row = tiles.lookup(problem.h_S.device, problem.operand_dtype)
-        tile = row.pair_for(problem.member, needs_statistics)
-        bits = None
-        if problem.excluded is not None:
-            *tensors, bits = tensors
-        limit = problem.member.mean_limit(needs_score, needs_statistics)
-        slopes = _slopes(problem, needs_score)
-        numbers = (max(64, copied_rows), needs_score, limit, slopes)
-        return Scratch(row, tile, *numbers, bits, *tensors)
-
-    @property
-    def rows(self) -> int:
-        """R"""
-        return self.top.shape[0]
-
-    @property
-    def columns(self) -> int:
-        """Columns of the vocabulary at a time."""
-        return self.sums.shape[1] * self.pair.BV
-
-    @property
-    def scale(self) -> float:
-        """The factor of the scores in `s_p`."""
-        return 1.0 if self.s_p is None else score_scale(self.s_p.dtype)
+    bits: Tensor | None = None  # [R, V/32] int32, if entries are excluded: see `excluded`
 
     def s_and_p(self, R: int) -> tuple[Tensor | None, Tensor | None]:
         """s and p of a chunk of R tokens."""
@@ -89,51 +56,61 @@ class Scratch:
 
 def allocate(
     problem: Problem, needs_gradient: bool, needs_statistics: bool, needs_stats: bool = False
-) -> list[Tensor]:
-    """The tensors of a `Scratch`, in its order but for the bits, which are last, for dh_S,
-    statistics and stats (see `Outputs`) as they are needed."""
-    h_S, targets = problem.h_S, problem.targets is not None
+) -> Scratch:
+    """The scratch for dh_S, statistics and stats (see `Outputs`), as they are needed."""
+    h_S, member, targets = problem.h_S, problem.member, problem.targets is not None
     (N, D), V = h_S.shape, problem.W.shape[0]
     row = tiles.lookup(h_S.device, problem.operand_dtype)
     R = min(row.chunk, max(N, 1))
-    tile = row.pair_for(problem.member, needs_statistics)
+    tile = row.pair_for(member, needs_statistics)
     scores = score_dtype(problem.operand_dtype, problem.has_bounded_scores)
     slots = tiles.slots(V, tile, row, row.chunk, row.columns * 2 // scores.itemsize)
     spans = cdiv(V, tiles.span(V, row))
-    statistics = needs_statistics and problem.member.is_divergence
-    sums = SUMS.value + (SUMS_OF_STATISTICS.value if statistics else 0)
-    sums += _slopes(problem, needs_gradient or needs_stats)
+    needs_score = needs_gradient or needs_stats
+    slopes = 0
+    if needs_score and problem.softcap is not None:
+        slopes = 1 if problem.advantages is None else 2
+    sums = SUMS.value + slopes
+    if needs_statistics and member.is_divergence:
+        sums += SUMS_OF_STATISTICS.value
 
-    def fp32(*shape: int) -> Tensor:
-        return h_S.new_empty(shape, dtype=torch.float32)
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return h_S.new_empty(shape, dtype=dtype)
 
-    tensors = [
-        fp32(PARTIALS.value - (0 if targets else 2), spans, R),
-        h_S.new_empty(spans, R, dtype=torch.int32),
-        fp32(STATS.value + (STATS_OF_TARGETS.value if targets else 0), R),
-        h_S.new_empty(R, dtype=torch.int32),
-        fp32(sums, slots, R),
-    ]
+    tensors = {
+        "partials": new(PARTIALS.value - (0 if targets else 2), spans, R),
+        "index": new(spans, R, dtype=torch.int32),
+        "stats": new(STATS.value + (STATS_OF_TARGETS.value if targets else 0), R),
+        "top": new(R, dtype=torch.int32),
+        "sums": new(sums, slots, R),
+    }
     if needs_gradient:
-        knows_G = problem.member.knows_G
-        tensors.append(h_S.new_empty((1 if knows_G else 2) * R, slots * tile.BV, dtype=scores))
-        if not knows_G:
-            tensors.append(fp32((2 if is_stacked(R, D) else 1) * R, D))
+        tensors["s_p"] = new((1 if member.knows_G else 2) * R, slots * tile.BV, dtype=scores)
+        if not member.knows_G:
+            tensors["A_P"] = new((2 if is_stacked(R, D) else 1) * R, D)
     if problem.excluded is not None:
-        tensors.append(h_S.new_empty(R, words(V), dtype=torch.int32))
-    return tensors
+        tensors["bits"] = new(R, words(V), dtype=torch.int32)
+    # One tile of W is made while the last is still alive; a narrow tile of scores may be widened.
+    # A multiple of 64 lets every tile of scores begin at a multiple of 16 bytes.
+    room = SCRATCH_MIB * MIB * max(1, D / 4096) - sum(t.nbytes for t in tensors.values())
+    bytes_per_row = 2 * copied_bytes(problem.W, problem.operand_dtype) + 8 * R
+    return Scratch(
+        row=row,
+        rows=R,
+        columns=slots * tile.BV,
+        pair=tile,
+        copied_rows=max(64, int(room // bytes_per_row) // 64 * 64),
+        scores=needs_score,
+        scale=score_scale(scores) if needs_gradient else 1.0,
+        mean_limit=member.mean_limit(needs_score, needs_statistics),
+        slopes=slopes,
+        **tensors,
+    )
 
 
 def is_stacked(R: int, D: int) -> bool:
     """Whether one product of s and p makes A and P of a chunk."""
     return 8 * R * D <= STACKED_MIB * MIB
-
-
-def _slopes(problem: Problem, needs_score: bool) -> int:
-    """How many slopes of a softcap `finish` needs: at the top entry, and for a policy term at ŷ."""
-    if not needs_score or problem.softcap is None:
-        return 0
-    return 1 if problem.advantages is None else 2
 
 
 def _stacked(t: Tensor | None, R: int, most: int) -> tuple[Tensor | None, Tensor | None]:

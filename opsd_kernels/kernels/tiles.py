@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..divergence import Member
-from . import capability, cdiv, multiprocessors
+from . import capability, cdiv
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ def lookup(device: torch.device, dtype: torch.dtype) -> Row:
     if device.type != "cuda":
         return INTERPRETER
     row = TABLE[architecture(device), str(dtype).removeprefix("torch.")]
-    found = multiprocessors(device)
-    return row if found is None else replace(row, multiprocessors=found)
+    found = torch.cuda.get_device_properties(device)
+    return replace(row, multiprocessors=found.multi_processor_count)
 
 
 def slots(V: int, tile: Tile, row: Row, rows: int, columns: int) -> int:

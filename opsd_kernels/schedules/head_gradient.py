@@ -58,10 +58,13 @@ def by_kernels(problem: Problem, workspace_bytes: float) -> bool:
     return workspace_bytes == 0 or planning.uses_rows_kernel(problem)
 
 
-def allocate(problem: Problem, gradients: HeadGradients, workspace_bytes: float) -> list[Tensor]:
+def allocate(
+    problem: Problem, gradients: HeadGradients, workspace_bytes: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The scratch of `fill`: tiles of logits or of their gradient, [R, columns]; where the head has
     16 bits, a tile of dW in fp32, [columns, D]; and for kernels, if entries are excluded, their
     bits."""
+    tile_of_dW = bits = None
     (N, D), V, W = problem.h_S.shape, problem.W.shape[0], problem.W
     N = max(N, 1)
     is_rounded = gradients.dW is not None and gradients.dW.dtype != torch.float32
@@ -74,7 +77,12 @@ def allocate(problem: Problem, gradients: HeadGradients, workspace_bytes: float)
         # Fewer columns and more rows than `pair` has: dW is accumulated too.
         R, columns = 4 * row.chunk, row.columns * 2 // scores.itemsize // 4
         columns = tile.BV * tiles.slots(V, tile, row, R, columns)
-        tensors = [problem.h_S.new_empty(min(R, N), columns, dtype=scores)]
+        R = min(R, N)
+        tiles_of_g = problem.h_S.new_empty(R, columns, dtype=scores)
+        if problem.excluded is not None:
+            from ..kernels import excluded
+
+            bits = problem.h_S.new_empty(R, excluded.words(columns), dtype=torch.int32)
     else:
         on_cpu = problem.h_S.device.type == "cpu"
         R = min(N, CPU_ROWS if on_cpu else GPU_ROWS)
@@ -83,38 +91,25 @@ def allocate(problem: Problem, gradients: HeadGradients, workspace_bytes: float)
         bytes_per_column = copied_bytes(W, problem.operand_dtype) + 4 * D * is_rounded + temporaries
         columns = min(columns, int(workspace_bytes / bytes_per_column))
         columns = min(max(columns, LEAST_COLUMNS), V)
-        tensors = [problem.h_S.new_empty(2, R, columns, dtype=torch.float32)]
+        tiles_of_g = problem.h_S.new_empty(2, R, columns, dtype=torch.float32)
     if is_rounded:
-        tensors.append(problem.h_S.new_empty(columns, D, dtype=torch.float32))
-    if by_kernels(problem, workspace_bytes) and problem.excluded is not None:
-        from ..kernels import excluded
-
-        tensors.append(problem.h_S.new_empty(min(R, N), excluded.words(columns), dtype=torch.int32))
-    return tensors
+        tile_of_dW = problem.h_S.new_empty(columns, D, dtype=torch.float32)
+    return tiles_of_g, tile_of_dW, bits
 
 
-def fill(
-    gradients: HeadGradients,
-    scratch: list[Tensor],
-    problem: Problem,
-    seen: tuple[Tensor, Tensor],
-    workspace_bytes: float,
-) -> None:
+def fill(gradients: HeadGradients, problem: Problem, workspace_bytes: float) -> None:
     """Fill the gradients.
 
     Args:
-        gradients, scratch: see `HeadGradients`, `allocate`.
-        problem: the tokens, with the weights w that arrived in backward. Hidden states of tokens
-            whose weight is 0 are finite.
-        seen: stats and top, as forward filled them (see `Outputs`).
+        problem: the tokens, with what forward kept of them and the weights w that arrived in
+            backward. Hidden states of tokens whose weight is 0 are finite.
         workspace_bytes: what the schedule was given.
     """
-    (N, V), (R, columns) = (problem.h_S.shape[0], problem.W.shape[0]), scratch[0].shape[-2:]
+    tiles_of_g, tile_of_dW, bits = allocate(problem, gradients, workspace_bytes)
+    (N, V), (R, columns) = (problem.h_S.shape[0], problem.W.shape[0]), tiles_of_g.shape[-2:]
     dtype, dh_S, dW, db = problem.operand_dtype, gradients.dh_S, gradients.dW, gradients.db
-    launched, bits = by_kernels(problem, workspace_bytes), None
-    if launched and problem.excluded is not None:
-        *scratch, bits = scratch
-    problem, scale = _scaled(problem.with_contiguous_rows(), scratch[0].dtype, launched)
+    launched = by_kernels(problem, workspace_bytes)
+    problem, scale = _scaled(problem.with_contiguous_rows(), tiles_of_g.dtype, launched)
     if dW is not None and N == 0:
         dW.zero_()
     with kernels.current(problem.h_S.device):
@@ -122,24 +117,24 @@ def fill(
             tile = slice(v, min(v + columns, V))
             W, dW_tile, db_tile = problem.W[tile], None, None if db is None else db[tile]
             if dW is not None:
-                dW_tile = dW[tile] if len(scratch) == 1 else scratch[1][: W.shape[0]]
+                dW_tile = dW[tile] if tile_of_dW is None else tile_of_dW[: W.shape[0]]
             for n in range(0, N, R):
                 rows = slice(n, n + R)
-                chunk, of_rows = problem.tokens(rows), (seen[0][:, rows], seen[1][rows])
+                chunk = problem.tokens(rows)
                 if launched:
-                    g = _launch(scratch[0], chunk, of_rows, tile, bits)
+                    g = _launch(tiles_of_g, chunk, tile, bits)
                 else:
-                    g = _compute(scratch[0], chunk, of_rows, tile)
+                    g = _compute(tiles_of_g, chunk, tile)
                 if dh_S is not None:
                     project_back([(dh_S[rows], g)], W, dtype, columns)
                 project_onto_head(dW_tile, db_tile, g, chunk.h_S, dtype, first=n == 0)
             if dW is not None and dW_tile is not None and N > 0:
                 if scale is not None:
                     dW_tile.mul_(scale)
-                if len(scratch) > 1:
+                if tile_of_dW is not None:
                     dW[tile].copy_(dW_tile)
     if dh_S is not None and launched:
-        _add_what_rounding_took(dh_S, problem, seen, scratch[0].dtype)
+        _add_what_rounding_took(dh_S, problem, tiles_of_g.dtype)
     for total in (dh_S, db):
         if total is not None and scale is not None:
             total.mul_(scale)
@@ -179,23 +174,17 @@ def _scaled(
     return replace(problem, weights=weights, g_excluded=g_excluded), left
 
 
-def _launch(
-    scratch: Tensor,
-    chunk: Problem,
-    seen: tuple[Tensor, Tensor],
-    tile: slice,
-    bits: Tensor | None,
-) -> Tensor:
+def _launch(scratch: Tensor, chunk: Problem, tile: slice, bits: Tensor | None) -> Tensor:
     """w (a − G p) of a chunk's tokens and a tile of the vocabulary, times `score_scale`, by the
     kernel: [R, columns]."""
     from ..kernels import gradient  # needs Triton
 
     g = scratch[: chunk.h_S.shape[0]]
-    gradient.launch(g, chunk, *seen, tile.start, bits)
+    gradient.launch(g, chunk, tile.start, bits)
     return g[:, : tile.stop - tile.start]
 
 
-def _compute(scratch: Tensor, chunk: Problem, seen: tuple[Tensor, Tensor], tile: slice) -> Tensor:
+def _compute(scratch: Tensor, chunk: Problem, tile: slice) -> Tensor:
     """`_launch` in PyTorch."""
     R, columns = chunk.h_S.shape[0], tile.stop - tile.start
     z_S, z_T = scratch[0, :R, :columns], None
@@ -207,24 +196,23 @@ def _compute(scratch: Tensor, chunk: Problem, seen: tuple[Tensor, Tensor], tile:
         exclude_(z_S, chunk.excluded, tile.start)
     slope = logits_(z_S, z_T, chunk, True, tile)
     if chunk.member.family == Family.LOG_SUM:
-        log_sum_gradient_(z_S, seen)
+        log_sum_gradient_(z_S, chunk)
     else:
-        policy = chunk.targets, chunk.advantages
-        logit_gradient_(z_S, z_T, tile.start, seen, chunk.member, *policy)
+        logit_gradient_(z_S, z_T, chunk, tile.start)
     weigh_(z_S, slope, chunk.weights)
     if chunk.excluded is not None and chunk.g_excluded is not None:
         add_excluded_(z_S, chunk.excluded, chunk.g_excluded, tile.start)
     return z_S
 
 
-def _add_what_rounding_took(
-    dh_S: Tensor, problem: Problem, seen: tuple[Tensor, Tensor], dtype: torch.dtype
-) -> None:
+def _add_what_rounding_took(dh_S: Tensor, problem: Problem, dtype: torch.dtype) -> None:
     """dh_S ← dh_S + Σ (g − its rounding in the tiles) W, all times `score_scale`, over the top
     entry and the excluded ones, whose g are given."""
     from ..kernels.lse import S_TOP
 
-    (stats, top), weights = seen, problem.weights
+    stats, top, weights = problem.stats, problem.top, problem.weights
+    assert stats is not None
+    assert top is not None
     assert weights is not None
     if dtype == torch.float32:
         return

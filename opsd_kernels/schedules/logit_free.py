@@ -28,42 +28,38 @@ from ..kernels.scratch import Scratch, allocate
 from ..problem import Outputs, Problem
 from ..products import project_back
 
-__all__ = ["Scratch", "allocate", "fill"]
 
-
-def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem) -> None:
-    """Fill loss, statistics and gradient of every token that counts.
-
-    Args:
-        outputs: see `Outputs`.
-        scratch: see `allocate`.
-        problem: the tokens.
-    """
-    V, needs_statistics = problem.W.shape[0], outputs.statistics is not None
-    named = Scratch.of(scratch, problem, needs_statistics, outputs.needs_score)
+def fill(outputs: Outputs, problem: Problem) -> None:
+    """Fill loss, statistics and gradient of every token that counts."""
+    scratch = allocate(
+        problem,
+        needs_gradient=outputs.dh_S is not None,
+        needs_statistics=outputs.statistics is not None,
+        needs_stats=outputs.stats is not None,
+    )
     # Other values themselves follow from step 1, and what backward needs of a log-sum-exp too, but
     # for a slope.
     needs_step_2 = problem.member.is_divergence or outputs.needs_score
     if problem.member.family == Family.LOG_SUM and outputs.dh_S is None:
-        needs_step_2 = named.slopes > 0
-    v_stop = V if needs_step_2 else 0
+        needs_step_2 = scratch.slopes > 0
+    v_stop = problem.W.shape[0] if needs_step_2 else 0
     problem = problem.with_contiguous_rows()  # once, for all kernels
     unfinished = []
     with kernels.current(outputs.loss.device):
-        for n in range(0, outputs.loss.shape[0], named.rows):
-            rows = slice(n, n + named.rows)
+        for n in range(0, outputs.loss.shape[0], scratch.rows):
+            rows = slice(n, n + scratch.rows)
             chunk, into = problem.tokens(rows), outputs.tokens(rows)
-            if named.bits is not None and chunk.excluded is not None:
-                excluded.mark(named.bits[: chunk.excluded.shape[0]], chunk.excluded, 0)
-            lse.launch(named, chunk)
-            arguments = pair.arguments(named, chunk)
-            for v in range(0, v_stop, named.columns):
+            if scratch.bits is not None and chunk.excluded is not None:
+                excluded.mark(scratch.bits[: chunk.excluded.shape[0]], chunk.excluded, 0)
+            lse.launch(scratch, chunk)
+            arguments = pair.arguments(scratch, chunk)
+            for v in range(0, v_stop, scratch.columns):
                 pair.launch(arguments, v)
-                _accumulate(named, chunk, into.dh_S, v)
+                _accumulate(scratch, chunk, into.dh_S, v)
             if chunk.group is None:
-                finish.launch(into, named, chunk)
+                finish.launch(into, scratch, chunk)
                 continue
-            of_all = replace(named, sums=_sums_of_all(named, chunk)) if v_stop > 0 else named
+            of_all = replace(scratch, sums=_sums_of_all(scratch, chunk)) if v_stop > 0 else scratch
             finish.launch(into, of_all, chunk)
             if into.dh_S is not None:
                 # The first kernels of the next chunk do not need the other processes.

@@ -53,13 +53,7 @@ def uses_rows_kernel(problem: Problem) -> bool:
     return problem.group is None and device.type == "cuda" and kernels.available(device)
 
 
-def make_plan(
-    problem: Problem,
-    N: int,
-    budget: float,
-    needs_statistics: bool = False,
-    max_rows: int = MAX_ROWS,
-) -> Plan:
+def make_plan(problem: Problem, N: int, budget: float, needs_statistics: bool = False) -> Plan:
     """Fit chunk, block and tile to a budget.
 
     Args:
@@ -67,7 +61,6 @@ def make_plan(
         N: number of tokens.
         budget: bytes for all temporaries with a vocabulary-sized dimension together.
         needs_statistics: whether statistics are wanted.
-        max_rows: the most rows of a chunk.
 
     Raises:
         ValueError: the budget cannot hold one row; the message names the least that works.
@@ -99,7 +92,7 @@ def make_plan(
         rows = int((rest - block * block_row) // row)
     # GEMMs on a GPU work in tiles of this many rows.
     multiple = GPU_TILE_ROWS if device.type == "cuda" and rows >= GPU_TILE_ROWS else 1
-    rows = min(rows // multiple * multiple, max_rows)
+    rows = min(rows // multiple * multiple, MAX_ROWS)
     chunks = max(1, -(-N // rows))
     rows = max(1, min(rows, -(-N // (chunks * multiple)) * multiple))
     block = rows if one_block else min(block, rows)

@@ -31,50 +31,41 @@ from ..products import (
 )
 from . import planning
 from .excluded import exclude_, log_sum_rows_
-from .planning import PARTS, budget_beside_head, is_split, make_plan, row_stride
+from .planning import PARTS, Plan, budget_beside_head, is_split, make_plan, row_stride
 from .rows import divergence_rows_, logits_, weigh_
 
 
-def allocate(
-    problem: Problem, needs_gradient: bool, needs_statistics: bool, budget: float
-) -> list[Tensor]:
-    """The scratch of `fill`: a workspace of 2R fp32 rows, or R without a teacher, whose first V
-    entries are used; and if step 3 is split, the parts of a gradient of R rows."""
-    plan = make_plan(problem, problem.h_S.shape[0], budget, needs_statistics)
-    stride, D = row_stride(problem.W.shape[0]), problem.h_S.shape[1]
-    scratch = [problem.h_S.new_empty(problem.sides * plan.rows, stride, dtype=torch.float32)]
-    if needs_gradient and is_split(problem, plan.rows):
-        scratch.append(problem.h_S.new_empty(PARTS, plan.rows, D, dtype=torch.float32))
-    return scratch
+def allocate(problem: Problem, plan: Plan, needs_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """A workspace [2R, V] fp32, or [R, V] without a teacher; and if step 3 is split, the parts of a
+    gradient of R rows."""
+    (V, _), D = problem.W.shape, problem.h_S.shape[1]
+    new_empty, fp32 = problem.h_S.new_empty, torch.float32
+    workspace = new_empty(problem.sides * plan.rows, row_stride(V), dtype=fp32)[:, :V]
+    if not needs_gradient or not is_split(problem, plan.rows):
+        return workspace, None
+    return workspace, new_empty(PARTS, plan.rows, D, dtype=fp32)
 
 
-def fill(outputs: Outputs, scratch: list[Tensor], problem: Problem, budget: float) -> None:
-    """Fill the outputs of every token that is kept.
-
-    Args:
-        outputs: see `Outputs`.
-        scratch: see `allocate`.
-        problem: the tokens.
-        budget: bytes for all temporaries with a vocabulary-sized dimension together.
-    """
+def fill(outputs: Outputs, problem: Problem, budget: float) -> None:
+    """Fill the outputs of every token that is kept. The budget is that of all temporaries with a
+    vocabulary-sized dimension together, in bytes."""
     if outputs.dW is not None:
         budget = budget_beside_head(problem, budget)
-    workspace = scratch[0][:, : problem.W.shape[0]]
     rows = kept(problem.keep)
     N = problem.h_S.shape[0] if rows is None else rows.shape[0]
-    max_rows = workspace.shape[0] // problem.sides
-    plan = make_plan(problem, N, budget, outputs.statistics is not None, max_rows)
+    plan = make_plan(problem, N, budget, outputs.statistics is not None)
     if problem.group is not None:
         # All processes have the chunks of the largest shard.
-        R = smallest(plan.rows, problem.group, workspace.device)
+        R = smallest(plan.rows, problem.group, problem.h_S.device)
         plan = replace(plan, rows=R, block=R)
+    workspace, parts = allocate(problem, plan, outputs.dh_S is not None)
     scale = 1.0
     for n in chunks(rows, N, plan.rows):
         chunk, into = problem.tokens(n), outputs.tokens(n)
         z_S, z_T = _project(workspace, chunk, plan.tile)
         gradient = _step_2(z_S, z_T, chunk, plan.block, into)
         if into.dh_S is not None:
-            gradient.onto_hidden_states(into.dh_S, chunk, plan.tile, scratch[1:])
+            gradient.onto_hidden_states(into.dh_S, chunk, plan.tile, parts)
         if outputs.dW is not None:
             gradient.onto_head(outputs, chunk)
         scale = gradient.scale
@@ -114,14 +105,14 @@ class LogitGradient:
     g_top: Tensor | None = None
 
     def onto_hidden_states(
-        self, dh_S: Tensor, chunk: Problem, tile: int, parts: list[Tensor]
+        self, dh_S: Tensor, chunk: Problem, tile: int, parts: Tensor | None
     ) -> None:
         """dh_S ← gradient · W / T [R, D] in fp32; `parts` is scratch of a product that is
         split."""
         W, dtype, temperature = chunk.W, chunk.operand_dtype, chunk.temperature
         product = dh_S[None]
-        if parts:
-            product = parts[0].view(-1)[: PARTS * dh_S.numel()].view(PARTS, *dh_S.shape)
+        if parts is not None:
+            product = parts.view(-1)[: PARTS * dh_S.numel()].view(PARTS, *dh_S.shape)
             project_back_in_parts(product, self.g, W, dtype)
         else:
             project_back([(dh_S, self.g)], W, dtype, tile, first=True)

@@ -172,25 +172,18 @@ def divergence_rows_(
     return loss.squeeze(-1)
 
 
-def logit_gradient_(
-    z_S: Tensor,
-    z_T: Tensor | None,
-    first: int,
-    seen: tuple[Tensor, Tensor],
-    member: Member,
-    targets: Tensor | None = None,
-    advantages: Tensor | None = None,
-) -> None:
+def logit_gradient_(z_S: Tensor, z_T: Tensor | None, problem: Problem, first: int) -> None:
     """Turn some columns of rows of logits into their gradient, once the whole rows were seen.
 
     Args:
         z_S, z_T: [R, columns] logits; z_S is overwritten by ∂ℓ/∂z_S, z_T by scratch.
+        problem: R tokens, with the stats and top that `divergence_rows_` filled.
         first: the place of the first column in the vocabulary.
-        seen: what `divergence_rows_` filled for these rows.
-        member: what ℓ is.
-        targets, advantages: [R] of the policy term, if ℓ has one.
     """
-    stats, top = seen
+    member, stats, top = problem.member, problem.stats, problem.top
+    targets, advantages = problem.targets, problem.advantages
+    assert stats is not None
+    assert top is not None
     top_S, rest_S, top_T, rest_T, G = stats[:G_TOP, :, None]
     p = (z_S - top_S).exp_().mul_(rest_S.neg().exp_())
     if member.family == Family.LOG_PROB:
