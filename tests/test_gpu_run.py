@@ -517,9 +517,12 @@ def test_tune_json_is_whole_at_any_time(tmp_path):
 
 
 def test_scratch_is_poisoned():
-    filled = poisoned(lambda: [torch.zeros(3), torch.zeros(2, dtype=torch.int32)])()
-    assert filled[0].isnan().all()
-    assert (filled[1] == 2**31 - 1).all()
+    top = torch.zeros(2, dtype=torch.int32)
+    workspace, parts = poisoned(lambda: (torch.zeros(3), None))()
+    record = poisoned(lambda: SimpleNamespace(rows=2, top=top))()
+    assert workspace.isnan().all()
+    assert parts is None
+    assert (record.top == 2**31 - 1).all()
 
 
 def test_unknown_tiles_are_refused():

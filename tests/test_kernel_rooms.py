@@ -53,7 +53,7 @@ ARROWS: dict[str, set[str]] = {
         "scalars",
         "support",
     },
-    "sparse": {"checks", "divergence", "heads", "loss", "rest", "support"},
+    "sparse": {"checks", "divergence", "heads", "loss", "rest", "scalars", "support"},
     "replay": {"debug", "problem", "schedules"},
     "env": {"kernels", "schedules"},
     "top_k": {"checks", "divergence", "heads", "schedules"},
@@ -70,7 +70,7 @@ ARROWS: dict[str, set[str]] = {
         "sparse",
         "top_k",
     },
-    "trl": {"checks", "head_check", "heads", "loss", "sparse", "top_k"},
+    "trl": {"checks", "head_check", "heads", "loss", "scalars", "sparse", "top_k"},
 }
 
 
