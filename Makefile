@@ -7,8 +7,8 @@ PYTHON := $(VENV)/bin/python
 # Two processes, each of which takes what the other has not begun.
 PYTEST = $(PYTHON) -m pytest -n 2 --dist worksteal
 
-.PHONY: demo real docs test test-slow test-power test-tiles test-vllm test-swift test-versions \
-	test-dist lint format gpu clean
+.PHONY: demo real docs test test-slow test-power test-tiles test-vllm test-swift test-verl \
+	test-versions test-dist lint format gpu clean
 
 demo: $(VENV)/.installed-train
 	$(PYTHON) -m opsd_train $(ARGS)
@@ -59,6 +59,11 @@ SWIFT_VENV := .venv-swift
 test-swift: $(SWIFT_VENV)/.installed
 	$(SWIFT_VENV)/bin/python -m pytest -m swift tests/test_ms_swift.py $(ARGS)
 
+# verl's FSDP engine on a CPU, which wants an environment of its own (3 GB), with an older transformers.
+VERL_VENV := .venv-verl
+test-verl: $(VERL_VENV)/.installed
+	$(VERL_VENV)/bin/python -m pytest -m verl tests/test_verl.py $(ARGS)
+
 # What is published, in dist/: an sdist, a wheel built from it, and each in an environment that holds
 # nothing else.
 DIST_VENV := .venv-dist
@@ -108,6 +113,15 @@ $(SWIFT_VENV)/.installed:
 		torch triton
 	$(SWIFT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check ms-swift==4.6.0 \
 		msgspec pytest hypothesis -e ".[train]"
+	touch $@
+
+# torch first: verl does not say which one it needs.
+$(VERL_VENV)/.installed:
+	test -x $(VERL_VENV)/bin/python || $(BASE_PYTHON) -m venv $(VERL_VENV)
+	$(VERL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt torch triton
+	$(VERL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-e . verl==0.9.1 ray==2.60.0 tensordict==0.10.0 transformers==5.10.4 pytest hypothesis
 	touch $@
 
 $(DIST_VENV)/.installed: constraints.txt

@@ -126,7 +126,7 @@ def plant(fault: Fault, copies: "Queue[Path]") -> Found:
 
 def first_failure(copy: Path, marked: str, tests: list[str]) -> str | None:
     """The name of the first test that fails in a copy, if one does."""
-    chosen = f"{marked} and not vllm and not swift"
+    chosen = f"{marked} and not vllm and not swift and not verl and not dist"
     options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", chosen]
     result = subprocess.run(
         [sys.executable, "-B", "-m", "pytest", *options, *tests],

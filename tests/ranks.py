@@ -11,18 +11,26 @@ import torch.distributed as dist
 from training_runs import processes
 
 
-def on_ranks(function: Callable[..., Any], world_size: int, folder: Path, *args: Any) -> list[Any]:
+def on_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    folder: Path,
+    *args: Any,
+    start_method: str = "forkserver",
+) -> list[Any]:
     """What `function(rank, *args)` returns on each rank, by way of files in `folder`.
 
-    The environment is that of a launcher; the function initializes its process group.
+    The environment is that of a launcher; the function initializes its process group. With
+    `start_method="fork"` this process is the one that is forked.
     """
-    processes()
+    if start_method == "forkserver":
+        processes()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     given = (function, world_size, port, folder, args)
     torch.multiprocessing.start_processes(
-        _on_rank, given, nprocs=world_size, start_method="forkserver"
+        _on_rank, given, nprocs=world_size, start_method=start_method
     )
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 

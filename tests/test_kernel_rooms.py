@@ -70,7 +70,9 @@ ARROWS: dict[str, set[str]] = {
         "sparse",
         "top_k",
     },
-    "trl": {"checks", "head_check", "heads", "loss", "scalars", "sparse", "top_k"},
+    "adapting": {"scalars"},
+    "trl": {"adapting", "checks", "head_check", "heads", "loss", "sparse", "top_k"},
+    "verl": {"adapting", "heads", "loss", "top_k"},
 }
 
 

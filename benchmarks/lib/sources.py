@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # Of opsd_kernels: what neither time nor memory nor accuracy of a loss depends on.
 OTHERS = re.compile(
-    r"(trl/|verl|(.*/)?(__init__|reference|loss|module|checks|arguments|scalars|description|"
+    r"(adapting/|trl/|verl/|(.*/)?(__init__|reference|loss|module|checks|arguments|scalars|description|"
     r"head_of_model|known_models|head_check|_ops|debug|replay|env|sparse|top_k|rest|gathered)\.py)"
 )
 CHANGED = "the kernels have changed since"

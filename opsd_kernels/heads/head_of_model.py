@@ -179,6 +179,12 @@ def read_head(
     return weight, bias, softcap, scale, None if vocab_size == rows else vocab_size
 
 
+def stand_in(t: Tensor) -> Tensor:
+    """A tensor with the shape of the whole parameter that takes no memory."""
+    shape = getattr(t, "ds_shape", t.shape)
+    return t if t.is_meta else torch.empty((), dtype=t.dtype).expand(shape)
+
+
 _BY_HAND = (
     "Or pass an LMHead made by hand, LMHead(weight, bias, softcap, scale), of what the model "
     "does; opsd_kernels.head_check.check_head compares its logits with the model's own"

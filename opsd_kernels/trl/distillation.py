@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapting.patches import Hook
 from ..checks import FLOAT_DTYPES
 from ..heads.head import LMHead
 from ..loss import token_divergence
 from .heads import gathered, in_one_dtype, whole
-from .hooks import Hook
 from .route import took
 
 TRAINER, LOSS = "DistillationTrainer", "divergence"

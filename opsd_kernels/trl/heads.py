@@ -9,7 +9,7 @@ from torch import Tensor
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..heads.head import LMHead
-from ..heads.head_of_model import head_of_model
+from ..heads.head_of_model import head_of_model, stand_in
 from ..heads.vocabulary_parallel import is_dtensor
 
 
@@ -89,15 +89,9 @@ def _to(W: LMHead, dtype: torch.dtype) -> LMHead:
 def why_no_head(model: Any) -> str | None:
     """Why the loss cannot take the head of a model, found without gathering it; None if it can."""
     try:
-        dtype = head_of_model(model, _stand_in)[0].dtype
+        dtype = head_of_model(model, stand_in)[0].dtype
     except (TypeError, ValueError) as error:
         return str(error)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the LM head is {dtype}"
     return None
-
-
-def _stand_in(t: Tensor) -> Tensor:
-    """A tensor with the shape of the whole parameter that takes no memory."""
-    shape = getattr(t, "ds_shape", t.shape)
-    return t if t.is_meta else torch.empty((), dtype=t.dtype).expand(shape)

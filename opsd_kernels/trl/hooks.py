@@ -1,9 +1,8 @@
-"""A function of TRL and its replacement, and the choice between the two."""
+"""The choice between TRL's loss and ours."""
 
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -12,29 +11,6 @@ from .hidden_states import why_no_hidden_states, why_other_logits
 from .route import took
 
 COMPUTE_LOSS = "self, model, inputs, return_outputs, num_items_in_batch"
-
-
-@dataclass(frozen=True)
-class Hook:
-    """A function of TRL that is replaced, and the signatures that ours was written for."""
-
-    trainer: str
-    """The trainer's name, as `apply_opsd_kernels_to_trl` takes it."""
-    module: str
-    """The module that holds the trainer."""
-    replaced: str
-    """`function`, or `Class.method`, in that module."""
-    make: Callable[[Callable[..., Any], Any], Callable[..., Any]]
-    """Makes our function. It takes TRL's function, to fall back to, and the class or module that
-    holds TRL's function."""
-    signatures: Mapping[str, str]
-    """The names of the parameters of every function of TRL that is replaced, that ours calls, or
-    whose work ours does; by path, after `module:` if it is in another module."""
-
-
-def is_ours(function: Any) -> bool:
-    """Whether a function has replaced one of TRL's."""
-    return getattr(function, "_is_opsd_kernels", False)
 
 
 def compute_loss_or_theirs(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapting.patches import Hook
 from ..heads.head import LMHead
 from ..loss import fused_log_probs
 from ..top_k import fused_top_k
@@ -23,7 +24,7 @@ from .hidden_states import (
     run_backbone,
     teacher_hidden_states,
 )
-from .hooks import COMPUTE_LOSS, Hook, compute_loss_or_theirs, why_overridden
+from .hooks import COMPUTE_LOSS, compute_loss_or_theirs, why_overridden
 from .on_policy import JSD, divergence, loss_of_labels, text
 from .server import PARTS as SERVER_PARTS
 from .server import loss_of_server

@@ -1,28 +1,14 @@
 """Which losses of the installed TRL are ours, and why the others are not."""
 
 import functools
-import sys
 from collections.abc import Mapping
-from typing import Any, NamedTuple
 
-from .hooks import is_ours
-from .route import Table, logger
+from ..adapting.patches import in_effect
+from ..adapting.routes import Loss, Table
+from .route import logger
 from .trainers import HOOKS, LOSSES, trainers_of_trl
 
 _OFF = "apply_opsd_kernels_to_trl() is not in effect"
-
-
-class Loss(NamedTuple):
-    """A loss that a trainer of TRL can be configured for."""
-
-    trainer: str
-    """The name of the trainer's class."""
-    loss: str
-    """As its config names it."""
-    whose: str
-    """`ours` or `theirs`, at present."""
-    reason: str
-    """Why it is TRL's; empty if it is ours."""
 
 
 def explain() -> Table[Loss]:
@@ -63,13 +49,5 @@ def _losses(trainer: str, module: str) -> Mapping[str, str | None]:
 
 
 def _is_applied(trainer: str) -> bool:
-    """Whether every function that we replace for a trainer is replaced now. Nothing of TRL is
-    imported."""
-    for hook in HOOKS:
-        if hook.trainer == trainer:
-            found: Any = sys.modules.get(hook.module)
-            for name in hook.replaced.split("."):
-                found = getattr(found, name, None)
-            if not is_ours(found):
-                return False
-    return True
+    """Whether every function that we replace for a trainer is replaced now."""
+    return in_effect(hook for hook in HOOKS if hook.trainer == trainer)

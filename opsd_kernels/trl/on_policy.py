@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..adapting.patches import Hook
 from ..heads.head import LMHead
 from ..loss import fused_jsd_loss
 from .hidden_states import (
@@ -20,7 +21,7 @@ from .hidden_states import (
     predicting,
     teacher_hidden_states,
 )
-from .hooks import COMPUTE_LOSS, Hook, compute_loss_or_theirs, why_overridden
+from .hooks import COMPUTE_LOSS, compute_loss_or_theirs, why_overridden
 
 JSD = "student_logits, teacher_logits, labels, beta, temperature, reduction"
 LOSSES: dict[str, dict[str, str | None]] = {

@@ -1,50 +1,17 @@
 """Replace functions of TRL by ours, and put them back."""
 
 import importlib
-import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib.metadata import version
-from types import TracebackType
 from typing import Any
 
-from .hooks import Hook, is_ours
+from ..adapting.patches import Applied, Hook, replace
 from .losses import say_what_stays_theirs
 from .trainers import HOOKS, TRAINERS
 
 TESTED_VERSIONS = ("1.16.0",)
-
-
-class Applied:
-    """Puts back what `apply_opsd_kernels_to_trl` replaced, when called or at the end of a
-    `with`."""
-
-    def __init__(self, replaced: list[tuple[Any, str, Any, Any]]) -> None:
-        self._replaced = replaced  # owner, name, theirs as it was stored, ours
-
-    def __call__(self) -> None:
-        while self._replaced:
-            owner, name, theirs, ours = self._replaced.pop()
-            if vars(owner)[name] is ours:
-                setattr(owner, name, theirs)
-            else:
-                warnings.warn(
-                    f"{owner.__name__}.{name} was replaced by someone else after opsd_kernels did, "
-                    "and is left as it is",
-                    stacklevel=2,
-                )
-
-    def __enter__(self) -> "Applied":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self()
 
 
 def apply_opsd_kernels_to_trl(trainers: Iterable[str] = TRAINERS) -> Applied:
@@ -82,50 +49,10 @@ def apply_opsd_kernels_to_trl(trainers: Iterable[str] = TRAINERS) -> Applied:
             "knows, but may mean something else: compare the losses of some steps with and without",
             stacklevel=2,
         )
-    found = [(hook, *_find(hook, installed)) for hook in HOOKS if hook.trainer in trainers]
-    replaced = []
-    for hook, owner, theirs in found:
-        if is_ours(theirs):
-            continue
-        ours: Any = hook.make(theirs, owner)
-        ours._is_opsd_kernels = True
-        name = hook.replaced.rpartition(".")[2]
-        replaced.append((owner, name, vars(owner)[name], ours))
-        setattr(owner, name, ours)
+    hooks = [hook for hook in HOOKS if hook.trainer in trainers]
+    applied = replace(hooks, f"TRL {installed}", _remedy, _import)
     say_what_stays_theirs()
-    return Applied(replaced)
-
-
-def _find(hook: Hook, installed: str) -> tuple[Any, Callable[..., Any]]:
-    """The class or module that holds the function to replace, and the function, after comparing all
-    signatures."""
-    for path, parameters in hook.signatures.items():
-        _, found = _look_up(hook, path, installed)
-        here = ", ".join(inspect.signature(found).parameters)
-        if here != parameters:
-            raise RuntimeError(
-                f"{path} of TRL {installed} ({hook.module}) takes ({here}); opsd_kernels was "
-                f"written for ({parameters}), and replaces nothing. {_remedy(hook)}"
-            )
-    return _look_up(hook, hook.replaced, installed)
-
-
-def _look_up(hook: Hook, path: str, installed: str) -> tuple[Any, Callable[..., Any]]:
-    module, _, path = path.rpartition(":")
-    module = module or hook.module
-    try:
-        owner: Any = _import(module)
-        *owners, name = path.split(".")
-        for part in owners:
-            owner = vars(owner)[part]
-        # Only the class's own function: an inherited one serves other trainers too.
-        vars(owner)[name]
-        return owner, getattr(owner, name)
-    except (ModuleNotFoundError, KeyError) as error:
-        raise RuntimeError(
-            f"TRL {installed} has no {module}.{path}, which opsd_kernels needs for "
-            f"{hook.trainer}; nothing was replaced. {_remedy(hook)}"
-        ) from error
+    return applied
 
 
 def _remedy(hook: Hook) -> str:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..adapting.patches import Hook
 from ..heads.head import LMHead
 from ..loss import (
     fused_jsd_loss,
@@ -34,7 +35,7 @@ from .hidden_states import (
     why_no_hidden_states,
     why_other_logits,
 )
-from .hooks import COMPUTE_LOSS, Hook, compute_loss_or_theirs, why_overridden
+from .hooks import COMPUTE_LOSS, compute_loss_or_theirs, why_overridden
 from .top_k import top_k_loss, why_too_many
 
 # Methods whose work ours does. A subclass that overrides one keeps TRL's own loss.

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapting.patches import Hook
 from ..checks import FLOAT_DTYPES
 from ..heads.head import LMHead
 from ..sparse import TopKLoss, fused_top_k_loss
 from .heads import heads_of_models, in_dtype_of
 from .hidden_states import SIGNATURES, prompts_and_completions, run_backbone
-from .hooks import COMPUTE_LOSS, Hook, compute_loss_or_theirs, why_overridden
+from .hooks import COMPUTE_LOSS, compute_loss_or_theirs, why_overridden
 from .route import took
 from .top_k import outside, why_too_many
 
