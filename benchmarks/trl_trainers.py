@@ -6,13 +6,17 @@ Each figure is taken in a process of its own: a trainer of TRL's, made of a Qwen
 given a batch of one sequence, and computes the loss and its gradient. Losses and gradients of both
 ways are recorded too; they start from the same weights. Without a GPU the memory is the process's
 resident set, the time that of its processor, and the model is small but for its vocabulary.
+
+TRL is at its best: `DistillationTrainer` and `AsyncDistillationTrainer` make the logits of 256
+tokens at a time, always. The others have no such switch, and no trainer here has one for a loss of
+Liger's; `use_liger_kernel` replaces layers, by kernels for GPUs.
 """
 
 import os
 import statistics
 import sys
-import tempfile
 import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,27 +29,13 @@ from benchmarks.lib import report
 from benchmarks.lib.measure import MIB, clock, high_water, in_a_process, start_counting, tell
 from benchmarks.lib.options import Options
 from benchmarks.lib.shapes import QWEN3
+from benchmarks.lib.trl_losses import LOSSES, TOP_K, WHOLE, batch, make_trainer, step
 
-# Class, where it is, and options for the loss that ours replaces.
-TRAINERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "DistillationTrainer": ("trl", {}),
-    "SDFTTrainer": ("trl.experimental.sdft", {"distillation_mode": "full_logits"}),
-    "SDPOTrainer": (
-        "trl.experimental.sdpo",
-        {"distillation_mode": "full_logits", "teacher_model_kind": "live"},
-    ),
-    "GKDTrainer": ("trl.experimental.gkd", {}),
-    "GOLDTrainer": ("trl.experimental.gold", {}),
-    "IWOPDTrainer": (
-        "trl.experimental.iw_opd",
-        {"distillation_objective": "jsd", "loss_top_k": 0},
-    ),
-}
-SELF = ("SDFTTrainer", "SDPOTrainer")  # those whose teacher is the student, by another prompt
 METHODS = ("TRL", "ours")
-MEASURED = {"cpu": ("tiny", [256, 512]), "cuda": ("qwen3-1.7b", [1024, 4096, 16384])}
+MEASURED = {"cpu": ("tiny", [512]), "cuda": ("qwen3-1.7b", [1024, 4096, 16384])}
 QUICK = {"cpu": ("tiny", [64]), "cuda": ("qwen3-0.6b", [1024])}
-STUDENT_PROMPT, TEACHER_PROMPT = 256, 1280
+# A loss is computed up to three times, and not again after these seconds.
+LONG_ENOUGH = 10
 NAN = float("nan")
 
 
@@ -56,11 +46,12 @@ class Row:
     N: int
     dtype: str
     trainer: str
+    loss: str
     method: str
     failure: str = ""
     peak_mib: float = NAN  # above what there was before the loss
     seconds: float = NAN
-    loss: float = NAN
+    value: float = NAN  # of the loss
     gradient: float = NAN  # its norm
 
 
@@ -69,7 +60,8 @@ def main() -> None:
     options.add_device()
     options.add_argument("--model", choices=list(QWEN3))
     options.add_argument("--tokens", type=int, nargs="+")
-    options.add_argument("--trainers", nargs="+", choices=list(TRAINERS), default=list(TRAINERS))
+    trainers = list(WHOLE | TOP_K)
+    options.add_argument("--trainers", nargs="+", choices=trainers, default=trainers)
     options.add_processes()
     options.add_quick("little, in two minutes")
     options.add_output("trl_trainers.csv", "trl_trainers.md", "trl_trainers.png")
@@ -84,14 +76,15 @@ def main() -> None:
     results = report.Results("trl_trainers", setting, args.output, show)
     model, tokens = (QUICK if args.quick else MEASURED)[kind]
     for N in args.tokens or tokens:
-        for trainer in args.trainers:
-            for method in METHODS:
+        for trainer, loss in LOSSES:
+            for method in METHODS * (trainer in args.trainers):
                 task = {
                     "device": args.device,
                     "model": args.model or model,
                     "N": N,
                     "dtype": dtype,
                     "trainer": trainer,
+                    "loss": loss,
                     "method": method,
                 }
                 failure, figures = in_a_process(__file__, task, args.seconds)
@@ -101,149 +94,49 @@ def main() -> None:
 
 
 def show(row: Row) -> None:
-    figures = row.failure or f"{row.peak_mib:>10,.0f} MiB, {row.seconds:.2f} s, loss {row.loss:.7g}"
-    print(f"{row.model:<12} N = {row.N:<6} {row.trainer:<20} {row.method:<5} {figures}", flush=True)
+    figures = row.failure or f"{row.peak_mib:>8,.0f} MiB, {row.seconds:.2f} s, loss {row.value:.7g}"
+    name = f"{row.trainer} {row.loss}"
+    print(f"{row.model} N = {row.N} {name:<64} {row.method:<5} {figures}", flush=True)
 
 
 def measure_here(
-    device: str, model: str, N: int, dtype: str, trainer: str, method: str
+    device: str, model: str, N: int, dtype: str, trainer: str, loss: str, method: str
 ) -> dict[str, float]:
-    """In this process, after a short loss that warms up: the most memory of three, their time."""
+    """In this process, after a short loss that warms up: the most memory, and the median time."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     warnings.filterwarnings("ignore")
     at = torch.device(device)
-    from opsd_kernels.trl import apply_opsd_kernels_to_trl
+    from opsd_kernels.trl import apply_opsd_kernels_to_trl, routes
 
-    made = make_trainer(at, model, getattr(torch, dtype), trainer)
+    made = make_trainer(at, model, getattr(torch, dtype), trainer, loss)
     with apply_opsd_kernels_to_trl([trainer]) if method == "ours" else nullcontext():
-        step(made, batch(at, trainer, 8))
-        inputs = batch(at, trainer, N)
-        before, seconds = start_counting(at), []
-        for _ in range(3):
+        step(made, batch(at, made, 8))
+        inputs = batch(at, made, N)
+        before, seconds = start_counting(at), list[float]()
+        while len(seconds) < 3 and sum(seconds) < LONG_ENOUGH:
             start = clock(at)
-            loss, gradient = step(made, inputs)  # ends with figures on the host
+            value, gradient = step(made, inputs)  # ends with figures on the host
             seconds.append(clock(at) - start)
         peak = high_water(at) - before
-    if getattr(made, "_opsd_kernels_notices", None):
-        raise RuntimeError("fell back to TRL's own loss")
+    whose = {route.whose for route in routes(clear=True)}
+    if whose != ({"ours"} if method == "ours" else set()):
+        raise RuntimeError(f"computed was a loss that is {' and '.join(whose) or 'not counted'}")
     return {
         "peak_mib": peak / MIB,
         "seconds": statistics.median(seconds),
-        "loss": loss,
+        "value": value,
         "gradient": gradient,
     }
 
 
-def make_trainer(at: torch.device, model: str, dtype: torch.dtype, trainer: str) -> Any:
-    """With a student under LoRA, as OPSD's authors train, and a tokenizer that is not used."""
-    from datasets import Dataset
-    from peft import LoraConfig
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tempfile.mkdtemp()
-    letters = ["<pad>", "<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    of_bytes = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, merges=[]))
-    of_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=of_bytes, pad_token="<pad>", eos_token="<end>", padding_side="left"
-    )
-    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    tokenizer.save_pretrained(folder)
-    where, options = TRAINERS[trainer]
-    module = sys.modules.get(where) or __import__(where, fromlist=["*"])
-    kind, config = getattr(module, trainer), getattr(module, trainer.replace("Trainer", "Config"))
-    given: dict[str, Any] = {"model": make_model(at, model, dtype, folder, seed=0)}
-    if trainer not in SELF:
-        given["teacher_model"] = make_model(at, model, dtype, folder, seed=1).eval()
-    if trainer == "SDPOTrainer":
-        given["reward_funcs"] = lambda completions, **_: [0.0] * len(completions)
-    chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]
-    columns: dict[str, Any] = {"prompt": ["1"] * 8, "privileged_context": ["1"] * 8}
-    if trainer in ("GKDTrainer", "GOLDTrainer", "IWOPDTrainer"):
-        columns = {"messages": [chat] * 8}
-    args = config(
-        output_dir=folder,
-        report_to="none",
-        bf16=False,
-        use_cpu=at.type == "cpu",
-        gradient_checkpointing=at.type == "cuda",
-        disable_tqdm=True,
-        **options,
-    )
-    made = kind(
-        args=args,
-        train_dataset=Dataset.from_dict(columns),
-        processing_class=tokenizer,
-        peft_config=LoraConfig(r=64, lora_alpha=128, target_modules="all-linear"),
-        **given,
-    )
-    made.current_gradient_accumulation_steps = 1
-    for name, weight in made.model.named_parameters():
-        if "lora_B" in name:  # else the student is its base
-            torch.manual_seed(2)
-            torch.nn.init.normal_(weight, std=0.01)
-    made.model.train()
-    return made
+Pairs = dict[tuple[str, str, int], tuple[Row, Row]]
 
 
-def make_model(at: torch.device, name: str, dtype: torch.dtype, folder: str, seed: int) -> Any:
-    from transformers import AutoModelForCausalLM, Qwen3Config
-
-    torch.manual_seed(seed)
-    with at:
-        model = AutoModelForCausalLM.from_config(
-            Qwen3Config(**QWEN3[name]), dtype=dtype, attn_implementation="sdpa"
-        )
-    model.config._name_or_path = folder  # where a trainer looks for its tokenizer
-    return model
-
-
-def batch(at: torch.device, trainer: str, N: int) -> dict[str, Any]:
-    """One sequence: a prompt, and N tokens that count."""
-    g = torch.Generator().manual_seed(0)
-
-    def ids(length: int) -> torch.Tensor:
-        return torch.randint(3, 1000, (1, length), generator=g).to(at)
-
-    prompt, told, completion = ids(STUDENT_PROMPT), ids(TEACHER_PROMPT), ids(N)
-    text = torch.cat([prompt, completion], dim=1)
-    if trainer in ("GKDTrainer", "GOLDTrainer", "IWOPDTrainer"):
-        labels = text.clone()
-        labels[:, :STUDENT_PROMPT] = -100
-        mask = torch.ones_like(text)
-        return {"input_ids": text, "attention_mask": mask, "labels": labels, "prompts": prompt}
-    inputs = {
-        "prompt_ids": prompt,
-        "prompt_mask": torch.ones_like(prompt),
-        "completion_ids": completion,
-        "completion_mask": torch.ones_like(completion),
-        "num_items_in_batch": torch.tensor(float(N), device=at),
-    }
-    if trainer in SELF:
-        teacher_ids = torch.cat([told, completion], dim=1)
-        inputs |= {
-            "teacher_input_ids": teacher_ids,
-            "teacher_attention_mask": torch.ones_like(teacher_ids),
-        }
-    return inputs
-
-
-def step(made: Any, inputs: dict[str, Any]) -> tuple[float, float]:
-    """The loss, and the norm of its gradient."""
-    items = inputs.get("num_items_in_batch")
-    loss = made.compute_loss(made.model, dict(inputs), num_items_in_batch=items)
-    loss.backward()
-    gradients = [p.grad for p in made.model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    made.model.zero_grad()
-    return float(loss.detach()), float(norm)
-
-
-def pairs(rows: list[Row]) -> dict[tuple[str, int], tuple[Row, Row]]:
-    """Without and with ours, by trainer and number of tokens."""
+def pairs(rows: list[Row]) -> Pairs:
+    """Without and with ours, by trainer, loss and number of tokens."""
     theirs, ours = (
-        {(row.trainer, row.N): row for row in rows if row.method == method} for method in METHODS
+        {(row.trainer, row.loss, row.N): row for row in rows if row.method == method}
+        for method in METHODS
     )
     return {key: (theirs[key], ours[key]) for key in theirs}
 
@@ -252,38 +145,86 @@ def summary(path: Path) -> str:
     """Memory and time of a loss without and with ours, as Markdown."""
     setting, rows = report.read(path, Row)
     both = pairs(rows)
-    tokens = list(dict.fromkeys(row.N for row in rows))
-    clock_name = "processor time" if rows[0].device == "CPU" else "time"
-    heads = [f"N = {N}: {what}" for N in tokens for what in ("memory", clock_name)]
+    tables = [
+        f"{what}:\n\n{_table(both, group)}"
+        for what, group in (("On the whole vocabulary", WHOLE), ("On K tokens", TOP_K))
+        if any(loss in group.get(trainer, {}) for trainer, loss, _ in both)
+    ]
+    model = rows[0].model
+    where = f"({setting}; {model}, V = {QWEN3[model]['vocab_size']})"
+    return "\n\n".join([*tables, where])
+
+
+def _table(both: Pairs, group: Mapping[str, Mapping[str, Any]]) -> str:
+    """Of the losses of a group."""
+    rows = {key: pair for key, pair in both.items() if key[1] in group.get(key[0], {})}
+    tokens = list(dict.fromkeys(N for _, _, N in rows))
+    on_cpu = next(iter(rows.values()))[0].device == "CPU"
+    clock_name = "processor time" if on_cpu else "time"
     body = []
-    for trainer in dict.fromkeys(row.trainer for row in rows):
+    for trainer, loss in dict.fromkeys((trainer, loss) for trainer, loss, _ in rows):
         cells = []
         for N in tokens:
-            theirs, ours = both[trainer, N]
+            theirs, ours = rows[trainer, loss, N]
             cells += [
                 f"{cell(theirs, 'peak_mib', ',.0f', ' MiB')} → "
                 f"**{cell(ours, 'peak_mib', ',.0f', ' MiB')}**",
                 f"{cell(theirs, 'seconds', '.2f', ' s')} → "
                 f"**{cell(ours, 'seconds', '.2f', ' s')}**",
             ]
-        body.append([f"`{trainer}`", *cells, apart(both, trainer)])
-    head = ["TRL's own → **with ours**", *heads, "loss, gradient apart"]
-    table = report.table(head, body)
-    return f"{table}\n\n({setting}; {rows[0].model}, V = {QWEN3[rows[0].model]['vocab_size']})"
+        body.append([f"`{trainer}`", loss, *cells, apart([rows[trainer, loss, N] for N in tokens])])
+    heads = [f"N = {N}: {what}" for N in tokens for what in ("memory", clock_name)]
+    return report.table(["TRL's own → **with ours**", "loss", *heads, "loss, gradient apart"], body)
+
+
+def saved(path: Path) -> str:
+    """What ours saves, and each loss where it saves nothing, in words."""
+    setting, rows = report.read(path, Row)
+    N = max(row.N for row in rows)
+    told = []
+    for what, group in (("the whole vocabulary", WHOLE), ("K tokens", TOP_K)):
+        both = [
+            pair
+            for (trainer, loss, n), pair in pairs(rows).items()
+            if n == N and loss in group.get(trainer, {}) and not pair[0].failure + pair[1].failure
+        ]
+        if both:
+            told.append(
+                f"on {what} {_range(both, 'peak_mib', ',.0f', 'MiB')} and "
+                f"{_range(both, 'seconds', '.1f', 's')}"
+            )
+    clock_name = " of processor time" if rows[0].device == "CPU" else ""
+    worse = [
+        f"`{theirs.trainer}`, {theirs.loss} ({what})"
+        for (_, _, n), (theirs, ours) in pairs(rows).items()
+        for what, name in (("memory", "peak_mib"), ("time", "seconds"))
+        if n == N and getattr(ours, name) > getattr(theirs, name)
+    ]
+    none = f"Ours took more in: {'; '.join(worse)}." if worse else "Ours took more in none of them."
+    return (
+        f"One loss of {N} tokens and its gradient, with ours and with TRL's own: "
+        f"{'; '.join(told)}{clock_name}. {none} ({setting})"
+    )
+
+
+def _range(both: list[tuple[Row, Row]], name: str, form: str, unit: str) -> str:
+    """The least and the most of ours, and of TRL's."""
+    theirs, ours = ([getattr(pair[i], name) for pair in both] for i in (0, 1))
+    told = [f"{min(of):{form}} to {max(of):{form}}" for of in (ours, theirs)]
+    return f"{told[0]} {unit} where TRL takes {told[1]}"
 
 
 def cell(row: Row, name: str, form: str, unit: str) -> str:
     return row.failure or format(getattr(row, name), form) + unit
 
 
-def apart(both: dict[tuple[str, int], tuple[Row, Row]], trainer: str) -> str:
+def apart(both: list[tuple[Row, Row]]) -> str:
     """The largest relative difference of loss and of the gradient's norm."""
-    of_it = [pair for (name, _), pair in both.items() if name == trainer]
-    of_it = [(theirs, ours) for theirs, ours in of_it if not theirs.failure + ours.failure]
-    if not of_it:
+    both = [(theirs, ours) for theirs, ours in both if not theirs.failure + ours.failure]
+    if not both:
         return "–"
-    loss = max(abs(ours.loss / theirs.loss - 1) for theirs, ours in of_it)
-    gradient = max(abs(ours.gradient / theirs.gradient - 1) for theirs, ours in of_it)
+    loss = max(abs(ours.value / theirs.value - 1) for theirs, ours in both)
+    gradient = max(abs(ours.gradient / theirs.gradient - 1) for theirs, ours in both)
     return f"{loss:.0e}, {gradient:.0e}"
 
 
@@ -293,8 +234,12 @@ def plot(path: Path, to: Path) -> None:
 
     setting, rows = report.read(path, Row)
     most = max(row.N for row in rows)
-    both = {trainer: pair for (trainer, N), pair in pairs(rows).items() if most == N}
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    both = {
+        f"{trainer.removesuffix('Trainer')}, {loss}": pair
+        for (trainer, loss, N), pair in pairs(rows).items()
+        if most == N
+    }
+    figure = Figure(figsize=(6.4, 1 + 0.32 * len(both)), layout="constrained")
     axis = figure.subplots()
     looks = {"TRL": ("TRL's own", -0.2, "#999999"), "ours": ("with ours", 0.2, "#17889c")}
     for method, (label, shift, color) in looks.items():

@@ -348,16 +348,24 @@ def test_sampled_targets_follow_the_distribution():
     assert agree == pytest.approx(float(most.mean()), abs=0.07)  # of 300 draws, 3 deviations
 
 
-@pytest.mark.parametrize("trainer", trl_trainers.TRAINERS)
-def test_trl_trainers(trainer, monkeypatch):
+@pytest.mark.parametrize(
+    ("trainer", "loss"),
+    [
+        (trainer, loss)
+        if loss in trl_trainers.WHOLE.get(trainer, {}) or loss == "β = 0, K = 8 (default)"
+        else slow(trainer, loss)
+        for trainer, loss in trl_trainers.LOSSES
+    ],
+)
+def test_trl_trainers(trainer, loss, monkeypatch):
     """Both ways compute the same, and neither falls back."""
     monkeypatch.setitem(trl_trainers.QWEN3["tiny"], "vocab_size", 2000)
     with warnings.catch_warnings():
         theirs, ours = (
-            trl_trainers.measure_here("cpu", "tiny", 16, "float32", trainer, method)
+            trl_trainers.measure_here("cpu", "tiny", 16, "float32", trainer, loss, method)
             for method in trl_trainers.METHODS
         )
-    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    assert ours["value"] == pytest.approx(theirs["value"], rel=1e-4)
     assert ours["gradient"] == pytest.approx(theirs["gradient"], rel=1e-4)
     assert ours["gradient"] > 0
 
@@ -365,16 +373,23 @@ def test_trl_trainers(trainer, monkeypatch):
 def test_trl_trainers_as_a_table(tmp_path):
     figures = {"TRL": (900.0, 2.0, 0.1), "ours": (100.0, 1.0, 0.100001)}
     rows = [
-        trl_trainers.Row("CPU", "tiny", N, "float32", "GKDTrainer", method, "", *told, 0.5)
+        trl_trainers.Row("CPU", "tiny", N, "float32", trainer, loss, method, "", *told, 0.5)
+        for trainer, loss in (("GKDTrainer", "β = 0.5"), ("AsyncDistillationTrainer", "β = 1"))
         for N in (64, 128)
         for method, told in figures.items()
     ]
-    rows[2] = replace(rows[2], failure="out of memory")
+    rows[0] = replace(rows[0], failure="out of memory")
+    rows[-1] = replace(rows[-1], seconds=2.5)
     report.write(tmp_path / "trl_trainers.csv", "a machine", rows)
     text = trl_trainers.summary(tmp_path / "trl_trainers.csv")
-    assert "| 900 MiB → **100 MiB** | 2.00 s → **1.00 s** |" in text
-    assert "| out of memory → **100 MiB** |" in text
-    assert "| 1e-05, 0e+00 |" in text
+    whole, on_k_tokens = text.split("On K tokens:")
+    assert "| `GKDTrainer` | β = 0.5 | out of memory → **100 MiB** |" in whole
+    assert "| 900 MiB → **100 MiB** | 2.00 s → **1.00 s** |" in whole
+    assert "| 1e-05, 0e+00 |" in whole
+    assert "| `AsyncDistillationTrainer` | β = 1 | 900 MiB → **100 MiB** |" in on_k_tokens
+    told = trl_trainers.saved(tmp_path / "trl_trainers.csv")
+    assert "on the whole vocabulary 100 to 100 MiB where TRL takes 900 to 900" in told
+    assert "Ours took more in: `AsyncDistillationTrainer`, β = 1 (time)." in told
     with saved_figures() as figures:
         trl_trainers.plot(tmp_path / "trl_trainers.csv", tmp_path / "picture.png")
     most = max(row.N for row in rows)

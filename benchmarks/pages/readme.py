@@ -5,9 +5,9 @@
 README.md has one table of a GPU, docs/choosing.md what helps to choose, docs/compatibility.md what
 was tested where, docs/training.md the memory of a long rollout, docs/vllm.md that of a large
 teacher, docs/real_distributions.md what a real model showed, docs/real_model.md what it learned,
-examples/README.md what TRL's trainers save; docs/benchmarks.md has all tables, with a line for
-every method (tables.py). docs/token_efficiency.md is generated as a whole, and so is the Markdown
-beside each csv.
+examples/README.md and docs/trl.md what TRL's trainers save; docs/benchmarks.md has all tables, with
+a line for every method (tables.py). docs/token_efficiency.md is generated as a whole, and so is the
+Markdown beside each csv.
 """
 
 import csv
@@ -43,6 +43,7 @@ COMPATIBILITY = ROOT / "docs" / "compatibility.md"
 REAL = ROOT / "docs" / "real_distributions.md"
 REAL_MODEL = ROOT / "docs" / "real_model.md"
 TRAINING = ROOT / "docs" / "training.md"
+TRL = ROOT / "docs" / "trl.md"
 VLLM = ROOT / "docs" / "vllm.md"
 TOKEN_EFFICIENCY = ROOT / "docs" / "token_efficiency.md"  # all of it is generated
 
@@ -94,12 +95,13 @@ def _saving(path: Path) -> str:
 def _trainers(path: Path) -> str:
     """What TRL's trainer of self-distillation saves, at the most tokens."""
     _, rows = report.read(path, trl_trainers.Row)
-    of_sdft = [row for row in rows if row.trainer == "SDFTTrainer" and not row.failure]
+    sdft = ("SDFTTrainer", "full_logits")
+    of_sdft = [row for row in rows if (row.trainer, row.loss) == sdft and not row.failure]
     N = max(row.N for row in of_sdft)
     theirs, ours = ({r.method: r for r in of_sdft if r.N == N}[m] for m in trl_trainers.METHODS)
     clock = " of processor time" if ours.device == "CPU" else ""
     return wrapped(
-        f"{len(trl_trainers.TRAINERS)} of TRL's trainers then compute their loss from hidden "
+        f"{len(trl_trainers.WHOLE)} of TRL's trainers then compute their loss from hidden "
         f"states. One loss of `SDFTTrainer` and its gradient ({ours.device}, {ours.dtype}, {N} "
         f"tokens, a vocabulary of {QWEN3[ours.model]['vocab_size']:,}) takes "
         f"{ours.peak_mib:,.0f} MiB and {ours.seconds:.1f} s{clock} with it, "
@@ -341,6 +343,11 @@ def examples_parts(results: Path, page: Path) -> dict[str, str]:
     return {"trl": trl_trainers.summary(results / "trl_trainers.csv")}
 
 
+def trl_parts(results: Path, page: Path) -> dict[str, str]:
+    """The same of docs/trl.md."""
+    return {"saved": wrapped(trl_trainers.saved(results / "trl_trainers.csv"))}
+
+
 PAGES: dict[Path, Callable[[Path, Path], dict[str, str]]] = {
     README: readme_parts,
     EXAMPLES: examples_parts,
@@ -350,6 +357,7 @@ PAGES: dict[Path, Callable[[Path, Path], dict[str, str]]] = {
     REAL: real_parts,
     REAL_MODEL: real_model.real_model_parts,
     TRAINING: training_parts,
+    TRL: trl_parts,
     VLLM: vllm_parts,
 }
 
