@@ -552,6 +552,18 @@ FAULTS = [
         "token_efficiency",
     ),
     Fault(
+        "benchmarks/history/record.py",
+        "    if len(found) != 1:",
+        "    if not found:",
+        "history",
+    ),
+    Fault(
+        "benchmarks/history/record.py",
+        'return float(ran - skipped), float(suite.attrib["time"])',
+        'return float(ran), float(suite.attrib["time"])',
+        "history",
+    ),
+    Fault(
         "benchmarks/gpu/sass.py",
         "k_loops = [a for a in with_matrix if not any(b < a for b in with_matrix)]",
         "k_loops = with_matrix",
