@@ -8,14 +8,20 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-VERSION = re.search(r'^__version__ = "(.*)"', (ROOT / "opsd_kernels/__init__.py").read_text(), re.M)
+(VERSION,) = re.findall(
+    r'^__version__ = "(.*)"', (ROOT / "opsd_kernels/__init__.py").read_text(), re.MULTILINE
+)
+SDIST, WHEEL = f"opsd_kernels-{VERSION}.tar.gz", f"opsd_kernels-{VERSION}-py3-none-any.whl"
+LIBRARY, TRAIN, TRL = SDIST, f"{WHEEL}[train]", f"{WHEEL}[trl]"
 pytestmark = pytest.mark.dist
 
 # What the README's first lines and its call are given, without transformers and with it.
@@ -56,8 +62,8 @@ class Environment:
     """A new one, into which `requirement` is installed, with what it needs."""
 
     def __init__(self, folder: Path, requirement: str) -> None:
-        self.folder = folder
-        self.python = folder / "env/bin/python"
+        self.folder = folder.resolve()
+        self.python = self.folder / "env/bin/python"
         subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
         pinned = ["-c", ROOT / "constraints.txt"]
         self.run("-m", "pip", "install", "--quiet", *pinned, requirement)
@@ -65,12 +71,12 @@ class Environment:
 
     def run(self, *arguments: Any, code: int = 0) -> str:
         """What Python prints, run in a folder that is not the repository."""
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-        environment |= {"XDG_CACHE_HOME": str(self.folder), "OMP_NUM_THREADS": "1"}
+        variables = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+        variables |= {"XDG_CACHE_HOME": str(self.folder), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [self.python, *arguments],
             cwd=self.folder,
-            env=environment,
+            env=variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -83,30 +89,24 @@ class Environment:
         return {line.partition("==")[0].lower() for line in lines}
 
 
-def built(pattern: str) -> str:
-    assert VERSION is not None
-    (path,) = (ROOT / "dist").glob(pattern.format(VERSION[1]))
-    return str(path)
+def built(requirement: str) -> str:
+    """A file of dist/ as pip is told of it."""
+    file = ROOT / "dist" / requirement.partition("[")[0]
+    assert file.exists(), f"{file} is not there: make test-dist builds it"
+    return str(ROOT / "dist" / requirement)
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory) -> Environment:
-    """The library alone, built where it is installed."""
-    return Environment(tmp_path_factory.mktemp("library"), built("opsd_kernels-{}.tar.gz"))
+def environment(request) -> Iterator[Environment]:
+    """With what `installed` names. One is gone before the next is made: each may hold gigabytes of
+    CUDA's libraries."""
+    with TemporaryDirectory() as folder:
+        yield Environment(Path(folder), built(request.param))
 
 
-def wheel(tmp_path_factory: Any, extra: str) -> Environment:
-    return Environment(tmp_path_factory.mktemp(extra), f"{built('opsd_kernels-{}-*.whl')}[{extra}]")
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory) -> Environment:
-    return wheel(tmp_path_factory, "train")
-
-
-@pytest.fixture(scope="module")
-def trl(tmp_path_factory) -> Environment:
-    return wheel(tmp_path_factory, "trl")
+def installed(requirement: str) -> Any:
+    """A test with a file of dist/ and an extra in its `environment`."""
+    return pytest.mark.parametrize("environment", [requirement], indirect=True)
 
 
 def python_block() -> str:
@@ -115,54 +115,64 @@ def python_block() -> str:
     return block[1]
 
 
-def test_first_lines_of_the_readme(library):
+@installed(LIBRARY)
+def test_first_lines_of_the_readme(environment):
     """Those that replace three others, with the library alone."""
     line = re.search(r"^\+ (loss = fused_jsd_loss.*)$", README, re.MULTILINE)
     assert line is not None
     code = f"from opsd_kernels import fused_jsd_loss\n{INPUTS}{LINEAR}{line[1]}{CHECK}"
-    file = Path(library.run("-c", code).split()[-1])
-    assert file.is_relative_to(library.folder)
+    file = Path(environment.run("-c", code).split()[-1])
+    assert file.is_relative_to(environment.folder)
 
 
-def test_the_library_asks_for_torch_alone(library):
-    assert "torch" in library.packages()
-    assert not {"transformers", "trl", "matplotlib", "pytest"} & library.packages()
+@installed(LIBRARY)
+def test_the_library_asks_for_torch_alone(environment):
+    assert "torch" in environment.packages()
+    assert not {"transformers", "trl", "matplotlib", "pytest"} & environment.packages()
 
 
-def test_environment(library):
-    assert VERSION is not None
-    assert re.search(rf"^opsd_kernels +{VERSION[1]}$", library.run("-m", "opsd_kernels.env"), re.M)
+@installed(LIBRARY)
+def test_environment(environment):
+    told = environment.run("-m", "opsd_kernels.env")
+    assert re.search(rf"^opsd_kernels +{VERSION}$", told, re.MULTILINE)
 
 
-def test_training_without_its_packages_says_what_to_install(library):
-    told = library.run("-m", "opsd_train", "--help", code=1)
+@installed(LIBRARY)
+def test_training_without_its_packages_says_what_to_install(environment):
+    told = environment.run("-m", "opsd_train", "--help", code=1)
     assert "pip install 'opsd-kernels[train]'" in told
     assert len(told.splitlines()) == 1
 
 
-def test_training(train):
-    told = train.run("-m", "opsd_train", "--help")
+@installed(TRAIN)
+def test_training(environment):
+    told = environment.run("-m", "opsd_train", "--help")
     for preset in (ROOT / "opsd_train/presets").glob("*.yaml"):
         assert preset.stem in told
-    train.run("-c", DEMO)
-    assert len((train.folder / "run/metrics.jsonl").read_text().splitlines()) == 2
-    assert not {"trl", "matplotlib", "pytest"} & train.packages()
+    environment.run("-c", DEMO)
+    assert len((environment.folder / "run/metrics.jsonl").read_text().splitlines()) == 2
+    assert not {"trl", "matplotlib", "pytest"} & environment.packages()
 
 
-def test_call_of_the_readme(trl):
-    trl.run("-c", f"{INPUTS}{QWEN3}{python_block()}{CHECK}")
-
-
-def test_adapter_for_trl(trl):
-    code = "from opsd_kernels.trl import apply_opsd_kernels_to_trl, explain\n"
-    assert "SDFTTrainer" in trl.run("-c", f"{code}apply_opsd_kernels_to_trl()\nprint(explain())")
-
-
-def test_gguf(train):
-    """In the environment that trains."""
-    (train.folder / "model.gguf").touch()
+@installed(TRAIN)
+def test_gguf(environment):
+    """Refused without its package, and then read."""
+    (environment.folder / "model.gguf").touch()
     convert = ["-m", "opsd_train.from_gguf", "model.gguf", "model"]
-    assert "pip install 'opsd-kernels[gguf]'" in train.run(*convert, code=1)
+    assert "pip install 'opsd-kernels[gguf]'" in environment.run(*convert, code=1)
     pinned = ["-c", ROOT / "constraints.txt"]
-    train.run("-m", "pip", "install", "--quiet", *pinned, f"{built('opsd_kernels-{}-*.whl')}[gguf]")
-    assert "model.gguf" in train.run(*convert, code=1)
+    environment.run("-m", "pip", "install", "--quiet", *pinned, built(f"{WHEEL}[gguf]"))
+    assert "model.gguf" in environment.run(*convert, code=1)
+
+
+@installed(TRL)
+def test_call_of_the_readme(environment):
+    environment.run("-c", f"{INPUTS}{QWEN3}{python_block()}{CHECK}")
+
+
+@installed(TRL)
+def test_adapter_for_trl(environment):
+    code = "from opsd_kernels.trl import apply_opsd_kernels_to_trl, explain\n"
+    assert "SDFTTrainer" in environment.run(
+        "-c", f"{code}apply_opsd_kernels_to_trl()\nprint(explain())"
+    )
