@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..divergence import HUGE
 from ..heads.vocabulary_parallel import summed_
-from ..problem import Problem
 from .rows import softmaxes
 
 
@@ -88,10 +87,3 @@ def log_sum_rows_(
     if needs_score:
         z.copy_(p)
     return (side.top + side.rest).masked_fill(nothing, -torch.inf).squeeze(-1)
-
-
-def log_sum_gradient_(z: Tensor, problem: Problem) -> None:
-    """z ← p̃ of some columns [R, columns], from the stats that `log_sum_rows_` filled."""
-    stats = problem.stats
-    assert stats is not None
-    z.sub_(stats[0, :, None]).exp_().mul_(stats[1, :, None].neg().exp_())

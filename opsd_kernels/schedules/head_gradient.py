@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..divergence import Family
 from ..gathered import add_rows_
 from ..heads.vocabulary_parallel import summed_
 from ..problem import Problem
@@ -34,7 +33,7 @@ from ..products import (
     score_scale,
 )
 from . import planning
-from .excluded import add_excluded_, exclude_, log_sum_gradient_
+from .excluded import add_excluded_, exclude_
 from .planning import BLOCK_TEMPORARIES
 from .rows import logit_gradient_, logits_, weigh_
 
@@ -109,6 +108,8 @@ def fill(gradients: HeadGradients, problem: Problem, workspace_bytes: float) -> 
     (N, V), (R, columns) = (problem.h_S.shape[0], problem.W.shape[0]), tiles_of_g.shape[-2:]
     dtype, dh_S, dW, db = problem.operand_dtype, gradients.dh_S, gradients.dW, gradients.db
     launched = by_kernels(problem, workspace_bytes)
+    if launched:
+        from ..kernels import gradient  # needs Triton
     problem, scale = _scaled(problem.with_contiguous_rows(), tiles_of_g.dtype, launched)
     if dW is not None and N == 0:
         dW.zero_()
@@ -122,7 +123,9 @@ def fill(gradients: HeadGradients, problem: Problem, workspace_bytes: float) -> 
                 rows = slice(n, n + R)
                 chunk = problem.tokens(rows)
                 if launched:
-                    g = _launch(tiles_of_g, chunk, tile, bits)
+                    g = tiles_of_g[: chunk.h_S.shape[0]]
+                    gradient.launch(g, chunk, v, bits)
+                    g = g[:, : W.shape[0]]
                 else:
                     g = _compute(tiles_of_g, chunk, tile)
                 if dh_S is not None:
@@ -174,18 +177,9 @@ def _scaled(
     return replace(problem, weights=weights, g_excluded=g_excluded), left
 
 
-def _launch(scratch: Tensor, chunk: Problem, tile: slice, bits: Tensor | None) -> Tensor:
-    """w (a − G p) of a chunk's tokens and a tile of the vocabulary, times `score_scale`, by the
-    kernel: [R, columns]."""
-    from ..kernels import gradient  # needs Triton
-
-    g = scratch[: chunk.h_S.shape[0]]
-    gradient.launch(g, chunk, tile.start, bits)
-    return g[:, : tile.stop - tile.start]
-
-
 def _compute(scratch: Tensor, chunk: Problem, tile: slice) -> Tensor:
-    """`_launch` in PyTorch."""
+    """w (a − G p) of a chunk's tokens and a tile of the vocabulary, in PyTorch: [R, columns]. What
+    the kernel `gradient` does."""
     R, columns = chunk.h_S.shape[0], tile.stop - tile.start
     z_S, z_T = scratch[0, :R, :columns], None
     project(z_S, chunk.h_S, chunk.W[tile], chunk.operand_dtype, columns)
@@ -195,10 +189,7 @@ def _compute(scratch: Tensor, chunk: Problem, tile: slice) -> Tensor:
     if chunk.excluded is not None:
         exclude_(z_S, chunk.excluded, tile.start)
     slope = logits_(z_S, z_T, chunk, True, tile)
-    if chunk.member.family == Family.LOG_SUM:
-        log_sum_gradient_(z_S, chunk)
-    else:
-        logit_gradient_(z_S, z_T, chunk, tile.start)
+    logit_gradient_(z_S, z_T, chunk, tile.start)
     weigh_(z_S, slope, chunk.weights)
     if chunk.excluded is not None and chunk.g_excluded is not None:
         add_excluded_(z_S, chunk.excluded, chunk.g_excluded, tile.start)

@@ -177,7 +177,7 @@ def logit_gradient_(z_S: Tensor, z_T: Tensor | None, problem: Problem, first: in
 
     Args:
         z_S, z_T: [R, columns] logits; z_S is overwritten by ∂ℓ/∂z_S, z_T by scratch.
-        problem: R tokens, with the stats and top that `divergence_rows_` filled.
+        problem: R tokens, with the stats and top that `divergence_rows_` or `log_sum_rows_` filled.
         first: the place of the first column in the vocabulary.
     """
     member, stats, top = problem.member, problem.stats, problem.top
@@ -186,6 +186,9 @@ def logit_gradient_(z_S: Tensor, z_T: Tensor | None, problem: Problem, first: in
     assert top is not None
     top_S, rest_S, top_T, rest_T, G = stats[:G_TOP, :, None]
     p = (z_S - top_S).exp_().mul_(rest_S.neg().exp_())
+    if member.family == Family.LOG_SUM:
+        z_S.copy_(p)
+        return
     if member.family == Family.LOG_PROB:
         torch.neg(p, out=z_S)
     elif member.family == Family.ENTROPY:
