@@ -122,6 +122,21 @@ def test_a_step_is_the_same(model, world_size, engine, batch, loss, folder):
         assert (told["made"].keys() >= OF_TOP_K) == has_top_k
 
 
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_without_a_loss_it_is_the_same(strategy, folder):
+    from verl_runs import infer
+
+    def made_by(**engine: Any) -> Any:
+        given = (folder / "Qwen3", {"strategy": strategy} | engine)
+        return on_ranks(infer, 2, folder, *given, start_method="fork")
+
+    for (mine, counted), (yours, _) in zip(made_by(**OURS), made_by(fused=False), strict=True):
+        assert [row[1:3] for row in counted] == [("log_probs", "ours"), ("entropy", "ours")]
+        assert mine.keys() == yours.keys() == {"log_probs", "entropy"}
+        for name, value in yours.items():
+            torch.testing.assert_close(mine[name], value, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def test_in_bf16(folder):
     """verl rounds logits to bf16; ours does not. Apart by such a rounding at most."""
     theirs = run(folder, "Qwen3", 2, {"dtype": "bf16", "fused": False}, ENTROPY, REWARDS)
@@ -132,6 +147,21 @@ def test_in_bf16(folder):
         off = (mine["made"]["log_probs"] - yours["made"]["log_probs"]).abs().max()
         assert off < 2 * largest * torch.finfo(torch.bfloat16).eps
         assert mine["loss"] == pytest.approx(yours["loss"], rel=0.02)
+
+
+def test_memory_is_counted(tmp_path):
+    peaks = in_another_process(_peaks, tmp_path)
+    logits = 512 * 151_936 * 2 / 2**20  # MiB of them, once, in bf16
+    for head in ("trained", "frozen"):
+        assert peaks[head, "verl"] > 4 * logits
+        assert peaks[head, "ours"] < logits + 100 * (head == "trained")
+
+
+def _peaks() -> dict[tuple[str, str], float]:
+    from benchmarks.more.verl_memory import count
+
+    cases = [(head, method) for head in ("trained", "frozen") for method in ("verl", "ours")]
+    return {case: count("tiny", 512, 4, *case).peak_mib for case in cases}
 
 
 # ... what stays verl's

@@ -99,7 +99,6 @@ def make_engine(
         load_tokenizer=False,
         external_lib=external_lib,
         override_config={"attn_implementation": "sdpa"},
-        enable_gradient_checkpointing=False,
         use_fused_kernels=fused,
         use_remove_padding=remove_padding,
         fused_kernel_options={"impl_backend": backend},
@@ -230,6 +229,18 @@ def step(
         "warnings": warnings,
         "routes": routes(engine_options),
     }
+
+
+def infer(_: int, model: Path, engine_options: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
+    """What an engine makes of a batch without a loss, as of that of the old policy."""
+    dist.init_process_group("gloo")
+    engine = make_engine(model, **engine_options)
+    fused = engine_options.get("fused", True)
+    flags = {"distillation_use_topk": False, "calculate_entropy": True, "k": 1}
+    with engine.eval_mode():
+        told = engine.infer_batch(make_batch(0, use_fused_kernels=fused, **flags))
+    made = {name: value.values() for name, value in told["model_output"].items()}
+    return made, routes(engine_options)
 
 
 def routes(engine_options: dict[str, Any]) -> list[Any]:

@@ -23,7 +23,7 @@ from benchmarks import accuracy, memory, speed, step, trl_trainers
 from benchmarks.lib import report
 from benchmarks.lib.peers import METHODS
 from benchmarks.lib.shapes import MODELS, QWEN3
-from benchmarks.more import adoptions, cross_entropy, same_training, teachers
+from benchmarks.more import adoptions, cross_entropy, same_training, teachers, verl_memory
 from benchmarks.pages.gpus import Gpu, gpus, slug, versions
 from benchmarks.pages.real import accuracy_in_a_sentence, real_parts
 from benchmarks.pages.tables import benchmarks_parts
@@ -44,6 +44,7 @@ REAL = ROOT / "docs" / "real_distributions.md"
 REAL_MODEL = ROOT / "docs" / "real_model.md"
 TRAINING = ROOT / "docs" / "training.md"
 TRL = ROOT / "docs" / "trl.md"
+VERL = ROOT / "docs" / "verl.md"
 VLLM = ROOT / "docs" / "vllm.md"
 TOKEN_EFFICIENCY = ROOT / "docs" / "token_efficiency.md"  # all of it is generated
 
@@ -348,6 +349,11 @@ def trl_parts(results: Path, page: Path) -> dict[str, str]:
     return {"saved": wrapped(trl_trainers.saved(results / "trl_trainers.csv"))}
 
 
+def verl_parts(results: Path, page: Path) -> dict[str, str]:
+    """The same of docs/verl.md."""
+    return {"memory": verl_memory.summary(results / "verl_memory.csv")}
+
+
 PAGES: dict[Path, Callable[[Path, Path], dict[str, str]]] = {
     README: readme_parts,
     EXAMPLES: examples_parts,
@@ -358,6 +364,7 @@ PAGES: dict[Path, Callable[[Path, Path], dict[str, str]]] = {
     REAL_MODEL: real_model.real_model_parts,
     TRAINING: training_parts,
     TRL: trl_parts,
+    VERL: verl_parts,
     VLLM: vllm_parts,
 }
 
@@ -373,6 +380,7 @@ SUMMARIES: dict[str, Callable[[Path], str]] = {
     "teachers": teachers.summary,
     "trained": speed.summary,
     "trl_trainers": trl_trainers.summary,
+    "verl_memory": verl_memory.summary,
 }
 
 

@@ -63,6 +63,18 @@ def is_ours(function: Any) -> bool:
     return getattr(function, "_is_opsd_kernels", False)
 
 
+def warn_of_version(module: str, library: str, installed: str, tested: tuple[str, ...]) -> None:
+    """Warn if a module of ours was not tested with the installed version of a library. The warning
+    is that of the caller's caller."""
+    if installed not in tested:
+        warnings.warn(
+            f"{module} was tested with {library} {', '.join(tested)}, not with the {installed} "
+            "that is installed. What it replaces there has the parameters that it knows, but may "
+            "mean something else: compare the losses of some steps with and without",
+            stacklevel=3,
+        )
+
+
 def in_effect(hooks: Iterable[Hook]) -> bool:
     """Whether every function of the hooks is replaced now. Nothing is imported."""
     for hook in hooks:

@@ -2,12 +2,11 @@
 
 import importlib
 import os
-import warnings
 from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
-from ..adapting.patches import Applied, Hook, replace
+from ..adapting.patches import Applied, Hook, replace, warn_of_version
 from .losses import say_what_stays_theirs
 from .trainers import HOOKS, TRAINERS
 
@@ -42,13 +41,7 @@ def apply_opsd_kernels_to_trl(trainers: Iterable[str] = TRAINERS) -> Applied:
         if name not in TRAINERS:
             raise ValueError(f"trainers must be among {', '.join(TRAINERS)}, got {name!r}")
     installed = version("trl")
-    if installed not in TESTED_VERSIONS:
-        warnings.warn(
-            f"opsd_kernels.trl was tested with TRL {', '.join(TESTED_VERSIONS)}, not with the "
-            f"{installed} that is installed. What it replaces there has the parameters that it "
-            "knows, but may mean something else: compare the losses of some steps with and without",
-            stacklevel=2,
-        )
+    warn_of_version("opsd_kernels.trl", "TRL", installed, TESTED_VERSIONS)
     hooks = [hook for hook in HOOKS if hook.trainer in trainers]
     applied = replace(hooks, f"TRL {installed}", _remedy, _import)
     say_what_stays_theirs()

@@ -1,11 +1,10 @@
 """Replace functions of verl by ours, and put them back."""
 
-import warnings
 from importlib.metadata import version
 
 from verl.workers.engine.base import EngineRegistry
 
-from ..adapting.patches import Applied, in_effect, replace
+from ..adapting.patches import Applied, in_effect, replace, warn_of_version
 from ..adapting.routes import Loss, Table
 from . import engine, forward
 
@@ -43,13 +42,7 @@ def apply_opsd_kernels_to_verl() -> Applied:
     if in_effect(HOOKS):
         return _applied
     installed = version("verl")
-    if installed not in TESTED_VERSIONS:
-        warnings.warn(
-            f"opsd_kernels.verl was tested with verl {', '.join(TESTED_VERSIONS)}, not with the "
-            f"{installed} that is installed. What it replaces there has the parameters that it "
-            "knows, but may mean something else: compare the losses of some steps with and without",
-            stacklevel=2,
-        )
+    warn_of_version("opsd_kernels.verl", "verl", installed, TESTED_VERSIONS)
     remedy = f"Use verl {TESTED_VERSIONS[-1]}, or leave out external_lib=opsd_kernels.verl"
     _applied = replace(HOOKS, f"verl {installed}", lambda _: remedy)
     return _applied
