@@ -1,5 +1,6 @@
 """What belongs to a release and cannot run here: workflows, forms, addresses, the citation."""
 
+import csv
 import re
 import sys
 from pathlib import Path
@@ -46,7 +47,8 @@ def test_workflows_call_what_is_there():
     assert ".ci/run" in commands
     made = {word for command in commands for word in re.findall(r"make ([a-z-]+)", command)}
     assert made == {"test-slow", "test-dist", "docs"}
-    assert made <= set(targets)
+    told = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert made | set(re.findall(r"(?:`|^ *)make ([a-z-]+)", told, re.M)) <= set(targets)
 
 
 def test_the_repository_has_one_address():
@@ -89,9 +91,20 @@ def test_files_say_the_same_version():
     assert (citation["version"], citation["date-released"]) == (version, date)
 
 
-def test_classifiers_name_the_pythons_that_were_tested():
+def test_pythons_are_those_that_were_tried():
+    """Classifiers and CI's matrix, in which another is marked."""
     page = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
-    tested = re.search(r"The suite runs on (3\.\d+)\.", page)
-    assert tested is not None
-    versions = [c.split(" :: ")[-1] for c in PROJECT["classifiers"] if ":: 3." in c]
-    assert versions == [tested[1]]
+    tried = set(re.findall(r"The suite runs on (3\.\d+)", page))
+    recorded = ROOT / "benchmarks/results/versions.csv"
+    lines = recorded.read_text(encoding="utf-8").splitlines() if recorded.exists() else []
+    for row in csv.DictReader(line for line in lines if not line.startswith("#")):
+        if row["failed"] == "0":
+            tried.add(row["python"].rpartition(".")[0])
+    assert tried
+    assert {c.split(" :: ")[-1] for c in PROJECT["classifiers"] if ":: 3." in c} == tried
+    ci = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    matrix = ci["jobs"]["test"]["strategy"]["matrix"]
+    assert set(matrix["python"]) == tried
+    untried = {entry["python"] for entry in matrix["include"] if entry["untried"]}
+    assert len(untried) == len(matrix["include"])
+    assert not untried & tried
