@@ -101,7 +101,7 @@ def assert_same(
     CASES,
     ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else str(x),
 )
-def test_a_step_is_the_same(model, world_size, engine, batch, loss, folder):
+def test_a_step_is_the_same(model, world_size, engine, batch, loss, folder, capfd):
     theirs = run(folder, model, world_size, engine | {"fused": False}, batch, loss)
     ours = run(folder, model, world_size, engine | OURS, batch, loss)
     assert_same(ours, theirs)
@@ -116,6 +116,10 @@ def test_a_step_is_the_same(model, world_size, engine, batch, loss, folder):
         for name, is_wanted in zip(LOSSES, wanted, strict=True)
         if is_wanted
     ]
+    losses = ", ".join(row[1] for row in expected)
+    said = f"opsd_kernels computes {losses} of FSDPEngineWithLMHead from hidden states"
+    printed = capfd.readouterr().out.splitlines()
+    assert [line for line in printed if line.startswith("opsd_kernels")] == [said]
     for told in ours:
         assert told["routes"] == expected
         assert not told["warnings"]

@@ -11,13 +11,15 @@ from torch import Tensor
 from verl.models.transformers.dense_common import CausalLMOutputForPPO, forward_base_model
 
 from ..adapting.patches import Hook
+from ..heads import known_models
 from ..heads.head import LMHead
 from ..heads.head_of_model import read_head, stand_in
-from ..heads.known_models import KNOWN
 from ..loss import fused_entropy, fused_log_probs
 from ..top_k import fused_top_k
 
 T = TypeVar("T")
+# Of these the logits are others in the transformers before 5.11 that verl needs.
+KNOWN = known_models.KNOWN - {"CpmAntForCausalLM", "PaliGemmaForConditionalGeneration"}
 MODULE = "verl.models.transformers.dense_common"
 FORWARD = (
     "self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, "

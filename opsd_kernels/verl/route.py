@@ -7,7 +7,7 @@ import torch.distributed as dist
 from ..adapting.routes import Route, Routes, Table
 
 ROUTES = Routes("verl")
-_said: set[Any] = set()  # engines and reasons of warnings, and engines that were told to be ours
+_said: set[Any] = set()  # what was said of an engine
 
 
 def routes(*, clear: bool = False) -> Table[Route]:
@@ -26,7 +26,7 @@ def routes(*, clear: bool = False) -> Table[Route]:
 
 def took(engine: Any, losses: list[str], reason: str | None) -> None:
     """Count what an engine computed of a micro-batch. If it stays verl's, warn once for each engine
-    and reason. If it is ours, say so once.
+    and reason. If it is ours, say so once for each engine and loss.
 
     Args:
         losses: "log_probs", "entropy", "forward_kl_topk".
@@ -36,8 +36,8 @@ def took(engine: Any, losses: list[str], reason: str | None) -> None:
     speaks = not dist.is_initialized() or dist.get_rank() == 0
     for loss in losses:
         ROUTES.took(name, loss, reason, _said, speaks)
-    if reason is None and name not in _said:
-        _said.add(name)
-        if speaks:
-            # As verl says which kernels it uses; Ray sends it to the terminal of the driver.
-            print(f"opsd_kernels computes {', '.join(losses)} of {name} from hidden states")
+    new = [loss for loss in losses if reason is None and (name, loss, "ours") not in _said]
+    _said.update((name, loss, "ours") for loss in new)
+    if new and speaks:
+        # As verl says which kernels it uses; Ray sends it to the terminal of the driver.
+        print(f"opsd_kernels computes {', '.join(new)} of {name} from hidden states")
