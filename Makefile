@@ -106,13 +106,14 @@ $(VLLM_VENV)/.installed:
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-# ms-swift takes no transformers from 5.20 on. It imports msgspec, and does not require it.
+# ms-swift takes no transformers from 5.20 on, and the extra "train" none before 5.23. ms-swift imports
+# msgspec, and does not require it.
 $(SWIFT_VENV)/.installed:
 	test -x $(SWIFT_VENV)/bin/python || $(BASE_PYTHON) -m venv $(SWIFT_VENV)
 	$(SWIFT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		torch triton
 	$(SWIFT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check ms-swift==4.6.0 \
-		msgspec pytest hypothesis -e ".[train]"
+		msgspec pytest hypothesis math-verify rich -e .
 	touch $@
 
 # torch first: verl does not say which one it needs.

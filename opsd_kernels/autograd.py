@@ -11,7 +11,7 @@ gradient of a head, dW = Σ_n g_n (∂ℓ_n/∂z_n)ᵀ h_n, is a sum over all to
                    all gradients of Σ w ℓ, backward scales them (where the budget holds dW in fp32)
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -259,8 +259,9 @@ def padded(db: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
 def save(ctx: Any, problem: Problem, **more: Any) -> None:
     """Keep a problem and named values for backward. `save_for_backward` takes no tensor of
     inference mode: such a tensor has no gradient and no version, and is kept as it is."""
-    values = vars(problem) | more
-    ctx.fields = list(vars(problem))
+    # The compiler of PyTorch 2.10 cannot trace vars().
+    ctx.fields = [field.name for field in fields(problem)]
+    values = {name: getattr(problem, name) for name in ctx.fields} | more
     compiling = torch.compiler.is_compiling()
     ctx.names = [
         name

@@ -42,7 +42,7 @@ class Environment:
 OLDEST = (
     "triton==3.6.0",
     "numpy<2.4",  # which the interpreter of Triton 3.6 needs
-    "transformers==5.17.0",
+    "transformers==5.23.0",
     "trl==1.16.0",
     "peft==0.19.0",
     "accelerate==1.10.1",
@@ -66,7 +66,8 @@ ENVIRONMENTS = {
     "python-3.12": Environment((), "3.12", True),
     "python-3.13": Environment((), "3.13", True),
 }
-TOOLS = ("pytest", "pytest-xdist", "hypothesis", "mpmath")
+# TRL imports requests where a teacher is on a server, and does not require it.
+TOOLS = ("pytest", "pytest-xdist", "hypothesis", "mpmath", "requests")
 
 # What another version may break: files of tests, and single ones of a file.
 CORE = (

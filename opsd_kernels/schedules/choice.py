@@ -4,6 +4,7 @@ In eager mode a schedule is plain Python: profilers and dispatch modes see each 
 PyTorch's compiler, and fake tensors, see one opaque operator that writes into its arguments.
 """
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -63,7 +64,9 @@ def operator_arguments(made: Made, problem: Problem, workspace_bytes: float) -> 
 
 def _those(kind: type, record: Any) -> dict[str, Any]:
     """The fields of a record whose values are of a type."""
-    return {name: value for name, value in vars(record).items() if isinstance(value, kind)}
+    # The compiler of PyTorch 2.10 cannot trace vars().
+    named = ((field.name, getattr(record, field.name)) for field in fields(record))
+    return {name: value for name, value in named if isinstance(value, kind)}
 
 
 @torch.library.custom_op(
