@@ -1,6 +1,6 @@
 """Memory and time of one loss of each of TRL's trainers, with and without ours.
 
-    python benchmarks/trl_trainers.py [--quick] [--output benchmarks/results]
+    python benchmarks/trl_trainers.py [--losses whole top-k] [--quick] [--output benchmarks/results]
 
 Each figure is taken in a process of its own: a trainer of TRL's, made of a Qwen3 under LoRA, is
 given a batch of one sequence, and computes the loss and its gradient. Losses and gradients of both
@@ -16,11 +16,10 @@ import os
 import statistics
 import sys
 import warnings
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,13 +28,16 @@ from benchmarks.lib import report
 from benchmarks.lib.measure import MIB, clock, high_water, in_a_process, start_counting, tell
 from benchmarks.lib.options import Options
 from benchmarks.lib.shapes import QWEN3
-from benchmarks.lib.trl_losses import LOSSES, TOP_K, WHOLE, batch, make_trainer, step
+from benchmarks.lib.trl_losses import TOP_K, WHOLE, batch, make_trainer, step
 
+# The losses by what they compare: all of the vocabulary, or K tokens; and the names of the files.
+GROUPS = {"whole": WHOLE, "top-k": TOP_K}
+FILES = {"whole": "trl_trainers", "top-k": "trl_top_k"}
 METHODS = ("TRL", "ours")
 MEASURED = {"cpu": ("tiny", [512]), "cuda": ("qwen3-1.7b", [1024, 4096, 16384])}
 QUICK = {"cpu": ("tiny", [64]), "cuda": ("qwen3-0.6b", [1024])}
 # A loss is computed up to three times, and not again after these seconds.
-LONG_ENOUGH = 10
+LONG_ENOUGH = 3
 NAN = float("nan")
 
 
@@ -60,11 +62,14 @@ def main() -> None:
     options.add_device()
     options.add_argument("--model", choices=list(QWEN3))
     options.add_argument("--tokens", type=int, nargs="+")
+    options.add_argument("--losses", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     trainers = list(WHOLE | TOP_K)
     options.add_argument("--trainers", nargs="+", choices=trainers, default=trainers)
     options.add_processes()
-    options.add_quick("little, in two minutes")
-    options.add_output("trl_trainers.csv", "trl_trainers.md", "trl_trainers.png")
+    options.add_quick("little, in five minutes")
+    options.add_output(
+        *(f"{name}.{kind}" for name in FILES.values() for kind in ("csv", "md", "png"))
+    )
     args = options.parse_args()
     if args.here:
         tell(measure_here, args.here)
@@ -73,11 +78,11 @@ def main() -> None:
     dtype = "float32" if kind == "cpu" else "bfloat16"
     setting = f"{report.machine(torch.device(args.device))}, {dtype}"
     print(setting)
-    results = report.Results("trl_trainers", setting, args.output, show)
     model, tokens = (QUICK if args.quick else MEASURED)[kind]
-    for N in args.tokens or tokens:
-        for trainer, loss in LOSSES:
-            for method in METHODS * (trainer in args.trainers):
+    for group in args.losses:
+        results = report.Results(FILES[group], setting, args.output, show)
+        for N, (trainer, losses) in product(args.tokens or tokens, GROUPS[group].items()):
+            for loss, method in product(losses if trainer in args.trainers else (), METHODS):
                 task = {
                     "device": args.device,
                     "model": args.model or model,
@@ -90,7 +95,7 @@ def main() -> None:
                 failure, figures = in_a_process(__file__, task, args.seconds)
                 name = torch.cuda.get_device_name(args.device) if kind == "cuda" else "CPU"
                 results.add(Row(**task | {"device": name}, failure=failure, **figures))
-    results.finish(summary, plot)
+        results.finish(summary, plot)
 
 
 def show(row: Row) -> None:
@@ -145,65 +150,43 @@ def summary(path: Path) -> str:
     """Memory and time of a loss without and with ours, as Markdown."""
     setting, rows = report.read(path, Row)
     both = pairs(rows)
-    tables = [
-        f"{what}:\n\n{_table(both, group)}"
-        for what, group in (("On the whole vocabulary", WHOLE), ("On K tokens", TOP_K))
-        if any(loss in group.get(trainer, {}) for trainer, loss, _ in both)
-    ]
-    model = rows[0].model
-    where = f"({setting}; {model}, V = {QWEN3[model]['vocab_size']})"
-    return "\n\n".join([*tables, where])
-
-
-def _table(both: Pairs, group: Mapping[str, Mapping[str, Any]]) -> str:
-    """Of the losses of a group."""
-    rows = {key: pair for key, pair in both.items() if key[1] in group.get(key[0], {})}
-    tokens = list(dict.fromkeys(N for _, _, N in rows))
-    on_cpu = next(iter(rows.values()))[0].device == "CPU"
-    clock_name = "processor time" if on_cpu else "time"
+    tokens = list(dict.fromkeys(row.N for row in rows))
+    clock_name = "processor time" if rows[0].device == "CPU" else "time"
+    heads = [f"N = {N}: {what}" for N in tokens for what in ("memory", clock_name)]
     body = []
-    for trainer, loss in dict.fromkeys((trainer, loss) for trainer, loss, _ in rows):
+    for trainer, loss in dict.fromkeys((row.trainer, row.loss) for row in rows):
+        of_loss = [both[trainer, loss, N] for N in tokens]
         cells = []
-        for N in tokens:
-            theirs, ours = rows[trainer, loss, N]
+        for theirs, ours in of_loss:
             cells += [
                 f"{cell(theirs, 'peak_mib', ',.0f', ' MiB')} → "
                 f"**{cell(ours, 'peak_mib', ',.0f', ' MiB')}**",
                 f"{cell(theirs, 'seconds', '.2f', ' s')} → "
                 f"**{cell(ours, 'seconds', '.2f', ' s')}**",
             ]
-        body.append([f"`{trainer}`", loss, *cells, apart([rows[trainer, loss, N] for N in tokens])])
-    heads = [f"N = {N}: {what}" for N in tokens for what in ("memory", clock_name)]
-    return report.table(["TRL's own → **with ours**", "loss", *heads, "loss, gradient apart"], body)
+        body.append([f"`{trainer}`", loss, *cells, apart(of_loss)])
+    head = ["TRL's own → **with ours**", "loss", *heads, "loss, gradient apart"]
+    table = report.table(head, body)
+    return f"{table}\n\n({setting}; {rows[0].model}, V = {QWEN3[rows[0].model]['vocab_size']})"
 
 
 def saved(path: Path) -> str:
-    """What ours saves, and each loss where it saves nothing, in words."""
-    setting, rows = report.read(path, Row)
+    """What ours saves at the most tokens, and each loss where it saves nothing, in words."""
+    _, rows = report.read(path, Row)
     N = max(row.N for row in rows)
-    told = []
-    for what, group in (("the whole vocabulary", WHOLE), ("K tokens", TOP_K)):
-        both = [
-            pair
-            for (trainer, loss, n), pair in pairs(rows).items()
-            if n == N and loss in group.get(trainer, {}) and not pair[0].failure + pair[1].failure
-        ]
-        if both:
-            told.append(
-                f"on {what} {_range(both, 'peak_mib', ',.0f', 'MiB')} and "
-                f"{_range(both, 'seconds', '.1f', 's')}"
-            )
-    clock_name = " of processor time" if rows[0].device == "CPU" else ""
+    both = [pair for (_, _, n), pair in pairs(rows).items() if n == N]
+    both = [pair for pair in both if not pair[0].failure + pair[1].failure]
+    clock_name = "s of processor time" if rows[0].device == "CPU" else "s"
     worse = [
         f"`{theirs.trainer}`, {theirs.loss} ({what})"
-        for (_, _, n), (theirs, ours) in pairs(rows).items()
         for what, name in (("memory", "peak_mib"), ("time", "seconds"))
-        if n == N and getattr(ours, name) > getattr(theirs, name)
+        for theirs, ours in both
+        if getattr(ours, name) > getattr(theirs, name)
     ]
-    none = f"Ours took more in: {'; '.join(worse)}." if worse else "Ours took more in none of them."
     return (
-        f"One loss of {N} tokens and its gradient, with ours and with TRL's own: "
-        f"{'; '.join(told)}{clock_name}. {none} ({setting})"
+        f"{N} tokens take {_range(both, 'peak_mib', ',.0f', 'MiB')}, and "
+        f"{_range(both, 'seconds', '.1f', clock_name)}. Ours took more in "
+        f"{'; '.join(worse) or 'none of them'}. ({report.source(path)})"
     )
 
 
@@ -211,7 +194,7 @@ def _range(both: list[tuple[Row, Row]], name: str, form: str, unit: str) -> str:
     """The least and the most of ours, and of TRL's."""
     theirs, ours = ([getattr(pair[i], name) for pair in both] for i in (0, 1))
     told = [f"{min(of):{form}} to {max(of):{form}}" for of in (ours, theirs)]
-    return f"{told[0]} {unit} where TRL takes {told[1]}"
+    return f"{told[0]} {unit} with ours, {told[1]} without"
 
 
 def cell(row: Row, name: str, form: str, unit: str) -> str:

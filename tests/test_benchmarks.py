@@ -351,10 +351,10 @@ def test_sampled_targets_follow_the_distribution():
 @pytest.mark.parametrize(
     ("trainer", "loss"),
     [
-        (trainer, loss)
-        if loss in trl_trainers.WHOLE.get(trainer, {}) or loss == "β = 0, K = 8 (default)"
-        else slow(trainer, loss)
-        for trainer, loss in trl_trainers.LOSSES
+        (trainer, loss) if of is trl_trainers.WHOLE or "K = 8 (" in loss else slow(trainer, loss)
+        for of in trl_trainers.GROUPS.values()
+        for trainer, losses in of.items()
+        for loss in losses
     ],
 )
 def test_trl_trainers(trainer, loss, monkeypatch):
@@ -373,8 +373,8 @@ def test_trl_trainers(trainer, loss, monkeypatch):
 def test_trl_trainers_as_a_table(tmp_path):
     figures = {"TRL": (900.0, 2.0, 0.1), "ours": (100.0, 1.0, 0.100001)}
     rows = [
-        trl_trainers.Row("CPU", "tiny", N, "float32", trainer, loss, method, "", *told, 0.5)
-        for trainer, loss in (("GKDTrainer", "β = 0.5"), ("AsyncDistillationTrainer", "β = 1"))
+        trl_trainers.Row("CPU", "tiny", N, "float32", "GKDTrainer", loss, method, "", *told, 0.5)
+        for loss in ("β = 0", "β = 1")
         for N in (64, 128)
         for method, told in figures.items()
     ]
@@ -382,14 +382,12 @@ def test_trl_trainers_as_a_table(tmp_path):
     rows[-1] = replace(rows[-1], seconds=2.5)
     report.write(tmp_path / "trl_trainers.csv", "a machine", rows)
     text = trl_trainers.summary(tmp_path / "trl_trainers.csv")
-    whole, on_k_tokens = text.split("On K tokens:")
-    assert "| `GKDTrainer` | β = 0.5 | out of memory → **100 MiB** |" in whole
-    assert "| 900 MiB → **100 MiB** | 2.00 s → **1.00 s** |" in whole
-    assert "| 1e-05, 0e+00 |" in whole
-    assert "| `AsyncDistillationTrainer` | β = 1 | 900 MiB → **100 MiB** |" in on_k_tokens
+    assert "| `GKDTrainer` | β = 0 | out of memory → **100 MiB** |" in text
+    assert "| 900 MiB → **100 MiB** | 2.00 s → **1.00 s** |" in text
+    assert "| 1e-05, 0e+00 |" in text
     told = trl_trainers.saved(tmp_path / "trl_trainers.csv")
-    assert "on the whole vocabulary 100 to 100 MiB where TRL takes 900 to 900" in told
-    assert "Ours took more in: `AsyncDistillationTrainer`, β = 1 (time)." in told
+    assert "128 tokens take 100 to 100 MiB with ours, 900 to 900 without" in told
+    assert "Ours took more in `GKDTrainer`, β = 1 (time)." in told
     with saved_figures() as figures:
         trl_trainers.plot(tmp_path / "trl_trainers.csv", tmp_path / "picture.png")
     most = max(row.N for row in rows)
@@ -443,9 +441,10 @@ def test_the_pages_show_what_was_recorded():
         assert table in generated[readme.BENCHMARKS]
         assert f"](../benchmarks/results/{name}.png)" in generated[readme.BENCHMARKS]
         assert (readme.RESULTS / f"{name}.png").exists()
-    table = trl_trainers.summary(readme.RESULTS / "trl_trainers.csv")
-    assert (readme.RESULTS / "trl_trainers.md").read_text() == table + "\n"
-    assert table in generated[readme.EXAMPLES]
+    for name in trl_trainers.FILES.values():
+        table = trl_trainers.summary(readme.RESULTS / f"{name}.csv")
+        assert (readme.RESULTS / f"{name}.md").read_text() == table + "\n"
+        assert table in generated[readme.EXAMPLES]
     parts = readme.readme_parts(readme.RESULTS, readme.README)
     text = readme.README.read_text().replace("<!-- peers -->", "")
     with pytest.raises(ValueError, match=r"README\.md has no place for peers, or two"):

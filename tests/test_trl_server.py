@@ -1,12 +1,14 @@
 """TRL's trainers whose teacher is a server, with and without ours: the same losses, gradients and
 figures."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from marks import slow
+from ranks import on_ranks
 from trl.experimental.async_distillation import async_distillation_trainer
 from trl.generation import vllm_client
 from trl_runs import Run, difference, run, said, save_models
@@ -16,6 +18,7 @@ from opsd_kernels.trl import apply_opsd_kernels_to_trl, explain, routes
 
 TOLERANCE = 1e-5
 TOLERANCE_OF_RUNS = 1e-4  # of three steps, which go on from one another
+PROCESSES = 2
 K, V = 4, 50
 
 
@@ -143,6 +146,60 @@ def test_a_run_of_iw_opd_with_a_server_is_the_same(options, folder, server, monk
 )
 def test_a_run_with_a_worker_is_the_same(options, folder, caplog):
     both("AsyncDistillationTrainer", folder, caplog, **options)
+
+
+# ... two processes
+
+
+def on_rank(
+    rank: int, folder: Path, url: str, cases: list[tuple[str, dict[str, Any]]]
+) -> list[tuple[Run, Run]]:
+    """Runs of one of two processes: ours and theirs."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    vllm_client.is_vllm_available = lambda: True
+    runs = []
+    for trainer, options in cases:
+        if trainer == "ServerDistillationTrainer":
+            options = options | {"teacher_model_server_url": url}
+        theirs = run(trainer, folder, max_steps=2, **options)
+        with apply_opsd_kernels_to_trl([trainer]):
+            ours = run(trainer, folder, max_steps=2, **options)
+        assert {route.whose for route in routes(clear=True)} == {"ours"}
+        runs.append((ours, theirs))
+    assert torch.distributed.get_world_size() == PROCESSES
+    return runs
+
+
+SERVER, ASYNC = "ServerDistillationTrainer", "AsyncDistillationTrainer"
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [(SERVER, {"beta": 0.0, "loss_top_k": 5, "lora": True}), (ASYNC, {})],
+        slow(
+            [
+                (SERVER, {"beta": 0.3}),
+                (SERVER, {"beta": 1.0, "lora": True}),
+                (ASYNC, {"beta": 0.3, "lora": True}),
+                (ASYNC, {"beta": 1.0}),
+            ]
+        ),
+    ],
+    ids=["forward KL", "JSD, reverse KL"],
+)
+def test_two_processes(cases, folder, server, tmp_path):
+    """Under DistributedDataParallel, with as many tokens on each as come."""
+    ranks = on_ranks(on_rank, PROCESSES, tmp_path, folder, server.url, cases)
+    for case, (ours, theirs), (others, _) in zip(cases, *ranks, strict=True):
+        figures, gradients = difference(ours, theirs)
+        print(f"{case}, {PROCESSES} processes: figures {figures:.1e}, gradients {gradients:.1e}")
+        assert max(figures, gradients) < TOLERANCE_OF_RUNS
+        assert len(theirs.gradients) == 2
+        # Both hold the gradient of both.
+        for mine, yours in zip(ours.gradients, others.gradients, strict=True):
+            for parameter in mine:
+                torch.testing.assert_close(mine[parameter], yours[parameter])
 
 
 def both(trainer: str, folder: Path, caplog: Any, **options: Any) -> tuple[Run, Run]:

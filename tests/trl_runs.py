@@ -135,12 +135,13 @@ def make_trainer(
     made = config(**shared | OPTIONS[trainer] | options)
     given: dict[str, Any] = {"model": load(folder / "student")}
     if trainer == "AsyncDistillationTrainer":
-        batches = made.max_steps * made.gradient_accumulation_steps
+        # Each process gets two samples a batch, and one batch is fetched ahead.
+        batches = made.max_steps * made.gradient_accumulation_steps + 1
         teachers = list(made.teacher_server_urls)
         given = {
             "model": str(folder / "student"),
             "rollout_worker": Worker(
-                folder / "teacher", 2 * batches + 2, made.teacher_top_k, teachers
+                folder / "teacher", 2 * batches * made.world_size, made.teacher_top_k, teachers
             ),
             "weight_transfer": NoTransfer(),
         }

@@ -60,12 +60,6 @@ TOP_K: dict[str, dict[str, dict[str, Any]]] = {
         "β = 1": {"beta": 1.0},
     },
 }
-LOSSES = [
-    (trainer, loss)
-    for group in (WHOLE, TOP_K)
-    for trainer, losses in group.items()
-    for loss in losses
-]
 PLACES = {
     "DistillationTrainer": "trl",
     "SDFTTrainer": "trl.experimental.sdft",

@@ -341,12 +341,20 @@ def _compatibility(results: Path) -> str:
 
 def examples_parts(results: Path, page: Path) -> dict[str, str]:
     """The same of examples/README.md."""
-    return {"trl": trl_trainers.summary(results / "trl_trainers.csv")}
+    whole, top_k = (trl_trainers.summary(path) for path in _of_trl(results))
+    return {"trl": f"On the whole vocabulary:\n\n{whole}\n\nOn K tokens:\n\n{top_k}"}
 
 
 def trl_parts(results: Path, page: Path) -> dict[str, str]:
     """The same of docs/trl.md."""
-    return {"saved": wrapped(trl_trainers.saved(results / "trl_trainers.csv"))}
+    whole, top_k = (trl_trainers.saved(path) for path in _of_trl(results))
+    told = (f"- On the whole vocabulary {whole}", f"- On K tokens {top_k}")
+    return {"saved": "\n".join(wrapped(line) for line in told)}
+
+
+def _of_trl(results: Path) -> list[Path]:
+    """Where the losses of TRL's trainers are recorded, by what they compare."""
+    return [results / f"{name}.csv" for name in trl_trainers.FILES.values()]
 
 
 def verl_parts(results: Path, page: Path) -> dict[str, str]:
@@ -379,6 +387,7 @@ SUMMARIES: dict[str, Callable[[Path], str]] = {
     "step": step.summary,
     "teachers": teachers.summary,
     "trained": speed.summary,
+    "trl_top_k": trl_trainers.summary,
     "trl_trainers": trl_trainers.summary,
     "verl_memory": verl_memory.summary,
 }
