@@ -233,13 +233,19 @@ def test_reasons(tmp_path):
         "vision": "a Model has a fused forward of its own in verl (verl.models.transformers.glm4v)",
         "backend": 'model.fused_kernel_options.impl_backend is not "torch", "triton" or "liger"',
         "engine": "opsd_kernels does not know the prepare_model_outputs of this engine",
+        "turbo": "opsd_kernels does not know the _build_fsdp_module of this engine",
+        "critic": None,
         "ours": None,
     }
 
 
 def _reasons() -> dict[str, str | None]:
     from verl.models.transformers import dense_common, glm4v
-    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+    from verl.workers.engine import FSDPTurboEngineWithLMHead
+    from verl.workers.engine.fsdp.transformer_impl import (
+        FSDPEngineWithLMHead,
+        FSDPEngineWithValueHead,
+    )
     from verl_runs import make_batch
 
     class Engine(FSDPEngineWithLMHead):
@@ -266,6 +272,10 @@ def _reasons() -> dict[str, str | None]:
     found["ours"] = reason()
     found["k"] = reason(ids=torch.zeros(1, 1, 600))
     found["engine"] = reason(Engine)
+    found["turbo"] = reason(FSDPTurboEngineWithLMHead)
+    prepare = engine._prepare_model_inputs(lambda *_: ({}, {}), None)
+    critic = object.__new__(FSDPEngineWithValueHead)
+    found["critic"] = prepare(critic, make_batch(0, use_fused_kernels=True))[0].get(engine.KEY)
     return found
 
 

@@ -68,7 +68,7 @@ class Routes:
 
         Args:
             reason: why the loss stays the library's; None if it is ours.
-            said: of whom and of which reasons a warning was given already.
+            said: pairs of trainer and reason that were warned of already.
             speaks: whether this process is the one that warns.
         """
         self._counts[trainer, loss, reason or ""] += 1

@@ -110,7 +110,7 @@ def why_theirs(engine: Any, micro_batch: Any, wanted: Wanted) -> str | None:
 
 def why_overridden(kind: type) -> str | None:
     """Why an engine of this class computes all by itself; None if it does not."""
-    for name in ("prepare_model_inputs", "prepare_model_outputs"):
+    for name in ("prepare_model_inputs", "prepare_model_outputs", "_build_fsdp_module"):
         if getattr(kind, name, None) is not getattr(FSDPEngineWithLMHead, name):
             return f"opsd_kernels does not know the {name} of this engine"
     return None

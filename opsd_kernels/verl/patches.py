@@ -25,7 +25,7 @@ _applied = Applied([])
 def apply_opsd_kernels_to_verl() -> Applied:
     """Let verl's FSDP engines compute with this package, in this process, from now on.
 
-    To import `opsd_kernels.verl` does it. It must be imported before an engine is built. A further
+    The import of `opsd_kernels.verl` calls this. It must come before an engine is built. A further
     call changes nothing.
 
     Returns:
