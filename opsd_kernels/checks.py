@@ -21,6 +21,7 @@ from .heads.vocabulary_parallel import check_group, find_shard, is_dtensor, loca
 from .problem import Problem
 from .scalars import check_temperature, number
 from .schedules.planning import MIB, default_workspace_mib
+from .versions import warn_of_untried
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -67,6 +68,7 @@ def check_arguments(
 
     For the others see `fused_divergence_loss`.
     """
+    _check_versions()
     if not isinstance(value, (Divergence, Family)):
         raise TypeError(f"divergence must be a Divergence, got {type(value).__name__}")
     check_reduction(reduction)
@@ -136,6 +138,14 @@ def check_arguments(
         problem = problem.without_teacher()
     leading = h_student.shape[:-1]
     return Arguments(problem, h_S, student.weight, student.bias, leading, weights, valid, several)
+
+
+# PyTorch's compiler does not trace it.
+@torch.compiler.assume_constant_result
+def _check_versions() -> None:
+    """Warn once of a PyTorch or a Triton that was never tried."""
+    warn_of_untried("torch")
+    warn_of_untried("triton")
 
 
 def _parameters(

@@ -17,6 +17,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 
+from opsd_kernels.versions import warn_of_untried
 from opsd_train.config import (
     REMOVED,
     SECTIONS,
@@ -70,7 +71,9 @@ def command(out_of_memory: str) -> Iterator[Accelerator]:
     quiet_libraries()
     # Micro-batches and dtypes are the config's, whatever a launcher would have them be.
     accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1)
-    if not accelerator.is_main_process:
+    if accelerator.is_main_process:
+        warn_of_untried("transformers")
+    else:
         be_quiet()
     try:
         yield accelerator

@@ -30,7 +30,17 @@ ARROWS: dict[str, set[str]] = {
         "problem",
         "products",
     },
-    "checks": {"description", "divergence", "heads", "kernels", "problem", "scalars", "schedules"},
+    "versions": set(),
+    "checks": {
+        "description",
+        "divergence",
+        "heads",
+        "kernels",
+        "problem",
+        "scalars",
+        "schedules",
+        "versions",
+    },
     "autograd": {"checks", "divergence", "problem", "schedules"},
     "rest": {
         "_ops",

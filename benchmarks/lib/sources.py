@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 # Of opsd_kernels: what neither time nor memory nor accuracy of a loss depends on.
 OTHERS = re.compile(
     r"(adapting/|trl/|verl/|(.*/)?(__init__|reference|loss|module|checks|arguments|scalars|description|"
-    r"head_of_model|known_models|head_check|_ops|debug|replay|env|sparse|top_k|rest|gathered)\.py)"
+    r"head_of_model|known_models|head_check|_ops|debug|replay|env|versions|sparse|top_k|rest|"
+    r"gathered)\.py)"
 )
 CHANGED = "the kernels have changed since"
 

@@ -20,8 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import accuracy, memory, speed, step, trl_trainers
-from benchmarks.lib import report
+from benchmarks.lib import report, sources
 from benchmarks.lib.peers import METHODS
+from benchmarks.lib.records import TriedVersions
 from benchmarks.lib.shapes import MODELS, QWEN3
 from benchmarks.more import adoptions, cross_entropy, same_training, teachers, verl_memory
 from benchmarks.pages.gpus import Gpu, gpus, slug, versions
@@ -32,6 +33,7 @@ from benchmarks.token_efficiency import figures
 from benchmarks.token_efficiency import page as comparison
 from benchmarks.token_efficiency.results import Results
 from benchmarks.token_efficiency.words import wrapped
+from opsd_kernels.versions import minor
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -306,10 +308,11 @@ def _teachers(path: Path) -> str:
 
 def compatibility_parts(results: Path, page: Path) -> dict[str, str]:
     """The same of docs/compatibility.md."""
-    return {"compatibility": _compatibility(results)}
+    tried = report.read(results / "versions.csv", TriedVersions)[1]
+    return {"compatibility": _compatibility(results, tried), "versions": _versions(tried)}
 
 
-def _compatibility(results: Path) -> str:
+def _compatibility(results: Path, tried: list[TriedVersions]) -> str:
     """Which versions run where: tested, compiled ahead of time, or neither."""
     with (results / "resources.csv").open(newline="") as file:
         archs = list(dict.fromkeys(row["arch"] for row in csv.DictReader(file)))
@@ -331,12 +334,31 @@ def _compatibility(results: Path) -> str:
         version = re.search(rf"^{package}==([\w.]+)", pinned.read_text(), re.MULTILINE)
         if bounds is None or version is None:
             raise ValueError(f"pyproject.toml or constraints.txt does not name {package}")
+        versions = sorted({getattr(row, package) for row in tried if not row.failed}, key=minor)
+        others = [v for v in versions if minor(v) != minor(version[1])]
+        if others:
+            cells[0] += f"; its core with {', '.join(others)}"
         body.append([what, bounds[1].replace(",", ", "), version[1], *cells])
     for gpu in gpus(results):
         cells = [gpu.tests, "–"] if gpu.name.startswith("NVIDIA") else ["–", gpu.tests]
         name = f"kernels on [{gpu.name}](benchmarks.md#{slug(gpu.name)})"
         body.append([name, "", gpu.versions, "–", *cells])
     return report.table(["", "required", "version", "CPU", "CUDA", "ROCm"], body)
+
+
+def _versions(tried: list[TriedVersions]) -> str:
+    """What became of the core of the suite in each environment."""
+    shown = ("python", "torch", "triton", "numpy", "transformers", "trl")
+    body = [
+        [
+            row.environment,
+            *(getattr(row, name) for name in shown),
+            f"{row.passed} passed" + f", {row.failed} failed" * bool(row.failed),
+            sources.described(row.code),
+        ]
+        for row in tried
+    ]
+    return report.table(["environment", *shown, "core of the suite", "of"], body)
 
 
 def examples_parts(results: Path, page: Path) -> dict[str, str]:
