@@ -52,7 +52,7 @@ test-tiles: $(VENV)/.installed-test
 # Rollouts from a real vLLM on a CPU, which wants an environment of its own (3.5 GB).
 VLLM_VENV := .venv-vllm
 test-vllm: $(VENV)/.installed-test $(VLLM_VENV)/.installed
-	$(PYTHON) -m pytest -m vllm tests/test_train_vllm_servers.py $(ARGS)
+	$(PYTHON) -m pytest -m vllm tests/test_train_vllm_servers.py tests/test_trl_vllm.py $(ARGS)
 
 # The plugin for ms-swift, which wants an environment of its own too (2.8 GB).
 SWIFT_VENV := .venv-swift

@@ -13,7 +13,7 @@ import torch
 from fake_vllm import FakeVllm
 from tiny_qwen3 import prepared, with_adapter
 from training_runs import metrics, run, shrunk, start, steps_done, wait_for
-from vllm_server import PYTHON, RealVllm
+from vllm_server import ADAPTERS, PYTHON, RealVllm
 
 from opsd_train.models import adapter_config
 from opsd_train.sampling import roll_out
@@ -39,7 +39,9 @@ def world(tmp_path_factory):
     # vLLM's attention on a CPU does not take a head_dim of 16.
     tiny_qwen3.save_model_and_tokenizer(folder / "model", head_dim=32)
     tiny_qwen3.save_problems(folder / "problems.jsonl")
-    servers = [RealVllm(folder / "model", folder / f"{name}.log") for name in ("one", "two")]
+    servers = [
+        RealVllm(folder / "model", folder / f"{name}.log", *ADAPTERS) for name in ("one", "two")
+    ]
     try:
         for server in servers:
             server.wait()
@@ -47,6 +49,16 @@ def world(tmp_path_factory):
     finally:
         for server in servers:
             server.kill()
+
+
+@pytest.fixture(scope="module")
+def teacher(world):
+    server = RealVllm(world.folder / "model", world.folder / "teacher.log")
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.kill()
 
 
 def options(tmp_path: Path, *servers: RealVllm) -> dict:
@@ -136,9 +148,6 @@ def test_the_other_servers_of_these_tests_answer_alike(world, tmp_path):
             lambda server: ask(server, prompt=[104]),
             lambda server: ask(server, return_token_ids=False),
             lambda server: server.tokenize(base, "1 + 1? <think>"),
-            lambda server: server.score(base, [5, 6], [7, 8, 9], 3).ids.tolist(),
-            lambda server: server.score(base, [5, 6], [7, 8, 9], 21),  # more than it sends
-            lambda server: server.score(base, [5] * 1000, [7] * 1048, 3),  # no room
             lambda server: server._call("GET", "/nowhere", None, 30),
         ]
         for number, call in enumerate(calls):
@@ -146,12 +155,21 @@ def test_the_other_servers_of_these_tests_answer_alike(world, tmp_path):
     assert real.is_healthy()
 
 
-def test_a_teacher_on_a_server(world):
+def test_a_teacher_on_a_server(world, teacher):
     """Sends what the other servers of these tests send, as often as it is asked."""
     asked = {"teacher_top_k": 5, "temperature": 1, "max_new_tokens": 60}
-    setup = prepared(world.folder, teacher_urls=[world.one.url, world.two.url], **asked)
+    setup = prepared(world.folder, teacher_urls=[teacher.url], **asked)
     rollout = roll_out(setup.sampler, setup.contexts.student, setup.problems[:4], [1, 2, 3, 4])
     with FakeVllm(world.folder / "model") as fake:
+        real, pretended = VllmServer(teacher.url), VllmServer(fake.url)
+        base = real.model()[0]
+        calls = [
+            lambda server: server.score(base, [5, 6], [7, 8, 9], 3).ids.tolist(),
+            lambda server: server.score(base, [5, 6], [7, 8, 9], 21),  # more than it sends
+            lambda server: server.score(base, [5] * 1000, [7] * 1048, 3),  # no room
+        ]
+        for number, call in enumerate(calls):
+            assert outcome(call, real) == outcome(call, pretended), number
         other = prepared(world.folder, teacher_urls=[fake.url], **asked)
         expected = other.teacher.look_at(rollout, other.contexts.teacher).top_k
     for _ in range(2):  # the second time the server has the prompts cached

@@ -76,7 +76,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def save_models(folder: Path) -> None:
+def save_models(folder: Path, **of_both: Any) -> None:
     """Student and teacher of one byte-level tokenizer, as GOLD wants it."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *letters])}
@@ -85,7 +85,7 @@ def save_models(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     for side, seed, size in (("student", 0, 32), ("teacher", 1, 48)):
         options = {"vocab_size": 264, "hidden_size": size, "num_hidden_layers": 1}
-        save_model(folder / side, seed=seed, **options)
+        save_model(folder / side, seed=seed, **options | of_both)
         PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
             pad_token="<|endoftext|>",

@@ -12,11 +12,12 @@ from opsd_train.sampling.server import VllmServer
 PYTHON = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 OPTIONS = [
     *("--dtype", "float32", "--max-model-len", "2048", "--generation-config", "vllm"),
-    *("--enable-lora", "--max-lora-rank", "64", "--max-loras", "1"),
     *("--logprobs-mode", "processed_logprobs"),
     # A seeded request whose prompt is computed in parts ends vLLM 0.32 on a CPU.
     *("--max-num-batched-tokens", "16384"),
 ]
+# Of a student. With them vLLM 0.32 ends on a CPU when it is asked for a prompt's log-probabilities.
+ADAPTERS = ["--enable-lora", "--max-lora-rank", "64", "--max-loras", "1"]
 
 
 class RealVllm:
