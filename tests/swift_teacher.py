@@ -20,7 +20,7 @@ class SwiftTeacher:
             str(model), model_type="qwen3", torch_dtype=torch.float32
         )
         self.template = get_template(processor, template_type="qwen3")
-        self.missing = 0  # places at the end of a prompt of which nothing is said
+        self.missing = 0  # places at the end of a prompt that nothing is said about
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(self))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 

@@ -24,7 +24,7 @@ def row() -> record.Release:
 
 
 def test_recorded_figures(row):
-    """They are those of the benchmarks' own rows, and say of which commit."""
+    """The figures are those of the benchmarks' own rows, and name the commit that was measured."""
     setting, timed = report.read(RESULTS / "speed.csv", speed.Row)
     floors = {r.dtype: r.floors for r in timed if (r.method, r.N) == ("ours, row workspace", 1024)}
     assert (row.floors_float32, row.floors_bfloat16) == (floors["float32"], floors["bfloat16"])
