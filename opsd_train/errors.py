@@ -29,7 +29,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 def listed(what: str, lines: Sequence[str], shown: int) -> str:
-    """A message: what there is, the first of it a line each, and how many more there are."""
+    """A message with a heading, the first lines below it, and the number of lines left out."""
     first = [f"  {line}" for line in lines[:shown]]
     more = [f"  and {len(lines) - shown:,} more"] if len(lines) > shown else []
     return "\n".join([f"{what}:", *first, *more])
